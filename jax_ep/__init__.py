@@ -1,0 +1,29 @@
+"""MoE expert parallelism for JAX: dispatch and combine between the devices of a mesh axis.
+
+Inside ``jax.shard_map``::
+
+    layout = jax_ep.make_layout(topk_idx, num_experts=E, axis_name="ep", capacity=C)
+    recv = jax_ep.dispatch(x, layout, topk_weights)
+    y = experts(recv.tokens, recv.group_sizes)
+    out = jax_ep.combine(y, layout, recv.weights)
+"""
+
+from jax_ep.api import Dispatched, combine, dispatch, make_layout, moe
+from jax_ep.layout import Layout, capacity
+from jax_ep.runtime import finalize, get_timeout, initialize, set_timeout
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Dispatched",
+    "Layout",
+    "capacity",
+    "combine",
+    "dispatch",
+    "finalize",
+    "get_timeout",
+    "initialize",
+    "make_layout",
+    "moe",
+    "set_timeout",
+]

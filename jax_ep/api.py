@@ -1,0 +1,412 @@
+"""The verbs: make_layout, dispatch, combine, and moe, which is the three in a row.
+
+All are per-shard functions: call them inside ``jax.shard_map`` over a mesh that has ``axis_name``.
+Letters: T tokens on this rank, H hidden size, K experts per token, E experts, R ranks of the EP
+group, L = E / R experts per rank (expert e lives on rank e // L), C capacity in rows, A expert
+alignment.
+"""
+
+import numbers
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_ep import autodiff, compat, ffi, group
+from jax_ep.group import AxisName
+from jax_ep.layout import Layout, default_capacity
+
+Array = jax.Array
+ScaleFormat = Literal["float32", "power_of_two"]
+
+_INT32_MAX = 2**31 - 1
+_ROW_GRANULE = 16  # bytes; rows move in units of it
+_FLOATS = ("bfloat16", "float16", "float32")
+_PAYLOADS = (*_FLOATS, *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+_QUANTIZATIONS = {"float32": ffi.QUANTIZE_F32_SCALES, "power_of_two": ffi.QUANTIZE_POW2_SCALES}
+
+
+class Dispatched(NamedTuple):
+    """What a rank received, in expert order.
+
+    Attributes:
+        tokens: [C, H], the rows. Alignment padding is zero; the tail beyond the last group is zero
+            unless the layout says ``zero_tail=False``.
+        weights: float32 [C], the routing weight of each row (0 on padding), or None.
+        scales: float32 [C, H // 128] if tokens are float8, else None.
+        group_sizes: int32 [L], rows per local expert: the layout's.
+    """
+
+    tokens: Array
+    weights: Array | None
+    scales: Array | None
+    group_sizes: Array
+
+
+def make_layout(
+    topk_idx: Array,
+    *,
+    num_experts: int,
+    axis_name: AxisName,
+    capacity: int | None = None,
+    expert_alignment: int = 1,
+    zero_tail: bool = True,
+) -> Layout:
+    """Exchanges the routing and says where every row goes.
+
+    Rows are ordered by expert, then source rank, token, k: results are bitwise reproducible. Local
+    expert e with n[e] rows takes p[e] = n[e] rounded up to A, from o[e] = p[0] + .. + p[e - 1]
+    on; its row i is kept if o[e] + i < C. What does not fit is dropped and counted: it adds nothing
+    to ``combine`` and has zero gradient.
+
+    Works under jit, scan and checkpoint (its arrays carry the name ``jax_ep_layout``: a policy that
+    saves it spares recomputation the exchange). Integers only, so no gradient. vmap raises
+    NotImplementedError. No operand is donated.
+
+    Args:
+        topk_idx: int32 [T, K], expert ids. -1 routes nowhere; any other id outside [0, E) routes
+            nowhere and is counted in ``num_invalid``. The same expert twice in a token makes two
+            rows.
+        num_experts: E, a multiple of R and at least K.
+        axis_name: the mesh axis of the EP group, or a tuple of axes (row-major).
+        capacity: C, rows to receive at most, a multiple of A. Default:
+            ``(R*T*min(K, L) + L*(A-1)) // A * A``, which cannot overflow while a token's experts
+            are distinct; ``jax_ep.capacity`` computes tighter ones.
+        expert_alignment: A; each expert's rows start at a multiple of it.
+        zero_tail: zero the rows beyond the last group (in ``dispatch``, and in the gradient of
+            ``combine``). False leaves them unspecified, for experts that never read them.
+
+    Returns:
+        The layout, for ``dispatch`` and ``combine`` over the same axes.
+
+    Raises:
+        ValueError: a size or the axis does not fit; the message names it.
+        TypeError: ``topk_idx`` is not int32.
+    """
+    where = "jax_ep.make_layout"
+    axes = group.axis_names(axis_name)
+    num_ranks = group.group_size(axes, where)
+    topk_idx = _as_array(where, "topk_idx", topk_idx)
+    if topk_idx.dtype != jnp.int32:
+        raise TypeError(
+            f"{where}: topk_idx must be int32; got {topk_idx.dtype}: cast it with "
+            "topk_idx.astype(jnp.int32)"
+        )
+    num_tokens, top_k = _matrix_shape(where, "topk_idx", topk_idx, "[tokens, k]")
+    num_experts = _positive_int(where, "num_experts", num_experts)
+    expert_alignment = _positive_int(where, "expert_alignment", expert_alignment)
+    if num_experts % num_ranks:
+        raise ValueError(
+            f"{where}: num_experts must be a multiple of the {num_ranks} ranks along {axes}; "
+            f"got {num_experts}"
+        )
+    if top_k > num_experts:
+        raise ValueError(
+            f"{where}: topk_idx has k = {top_k} experts per token, but num_experts is {num_experts}"
+        )
+    if capacity is None:
+        capacity = default_capacity(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
+    capacity = _positive_int(where, "capacity", capacity)
+    if capacity % expert_alignment:
+        raise ValueError(
+            f"{where}: capacity must be a multiple of expert_alignment = {expert_alignment}; got "
+            f"{capacity}. jax_ep.capacity(..., expert_alignment={expert_alignment}) computes one"
+        )
+    largest = max(num_ranks * num_tokens * top_k, capacity)
+    if largest > _INT32_MAX:
+        raise ValueError(
+            f"{where}: rows are counted in int32: ranks * tokens * k and capacity must be at most "
+            f"{_INT32_MAX}; got {largest}. Split the tokens into several calls"
+        )
+    with jax.named_scope(where):
+        topk_idx = compat.vary_over(topk_idx, axes)
+        tables = ffi.bind_layout(
+            topk_idx,
+            axis_name=axes,
+            num_ranks=num_ranks,
+            num_experts=num_experts,
+            capacity=capacity,
+            expert_alignment=expert_alignment,
+        )
+        num_recv, num_dropped, num_invalid = (tables.counters[i] for i in range(3))
+        layout = Layout(
+            topk_idx=topk_idx,
+            send_row=tables.send_row,
+            recv_src=tables.recv_src,
+            recv_order=tables.recv_order,
+            group_sizes=tables.group_sizes,
+            expert_counts=tables.expert_counts,
+            expert_load=tables.expert_load,
+            num_recv=num_recv,
+            num_dropped=num_dropped,
+            num_invalid=num_invalid,
+            axis_name=axes,
+            num_ranks=num_ranks,
+            num_experts=num_experts,
+            capacity=capacity,
+            expert_alignment=expert_alignment,
+            zero_tail=bool(zero_tail),
+        )
+        named: Layout = jax.tree.map(lambda a: checkpoint_name(a, "jax_ep_layout"), layout)
+        return named
+
+
+def dispatch(
+    x: Array,
+    layout: Layout,
+    topk_weights: Array | None = None,
+    *,
+    fp8: ScaleFormat | None = None,
+    dequantize: bool = False,
+) -> Dispatched:
+    """Sends each token's row to the ranks of its experts.
+
+    Rows are copies, bit for bit. A row crosses a link once per destination rank, not once per
+    expert. Gradients: dx[t] is the sum of the cotangents of t's kept rows (``combine`` without
+    weights); d topk_weights[t, k] is the cotangent of that row's weight, 0 if dropped. Works under
+    jit, grad (of any order), scan and checkpoint (tokens and weights carry the name
+    ``jax_ep_dispatch``). vmap raises NotImplementedError.
+
+    Args:
+        x: [T, H], bfloat16, float16, float32 or an integer type of at least 8 bits (no gradient);
+            a row must be a multiple of 16 bytes.
+        layout: from ``make_layout`` over the same axes, on T tokens.
+        topk_weights: [T, K], cast to float32; they travel with the rows.
+        fp8: quantise rows to float8_e4m3fn on the way, with one float32 scale per 128 channels:
+            "float32" scales are amax / 448, "power_of_two" ones are rounded up to a power of two.
+            amax is at least 2**-100; H must be a multiple of 128. Tokens and scales come out as
+            they are, for inference: differentiating through them raises TypeError.
+        dequantize: with ``fp8``: tokens come out in x's type again, multiplied by their scales,
+            and the gradient is that of the exact dispatch (straight through).
+
+    Returns:
+        Tokens [C, H], weights [C], scales [C, H // 128] and the layout's group sizes.
+
+    Raises:
+        ValueError: a shape, the layout's group or an option does not fit.
+        TypeError: a dtype is not supported.
+    """
+    where = "jax_ep.dispatch"
+    num_tokens, top_k = _check_layout(where, layout)
+    x = _as_array(where, "x", x)
+    if x.dtype.name not in _PAYLOADS:
+        raise TypeError(
+            f"{where}: x must be one of {', '.join(_PAYLOADS)}; got {x.dtype}: cast it first"
+        )
+    rows, num_channels = _matrix_shape(where, "x", x, "[tokens, hidden]")
+    if rows != num_tokens:
+        raise ValueError(f"{where}: x has {rows} tokens, but the layout was made for {num_tokens}")
+    _check_row(where, "x", x)
+    if fp8 is not None:
+        if fp8 not in _QUANTIZATIONS:
+            raise ValueError(f"{where}: fp8 must be one of {list(_QUANTIZATIONS)}; got {fp8!r}")
+        if x.dtype.name not in _FLOATS:
+            raise TypeError(f"{where}: fp8 needs x in one of {', '.join(_FLOATS)}; got {x.dtype}")
+        if num_channels % ffi.SCALE_BLOCK:
+            raise ValueError(
+                f"{where}: fp8 needs a hidden size that is a multiple of {ffi.SCALE_BLOCK}; "
+                f"got {num_channels}"
+            )
+    elif dequantize:
+        raise ValueError(f'{where}: dequantize=True needs fp8="float32" or fp8="power_of_two"')
+    if topk_weights is not None:
+        topk_weights = _as_float32(where, "topk_weights", topk_weights, (num_tokens, top_k))
+
+    with jax.named_scope(where):
+        layout, x, topk_weights = _vary_together(layout, x, topk_weights)
+        scales = None
+        if fp8 is None or dequantize:
+            quantization = _QUANTIZATIONS[fp8] if fp8 else ffi.NO_QUANTIZATION
+            tokens, weights = autodiff.spread(quantization, layout, x, topk_weights)
+        else:
+            tokens, scales, weights = ffi.bind_dispatch(
+                x,
+                layout.recv_src,
+                layout.recv_order,
+                layout.group_sizes,
+                topk_weights,
+                axis_name=layout.axis_name,
+                num_ranks=layout.num_ranks,
+                top_k=top_k,
+                zero_tail=layout.zero_tail,
+                quantization=_QUANTIZATIONS[fp8],
+            )
+        tokens, weights, scales = jax.tree.map(
+            lambda a: checkpoint_name(a, "jax_ep_dispatch"), (tokens, weights, scales)
+        )
+        return Dispatched(tokens, weights, scales, layout.group_sizes)
+
+
+def combine(y: Array, layout: Layout, weights: Array | None = None) -> Array:
+    """Brings the experts' rows back to their tokens and adds them up.
+
+    out[t] = round(sum over ranks r ascending of round(sum over t's kept rows on r, in k order, of
+    weights * y)). Products and sums are float32, each rounded on its own; round is to y's type. A
+    token without a kept row gives 0. The inner sum is formed on the expert's rank, so a row crosses
+    a link once per (token, rank), and results are the same bits on every backend.
+
+    Gradients: dy[row] = weights[row] * g[t(row)]; d weights[row] = <y[row], g[t(row)]> in float32,
+    both 0 on padding. Without weights y is not kept for the backward pass. Works under jit, grad
+    (of any order), scan and checkpoint (the result carries the name ``jax_ep_combine``). vmap
+    raises NotImplementedError.
+
+    Args:
+        y: [C, H'], bfloat16, float16 or float32; its type and width may differ from x's. A row must
+            be a multiple of 16 bytes. Padding and tail are never read.
+        layout: the layout that dispatched the rows.
+        weights: [C], cast to float32, e.g. ``Dispatched.weights``; None means 1.
+
+    Returns:
+        [T, H'] in y's type.
+
+    Raises:
+        ValueError: a shape or the layout's group does not fit.
+        TypeError: a dtype is not supported.
+    """
+    where = "jax_ep.combine"
+    _check_layout(where, layout)
+    y = _as_array(where, "y", y)
+    if y.dtype.name not in _FLOATS:
+        raise TypeError(f"{where}: y must be one of {', '.join(_FLOATS)}; got {y.dtype}")
+    rows, _ = _matrix_shape(where, "y", y, "[capacity, hidden]")
+    if rows != layout.capacity:
+        raise ValueError(
+            f"{where}: y has {rows} rows, but the layout's capacity is {layout.capacity}; pass the "
+            "experts' result for all rows of dispatch"
+        )
+    _check_row(where, "y", y)
+    if weights is not None:
+        weights = _as_float32(where, "weights", weights, (layout.capacity,))
+    with jax.named_scope(where):
+        layout, y, weights = _vary_together(layout, y, weights)
+        if weights is None:
+            out, _ = autodiff.collect(layout, y, None)
+        else:
+            out = autodiff.combine_weighted(layout, y, weights)
+        named: Array = checkpoint_name(out, "jax_ep_combine")
+        return named
+
+
+def moe(
+    x: Array,
+    topk_idx: Array,
+    topk_weights: Array,
+    expert_fn: Callable[[Array, Array], Array],
+    *,
+    num_experts: int,
+    axis_name: AxisName,
+    capacity: int | None = None,
+    expert_alignment: int = 1,
+    zero_tail: bool = True,
+) -> tuple[Array, Layout]:
+    """A mixture-of-experts layer around ``expert_fn``: make_layout, dispatch, experts, combine.
+
+    Args:
+        x: [T, H], the tokens of this shard.
+        topk_idx: int32 [T, K], as in ``make_layout``.
+        topk_weights: [T, K], the routing weights, applied in ``combine``.
+        expert_fn: takes tokens [C, H] and group_sizes int32 [L], returns [C, H'].
+        num_experts: as in ``make_layout``.
+        axis_name: as in ``make_layout``.
+        capacity: as in ``make_layout``.
+        expert_alignment: as in ``make_layout``.
+        zero_tail: as in ``make_layout``.
+
+    Returns:
+        out [T, H'], and the layout (for its loads, drops and statistics).
+
+    Raises:
+        ValueError: as the three verbs do.
+        TypeError: as the three verbs do.
+    """
+    layout = make_layout(
+        topk_idx,
+        num_experts=num_experts,
+        axis_name=axis_name,
+        capacity=capacity,
+        expert_alignment=expert_alignment,
+        zero_tail=zero_tail,
+    )
+    received = dispatch(x, layout, topk_weights)
+    with jax.named_scope("jax_ep.experts"):
+        y = expert_fn(received.tokens, received.group_sizes)
+    return combine(y, layout, received.weights), layout
+
+
+def _as_array(where: str, name: str, value: Any) -> Array:
+    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        raise TypeError(f"{where}: {name} must be an array; got {type(value).__name__}")
+    array: Array = value if isinstance(value, jax.Array) else jnp.asarray(value)
+    return array
+
+
+def _positive_int(where: str, name: str, value: Any) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{where}: {name} must be a static Python int; got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{where}: {name} must be at least 1; got {value}")
+    return int(value)
+
+
+def _matrix_shape(where: str, name: str, array: Array, meaning: str) -> tuple[int, int]:
+    if array.ndim != 2:
+        raise ValueError(
+            f"{where}: {name} must have shape {meaning}; got {array.shape}. Fold leading axes into "
+            "the first with reshape"
+        )
+    if not all(isinstance(size, int) for size in array.shape):
+        raise ValueError(f"{where}: {name} must have a static shape; got {array.shape}")
+    if 0 in array.shape:
+        raise ValueError(f"{where}: {name} must not be empty; got shape {array.shape}")
+    return array.shape[0], array.shape[1]
+
+
+def _check_row(where: str, name: str, array: Array) -> None:
+    row_bytes = array.shape[1] * array.dtype.itemsize
+    if row_bytes % _ROW_GRANULE:
+        raise ValueError(
+            f"{where}: a row of {name} must be a multiple of {_ROW_GRANULE} bytes; got "
+            f"{array.shape[1]} x {array.dtype} = {row_bytes} bytes. Pad the last axis"
+        )
+
+
+def _check_layout(where: str, layout: Layout) -> tuple[int, int]:
+    if not isinstance(layout, Layout):
+        raise TypeError(
+            f"{where}: layout must come from jax_ep.make_layout; got {type(layout).__name__}"
+        )
+    num_ranks = group.group_size(layout.axis_name, where)
+    if num_ranks != layout.num_ranks:
+        raise ValueError(
+            f"{where}: the layout was made for a group of {layout.num_ranks} ranks along "
+            f"{layout.axis_name}, but here these axes have {num_ranks}; make the layout inside the "
+            "same shard_map"
+        )
+    num_tokens, top_k = layout.topk_idx.shape
+    return num_tokens, top_k
+
+
+def _as_float32(where: str, name: str, value: Any, shape: tuple[int, ...]) -> Array:
+    value = _as_array(where, name, value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"{where}: {name} must be floating point; got {value.dtype}")
+    if value.shape != shape:
+        raise ValueError(f"{where}: {name} must have shape {shape}; got {value.shape}")
+    array: Array = value.astype(jnp.float32)
+    return array
+
+
+def _vary_together(layout: Layout, *arrays: Array | None) -> tuple[Any, ...]:
+    """Marks all arrays as varying over the axes of any of them.
+
+    Outside the gradient rules, so that JAX itself sums the cotangents of replicated inputs.
+    """
+    axes = set(layout.axis_name)
+    for leaf in jax.tree.leaves((layout, arrays)):
+        axes |= compat.varying_axes(leaf)
+    ordered = sorted(axes)
+    return tuple(
+        jax.tree.map(lambda a: compat.vary_over(a, ordered), tree) for tree in (layout, *arrays)
+    )

@@ -1,0 +1,133 @@
+"""Gradients of the verbs, built from the verbs.
+
+Moving rows is linear, and the transpose of spreading rows is collecting them:
+
+    spread :  x [T, H], w [T, K]  ->  rows [C, H], row_w [C]      (dispatch)
+    collect:  y [C, H], v [C]     ->  out [T, H], v at (t, k)     (combine without weights)
+
+Each is the other's backward rule, so gradients of any order exist and no backward pass exchanges
+metadata. The weighted combine adds its own rule; forward mode raises JAX's own error.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import dtypes
+
+from jax_ep import ffi
+from jax_ep.layout import Layout
+
+Array = jax.Array
+Pair = tuple[Array, Array | None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def spread(quantization: int, layout: Layout, x: Array, weights: Array | None) -> Pair:
+    """Rows and weights into expert order; ``quantization`` says how rows travel."""
+    tokens, _, recv_weights = ffi.bind_dispatch(
+        x,
+        layout.recv_src,
+        layout.recv_order,
+        layout.group_sizes,
+        weights,
+        axis_name=layout.axis_name,
+        num_ranks=layout.num_ranks,
+        top_k=layout.topk_idx.shape[1],
+        zero_tail=layout.zero_tail,
+        quantization=quantization,
+        dequantize=quantization != ffi.NO_QUANTIZATION,
+    )
+    return tokens, recv_weights
+
+
+def _spread_fwd(
+    quantization: int, layout: Layout, x: Array, weights: Array | None
+) -> tuple[Pair, Layout]:
+    return spread(quantization, layout, x, weights), layout
+
+
+def _spread_bwd(
+    quantization: int, layout: Layout, cotangents: Pair
+) -> tuple[None, Array | np.ndarray, Array | None]:
+    d_tokens, d_weights = cotangents
+    if d_tokens.dtype != dtypes.float0:
+        return None, *collect(layout, d_tokens, d_weights)
+    # Integer rows have no gradient; their weights still may.
+    d_x = np.zeros((layout.topk_idx.shape[0], d_tokens.shape[1]), dtypes.float0)
+    if d_weights is None:
+        return None, d_x, None
+    no_rows = jnp.broadcast_to(jnp.zeros_like(d_weights)[:, None], (layout.capacity, 4))
+    return None, d_x, collect(layout, no_rows, d_weights)[1]
+
+
+spread.defvjp(_spread_fwd, _spread_bwd)
+
+
+@jax.custom_vjp
+def collect(layout: Layout, y: Array, values: Array | None) -> Pair:
+    """Sums of each token's rows, and each (token, k)'s value."""
+    return ffi.bind_combine(
+        y,
+        layout.topk_idx,
+        layout.send_row,
+        layout.recv_src,
+        layout.recv_order,
+        None,
+        values,
+        axis_name=layout.axis_name,
+        num_ranks=layout.num_ranks,
+        num_experts=layout.num_experts,
+    )
+
+
+def _collect_fwd(layout: Layout, y: Array, values: Array | None) -> tuple[Pair, Layout]:
+    return collect(layout, y, values), layout
+
+
+def _collect_bwd(layout: Layout, cotangents: Pair) -> tuple[None, Array, Array | None]:
+    return None, *spread(ffi.NO_QUANTIZATION, layout, *cotangents)
+
+
+collect.defvjp(_collect_fwd, _collect_bwd)
+
+
+@jax.custom_vjp
+def combine_weighted(layout: Layout, y: Array, weights: Array) -> Array:
+    """Weighted sums of each token's rows."""
+    out, _ = ffi.bind_combine(
+        y,
+        layout.topk_idx,
+        layout.send_row,
+        layout.recv_src,
+        layout.recv_order,
+        weights,
+        None,
+        axis_name=layout.axis_name,
+        num_ranks=layout.num_ranks,
+        num_experts=layout.num_experts,
+    )
+    return out
+
+
+def _combine_weighted_fwd(
+    layout: Layout, y: Array, weights: Array
+) -> tuple[Array, tuple[Layout, Array, Array]]:
+    return combine_weighted(layout, y, weights), (layout, y, weights)
+
+
+def _combine_weighted_bwd(
+    residuals: tuple[Layout, Array, Array], g: Array
+) -> tuple[None, Array, Array]:
+    layout, y, weights = residuals
+    rows, _ = spread(ffi.NO_QUANTIZATION, layout, g, None)
+    rows = rows.astype(jnp.float32)
+    valid = layout.row_valid
+    # Padding and tail are masked, not multiplied: y and weights may hold anything there.
+    d_y = jnp.where(valid[:, None], weights[:, None] * rows, 0).astype(y.dtype)
+    d_weights = jnp.where(valid, jnp.sum(y.astype(jnp.float32) * rows, axis=1), 0)
+    return None, d_y, d_weights
+
+
+combine_weighted.defvjp(_combine_weighted_fwd, _combine_weighted_bwd)

@@ -1,0 +1,82 @@
+"""The only module that knows what differs between JAX versions, or is not public in them.
+
+Supported: JAX 0.10.2 and newer. Everything taken from ``jax._src`` or ``jaxlib`` is taken here.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jaxlib._jax
+import jaxlib.xla_client
+import numpy as np
+from jax import lax
+from jax._src import distributed as _distributed
+from jax._src import xla_bridge as _xla_bridge
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Mesh axes over which ``x`` is known to differ between shards (empty if unchecked)."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def vary_over(x: Any, axes: Iterable[str]) -> Any:
+    """``x``, marked as varying over ``axes`` as well (a no-op where JAX does not track it)."""
+    missing = tuple(axis for axis in axes if axis not in varying_axes(x))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def manual_mesh() -> Any:
+    """The abstract mesh whose axes ``shard_map`` has bound here."""
+    return jax.sharding.get_abstract_mesh()
+
+
+def lowering_devices(ctx: Any) -> tuple[tuple[str, ...], np.ndarray | None, tuple[int, ...]]:
+    """The mesh being lowered for: axis names, its devices (None if abstract), its shape."""
+    mesh = ctx.module_context.axis_context.mesh
+    devices = None if isinstance(mesh, jax.sharding.AbstractMesh) else mesh.devices
+    return tuple(mesh.axis_names), devices, tuple(mesh.axis_sizes)
+
+
+def program_identity(ctx: Any) -> object:
+    """An object that all lowering rules of one program see, and no other program's."""
+    identity: object = ctx.module_context.channel_iterator
+    return identity
+
+
+def has_live_client(platform: str) -> bool:
+    """Whether this process has created a client for ``platform`` ("cpu", "cuda")."""
+    clients = _xla_bridge._backends
+    return any(platform in (name, client.platform) for name, client in clients.items()) or (
+        platform == "cuda" and "gpu" in {client.platform for client in clients.values()}
+    )
+
+
+def register_cpu_targets(
+    state_name: str, state_type: Mapping[str, Any], handlers: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Registers stateful handlers with the CPU platform, before or after its client exists.
+
+    A target that is registered before the client is queued, and so is its state's type; but the
+    client takes the queue of targets first and fails on the unknown type. Installing the type
+    handler that the client would install makes the type known at once.
+    """
+    jaxlib.xla_client.register_custom_type_handler("cpu", jaxlib._jax.register_custom_type)
+    jaxlib.xla_client.register_custom_type(state_name, dict(state_type), platform="cpu")
+    for name, stages in handlers.items():
+        jax.ffi.register_ffi_target(name, dict(stages), platform="cpu")
+
+
+def process_count() -> int:
+    """Processes of the job; 1 without ``jax.distributed``. Creates no client."""
+    return int(_distributed.global_state.num_processes or 1)
+
+
+def process_index() -> int:
+    """This process's number in the job. Creates no client."""
+    return int(_distributed.global_state.process_id or 0)
+
+
+def coordination_client() -> Any:
+    """The key-value store of ``jax.distributed``, or None if it is not initialised."""
+    return _distributed.global_state.client

@@ -1,0 +1,246 @@
+"""The three custom calls as JAX primitives: result shapes, attributes, lowering.
+
+Each primitive is one target on every platform: ``jax_ep_layout``, ``jax_ep_dispatch``,
+``jax_ep_combine``. Operand and result order is the handlers' (xla_ffi/<op>_cpu.cc). Result types
+derive from the operands' types, so that shardings and varying axes carry over.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jax_ep import _cpu, compat, group, runtime
+
+FP8 = jnp.float8_e4m3fn
+SCALE_BLOCK = 128  # channels that share one fp8 scale
+
+# Values of the attribute `quantization`.
+NO_QUANTIZATION = 0
+QUANTIZE_F32_SCALES = 1
+QUANTIZE_POW2_SCALES = 2
+
+
+class LayoutTables(NamedTuple):
+    """Results of ``jax_ep_layout``; meaning and shapes in ``jax_ep.Layout``."""
+
+    send_row: jax.Array
+    recv_src: jax.Array
+    recv_order: jax.Array
+    group_sizes: jax.Array
+    expert_counts: jax.Array
+    expert_load: jax.Array
+    counters: jax.Array  # int32 [3]: num_recv, num_dropped, num_invalid
+
+
+def bind_layout(
+    topk_idx: jax.Array,
+    *,
+    axis_name: tuple[str, ...],
+    num_ranks: int,
+    num_experts: int,
+    capacity: int,
+    expert_alignment: int,
+) -> LayoutTables:
+    """Calls ``jax_ep_layout`` on this shard's ids, int32 [T, K]."""
+    return LayoutTables(
+        *_layout_p.bind(
+            topk_idx,
+            group.coordinates(axis_name),
+            axis_name=axis_name,
+            num_ranks=num_ranks,
+            num_experts=num_experts,
+            capacity=capacity,
+            expert_alignment=expert_alignment,
+        )
+    )
+
+
+def bind_dispatch(
+    x: jax.Array,
+    recv_src: jax.Array,
+    recv_order: jax.Array,
+    group_sizes: jax.Array,
+    topk_weights: jax.Array | None,
+    *,
+    axis_name: tuple[str, ...],
+    num_ranks: int,
+    top_k: int,
+    zero_tail: bool,
+    quantization: int = NO_QUANTIZATION,
+    dequantize: bool = False,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Calls ``jax_ep_dispatch``; returns tokens [C, H], scales [C, H // 128], weights [C]."""
+    optional = () if topk_weights is None else (topk_weights,)
+    results = _dispatch_p.bind(
+        x,
+        group.coordinates(axis_name),
+        recv_src,
+        recv_order,
+        group_sizes,
+        *optional,
+        axis_name=axis_name,
+        num_ranks=num_ranks,
+        num_tokens=x.shape[0],
+        top_k=top_k,
+        has_weights=topk_weights is not None,
+        zero_tail=zero_tail,
+        quantization=quantization,
+        dequantize=dequantize,
+    )
+    has_scales = quantization != NO_QUANTIZATION and not dequantize
+    return (
+        results[0],
+        results[1] if has_scales else None,
+        results[-1] if topk_weights is not None else None,
+    )
+
+
+def bind_combine(
+    y: jax.Array,
+    topk_idx: jax.Array,
+    send_row: jax.Array,
+    recv_src: jax.Array,
+    recv_order: jax.Array,
+    weights: jax.Array | None,
+    values: jax.Array | None,
+    *,
+    axis_name: tuple[str, ...],
+    num_ranks: int,
+    num_experts: int,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Calls ``jax_ep_combine``; returns out [T, H] and ``values`` at each (token, k), [T, K]."""
+    results = _combine_p.bind(
+        y,
+        group.coordinates(axis_name),
+        topk_idx,
+        send_row,
+        recv_src,
+        recv_order,
+        *(() if weights is None else (weights,)),
+        *(() if values is None else (values,)),
+        axis_name=axis_name,
+        num_ranks=num_ranks,
+        num_experts=num_experts,
+        has_weights=weights is not None,
+        has_values=values is not None,
+    )
+    return results[0], results[1] if values is not None else None
+
+
+def _layout_shapes(
+    topk_idx: Any, coordinates: Any, *, num_ranks: int, num_experts: int, capacity: int, **_: Any
+) -> Sequence[Any]:
+    num_local_experts = num_experts // num_ranks
+    shapes = {
+        "send_row": topk_idx.shape,
+        "recv_src": (capacity,),
+        "recv_order": (capacity,),
+        "group_sizes": (num_local_experts,),
+        "expert_counts": (num_local_experts,),
+        "expert_load": (num_experts,),
+        "counters": (3,),
+    }
+    return [topk_idx.update(shape=shapes[name]) for name in LayoutTables._fields]
+
+
+def _dispatch_shapes(
+    x: Any,
+    coordinates: Any,
+    recv_src: Any,
+    *_operands: Any,
+    has_weights: bool,
+    quantization: int,
+    dequantize: bool,
+    **_: Any,
+) -> Sequence[Any]:
+    capacity, num_channels = recv_src.shape[0], x.shape[1]
+    keeps_fp8 = quantization != NO_QUANTIZATION and not dequantize
+    tokens_dtype = jnp.dtype(FP8) if keeps_fp8 else x.dtype
+    results = [x.update(shape=(capacity, num_channels), dtype=tokens_dtype, weak_type=False)]
+    f32 = functools.partial(x.update, dtype=jnp.dtype(jnp.float32), weak_type=False)
+    if keeps_fp8:
+        results.append(f32(shape=(capacity, num_channels // SCALE_BLOCK)))
+    if has_weights:
+        results.append(f32(shape=(capacity,)))
+    return results
+
+
+def _combine_shapes(
+    y: Any, coordinates: Any, topk_idx: Any, *_operands: Any, has_values: bool, **_: Any
+) -> Sequence[Any]:
+    results = [y.update(shape=(topk_idx.shape[0], y.shape[1]), weak_type=False)]
+    if has_values:
+        f32 = jnp.dtype(jnp.float32)
+        results.append(y.update(shape=topk_idx.shape, dtype=f32, weak_type=False))
+    return results
+
+
+_program = threading.local()
+
+
+def _lower(
+    target: str, platform: str, ctx: Any, first: Any, *rest: Any, **params: Any
+) -> Sequence[Any]:
+    axis_name = params.pop("axis_name")
+    members = group.members(ctx, axis_name)
+    if platform == "cpu":
+        runtime.require_cpu(target, members)
+        if getattr(_program, "identity", None) is not compat.program_identity(ctx):
+            _program.identity = compat.program_identity(ctx)
+            _cpu.begin_program()
+    else:
+        runtime.require_cuda(target)
+    attributes = {name: np.int64(value) for name, value in params.items()}
+    rule = jax.ffi.ffi_lowering(target)
+    # The primitives take the typed operand first, the handlers take the coordinates first.
+    swapped = ctx.replace(avals_in=[ctx.avals_in[1], ctx.avals_in[0], *ctx.avals_in[2:]])
+    results: Sequence[Any] = rule(swapped, rest[0], first, *rest[1:], members=members, **attributes)
+    return results
+
+
+def _refuse_vmap(target: str, *_: Any, **__: Any) -> Any:
+    raise NotImplementedError(
+        f"{target} has no vmap rule: its rows move between devices, and a batch of calls is one "
+        "call on more tokens. Fold the batch axis into the token axis (reshape [B, T, ...] to "
+        "[B * T, ...]) before make_layout, or use jax.lax.map or jax.lax.scan over the batch"
+    )
+
+
+def _refuse_jvp(target: str, *_: Any, **__: Any) -> Any:
+    raise TypeError(
+        f"{target} was differentiated where it has no gradient: float8 tokens and scales (fp8 "
+        "dispatch without dequantize=True) are for inference. For training pass dequantize=True"
+    )
+
+
+def _make_primitive(target: str, shapes: Callable[..., Sequence[Any]]) -> Primitive:
+    primitive = Primitive(target)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(shapes)
+    # Outside jit (an eager shard_map) the primitive is compiled on its own.
+    primitive.def_impl(lambda *args, **params: _compiled(primitive, tuple(params.items()))(*args))
+    for platform in ("cpu", "cuda"):
+        mlir.register_lowering(
+            primitive, functools.partial(_lower, target, platform), platform=platform
+        )
+    batching.primitive_batchers[primitive] = functools.partial(_refuse_vmap, target)
+    ad.primitive_jvps[primitive] = functools.partial(_refuse_jvp, target)
+    return primitive
+
+
+@functools.cache
+def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    return jax.jit(functools.partial(primitive.bind, **dict(params)))
+
+
+_layout_p = _make_primitive("jax_ep_layout", _layout_shapes)
+_dispatch_p = _make_primitive("jax_ep_dispatch", _dispatch_shapes)
+_combine_p = _make_primitive("jax_ep_combine", _combine_shapes)
+compat.register_cpu_targets("jax_ep_cpu_site", _cpu.state_type(), _cpu.handlers())

@@ -1,0 +1,150 @@
+"""The receive layout: static sizes and the arrays that say where every row goes."""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where each (token, k) of this shard goes, and what each received row is.
+
+    A pytree: arrays are leaves, sizes are static. It has no gradient. Made by ``make_layout``,
+    used by ``dispatch`` and ``combine`` in forward and backward passes alike. All arrays are
+    per shard (varying over the EP axes) and int32.
+
+    Letters: T tokens, K experts per token, E experts, R ranks, L = E / R experts per rank, C
+    capacity in rows.
+
+    Attributes:
+        topk_idx: [T, K], the ids as given.
+        send_row: [T, K], the row at its expert's rank; -1 if not routed, invalid or dropped.
+        recv_src: [C], source of each row as ``(src_rank * T + token) * K + k``; -1 on padding and
+            tail.
+        recv_order: [C], the kept rows by ascending ``recv_src``, then -1.
+        group_sizes: [L], rows of each local expert with padding, cut at the capacity: multiples
+            of ``expert_alignment`` with sum <= C. What ``jax.lax.ragged_dot`` takes.
+        expert_counts: [L], rows routed to each local expert, unpadded, before drops.
+        expert_load: [E], rows of the whole group routed to each expert, before drops.
+        num_recv: [], rows kept here, without padding.
+        num_dropped: [], rows routed here that did not fit.
+        num_invalid: [], ids of this shard that are neither -1 nor in [0, E).
+        axis_name: the EP axes.
+        num_ranks: R.
+        num_experts: E.
+        capacity: C.
+        expert_alignment: A.
+        zero_tail: whether rows beyond the last group are zeroed.
+    """
+
+    topk_idx: jax.Array
+    send_row: jax.Array
+    recv_src: jax.Array
+    recv_order: jax.Array
+    group_sizes: jax.Array
+    expert_counts: jax.Array
+    expert_load: jax.Array
+    num_recv: jax.Array
+    num_dropped: jax.Array
+    num_invalid: jax.Array
+    axis_name: tuple[str, ...]
+    num_ranks: int
+    num_experts: int
+    capacity: int
+    expert_alignment: int
+    zero_tail: bool
+
+    @property
+    def kept(self) -> jax.Array:
+        """Bool [T, K]: the row of (token, k) arrived (to renormalise weights after drops)."""
+        return self.send_row >= 0
+
+    @property
+    def row_valid(self) -> jax.Array:
+        """Bool [C]: the row holds a token, not padding or tail."""
+        return self.recv_src >= 0
+
+    def stats(self) -> dict[str, jax.Array]:
+        """The scalars as int32 [1], so that they can leave ``shard_map`` along the EP axes."""
+        return {
+            name: getattr(self, name)[None] for name in ("num_recv", "num_dropped", "num_invalid")
+        }
+
+
+_STATIC_FIELDS = (
+    "axis_name",
+    "num_ranks",
+    "num_experts",
+    "capacity",
+    "expert_alignment",
+    "zero_tail",
+)
+jax.tree_util.register_dataclass(
+    Layout,
+    data_fields=[f.name for f in dataclasses.fields(Layout) if f.name not in _STATIC_FIELDS],
+    meta_fields=list(_STATIC_FIELDS),
+)
+
+
+def default_capacity(
+    num_tokens: int, top_k: int, num_ranks: int, num_experts: int, expert_alignment: int = 1
+) -> int:
+    """The least capacity that cannot overflow while a token's experts are distinct."""
+    num_local_experts = num_experts // num_ranks
+    rows = num_ranks * num_tokens * min(top_k, num_local_experts)
+    rows += num_local_experts * (expert_alignment - 1)
+    return rows // expert_alignment * expert_alignment
+
+
+def capacity(
+    num_tokens: int,
+    top_k: int,
+    num_ranks: int,
+    factor: float | None = 1.25,
+    *,
+    num_experts: int,
+    expert_alignment: int = 1,
+) -> int:
+    """Rows to reserve per rank: ``factor`` times what arrives when experts are equally loaded.
+
+    ``ceil(factor * T * K)`` rows, plus the most that alignment padding can take, ``L * (A - 1)``,
+    rounded up to a multiple of A, and never more than cannot overflow. Memory and zeroing grow
+    with it; rows beyond it are dropped and counted (``Layout.num_dropped``).
+
+    Args:
+        num_tokens: T, tokens per rank.
+        top_k: K, experts per token.
+        num_ranks: R, ranks of the EP group.
+        factor: above 0; None for the capacity that cannot overflow.
+        num_experts: E, a multiple of R.
+        expert_alignment: A, rows.
+
+    Returns:
+        The capacity C in rows, a multiple of A.
+
+    Raises:
+        ValueError: if a size is below 1, E is no multiple of R, or ``factor`` is not positive.
+    """
+    sizes = {
+        "num_tokens": num_tokens,
+        "top_k": top_k,
+        "num_ranks": num_ranks,
+        "num_experts": num_experts,
+        "expert_alignment": expert_alignment,
+    }
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"jax_ep.capacity: {name} must be at least 1; got {value}")
+    if num_experts % num_ranks:
+        raise ValueError(
+            f"jax_ep.capacity: num_experts must be a multiple of num_ranks = {num_ranks}; "
+            f"got {num_experts}"
+        )
+    most = default_capacity(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
+    if factor is None:
+        return most
+    if not 0 < factor < float("inf"):
+        raise ValueError(f"jax_ep.capacity: factor must be positive and finite; got {factor}")
+    rows = -int(-factor * num_tokens * top_k // 1)
+    rows += num_experts // num_ranks * (expert_alignment - 1)
+    return min(most, -(-rows // expert_alignment) * expert_alignment)

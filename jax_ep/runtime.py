@@ -1,0 +1,128 @@
+"""Set-up: timeouts, joining processes, and which backends this installation has."""
+
+import atexit
+import os
+
+import numpy as np
+
+from jax_ep import _cpu, compat
+
+_TIMEOUT_VARIABLE = "JAX_EP_TIMEOUT"
+_KEY_PREFIX = "jax_ep/cpu"
+
+_connected = False
+_generation = 0  # of initialize() calls: each one's keys are new
+
+
+def set_timeout(seconds: float) -> None:
+    """Sets how long an operation waits for a rank that does not come.
+
+    After it the operation ends with DEADLINE_EXCEEDED, naming the operation and the rank, and the
+    runtime stays usable. The default is 30 s, or the environment variable ``JAX_EP_TIMEOUT``. It
+    holds for calls that start afterwards, in this process.
+
+    Args:
+        seconds: the time in seconds, above 0.
+
+    Raises:
+        ValueError: if ``seconds`` is not a positive finite number.
+    """
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"jax_ep.set_timeout: seconds must be positive and finite; got {seconds}")
+    _cpu.set_timeout(float(seconds))
+
+
+def get_timeout() -> float:
+    """The time in seconds that ``set_timeout`` sets."""
+    return float(_cpu.timeout())
+
+
+def initialize(*, timeout: float = 60.0) -> None:
+    """Joins the processes of a multi-process job. Collective: every process calls it once.
+
+    Call it after ``jax.distributed.initialize()`` and before the first program whose EP groups span
+    processes is compiled. With one process there is nothing to do, and it does nothing. On CPU the
+    processes must run on one host as one user: control messages go over Unix sockets, and rows are
+    read straight from the owner's memory (``process_vm_readv``).
+
+    Args:
+        timeout: seconds to wait for the other processes.
+
+    Raises:
+        RuntimeError: if a process is missing or late (it is named), runs on another host, or may
+            not be read; or if the processes are joined already.
+        ValueError: if ``timeout`` is not positive.
+    """
+    global _connected, _generation
+    if not timeout > 0:
+        raise ValueError(f"jax_ep.initialize: timeout must be positive; got {timeout}")
+    if _connected:
+        raise RuntimeError(
+            "jax_ep.initialize: this process is connected already; call jax_ep.finalize() first"
+        )
+    num_processes, index = compat.process_count(), compat.process_index()
+    if num_processes == 1:
+        return
+    client = compat.coordination_client()
+    prefix = f"{_KEY_PREFIX}/{_generation}"
+    _generation += 1
+    client.key_value_set(f"{prefix}/{index}", _cpu.listen())
+    addresses = []
+    for process in range(num_processes):
+        try:
+            addresses.append(
+                client.blocking_key_value_get(f"{prefix}/{process}", int(timeout * 1000))
+            )
+        except Exception as error:  # the client's errors have no common type across versions
+            raise RuntimeError(
+                f"jax_ep.initialize: process {process} of {num_processes} did not call "
+                f"jax_ep.initialize() within {timeout} s: {error}"
+            ) from error
+    _cpu.connect(index, addresses, float(timeout))
+    _connected = True
+    atexit.register(finalize)
+
+
+def finalize() -> None:
+    """Leaves the processes' group; also called at interpreter exit. Harmless if there is none.
+
+    Calls of other processes that wait for this one end with an error that says so.
+    """
+    global _connected
+    atexit.unregister(finalize)
+    _cpu.disconnect()
+    _connected = False
+
+
+def require_cpu(target: str, members: np.ndarray) -> None:
+    """Checks, when a program is lowered for CPU, that its groups can meet."""
+    if len(np.unique(members >> 32)) > 1 and compat.process_count() > 1 and not _connected:
+        raise RuntimeError(
+            f"{target}: the mesh spans processes; call jax_ep.initialize() in every process, after "
+            "jax.distributed.initialize() and before compiling"
+        )
+
+
+def require_cuda(target: str) -> None:
+    """Checks, when a program is lowered for CUDA and there is such a client, that it could run."""
+    if compat.has_live_client("cuda"):
+        raise RuntimeError(
+            f"{target}: this installation of jax_ep has no CUDA kernels, only the CPU backend. "
+            "This version does not have them yet; set JAX_PLATFORMS=cpu to run on CPU"
+        )
+
+
+def _read_environment() -> None:
+    text = os.environ.get(_TIMEOUT_VARIABLE)
+    if text is None:
+        return
+    try:
+        set_timeout(float(text))
+    except ValueError as error:
+        raise ValueError(
+            f"environment variable {_TIMEOUT_VARIABLE} must be a number of seconds above 0; "
+            f"got {text!r}"
+        ) from error
+
+
+_read_environment()

@@ -1,0 +1,73 @@
+// The Python module jax_ep._cpu: the handlers' addresses, and the few calls around them.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <string>
+#include <vector>
+
+#include "xla_ffi/call_site_cpu.h"
+#include "xla_ffi/cpu/process_group.h"
+#include "xla_ffi/cpu/rendezvous.h"
+#include "xla_ffi/handlers.h"
+
+namespace nb = nanobind;
+
+namespace jax_ep {
+namespace {
+
+std::chrono::nanoseconds Nanoseconds(double seconds) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+      std::chrono::duration<double>(seconds));
+}
+
+nb::dict Handler(XLA_FFI_Handler* instantiate, XLA_FFI_Handler* execute) {
+  nb::dict stages;
+  stages["instantiate"] = nb::capsule(reinterpret_cast<void*>(instantiate));
+  stages["execute"] = nb::capsule(reinterpret_cast<void*>(execute));
+  return stages;
+}
+
+nb::dict Handlers() {
+  nb::dict handlers;
+  handlers["jax_ep_layout"] = Handler(kInstantiateLayoutCpu, kLayoutCpu);
+  handlers["jax_ep_dispatch"] = Handler(kInstantiateDispatchCpu, kDispatchCpu);
+  handlers["jax_ep_combine"] = Handler(kInstantiateCombineCpu, kCombineCpu);
+  return handlers;
+}
+
+nb::dict StateType() {
+  static auto type_info = xla::ffi::MakeTypeInfo<CpuSiteState>();
+  nb::dict type;
+  type["type_id"] = nb::capsule(&CpuSiteState::id);
+  type["type_info"] = nb::capsule(&type_info);
+  return type;
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.def("handlers", &Handlers, "Stages of each target, as jax.ffi.register_ffi_target takes them.");
+  m.def("state_type", &StateType, "The call sites' state, as jax.ffi.register_ffi_type takes it.");
+  m.def("begin_program", &BeginProgram,
+        "The next call sites instantiated on this thread belong to a new program.");
+  m.def(
+      "set_timeout",
+      [](double seconds) { cpu::Rendezvous::Get().set_timeout(Nanoseconds(seconds)); },
+      nb::arg("seconds"));
+  m.def("timeout",
+        [] { return std::chrono::duration<double>(cpu::Rendezvous::Get().timeout()).count(); });
+  m.def("set_poison_outputs", &SetPoisonOutputs, nb::arg("poison"));
+  m.def("listen", &cpu::ProcessGroup::Listen, nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "connect",
+      [](int64_t process_index, const std::vector<std::string>& addresses, double seconds) {
+        cpu::ProcessGroup::Connect(process_index, addresses, Nanoseconds(seconds));
+      },
+      nb::arg("process_index"), nb::arg("addresses"), nb::arg("seconds"),
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def("disconnect", &cpu::ProcessGroup::Disconnect, nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace jax_ep
