@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jaxlib._jax
 import jaxlib.xla_client
 import numpy as np
 from jax import lax
 from jax._src import distributed as _distributed
 from jax._src import xla_bridge as _xla_bridge
+from jax._src.lib import _jax
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -61,7 +61,7 @@ def register_cpu_targets(
     client takes the queue of targets first and fails on the unknown type. Installing the type
     handler that the client would install makes the type known at once.
     """
-    jaxlib.xla_client.register_custom_type_handler("cpu", jaxlib._jax.register_custom_type)
+    jaxlib.xla_client.register_custom_type_handler("cpu", _jax.register_custom_type)
     jaxlib.xla_client.register_custom_type(state_name, dict(state_type), platform="cpu")
     for name, stages in handlers.items():
         jax.ffi.register_ffi_target(name, dict(stages), platform="cpu")
