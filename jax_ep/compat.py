@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax._src import distributed as _distributed
 from jax._src import xla_bridge as _xla_bridge
-from jax._src.lib import _jax
+from jax._src.lib import _jax  # type: ignore[attr-defined]
 
 
 def varying_axes(x: Any) -> frozenset[str]:

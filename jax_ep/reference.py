@@ -1,0 +1,661 @@
+"""The specification in code: expert-parallel dispatch and combine in NumPy, all ranks at once.
+
+Every backend of `jax_ep` must equal this module, bit for bit where it says so. It is written to be
+read, takes the global view (each array has a leading axis over the ranks of the group), and uses
+nothing but NumPy and `ml_dtypes` (for bfloat16 and float8_e4m3fn). It does not know how rows
+travel.
+
+Letters: R ranks, T tokens per rank, K experts per token (top-k), E experts in all, L = E / R
+experts per rank (expert e lives on rank e // L), C receive capacity in rows, A expert alignment,
+H hidden size.
+
+The flat source id of choice k of token t on rank r is `(r * T + t) * K + k`; sorting by it is
+sorting by source rank, then token, then k.
+
+All arithmetic follows the floating-point state of the calling thread. A Python thread has the IEEE
+defaults (round to nearest even, subnormals kept); a thread that flushes subnormals gives other
+results.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+FLOAT16 = np.dtype(np.float16)
+FLOAT32 = np.dtype(np.float32)
+FLOAT64 = np.dtype(np.float64)
+INT32 = np.dtype(np.int32)
+
+QUANTIZATION_GROUP = 128
+"""Channels that share one scale."""
+
+FLOAT8_MAX = np.float32(448)
+"""The largest finite float8_e4m3fn."""
+
+SMALLEST_AMAX = np.float32(2.0**-100)
+"""Floor of a group's largest magnitude; keeps scale and inverse normal float32 numbers."""
+
+
+# Layout -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReferenceLayout:
+    """Where every row goes, on all ranks. Arrays are int32.
+
+    Attributes:
+        topk_idx: [R, T, K] the expert ids as they were given, invalid ones included.
+        send_row: [R, T, K] the row at the destination rank (expert // L) where this choice was
+            placed; -1 where it is not routed, invalid or dropped.
+        recv_src: [R, C] the flat source id of each receive row; -1 on padding and tail.
+        recv_order: [R, C] the kept rows of each rank, sorted by flat source id; -1 from num_recv
+            on.
+        group_sizes: [R, L] rows of each local expert's group inside the capacity, padding included.
+        expert_counts: [R, L] rows routed to each local expert, before drops and without padding.
+        expert_load: [R, E] rows routed to each expert by the whole group, before drops; the same on
+            every rank.
+        num_recv: [R] kept rows, without padding.
+        num_dropped: [R] rows routed to this rank that did not fit.
+        num_invalid: [R] this rank's own ids that are neither -1 nor in [0, E).
+        num_ranks: R.
+        num_tokens: T.
+        top_k: K.
+        num_experts: E.
+        capacity: C.
+        expert_alignment: A.
+        zero_tail: whether rows beyond the last group have a specified value, zero.
+    """
+
+    topk_idx: NDArray[np.int32]
+    send_row: NDArray[np.int32]
+    recv_src: NDArray[np.int32]
+    recv_order: NDArray[np.int32]
+    group_sizes: NDArray[np.int32]
+    expert_counts: NDArray[np.int32]
+    expert_load: NDArray[np.int32]
+    num_recv: NDArray[np.int32]
+    num_dropped: NDArray[np.int32]
+    num_invalid: NDArray[np.int32]
+    num_ranks: int
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    capacity: int
+    expert_alignment: int
+    zero_tail: bool
+
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """Which choices have a row at their expert, bool [R, T, K]."""
+        return self.send_row >= 0
+
+    @property
+    def row_valid(self) -> NDArray[np.bool_]:
+        """Which receive rows hold a token (not padding, not tail), bool [R, C]."""
+        return self.recv_src >= 0
+
+
+def default_capacity(
+    num_tokens: int, top_k: int, num_ranks: int, num_experts: int, expert_alignment: int
+) -> int:
+    """Returns the capacity that cannot overflow while the experts of each token are distinct.
+
+    Args:
+        num_tokens: T, tokens per rank.
+        top_k: K, experts per token.
+        num_ranks: R.
+        num_experts: E, a multiple of R.
+        expert_alignment: A.
+
+    Returns:
+        C = (R * T * min(K, L) + L * (A - 1)) // A * A, in rows.
+
+    Raises:
+        ValueError: a size is below 1, E is not a multiple of R, or K > E.
+    """
+    _check_sizes(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
+    num_local_experts = num_experts // num_ranks
+    most_rows = num_ranks * num_tokens * min(top_k, num_local_experts)
+    most_padding = num_local_experts * (expert_alignment - 1)
+    return (most_rows + most_padding) // expert_alignment * expert_alignment
+
+
+def make_layout(
+    topk_idx: NDArray[np.int32],
+    *,
+    num_experts: int,
+    capacity: int | None = None,
+    expert_alignment: int = 1,
+    zero_tail: bool = True,
+) -> ReferenceLayout:
+    """Places every routed row.
+
+    The rows of a rank are ordered by expert, then source rank, then token, then k. Expert e with
+    n[e] rows gets p[e] = n[e] rounded up to a multiple of A, and starts at o[e] = the sum of p over
+    the rank's experts before it. Row i of expert e sits at o[e] + i and is kept if that is below C.
+
+    Args:
+        topk_idx: int32 [R, T, K]. Ids in [0, E), or -1 for "not routed". Any other id is not routed
+            either, and is counted in `num_invalid`. An expert that stands twice in a token makes
+            two rows.
+        num_experts: E, a multiple of R.
+        capacity: C, a multiple of A; None for `default_capacity`.
+        expert_alignment: A.
+        zero_tail: see `specified_rows`.
+
+    Returns:
+        The layout of all ranks.
+
+    Raises:
+        TypeError: topk_idx is not int32.
+        ValueError: topk_idx is not [R, T, K], has an empty axis or 2**31 entries or more; E is not
+            a multiple of R; K > E; A < 1; C is not a positive multiple of A.
+    """
+    topk_idx = np.asarray(topk_idx)
+    _check_dtype("topk_idx", topk_idx.dtype, INT32)
+    if topk_idx.ndim != 3:
+        raise ValueError(f"topk_idx must be [R, T, K], got shape {topk_idx.shape}")
+    num_ranks, num_tokens, top_k = topk_idx.shape
+    _check_sizes(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
+    if topk_idx.size >= 2**31:
+        raise ValueError(f"topk_idx must have fewer than 2**31 entries, got {topk_idx.size}")
+    if capacity is None:
+        capacity = default_capacity(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
+    if capacity < 1 or capacity % expert_alignment:
+        raise ValueError(
+            "capacity must be a positive multiple of expert_alignment "
+            f"({expert_alignment}), got {capacity}"
+        )
+    num_local_experts = num_experts // num_ranks
+
+    # All routed choices, ordered by (expert, flat source id): flat ids ascend, the sort is stable.
+    flat_ids = topk_idx.reshape(-1)
+    routed = np.flatnonzero((flat_ids >= 0) & (flat_ids < num_experts))
+    source = routed[np.argsort(flat_ids[routed], kind="stable")]
+    expert = flat_ids[source]
+
+    # n, p and o of the contract, per rank and local expert.
+    load = np.bincount(expert, minlength=num_experts)
+    counts = load.reshape(num_ranks, num_local_experts)
+    padded = -(-counts // expert_alignment) * expert_alignment
+    offset = np.cumsum(padded, axis=1) - padded
+
+    # Row i of expert e sits at o[e] + i. Its place in `source` is i + the sum of n before e.
+    row_in_expert = np.arange(source.size) - (np.cumsum(load) - load)[expert]
+    row = offset.reshape(-1)[expert] + row_in_expert
+    fits = row < capacity
+    source, expert, row = source[fits], expert[fits], row[fits]
+
+    send_row = np.full(topk_idx.size, -1, np.int32)
+    send_row[source] = row
+    recv_src = np.full((num_ranks, capacity), -1, np.int32)
+    recv_src[expert // num_local_experts, row] = source
+
+    recv_order = np.full((num_ranks, capacity), -1, np.int32)
+    for rank in range(num_ranks):
+        rows = np.flatnonzero(recv_src[rank] >= 0)
+        recv_order[rank, : rows.size] = rows[np.argsort(recv_src[rank, rows])]
+
+    num_recv = np.sum(recv_src >= 0, axis=1)
+    invalid = (topk_idx < -1) | (topk_idx >= num_experts)
+    return ReferenceLayout(
+        topk_idx=topk_idx.copy(),
+        send_row=send_row.reshape(topk_idx.shape),
+        recv_src=recv_src,
+        recv_order=recv_order,
+        group_sizes=_int32(np.minimum(offset + padded, capacity) - np.minimum(offset, capacity)),
+        expert_counts=_int32(counts),
+        expert_load=_int32(np.tile(load, (num_ranks, 1))),
+        num_recv=_int32(num_recv),
+        num_dropped=_int32(counts.sum(axis=1) - num_recv),
+        num_invalid=_int32(np.sum(invalid, axis=(1, 2))),
+        num_ranks=num_ranks,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        capacity=capacity,
+        expert_alignment=expert_alignment,
+        zero_tail=zero_tail,
+    )
+
+
+def specified_rows(layout: ReferenceLayout) -> NDArray[np.bool_]:
+    """Tells which rows of `dispatch`'s outputs and of `combine_vjp`'s dy have a specified value.
+
+    The rows of the groups always have one (padding is zero). The tail beyond the last group is zero
+    with `zero_tail=True`, and may hold anything with `zero_tail=False`.
+
+    Args:
+        layout: the layout.
+
+    Returns:
+        bool [R, C].
+    """
+    end_of_groups = layout.group_sizes.sum(axis=1, keepdims=True)
+    in_a_group: NDArray[np.bool_] = np.arange(layout.capacity) < end_of_groups
+    return in_a_group | layout.zero_tail
+
+
+# The verbs ----------------------------------------------------------------------------------------
+
+
+def dispatch(
+    x: NDArray[Any], layout: ReferenceLayout, topk_weights: NDArray[Any] | None = None
+) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Copies each token to the rows of its experts.
+
+    Padding and tail are zero here, the tail also with `zero_tail=False`. What a backend leaves
+    there is then unspecified and callers must not look; `specified_rows` tells which rows can be
+    compared.
+
+    Args:
+        x: [R, T, H] of any dtype.
+        layout: the layout.
+        topk_weights: [R, T, K] float32, or bfloat16 or float16, which are cast. With float64 x also
+            float64.
+
+    Returns:
+        tokens: [R, C, H] of x's dtype, copies bit for bit.
+        weights: float32 [R, C] (float64 if x is float64), or None without topk_weights.
+
+    Raises:
+        TypeError: topk_weights has another dtype.
+        ValueError: an array has a shape that does not belong to the layout.
+    """
+    x = np.asarray(x)
+    hidden = _hidden_size("x", x)
+    _check_shape("x", x, (layout.num_ranks, layout.num_tokens, hidden))
+    valid = layout.row_valid
+    source = layout.recv_src[valid]
+
+    tokens = np.zeros((layout.num_ranks, layout.capacity, hidden), x.dtype)
+    tokens[valid] = x.reshape(-1, hidden)[source // layout.top_k]
+    if topk_weights is None:
+        return tokens, None
+
+    topk_weights = np.asarray(topk_weights)
+    compute = _compute_dtype(x.dtype)
+    _check_dtype("topk_weights", topk_weights.dtype, BFLOAT16, FLOAT16, FLOAT32, compute)
+    _check_shape("topk_weights", topk_weights, layout.topk_idx.shape)
+    weights = np.zeros((layout.num_ranks, layout.capacity), compute)
+    weights[valid] = topk_weights.reshape(-1)[source].astype(compute)
+    return tokens, weights
+
+
+def combine(
+    y: NDArray[Any], layout: ReferenceLayout, weights: NDArray[Any] | None = None
+) -> NDArray[Any]:
+    """Sums the rows of each token, first on each expert rank, then over the ranks.
+
+    out[t] = round( sum over ranks, ascending, of round( sum over the kept rows of t on that rank,
+    in k order, of weights * y ) ), where round is to y's dtype. Products and sums are float32, each
+    rounded to nearest even, with subnormals and without fused multiply-add. Both sums start at
+    +0.0; a rank without a kept row of t adds nothing; a token with no kept row gives +0. Rows that
+    are not `row_valid` are never read.
+
+    Float64 y is for numeric gradient checks: all arithmetic is then float64, in the same order, and
+    the roundings to y's dtype do nothing.
+
+    Args:
+        y: [R, C, H] bfloat16, float16, float32 or float64.
+        layout: the layout.
+        weights: float32 [R, C] (with float64 y also float64); None for 1.
+
+    Returns:
+        [R, T, H] of y's dtype.
+
+    Raises:
+        TypeError: y is not one of these dtypes, or weights is not float32.
+        ValueError: an array has a shape that does not belong to the layout.
+    """
+    y = np.asarray(y)
+    _check_rows("y", y, layout)
+    compute = _compute_dtype(y.dtype)
+    weights = _check_weights(weights, y.dtype, layout)
+
+    kept = layout.kept
+    expert_rank = layout.topk_idx // (layout.num_experts // layout.num_ranks)
+    out = np.zeros((layout.num_ranks, layout.num_tokens, y.shape[-1]), compute)
+    with np.errstate(all="ignore"):
+        for rank in range(layout.num_ranks):
+            here = kept & (expert_rank == rank)
+            on_rank = np.zeros_like(out)
+            for k in range(layout.top_k):
+                chosen = here[:, :, k]
+                rows = layout.send_row[:, :, k][chosen]
+                addend = y[rank, rows].astype(compute)
+                if weights is not None:
+                    addend = weights[rank, rows][:, None].astype(compute) * addend
+                on_rank[chosen] += addend
+            adds = here.any(axis=-1)
+            out[adds] += on_rank[adds].astype(y.dtype).astype(compute)
+        return out.astype(y.dtype)
+
+
+def collect(values: NDArray[Any], layout: ReferenceLayout) -> NDArray[Any]:
+    """Brings one number per receive row back to the choice that the row came from.
+
+    Args:
+        values: float32 [R, C] (float64 stays float64).
+        layout: the layout.
+
+    Returns:
+        [R, T, K] of values' dtype, 0 where the choice has no row.
+
+    Raises:
+        TypeError: values is neither float32 nor float64.
+        ValueError: values is not [R, C].
+    """
+    values = np.asarray(values)
+    _check_dtype("values", values.dtype, FLOAT32, FLOAT64)
+    _check_shape("values", values, layout.recv_src.shape)
+    collected = np.zeros(layout.topk_idx.size, values.dtype)
+    collected[layout.recv_src[layout.row_valid]] = values[layout.row_valid]
+    return collected.reshape(layout.topk_idx.shape)
+
+
+# Gradients ----------------------------------------------------------------------------------------
+
+
+def dispatch_vjp(
+    layout: ReferenceLayout, d_tokens: NDArray[Any], d_weights: NDArray[Any] | None = None
+) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """The gradient of `dispatch`: `combine` without weights, and `collect`.
+
+    Args:
+        layout: the layout.
+        d_tokens: [R, C, H] cotangent of tokens, of a dtype that `combine` takes.
+        d_weights: float32 [R, C] cotangent of weights, or None.
+
+    Returns:
+        dx: [R, T, H] of d_tokens' dtype, with the rounding of `combine`.
+        d_topk_weights: float32 [R, T, K], 0 where the choice has no row; None without d_weights.
+
+    Raises:
+        TypeError: d_tokens or d_weights has a dtype that `combine` or `collect` does not take.
+        ValueError: an array has a shape that does not belong to the layout.
+    """
+    d_tokens = np.asarray(d_tokens)
+    _check_rows("d_tokens", d_tokens, layout)
+    d_x = combine(d_tokens, layout)
+    if d_weights is None:
+        return d_x, None
+    d_weights = np.asarray(d_weights)
+    _check_dtype("d_weights", d_weights.dtype, FLOAT32, FLOAT64)
+    _check_shape("d_weights", d_weights, layout.recv_src.shape)
+    return d_x, collect(d_weights, layout)
+
+
+def combine_vjp(
+    y: NDArray[Any], layout: ReferenceLayout, weights: NDArray[Any] | None, g: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """The gradient of `combine`.
+
+    dy[row] = weights[row] * g[token of row], a float32 product rounded to y's dtype. d_weights[row]
+    is the dot product of y[row] and g[token of row]: here summed in float64 and rounded once to
+    float32. A backend sums in float32 in an order of its own, so (while nothing overflows or
+    underflows) it may differ by H * 2**-24 * sum(|y * g|), to first order. Both are zero where the
+    row is not `row_valid`; in dy the tail has a specified value only with `zero_tail=True` (see
+    `specified_rows`), in d_weights always.
+
+    Args:
+        y: [R, C, H] bfloat16, float16, float32 or float64 (then everything is float64).
+        layout: the layout.
+        weights: float32 [R, C] (with float64 y also float64); None for 1.
+        g: [R, T, H] cotangent of combine's output, of y's dtype.
+
+    Returns:
+        dy: [R, C, H] of y's dtype.
+        d_weights: float32 [R, C] (float64 with float64 y); None without weights.
+
+    Raises:
+        TypeError: y is not one of these dtypes, g has another dtype than y, or weights is not
+            float32.
+        ValueError: an array has a shape that does not belong to the layout.
+    """
+    y, g = np.asarray(y), np.asarray(g)
+    _check_rows("y", y, layout)
+    compute = _compute_dtype(y.dtype)
+    weights = _check_weights(weights, y.dtype, layout)
+    _check_dtype("g", g.dtype, y.dtype)
+    _check_shape("g", g, (layout.num_ranks, layout.num_tokens, y.shape[-1]))
+
+    g_rows, _ = dispatch(g, layout)
+    if weights is None:
+        return g_rows, None
+    valid = layout.row_valid
+    d_y = np.zeros_like(y)
+    d_weights = np.zeros(weights.shape, compute)
+    with np.errstate(all="ignore"):
+        scaled = weights[valid][:, None].astype(compute) * g_rows[valid].astype(compute)
+        d_y[valid] = scaled.astype(y.dtype)
+        products = y[valid].astype(np.float64) * g_rows[valid].astype(np.float64)
+        d_weights[valid] = products.sum(axis=-1).astype(compute)
+    return d_y, d_weights
+
+
+# fp8 ----------------------------------------------------------------------------------------------
+
+
+def quantize(
+    x: NDArray[Any], *, scale_format: Literal["float32", "power_of_two"]
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Quantises to float8_e4m3fn with one scale per 128 channels.
+
+    All operations are float32, rounded to nearest even. Per group, amax is the largest magnitude,
+    NaN ignored (0 if there is nothing else), and at least 2**-100. Then
+
+    * "float32": scale = amax / 448 and inverse = 448 / amax;
+    * "power_of_two": scale = the smallest power of two >= amax / 448, and inverse = 1 / scale,
+      which is exact;
+
+    and q = float8_e4m3fn(clamp(x * inverse, -448, 448)). NaN stays NaN. An infinity makes its
+    group's scale infinite and the inverse 0: the infinity itself becomes NaN, its finite neighbours
+    become zeros, and all of them NaN once dequantised. Finite magnitudes within half an e4m3fn step
+    of 2**128 can dequantise to infinity.
+
+    Args:
+        x: [..., H] bfloat16, float16 or float32, H a multiple of 128.
+        scale_format: "float32" or "power_of_two".
+
+    Returns:
+        q: float8_e4m3fn [..., H].
+        scales: float32 [..., H // 128].
+
+    Raises:
+        TypeError: x has another dtype.
+        ValueError: H is not a multiple of 128, or scale_format is unknown.
+    """
+    x = np.asarray(x)
+    _check_dtype("x", x.dtype, BFLOAT16, FLOAT16, FLOAT32)
+    if scale_format not in ("float32", "power_of_two"):
+        raise ValueError(f"scale_format must be 'float32' or 'power_of_two', got {scale_format!r}")
+    groups = _groups("x", x).astype(np.float32)
+    with np.errstate(all="ignore"):
+        largest = np.fmax.reduce(np.abs(groups), axis=-1, initial=0, keepdims=True)
+        amax: NDArray[np.float32] = np.maximum(largest, SMALLEST_AMAX)
+        scale: NDArray[np.float32] = amax / FLOAT8_MAX
+        inverse: NDArray[np.float32] = FLOAT8_MAX / amax
+        if scale_format == "power_of_two":
+            scale = _round_up_to_power_of_two(scale)
+            inverse = np.float32(1) / scale
+        clamped = np.clip(groups * inverse, -FLOAT8_MAX, FLOAT8_MAX)  # NaN stays NaN
+        q = clamped.astype(FLOAT8).reshape(x.shape)
+    return q, scale[..., 0]
+
+
+def dequantize(
+    q: NDArray[Any], scales: NDArray[np.float32], dtype: DTypeLike = np.float32
+) -> NDArray[Any]:
+    """Returns dtype(float32(q) * scale): one float32 product, then one rounding.
+
+    Args:
+        q: float8_e4m3fn [..., H], H a multiple of 128.
+        scales: float32 [..., H // 128].
+        dtype: bfloat16, float16 or float32.
+
+    Returns:
+        [..., H] of dtype.
+
+    Raises:
+        TypeError: q, scales or dtype has another dtype.
+        ValueError: H is not a multiple of 128, or scales has another shape.
+    """
+    q, scales = np.asarray(q), np.asarray(scales)
+    _check_dtype("q", q.dtype, FLOAT8)
+    _check_dtype("scales", scales.dtype, FLOAT32)
+    result_dtype = np.dtype(dtype)
+    _check_dtype("dtype", result_dtype, BFLOAT16, FLOAT16, FLOAT32)
+    groups = _groups("q", q)
+    _check_shape("scales", scales, groups.shape[:-1])
+    with np.errstate(all="ignore"):
+        product = groups.astype(np.float32) * scales[..., None]
+        return product.astype(result_dtype).reshape(q.shape)
+
+
+def _groups(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """Reshapes [..., H] to [..., H // 128, 128]."""
+    hidden = array.shape[-1] if array.ndim else 0
+    if hidden < 1 or hidden % QUANTIZATION_GROUP:
+        raise ValueError(
+            f"{name} must have a last axis that is a positive multiple of {QUANTIZATION_GROUP}, "
+            f"got shape {array.shape}"
+        )
+    return array.reshape(*array.shape[:-1], hidden // QUANTIZATION_GROUP, QUANTIZATION_GROUP)
+
+
+def _round_up_to_power_of_two(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The smallest power of two >= each value; positive normal numbers, or +inf, which stays."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).astype(np.uint32)
+    rounded: NDArray[np.float32] = (exponent << np.uint32(23)).view(np.float32)
+    return rounded
+
+
+# The dense layer ----------------------------------------------------------------------------------
+
+
+def moe_dense(
+    x: NDArray[Any],
+    topk_idx: NDArray[np.int32],
+    topk_weights: NDArray[Any],
+    expert_fn: Callable[[int, NDArray[np.float64]], NDArray[Any]],
+    num_experts: int,
+) -> NDArray[np.float64]:
+    """What a MoE layer means, with no dispatch, in float64.
+
+    out[r, t] = sum over k of topk_weights[r, t, k] * expert_fn(topk_idx[r, t, k], x[r, t]). Ids
+    outside [0, E) contribute nothing. Nothing is dropped.
+
+    Args:
+        x: [R, T, H] of any float dtype.
+        topk_idx: int32 [R, T, K].
+        topk_weights: [R, T, K] of any float dtype.
+        expert_fn: maps an expert id and its rows, float64 [N, H], to [N, H']; N may be 0.
+        num_experts: E.
+
+    Returns:
+        float64 [R, T, H'].
+
+    Raises:
+        TypeError: topk_idx is not int32.
+        ValueError: the shapes do not agree, or E < 1.
+    """
+    x, topk_idx, topk_weights = np.asarray(x), np.asarray(topk_idx), np.asarray(topk_weights)
+    _check_dtype("topk_idx", topk_idx.dtype, INT32)
+    _check_positive("num_experts", num_experts)
+    hidden = _hidden_size("x", x)
+    if topk_idx.ndim != 3 or topk_idx.shape[:2] != x.shape[:2]:
+        raise ValueError(
+            f"topk_idx must be [R, T, K] with x's R and T {x.shape[:2]}, got shape {topk_idx.shape}"
+        )
+    _check_shape("topk_weights", topk_weights, topk_idx.shape)
+    num_ranks, num_tokens, top_k = topk_idx.shape
+    flat_x = x.astype(np.float64).reshape(-1, hidden)
+    flat_weights = topk_weights.astype(np.float64).reshape(-1, top_k)
+    flat_ids = topk_idx.reshape(-1, top_k)
+
+    out: NDArray[np.float64] | None = None
+    for expert in range(num_experts):
+        token, k = np.nonzero(flat_ids == expert)
+        result = np.asarray(expert_fn(expert, flat_x[token]), np.float64)
+        if out is None:
+            out = np.zeros((num_ranks * num_tokens, result.shape[-1]))
+        np.add.at(out, token, flat_weights[token, k][:, None] * result)
+    assert out is not None
+    return out.reshape(num_ranks, num_tokens, -1)
+
+
+# Checks -------------------------------------------------------------------------------------------
+
+
+def _int32(array: NDArray[Any]) -> NDArray[np.int32]:
+    return array.astype(np.int32)
+
+
+def _compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Products, sums and weights are float32, except in the float64 mode."""
+    return FLOAT64 if dtype == FLOAT64 else FLOAT32
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_sizes(
+    num_tokens: int, top_k: int, num_ranks: int, num_experts: int, expert_alignment: int
+) -> None:
+    _check_positive("num_ranks", num_ranks)
+    _check_positive("num_tokens", num_tokens)
+    _check_positive("top_k", top_k)
+    _check_positive("num_experts", num_experts)
+    _check_positive("expert_alignment", expert_alignment)
+    if num_experts % num_ranks:
+        raise ValueError(
+            f"num_experts must be a multiple of num_ranks ({num_ranks}), got {num_experts}"
+        )
+    if top_k > num_experts:
+        raise ValueError(f"top_k must be at most num_experts ({num_experts}), got {top_k}")
+
+
+def _check_shape(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+
+
+def _check_dtype(name: str, dtype: np.dtype[Any], *allowed: np.dtype[Any]) -> None:
+    if dtype not in allowed:
+        names = list(dict.fromkeys(str(dtype) for dtype in allowed))
+        listed = " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+        raise TypeError(f"{name} must be {listed}, got {dtype}")
+
+
+def _hidden_size(name: str, array: NDArray[Any]) -> int:
+    if array.ndim != 3:
+        raise ValueError(f"{name} must have three axes, got shape {array.shape}")
+    return int(array.shape[-1])
+
+
+def _check_rows(name: str, rows: NDArray[Any], layout: ReferenceLayout) -> None:
+    """Rows that arithmetic is done on: float [R, C, H]."""
+    _check_dtype(name, rows.dtype, BFLOAT16, FLOAT16, FLOAT32, FLOAT64)
+    hidden = _hidden_size(name, rows)
+    _check_shape(name, rows, (layout.num_ranks, layout.capacity, hidden))
+
+
+def _check_weights(
+    weights: NDArray[Any] | None, row_dtype: np.dtype[Any], layout: ReferenceLayout
+) -> NDArray[Any] | None:
+    if weights is None:
+        return None
+    weights = np.asarray(weights)
+    _check_dtype("weights", weights.dtype, FLOAT32, _compute_dtype(row_dtype))
+    _check_shape("weights", weights, layout.recv_src.shape)
+    return weights
