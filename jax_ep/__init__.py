@@ -8,6 +8,15 @@ Inside ``jax.shard_map``::
     out = jax_ep.combine(y, layout, recv.weights)
 """
 
+try:
+    from jax_ep import _cpu as _cpu
+except ImportError as error:
+    raise ImportError(
+        "jax_ep's compiled part is missing or does not load. In a source tree install with "
+        "`pip install -e .` (a plain install is hidden by the tree while that is the current "
+        f"directory): {error}"
+    ) from error
+
 from jax_ep.api import Dispatched, combine, dispatch, make_layout, moe
 from jax_ep.layout import Layout, capacity
 from jax_ep.runtime import finalize, get_timeout, initialize, set_timeout

@@ -1,0 +1,1 @@
+"""``python -m jax_ep.bench`` times the verbs beside their bound, measured in the same run."""
