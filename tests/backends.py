@@ -1,0 +1,312 @@
+"""The backends under one interface, so that one behaviour suite runs on all of them.
+
+A backend takes the global view of `jax_ep.reference`: NumPy arrays with a leading axis over the
+ranks, in and out. `ReferenceBackend` is the oracle itself; `JaxBackend` runs `jax_ep` on the
+devices of a platform, one rank each. A further backend is one more entry of `BACKENDS`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from numpy.typing import DTypeLike, NDArray
+from routings import Case
+
+import jax_ep
+from jax_ep import reference, runtime
+
+Array = NDArray[Any]
+
+AXIS = "ep"
+
+LAYOUT_ARRAYS = (
+    "topk_idx",
+    "send_row",
+    "recv_src",
+    "recv_order",
+    "group_sizes",
+    "expert_counts",
+    "expert_load",
+    "num_recv",
+    "num_dropped",
+    "num_invalid",
+    "kept",
+    "row_valid",
+)
+"""Names of a layout's arrays, in the oracle and in `jax_ep.Layout`."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BackendLayout:
+    """A layout as a backend made it.
+
+    Attributes:
+        case: the sizes.
+        arrays: by the names in LAYOUT_ARRAYS, each with a leading axis over the ranks.
+        handle: what the backend's own operations take.
+    """
+
+    case: Case
+    arrays: dict[str, Array]
+    handle: Any
+
+    def __getattr__(self, name: str) -> Array:
+        try:
+            return self.arrays[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Received(tuple[Array, Array | None, Array | None]):
+    """Tokens [R, C, H], weights [R, C] or None, scales [R, C, H // 128] or None."""
+
+    tokens = property(lambda self: self[0])
+    weights = property(lambda self: self[1])
+    scales = property(lambda self: self[2])
+
+
+class Backend:
+    """One way to compute the three verbs and their gradients."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run here, or None if it can."""
+        return None
+
+    def make_layout(self, case: Case, topk_idx: NDArray[np.int32]) -> BackendLayout:
+        """The layout of these ids, int32 [R, T, K]."""
+        raise NotImplementedError
+
+    def dispatch(
+        self,
+        x: Array,
+        layout: BackendLayout,
+        topk_weights: Array | None = None,
+        *,
+        fp8: Any = None,
+        dequantize: bool = False,
+    ) -> Received:
+        """Puts x [R, T, H] and topk_weights [R, T, K] into expert order."""
+        raise NotImplementedError
+
+    def combine(self, y: Array, layout: BackendLayout, weights: Array | None = None) -> Array:
+        """Sums y [R, C, H'] times weights [R, C] into [R, T, H']."""
+        raise NotImplementedError
+
+    def dispatch_vjp(
+        self,
+        layout: BackendLayout,
+        d_tokens: Array,
+        d_weights: Array | None = None,
+        *,
+        weights_dtype: DTypeLike = np.float32,
+    ) -> tuple[Array, Array | None]:
+        """Cotangents of x, and of topk_weights of that dtype."""
+        raise NotImplementedError
+
+    def combine_vjp(
+        self, y: Array, layout: BackendLayout, weights: Array | None, g: Array
+    ) -> tuple[Array, Array | None]:
+        """Cotangents of y and weights."""
+        raise NotImplementedError
+
+
+class ReferenceBackend(Backend):
+    """The oracle."""
+
+    name = "reference"
+
+    def make_layout(self, case: Case, topk_idx: NDArray[np.int32]) -> BackendLayout:
+        layout = case.reference_layout(topk_idx)
+        return BackendLayout(case, {n: getattr(layout, n) for n in LAYOUT_ARRAYS}, layout)
+
+    def dispatch(
+        self,
+        x: Array,
+        layout: BackendLayout,
+        topk_weights: Array | None = None,
+        *,
+        fp8: Any = None,
+        dequantize: bool = False,
+    ) -> Received:
+        if fp8 is None:
+            tokens, weights = reference.dispatch(x, layout.handle, topk_weights)
+            return Received((tokens, weights, None))
+        q, scales = reference.quantize(x, scale_format=fp8)
+        if dequantize:
+            x = reference.dequantize(q, scales, x.dtype)
+            return self.dispatch(x, layout, topk_weights)
+        tokens, weights = reference.dispatch(q, layout.handle, topk_weights)
+        return Received((tokens, weights, reference.dispatch(scales, layout.handle)[0]))
+
+    def combine(self, y: Array, layout: BackendLayout, weights: Array | None = None) -> Array:
+        return reference.combine(y, layout.handle, weights)
+
+    def dispatch_vjp(
+        self,
+        layout: BackendLayout,
+        d_tokens: Array,
+        d_weights: Array | None = None,
+        *,
+        weights_dtype: DTypeLike = np.float32,
+    ) -> tuple[Array, Array | None]:
+        d_x, d_topk_weights = reference.dispatch_vjp(layout.handle, d_tokens, d_weights)
+        return d_x, None if d_topk_weights is None else d_topk_weights.astype(weights_dtype)
+
+    def combine_vjp(
+        self, y: Array, layout: BackendLayout, weights: Array | None, g: Array
+    ) -> tuple[Array, Array | None]:
+        return reference.combine_vjp(y, layout.handle, weights, g)
+
+
+class JaxBackend(Backend):
+    """`jax_ep` on the devices of one platform: jit of shard_map, one rank a device.
+
+    Compiled functions are kept by their static sizes and options (here and in jax.jit), so many
+    routings of the same sizes cost one compilation.
+    """
+
+    def __init__(self, name: str, platform: str):
+        self.name = name
+        self.platform = platform
+        self.per_rank = functools.cache(self._per_rank)
+
+    def unavailable(self) -> str | None:
+        try:
+            jax.devices(self.platform)
+            if self.platform == "cuda":
+                runtime.require_cuda("the tests")
+        except RuntimeError as error:
+            return str(error)
+        return None
+
+    def mesh(self, num_ranks: int) -> jax.sharding.Mesh:
+        """The first devices as a mesh with the one axis AXIS."""
+        devices = jax.devices(self.platform)
+        if num_ranks > len(devices):
+            pytest.skip(f"backend {self.name}: {num_ranks} ranks, but {len(devices)} devices")
+        return jax.sharding.Mesh(np.array(devices[:num_ranks]), (AXIS,))
+
+    def _per_rank(self, num_ranks: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` of one rank's arrays, as a compiled function of all ranks' stacked arrays.
+
+        Arguments and results are pytrees. Results come as NumPy arrays. Kept by the identity of
+        `function`: pass one that lives as long as its caller, not a lambda made for each call.
+        """
+
+        def shard(*args: Any) -> Any:
+            return jax.tree.map(
+                lambda a: jnp.asarray(a)[None], function(*jax.tree.map(lambda a: a[0], args))
+            )
+
+        spec = PartitionSpec(AXIS)
+        return jax.jit(
+            jax.shard_map(shard, mesh=self.mesh(num_ranks), in_specs=spec, out_specs=spec)
+        )
+
+    def run(self, num_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls `per_rank(num_ranks, function)` and fetches the results."""
+        return jax.device_get(self.per_rank(num_ranks, function)(*args))
+
+    def make_layout(self, case: Case, topk_idx: NDArray[np.int32]) -> BackendLayout:
+        layout, derived = self.per_rank(case.num_ranks, _layout_function(case))(topk_idx)
+        arrays = {n: getattr(layout, n) for n in LAYOUT_ARRAYS if n not in derived} | derived
+        return BackendLayout(case, jax.device_get(arrays), layout)
+
+    def dispatch(
+        self,
+        x: Array,
+        layout: BackendLayout,
+        topk_weights: Array | None = None,
+        *,
+        fp8: Any = None,
+        dequantize: bool = False,
+    ) -> Received:
+        function = _dispatch_function(fp8, dequantize)
+        return Received(self.run(layout.case.num_ranks, function, layout.handle, x, topk_weights))
+
+    def combine(self, y: Array, layout: BackendLayout, weights: Array | None = None) -> Array:
+        out: Array = self.run(layout.case.num_ranks, _combine, layout.handle, y, weights)
+        return out
+
+    def dispatch_vjp(
+        self,
+        layout: BackendLayout,
+        d_tokens: Array,
+        d_weights: Array | None = None,
+        *,
+        weights_dtype: DTypeLike = np.float32,
+    ) -> tuple[Array, Array | None]:
+        shape = layout.topk_idx.shape
+        x = np.zeros((*shape[:2], d_tokens.shape[-1]), d_tokens.dtype)
+        topk_weights = None if d_weights is None else np.zeros(shape, weights_dtype)
+        results: tuple[Array, Array | None] = self.run(
+            shape[0], _dispatch_vjp, layout.handle, x, topk_weights, d_tokens, d_weights
+        )
+        return results
+
+    def combine_vjp(
+        self, y: Array, layout: BackendLayout, weights: Array | None, g: Array
+    ) -> tuple[Array, Array | None]:
+        results: tuple[Array, Array | None] = self.run(
+            layout.case.num_ranks, _combine_vjp, layout.handle, y, weights, g
+        )
+        return results
+
+
+@functools.cache
+def _layout_function(case: Case) -> Callable[..., Any]:
+    def layout_function(topk_idx: jax.Array) -> Any:
+        layout = jax_ep.make_layout(
+            topk_idx,
+            num_experts=case.num_experts,
+            axis_name=AXIS,
+            capacity=case.capacity,
+            expert_alignment=case.expert_alignment,
+            zero_tail=case.zero_tail,
+        )
+        return layout, {"kept": layout.kept, "row_valid": layout.row_valid}
+
+    return layout_function
+
+
+@functools.cache
+def _dispatch_function(fp8: Any, dequantize: bool) -> Callable[..., Any]:
+    def dispatch_function(layout: Any, x: jax.Array, topk_weights: jax.Array | None) -> Any:
+        received = jax_ep.dispatch(x, layout, topk_weights, fp8=fp8, dequantize=dequantize)
+        return received.tokens, received.weights, received.scales
+
+    return dispatch_function
+
+
+def _combine(layout: Any, y: jax.Array, weights: jax.Array | None) -> jax.Array:
+    return jax_ep.combine(y, layout, weights)
+
+
+def _dispatch_vjp(layout: Any, x: Any, topk_weights: Any, d_tokens: Any, d_weights: Any) -> Any:
+    if topk_weights is None:
+        _, pull = jax.vjp(lambda x: jax_ep.dispatch(x, layout).tokens, x)
+        return *pull(d_tokens), None
+    _, pull = jax.vjp(lambda x, w: jax_ep.dispatch(x, layout, w)[:2], x, topk_weights)
+    return pull((d_tokens, d_weights))
+
+
+def _combine_vjp(layout: Any, y: jax.Array, weights: jax.Array | None, g: jax.Array) -> Any:
+    if weights is None:
+        _, pull = jax.vjp(lambda y: jax_ep.combine(y, layout), y)
+        return *pull(g), None
+    _, pull = jax.vjp(lambda y, w: jax_ep.combine(y, layout, w), y, weights)
+    return pull(g)
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (ReferenceBackend(), JaxBackend("cpu", "cpu"), JaxBackend("cuda", "cuda"))
+}

@@ -1,0 +1,58 @@
+"""Set-up of the whole suite: eight CPU devices, and the backends that can run here."""
+
+import os
+
+# Before JAX is imported. JAX 0.10's CPU client needs two threads a device, or ranks that wait for
+# each other can starve one another on a machine with few cores.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("NPROC", "16")
+
+from collections.abc import Iterator
+
+import backends
+import pytest
+from backends import Backend, JaxBackend
+
+from jax_ep import _cpu
+
+
+def _backend(request: pytest.FixtureRequest) -> Backend:
+    backend = backends.BACKENDS[request.param]
+    reason = backend.unavailable()
+    if reason is not None:
+        pytest.skip(f"backend {backend.name}: {reason}")
+    return backend
+
+
+@pytest.fixture(scope="session", params=list(backends.BACKENDS))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Every backend, the oracle included: for expectations that do not come from the oracle."""
+    return _backend(request)
+
+
+@pytest.fixture(scope="session", params=[n for n in backends.BACKENDS if n != "reference"])
+def device_backend(request: pytest.FixtureRequest) -> JaxBackend:
+    """Every backend but the oracle: for comparisons with the oracle."""
+    device_backend = _backend(request)
+    assert isinstance(device_backend, JaxBackend)
+    return device_backend
+
+
+@pytest.fixture(scope="module")
+def poison() -> Iterator[None]:
+    """Fills every output with 0xff before its operation: NaN in floats, -1 in integers.
+
+    What an operation forgets to write is then seen, instead of being zero by luck.
+    """
+    _cpu.set_poison_outputs(True)
+    yield
+    _cpu.set_poison_outputs(False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for backend in backends.BACKENDS.values():
+        reason = backend.unavailable()
+        if reason is not None:
+            terminalreporter.write_line(f"backend {backend.name} was skipped: {reason}")

@@ -1,0 +1,485 @@
+"""What bad input gets at trace time: an error that names argument, requirement, what came."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import routings
+from backends import AXIS, BackendLayout, JaxBackend
+from jax.sharding import PartitionSpec
+from routings import Case
+
+import jax_ep
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+BF16, F32 = ml_dtypes.bfloat16, np.float32
+
+CASE = Case(2, 4, 2, 6, hidden=8, capacity=8, expert_alignment=2)
+IDS = routings.topk_ids(np.random.default_rng(40), CASE, "uniform")
+
+
+@pytest.fixture(scope="module")
+def layout(device_backend: JaxBackend) -> BackendLayout:
+    return device_backend.make_layout(CASE, IDS)
+
+
+# Trace time ---------------------------------------------------------------------------------------
+
+Verb = Callable[..., Any]
+
+
+def make(ids: Any, **change: Any) -> Any:
+    options: dict[str, Any] = {"num_experts": 6, "axis_name": AXIS, "capacity": 8}
+    return jax_ep.make_layout(ids, **(options | {"expert_alignment": 2} | change))
+
+
+def zeros(*shape: int, dtype: Any = F32) -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+# Each is called with (ids, layout) of one rank. The message names the verb, the argument, what was
+# required and what came, and where there is one, what to do.
+LAYOUT_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
+    (
+        "ids_dtype",
+        TypeError,
+        "make_layout: topk_idx must be int32; got float32: cast it with topk_idx.astype(jnp.int32)",
+        lambda ids, _: make(ids.astype(F32)),
+    ),
+    (
+        "ids_int16",
+        TypeError,
+        "make_layout: topk_idx must be int32; got int16: cast it with topk_idx.astype(jnp.int32)",
+        lambda ids, _: make(ids.astype(np.int16)),
+    ),
+    (
+        "ids_list",
+        TypeError,
+        "make_layout: topk_idx must be an array; got list",
+        lambda ids, _: make([[0, 1]]),
+    ),
+    (
+        "ids_rank",
+        ValueError,
+        "make_layout: topk_idx must have shape [tokens, k]; got (4,). Fold leading axes into the "
+        "first with reshape",
+        lambda ids, _: make(ids[:, 0]),
+    ),
+    (
+        "ids_batched",
+        ValueError,
+        "make_layout: topk_idx must have shape [tokens, k]; got (1, 4, 2). Fold leading axes into "
+        "the first with reshape",
+        lambda ids, _: make(ids[None]),
+    ),
+    (
+        "no_tokens",
+        ValueError,
+        "make_layout: topk_idx must not be empty; got shape (0, 2)",
+        lambda ids, _: make(ids[:0]),
+    ),
+    (
+        "no_choices",
+        ValueError,
+        "make_layout: topk_idx must not be empty; got shape (4, 0)",
+        lambda ids, _: make(ids[:, :0]),
+    ),
+    (
+        "experts_not_divisible",
+        ValueError,
+        "make_layout: num_experts must be a multiple of the 2 ranks along ('ep',); got 5",
+        lambda ids, _: make(ids, num_experts=5),
+    ),
+    (
+        "no_experts",
+        ValueError,
+        "make_layout: num_experts must be at least 1; got 0",
+        lambda ids, _: make(ids, num_experts=0),
+    ),
+    (
+        "experts_float",
+        TypeError,
+        "make_layout: num_experts must be a static Python int; got float",
+        lambda ids, _: make(ids, num_experts=6.0),
+    ),
+    (
+        "experts_bool",
+        TypeError,
+        "make_layout: num_experts must be a static Python int; got bool",
+        lambda ids, _: make(ids, num_experts=True),
+    ),
+    (
+        "capacity_traced",
+        TypeError,
+        "make_layout: capacity must be a static Python int; got ",
+        lambda ids, _: make(ids, capacity=ids[0, 0]),
+    ),
+    (
+        "too_many_choices",
+        ValueError,
+        "make_layout: topk_idx has k = 8 experts per token, but num_experts is 6",
+        lambda ids, _: make(jnp.tile(ids, 4)),
+    ),
+    (
+        "no_capacity",
+        ValueError,
+        "make_layout: capacity must be at least 1; got 0",
+        lambda ids, _: make(ids, capacity=0),
+    ),
+    (
+        "negative_capacity",
+        ValueError,
+        "make_layout: capacity must be at least 1; got -2",
+        lambda ids, _: make(ids, capacity=-2),
+    ),
+    (
+        "unaligned_capacity",
+        ValueError,
+        "make_layout: capacity must be a multiple of expert_alignment = 2; got 7. "
+        "jax_ep.capacity(..., expert_alignment=2) computes one",
+        lambda ids, _: make(ids, capacity=7),
+    ),
+    (
+        "huge_capacity",
+        ValueError,
+        "make_layout: rows are counted in int32: ranks * tokens * k and capacity must be at most "
+        "2147483647; got 4294967296. Split the tokens into several calls",
+        lambda ids, _: make(ids, capacity=2**32),
+    ),
+    (
+        "alignment",
+        ValueError,
+        "make_layout: expert_alignment must be at least 1; got 0",
+        lambda ids, _: make(ids, expert_alignment=0),
+    ),
+    (
+        "unknown_axis",
+        ValueError,
+        "make_layout: axis_name 'expert' is not an axis of an enclosing jax.shard_map; bound axes: "
+        "['ep']. Call the operation inside jax.shard_map over a mesh that has this axis",
+        lambda ids, _: make(ids, axis_name="expert"),
+    ),
+    (
+        "axis_twice",
+        ValueError,
+        "make_layout: axis_name must name one or more distinct axes; got ('ep', 'ep')",
+        lambda ids, _: make(ids, axis_name=("ep", "ep")),
+    ),
+    (
+        "no_axis",
+        ValueError,
+        "make_layout: axis_name must name one or more distinct axes; got ()",
+        lambda ids, _: make(ids, axis_name=()),
+    ),
+]
+
+DISPATCH_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
+    (
+        "x_dtype",
+        TypeError,
+        "dispatch: x must be one of bfloat16, float16, float32, int8, int16, int32, int64, uint8, "
+        "uint16, uint32, uint64; got complex64: cast it first",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 8, dtype=np.complex64), layout),
+    ),
+    (
+        "x_bool",
+        TypeError,
+        "uint64; got bool: cast it first",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 16, dtype=bool), layout),
+    ),
+    (
+        "x_fp8",
+        TypeError,
+        "uint64; got float8_e4m3fn: cast it first",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 16, dtype=jnp.float8_e4m3fn), layout),
+    ),
+    (
+        "x_list",
+        TypeError,
+        "dispatch: x must be an array; got list",
+        lambda _, layout: jax_ep.dispatch([[1.0]], layout),
+    ),
+    (
+        "x_rank",
+        ValueError,
+        "dispatch: x must have shape [tokens, hidden]; got (2, 2, 8). Fold leading axes into the "
+        "first with reshape",
+        lambda _, layout: jax_ep.dispatch(zeros(2, 2, 8), layout),
+    ),
+    (
+        "x_empty",
+        ValueError,
+        "dispatch: x must not be empty; got shape (4, 0)",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 0), layout),
+    ),
+    (
+        "x_tokens",
+        ValueError,
+        "dispatch: x has 3 tokens, but the layout was made for 4",
+        lambda _, layout: jax_ep.dispatch(zeros(3, 8), layout),
+    ),
+    (
+        "x_row",
+        ValueError,
+        "dispatch: a row of x must be a multiple of 16 bytes; got 6 x float32 = 24 bytes. Pad the "
+        "last axis",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 6), layout),
+    ),
+    (
+        "x_row_int8",
+        ValueError,
+        "dispatch: a row of x must be a multiple of 16 bytes; got 8 x int8 = 8 bytes",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 8, dtype=np.int8), layout),
+    ),
+    (
+        "weights_shape",
+        ValueError,
+        "dispatch: topk_weights must have shape (4, 2); got (4, 3)",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 8), layout, zeros(4, 3)),
+    ),
+    (
+        "weights_dtype",
+        TypeError,
+        "dispatch: topk_weights must be floating point; got int32",
+        lambda ids, layout: jax_ep.dispatch(zeros(4, 8), layout, ids),
+    ),
+    (
+        "layout_type",
+        TypeError,
+        "dispatch: layout must come from jax_ep.make_layout; got dict",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 8), {}),
+    ),
+    (
+        "fp8_name",
+        ValueError,
+        "dispatch: fp8 must be one of ['float32', 'power_of_two']; got 'e4m3'",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 128), layout, fp8="e4m3"),
+    ),
+    (
+        "fp8_integer",
+        TypeError,
+        "dispatch: fp8 needs x in one of bfloat16, float16, float32; got int32",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 128, dtype=np.int32), layout, fp8="float32"),
+    ),
+    (
+        "fp8_hidden",
+        ValueError,
+        "dispatch: fp8 needs a hidden size that is a multiple of 128; got 64",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 64), layout, fp8="float32"),
+    ),
+    (
+        "dequantize_alone",
+        ValueError,
+        'dispatch: dequantize=True needs fp8="float32" or fp8="power_of_two"',
+        lambda _, layout: jax_ep.dispatch(zeros(4, 128), layout, dequantize=True),
+    ),
+]
+
+COMBINE_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
+    (
+        "y_dtype",
+        TypeError,
+        "combine: y must be one of bfloat16, float16, float32; got int32",
+        lambda _, layout: jax_ep.combine(zeros(8, 8, dtype=np.int32), layout),
+    ),
+    (
+        "y_fp8",
+        TypeError,
+        "combine: y must be one of bfloat16, float16, float32; got float8_e4m3fn",
+        lambda _, layout: jax_ep.combine(zeros(8, 16, dtype=jnp.float8_e4m3fn), layout),
+    ),
+    (
+        "y_rank",
+        ValueError,
+        "combine: y must have shape [capacity, hidden]; got (8,). Fold leading axes into the first",
+        lambda _, layout: jax_ep.combine(zeros(8), layout),
+    ),
+    (
+        "y_rows",
+        ValueError,
+        "combine: y has 6 rows, but the layout's capacity is 8; pass the experts' result for all "
+        "rows of dispatch",
+        lambda _, layout: jax_ep.combine(zeros(6, 8), layout),
+    ),
+    (
+        "y_row",
+        ValueError,
+        "combine: a row of y must be a multiple of 16 bytes; got 4 x bfloat16 = 8 bytes. Pad the "
+        "last axis",
+        lambda _, layout: jax_ep.combine(zeros(8, 4, dtype=BF16), layout),
+    ),
+    (
+        "weights_shape",
+        ValueError,
+        "combine: weights must have shape (8,); got (4, 2)",
+        lambda _, layout: jax_ep.combine(zeros(8, 8), layout, zeros(4, 2)),
+    ),
+    (
+        "weights_dtype",
+        TypeError,
+        "combine: weights must be floating point; got int32",
+        lambda _, layout: jax_ep.combine(zeros(8, 8), layout, zeros(8, dtype=np.int32)),
+    ),
+    (
+        "layout_type",
+        TypeError,
+        "combine: layout must come from jax_ep.make_layout; got NoneType",
+        lambda _, layout: jax_ep.combine(zeros(8, 8), None),
+    ),
+]
+
+TRACE_ERRORS = [*LAYOUT_ERRORS, *DISPATCH_ERRORS, *COMBINE_ERRORS]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [entry[1:] for entry in TRACE_ERRORS],
+    ids=[f"{entry[2].split(':')[0].split(';')[0]}-{entry[0]}" for entry in TRACE_ERRORS],
+)
+def test_trace_errors(
+    device_backend: JaxBackend,
+    layout: BackendLayout,
+    error: type[Exception],
+    message: str,
+    call: Verb,
+) -> None:
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        device_backend.run(2, lambda ids, layout: call(ids, layout), IDS, layout.handle)
+    assert type(caught.value) is error
+    assert str(caught.value).startswith("jax_ep.")
+
+
+def test_int64_ids(device_backend: JaxBackend) -> None:
+    message = re.escape(
+        "topk_idx must be int32; got int64: cast it with topk_idx.astype(jnp.int32)"
+    )
+    with jax.enable_x64(True), pytest.raises(TypeError, match=message):
+        device_backend.run(2, lambda ids: make(ids), IDS.astype(np.int64))
+
+
+@pytest.mark.xfail(strict=True, reason="a NumPy int64 is narrowed before its dtype is checked")
+def test_int64_ids_from_numpy(device_backend: JaxBackend) -> None:
+    # Without x64 narrowing makes 2**32 expert 0.
+    with pytest.raises(TypeError, match="topk_idx must be int32; got int64"):
+        device_backend.run(2, lambda ids: make(np.full((4, 2), 2**32)), IDS)
+
+
+def test_float64_rows(device_backend: JaxBackend, layout: BackendLayout) -> None:
+    x, y = np.zeros((2, 4, 8)), np.zeros((2, 8, 8))
+    with jax.enable_x64(True):
+        with pytest.raises(TypeError, match=r"x must be one of .* got float64: cast it first"):
+            device_backend.run(2, lambda x, lay: jax_ep.dispatch(x, lay), x, layout.handle)
+        with pytest.raises(TypeError, match=r"y must be one of .* got float64"):
+            device_backend.run(2, lambda y, lay: jax_ep.combine(y, lay), y, layout.handle)
+
+
+@pytest.mark.parametrize("verb", ["make_layout", "dispatch", "combine", "moe"])
+def test_outside_shard_map(device_backend: JaxBackend, layout: BackendLayout, verb: str) -> None:
+    calls: dict[str, Callable[[], Any]] = {
+        "make_layout": lambda: make(IDS[0]),
+        "dispatch": lambda: jax_ep.dispatch(np.zeros((4, 8), F32), layout.handle),
+        "combine": lambda: jax_ep.combine(np.zeros((8, 8), F32), layout.handle),
+        "moe": lambda: jax_ep.moe(
+            np.zeros((4, 8), F32),
+            IDS[0],
+            np.ones((4, 2), F32),
+            lambda tokens, _: tokens,
+            num_experts=6,
+            axis_name=AXIS,
+        ),
+    }
+    named = "make_layout" if verb == "moe" else verb
+    message = re.escape(
+        f"jax_ep.{named}: axis_name 'ep' is not an axis of an enclosing jax.shard_map; bound axes: "
+        "none. Call the operation inside jax.shard_map"
+    )
+    for call in (calls[verb], lambda: jax.jit(calls[verb])()):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_partially_manual_shard_map(device_backend: JaxBackend) -> None:
+    devices = np.array(device_backend.mesh(4).devices).reshape(2, 2)
+    mesh = jax.sharding.Mesh(devices, ("dp", AXIS))
+    spec = PartitionSpec(AXIS)
+    manual = jax.shard_map(
+        lambda ids: make(ids[0]).group_sizes,
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+        axis_names={AXIS},
+    )
+    message = (
+        r"make_layout: mesh axis 'dp' is left to the compiler \(partially manual shard_map\).*add "
+        r"it to shard_map's axis_names"
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        jax.jit(manual)(IDS)
+
+
+def test_layout_of_another_group(device_backend: JaxBackend, layout: BackendLayout) -> None:
+    # Made on 2 ranks, used on 4.
+    doubled = jax.tree.map(lambda a: jnp.concatenate([a, a]), jax.device_get(layout.handle))
+    message = (
+        r"{}: the layout was made for a group of 2 ranks along \('ep',\), but here these axes have "
+        r"4; make the layout inside the same shard_map"
+    )
+    with pytest.raises(ValueError, match=message.format("dispatch")):
+        device_backend.run(4, lambda lay: jax_ep.dispatch(zeros(4, 8), lay), doubled)
+    with pytest.raises(ValueError, match=message.format("combine")):
+        device_backend.run(4, lambda lay: jax_ep.combine(zeros(8, 8), lay), doubled)
+
+
+# Transformations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["layout", "dispatch", "combine"])
+def test_vmap(device_backend: JaxBackend, layout: BackendLayout, verb: str) -> None:
+    def batched(ids: Any, lay: Any) -> Any:
+        x = zeros(3, 8, 8)
+        if verb == "layout":
+            return jax.vmap(lambda ids: make(ids).group_sizes)(jnp.stack([ids] * 3))
+        if verb == "dispatch":
+            return jax.vmap(lambda x: jax_ep.dispatch(x, lay).tokens)(x[:, :4])
+        return jax.vmap(lambda y: jax_ep.combine(y, lay))(x)
+
+    message = f"jax_ep_{verb} has no vmap rule.*Fold the batch axis into the token axis"
+    with pytest.raises(NotImplementedError, match=message):
+        device_backend.run(2, batched, IDS, layout.handle)
+
+
+@pytest.mark.parametrize("verb", ["dispatch", "combine", "combine_weighted"])
+def test_forward_mode(device_backend: JaxBackend, layout: BackendLayout, verb: str) -> None:
+    # JAX's own words about custom_vjp.
+    def tangent(lay: Any) -> Any:
+        x, y = zeros(4, 8), zeros(8, 8)
+        if verb == "dispatch":
+            return jax.jvp(lambda x: jax_ep.dispatch(x, lay).tokens, (x,), (x,))
+        weights = zeros(8) if verb == "combine_weighted" else None
+        return jax.jvp(lambda y: jax_ep.combine(y, lay, weights), (y,), (y,))
+
+    with pytest.raises(TypeError, match=r"forward-mode autodiff.*custom_vjp"):
+        device_backend.run(2, tangent, layout.handle)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_differentiating_fp8_tokens(
+    device_backend: JaxBackend, layout: BackendLayout, transform: str
+) -> None:
+    def differentiate(lay: Any) -> Any:
+        def loss(x: Any) -> Any:
+            received = jax_ep.dispatch(x, lay, fp8="float32")
+            return received.tokens.astype(jnp.float32).sum() + received.scales.sum()
+
+        x = zeros(4, 128)
+        return jax.grad(loss)(x) if transform == "grad" else jax.jvp(loss, (x,), (x,))
+
+    message = "jax_ep_dispatch was differentiated where it has no gradient.*pass dequantize=True"
+    with pytest.raises(TypeError, match=message):
+        device_backend.run(2, differentiate, layout.handle)
