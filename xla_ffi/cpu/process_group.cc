@@ -15,6 +15,7 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
+#include <exception>
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
@@ -364,7 +365,12 @@ void ProcessGroup::Submit(const CallSite& site, int64_t run, int64_t group,
                        site.op + ": the mesh names a process that this job does not have"});
     return;
   }
-  op->Prepare(PeerView(*this, local));
+  try {
+    op->Prepare(PeerView(*this, local));
+  } catch (const std::exception& e) {
+    completion(Failure{FailureCode::kInternal, site.op + ": " + e.what()});
+    return;
+  }
   std::string payload;
   const auto append = [&payload](uint64_t word) {
     payload.append(reinterpret_cast<const char*>(&word), sizeof word);
@@ -413,8 +419,18 @@ void ProcessGroup::StartIfReady(const std::shared_ptr<Exchange>& exchange) {
   }
   exchange->started = true;
   WorkerPool::Get().Run([self = shared_from_this(), exchange] {
-    MaybeFailure failure = exchange->op->Finish(PeerView(*self, *exchange));
+    MaybeFailure failure;
+    try {
+      failure = exchange->op->Finish(PeerView(*self, *exchange));
+    } catch (const std::exception& e) {
+      failure = Failure{FailureCode::kInternal, exchange->op_name + ": " + e.what()};
+    }
     std::lock_guard<std::mutex> lock(self->mutex_);
+    // A peer that gave up meanwhile has said so before it let go of its buffers: what was read from
+    // them counts only if nothing of that kind has come.
+    for (int64_t p : exchange->others) {
+      if (self->peers_[p].alive) self->Receive(p);
+    }
     exchange->local_done = true;
     if (exchange->failure) failure = exchange->failure;
     if (failure) {
@@ -424,6 +440,7 @@ void ProcessGroup::StartIfReady(const std::shared_ptr<Exchange>& exchange) {
     for (int64_t p : exchange->others)
       self->Send(p, MessageType::kDone, exchange->key, {});  // [D1]
     self->CompleteIfDone(exchange);
+    self->Wake();  // while Finish ran, the deadline was not watched
   });
 }
 
@@ -478,6 +495,19 @@ Failure ProcessGroup::Lost(const Exchange& exchange, int64_t process) const {
                      (peer.said_goodbye ? "called jax_ep.finalize()" : "died")};
 }
 
+std::string ProcessGroup::OtherProgram(const Exchange& exchange) const {
+  for (const auto& [key, queue] : exchanges_) {
+    const bool alike = std::get<0>(key) == std::get<0>(exchange.key) &&
+                       std::get<3>(key) == std::get<3>(exchange.key) && key != exchange.key;
+    if (!alike || queue.front()->op != nullptr || queue.front()->arrived.empty()) continue;
+    return ". Process " + std::to_string(queue.front()->arrived.begin()->first) +
+           " waits at the same operation of a program that XLA numbers otherwise: it was compiled "
+           "with other options, a different number of times, or traced from other lines of code "
+           "(JAX puts them into the program, for example when one process alone calls lower())";
+  }
+  return {};
+}
+
 void ProcessGroup::ExpireOverdue(Clock::time_point now) {
   std::vector<std::shared_ptr<Exchange>> overdue;
   for (const auto& [key, queue] : exchanges_) {
@@ -507,7 +537,8 @@ void ProcessGroup::ExpireOverdue(Clock::time_point now) {
                      std::to_string(std::get<3>(exchange->key)) + " did not " +
                      (exchange->started ? "finish" : "come") +
                      " within the timeout; every rank of a group must call the operation, and all "
-                     "processes must compile the same programs in the same order"},
+                     "processes must compile the same programs in the same order" +
+                     OtherProgram(*exchange)},
          /*tell_peers=*/true);
   }
 }
@@ -580,11 +611,13 @@ void ProcessGroup::Handle(int64_t process, MessageType type, const Key& key,
     return;
   }
   Exchanges& queue = exchanges_[key];
-  // The oldest call of this key in which the peer has not taken this step yet.
-  const auto it = std::find_if(queue.begin(), queue.end(), [&](const auto& e) {
-    if (type == MessageType::kArrived) return e->arrived.count(process) == 0;
-    return e->done.count(process) == 0;
+  // The oldest call of this key in which the peer has not taken this step yet. It can give up at
+  // any step, after DONE too, but only in the latest call that it has come to.
+  auto it = std::find_if(queue.begin(), queue.end(), [&](const auto& e) {
+    if (type == MessageType::kDone) return e->done.count(process) == 0;
+    return e->arrived.count(process) == 0;
   });
+  if (type == MessageType::kFailed && it != queue.begin()) --it;
   std::shared_ptr<Exchange> exchange;
   if (it != queue.end()) {
     exchange = *it;

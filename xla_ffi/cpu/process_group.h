@@ -97,6 +97,8 @@ class ProcessGroup : public std::enable_shared_from_this<ProcessGroup> {
   void Fail(const std::shared_ptr<Exchange>& exchange, Failure failure, bool tell_peers);
   void Erase(const std::shared_ptr<Exchange>& exchange);
   void ExpireOverdue(Clock::time_point now);
+  // Why a peer may wait in vain for this call: it is at a call that pairs with none of ours.
+  std::string OtherProgram(const Exchange& exchange) const;
   Failure Lost(const Exchange& exchange, int64_t process) const;
   void Wake();
 

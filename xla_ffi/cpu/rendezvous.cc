@@ -1,6 +1,7 @@
 #include "xla_ffi/cpu/rendezvous.h"
 
 #include <algorithm>
+#include <exception>
 #include <string>
 #include <thread>
 #include <utility>
@@ -113,6 +114,10 @@ void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64
       member.done(copy);
       return;
     }
+    if (!watching_ && num_expected > 1) {
+      std::thread([this] { Watch(); }).detach();
+      watching_ = true;
+    }
     std::deque<Meeting>& queue = meetings_[key];
     auto meeting = std::find_if(queue.begin(), queue.end(),
                                 [&](const Meeting& m) { return !m.arrived[rank]; });
@@ -133,8 +138,6 @@ void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64
       queue.erase(meeting);
       if (queue.empty()) meetings_.erase(key);
     } else if (meeting->deadline < next_wake_) {
-      if (!watching_) std::thread([this] { Watch(); }).detach();
-      watching_ = true;
       next_wake_ = meeting->deadline;
       deadline_changed_.notify_one();
     }
@@ -142,11 +145,19 @@ void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64
   if (full.empty()) return;
 
   for (int64_t r = 0; r < num_ranks; ++r) full[r].rank = r;
-  std::unique_ptr<CollectiveOp> op = make_op(full);
-  if (!spans_processes) {
-    const NoPeers no_peers;
-    op->Prepare(no_peers);
-    const MaybeFailure failure = op->Finish(no_peers);
+  std::unique_ptr<CollectiveOp> op;
+  MaybeFailure failure;
+  try {
+    op = make_op(full);
+    if (!spans_processes) {
+      const NoPeers no_peers;
+      op->Prepare(no_peers);
+      failure = op->Finish(no_peers);
+    }
+  } catch (const std::exception& e) {  // the others must hear of it too
+    failure = Failure{FailureCode::kInternal, site->op + ": " + e.what()};
+  }
+  if (failure || !spans_processes) {
     CompleteAll(full, failure, rank);
     return;
   }
