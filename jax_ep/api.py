@@ -226,6 +226,7 @@ def dispatch(
                 layout.recv_src,
                 layout.recv_order,
                 layout.group_sizes,
+                layout.num_recv,
                 topk_weights,
                 axis_name=layout.axis_name,
                 num_ranks=layout.num_ranks,

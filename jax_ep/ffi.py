@@ -67,6 +67,7 @@ def bind_dispatch(
     recv_src: jax.Array,
     recv_order: jax.Array,
     group_sizes: jax.Array,
+    num_recv: jax.Array,
     topk_weights: jax.Array | None,
     *,
     axis_name: tuple[str, ...],
@@ -84,6 +85,7 @@ def bind_dispatch(
         recv_src,
         recv_order,
         group_sizes,
+        num_recv[None],
         *optional,
         axis_name=axis_name,
         num_ranks=num_ranks,
@@ -108,6 +110,7 @@ def bind_combine(
     send_row: jax.Array,
     recv_src: jax.Array,
     recv_order: jax.Array,
+    num_recv: jax.Array,
     weights: jax.Array | None,
     values: jax.Array | None,
     *,
@@ -123,6 +126,7 @@ def bind_combine(
         send_row,
         recv_src,
         recv_order,
+        num_recv[None],
         *(() if weights is None else (weights,)),
         *(() if values is None else (values,)),
         axis_name=axis_name,
@@ -200,9 +204,17 @@ def _lower(
     attributes = {name: np.int64(value) for name, value in params.items()}
     rule = jax.ffi.ffi_lowering(target)
     # The primitives take the typed operand first, the handlers take the coordinates first.
-    swapped = ctx.replace(avals_in=[ctx.avals_in[1], ctx.avals_in[0], *ctx.avals_in[2:]])
-    results: Sequence[Any] = rule(swapped, rest[0], first, *rest[1:], members=members, **attributes)
-    return results
+    results = list(ctx.avals_out)
+    if platform == "cuda" and target == "jax_ep_combine":  # scratch: a row per (rank, token)
+        shape = (params["num_ranks"], *results[0].shape)
+        results.append(results[0].update(shape=shape))
+    handler_ctx = ctx.replace(
+        avals_in=[ctx.avals_in[1], ctx.avals_in[0], *ctx.avals_in[2:]], avals_out=results
+    )
+    values: Sequence[Any] = rule(
+        handler_ctx, rest[0], first, *rest[1:], members=members, **attributes
+    )
+    return values[: len(ctx.avals_out)]
 
 
 def _refuse_vmap(target: str, *_: Any, **__: Any) -> Any:
@@ -243,4 +255,5 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Call
 _layout_p = _make_primitive("jax_ep_layout", _layout_shapes)
 _dispatch_p = _make_primitive("jax_ep_dispatch", _dispatch_shapes)
 _combine_p = _make_primitive("jax_ep_combine", _combine_shapes)
+runtime.register_cuda()
 compat.register_cpu_targets("jax_ep_cpu_site", _cpu.state_type(), _cpu.handlers())

@@ -16,10 +16,10 @@ ffi::ErrorOr<std::unique_ptr<CpuSiteState>> InstantiateDispatch(DispatchAttribut
       a, {a.num_tokens, a.top_k, a.has_weights, a.zero_tail, a.quantization, a.dequantize});
 }
 
-// Arguments after group_sizes: topk_weights f32 [T, K] if has_weights.
+// Arguments after num_recv: topk_weights f32 [T, K] if has_weights.
 // Results after tokens: scales f32 [C, H / 128] if fp8 stays, weights f32 [C] if has_weights.
 ffi::Future Dispatch(ffi::RunId run, CpuSiteState* state, DispatchAttributes a, I32 coordinates,
-                     ffi::AnyBuffer x, I32 recv_src, I32 recv_order, I32 group_sizes,
+                     ffi::AnyBuffer x, I32 recv_src, I32 recv_order, I32 group_sizes, I32 num_recv,
                      ffi::RemainingArgs optional_in, ffi::Result<ffi::AnyBuffer> tokens,
                      ffi::RemainingRets optional_out) {
   const bool keeps_fp8 = a.quantization != 0 && a.dequantize == 0;
@@ -28,6 +28,7 @@ ffi::Future Dispatch(ffi::RunId run, CpuSiteState* state, DispatchAttributes a, 
   Checks checks(DispatchAttributes::kOp);
   checks.Shape("x", x, {a.num_tokens, -1});
   checks.Shape("recv_order", recv_order, {capacity});
+  checks.Shape("num_recv", num_recv, {1});
   checks.Require(optional_in.size() == (a.has_weights ? 1u : 0u) && optional_out.size() == num_out,
                  "the number of operands or results disagrees with the attributes");
   if (!checks.ok()) return FailedFuture(checks.error());
@@ -97,6 +98,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kDispatchCpu, Dispatch,
                                   .Arg<I32>()             // recv_src
                                   .Arg<I32>()             // recv_order
                                   .Arg<I32>()             // group_sizes
+                                  .Arg<I32>()             // num_recv
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()  // tokens
                                   .RemainingRets());
