@@ -32,13 +32,14 @@ static_assert(sizeof(GroupView) <= 2048, "fits the 4 KB of kernel parameters");
 struct LayoutArguments {
   const int32_t* topk_idx;
   int64_t num_tokens, top_k, num_experts, capacity, expert_alignment;
-  int32_t *send_row, *recv_src, *recv_order, *group_sizes, *expert_counts, *expert_load, *counters;
+  int32_t *send_row, *recv_src, *recv_order, *recv_offsets, *group_sizes, *expert_counts,
+      *expert_load, *counters;
 };
 
 struct DispatchArguments {
   const void* x;
   const float* topk_weights;  // null without
-  const int32_t *recv_src, *recv_order, *group_sizes, *num_recv;
+  const int32_t *recv_src, *recv_order, *recv_offsets, *group_sizes;
   void* tokens;
   float* weights;
   int64_t num_tokens, top_k, capacity, num_local_experts, row_bytes;
@@ -51,7 +52,7 @@ struct CombineArguments {
   const void* y;
   const float* weights;  // null: 1
   const float* values;   // null without
-  const int32_t *topk_idx, *send_row, *recv_src, *recv_order, *num_recv;
+  const int32_t *topk_idx, *send_row, *recv_src, *recv_order, *recv_offsets;
   void* partial;  // [R, T, H], scratch that peers write
   void* out;
   float* collected;  // with values

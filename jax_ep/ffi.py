@@ -33,6 +33,7 @@ class LayoutTables(NamedTuple):
     send_row: jax.Array
     recv_src: jax.Array
     recv_order: jax.Array
+    recv_offsets: jax.Array
     group_sizes: jax.Array
     expert_counts: jax.Array
     expert_load: jax.Array
@@ -66,8 +67,8 @@ def bind_dispatch(
     x: jax.Array,
     recv_src: jax.Array,
     recv_order: jax.Array,
+    recv_offsets: jax.Array,
     group_sizes: jax.Array,
-    num_recv: jax.Array,
     topk_weights: jax.Array | None,
     *,
     axis_name: tuple[str, ...],
@@ -84,8 +85,8 @@ def bind_dispatch(
         group.coordinates(axis_name),
         recv_src,
         recv_order,
+        recv_offsets,
         group_sizes,
-        num_recv[None],
         *optional,
         axis_name=axis_name,
         num_ranks=num_ranks,
@@ -110,7 +111,7 @@ def bind_combine(
     send_row: jax.Array,
     recv_src: jax.Array,
     recv_order: jax.Array,
-    num_recv: jax.Array,
+    recv_offsets: jax.Array,
     weights: jax.Array | None,
     values: jax.Array | None,
     *,
@@ -126,7 +127,7 @@ def bind_combine(
         send_row,
         recv_src,
         recv_order,
-        num_recv[None],
+        recv_offsets,
         *(() if weights is None else (weights,)),
         *(() if values is None else (values,)),
         axis_name=axis_name,
@@ -146,6 +147,7 @@ def _layout_shapes(
         "send_row": topk_idx.shape,
         "recv_src": (capacity,),
         "recv_order": (capacity,),
+        "recv_offsets": (num_ranks * topk_idx.shape[0] + 1,),
         "group_sizes": (num_local_experts,),
         "expert_counts": (num_local_experts,),
         "expert_load": (num_experts,),

@@ -32,8 +32,9 @@ ffi::ErrorOr<State> InstantiateCombine(CombineAttributes a) {
 ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, LayoutAttributes a,
                   I32 /*coordinates*/, I32Matrix topk_idx, ffi::Result<I32Matrix> send_row,
                   ffi::Result<I32> recv_src, ffi::Result<I32> recv_order,
-                  ffi::Result<I32> group_sizes, ffi::Result<I32> expert_counts,
-                  ffi::Result<I32> expert_load, ffi::Result<I32> counters) {
+                  ffi::Result<I32> recv_offsets, ffi::Result<I32> group_sizes,
+                  ffi::Result<I32> expert_counts, ffi::Result<I32> expert_load,
+                  ffi::Result<I32> counters) {
   const int64_t num_tokens = topk_idx.dimensions()[0], top_k = topk_idx.dimensions()[1];
   Checks checks(a.kOp);
   checks.Require(a.num_experts > 0 && a.num_experts % a.num_ranks == 0 && a.capacity > 0 &&
@@ -64,6 +65,7 @@ ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, La
                                        send_row->typed_data(),
                                        recv_src->typed_data(),
                                        recv_order->typed_data(),
+                                       recv_offsets->typed_data(),
                                        group_sizes->typed_data(),
                                        expert_counts->typed_data(),
                                        expert_load->typed_data(),
@@ -73,8 +75,9 @@ ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, La
 
 ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
                     DispatchAttributes a, I32 /*coordinates*/, ffi::AnyBuffer x, I32 recv_src,
-                    I32 recv_order, I32 group_sizes, I32 num_recv, ffi::RemainingArgs optional_in,
-                    ffi::Result<ffi::AnyBuffer> tokens, ffi::RemainingRets optional_out) {
+                    I32 recv_order, I32 recv_offsets, I32 group_sizes,
+                    ffi::RemainingArgs optional_in, ffi::Result<ffi::AnyBuffer> tokens,
+                    ffi::RemainingRets optional_out) {
   const int64_t capacity = recv_src.dimensions()[0];
   Checks checks(a.kOp);
   checks.Require(a.quantization == 0, "fp8 dispatch is not built for CUDA in this version");
@@ -114,8 +117,8 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
                                          topk_weights,
                                          recv_src.typed_data(),
                                          recv_order.typed_data(),
+                                         recv_offsets.typed_data(),
                                          group_sizes.typed_data(),
-                                         num_recv.typed_data(),
                                          tokens->untyped_data(),
                                          weights,
                                          a.num_tokens,
@@ -129,7 +132,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
 
 ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, CombineAttributes a,
                    I32 /*coordinates*/, ffi::AnyBuffer y, I32Matrix topk_idx, I32Matrix send_row,
-                   I32 recv_src, I32 recv_order, I32 num_recv, ffi::RemainingArgs optional_in,
+                   I32 recv_src, I32 recv_order, I32 recv_offsets, ffi::RemainingArgs optional_in,
                    ffi::Result<ffi::AnyBuffer> combined, ffi::RemainingRets optional_out) {
   const size_t num_values = a.has_values ? 1 : 0;
   const size_t num_weights = a.has_weights ? 1 : 0;
@@ -193,7 +196,7 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
                                         send_row.typed_data(),
                                         recv_src.typed_data(),
                                         recv_order.typed_data(),
-                                        num_recv.typed_data(),
+                                        recv_offsets.typed_data(),
                                         partial->untyped_data(),
                                         combined->untyped_data(),
                                         collected,
@@ -224,6 +227,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kLayoutCuda, Layout,
                                   .Arg<I32>()
                                   .Arg<I32Matrix>()
                                   .Ret<I32Matrix>()
+                                  .Ret<I32>()
                                   .Ret<I32>()
                                   .Ret<I32>()
                                   .Ret<I32>()

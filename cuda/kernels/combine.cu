@@ -3,22 +3,24 @@
 // kept rows of t on r, in k
 //           order, of weight * y)), sums and products f32, each rounded on its own, from +0.
 //           collected[t, k] = values[row of (t, k)], 0 if there is none.
-// Roles:    two kernels of num_sms blocks, 16 warps each. combine_push: a warp takes a contiguous
-// share
-//           of recv_order and forms the sum of a token at a time, 16 bytes a lane.
-//           combine_sum: a warp takes a token of this rank at a time.
-// Buffers:  y, weights, values | XLA, own       | before the call     | combine_push
-//           partial [R, T, H]  | XLA, each rank | all ranks, [S2]..[E1] | combine_sum, after [E2]
-//           collected          | XLA, each rank | all ranks, [S2]..[E1]; combine_sum, the rest |
-//           later out                | XLA, own       | combine_sum         | later kernels
-// Protocol: push: 1. [S1] show partial and collected, [S2] wait for all. 2. Sum and store, remote
-// or
-//           own. 3. [E1] by the last block. sum: 4. [E2], in every block. 5. Add. The last
-//           block advances the epochs.
-// Reuse:    partial is the call's own scratch; no peer writes it after [E2].
-// Progress: combine_push waits only in [S2]; combine_sum waits for the peers' combine_push.
-// Failure:  a timeout fills out and collected with NaN bits; see group_sync.cuh.
-// Limits:   rows are multiples of 16 bytes; K <= 32; compiled without -ftz, -fmad=false.
+// Roles:    num_sms blocks of 32 warps, one block an SM, in two roles. Push warps form the sums of
+//           the tokens of other ranks and store them there. Sum warps add, for this rank's tokens,
+//           the ranks' sums; their own rank's they form on the way. A unit of work is a part of a
+//           row. Both go through the tokens in kMaxChunks chunks, or fewer.
+// Buffers:  y, weights, values | XLA, own       | before the call       | own warps
+//           partial [R, T, H]  | XLA, each rank | peers' push warps, [S2]..[P1] | sum warps, after
+//           [P2] collected          | XLA, each rank | likewise for rows of peers; sum warps, the
+//           rest | later out                | XLA, own       | sum warps             | later
+//           kernels
+// Protocol: 1. [S1] show partial and collected, [S2] wait for all. 2. A push warp stores its units
+//           of a chunk and counts itself in chunk_arrivals; the last one tells every peer by [P1]
+//           that the chunk is there. 3. A sum warp waits for a chunk's [P2] from every peer, then
+//           adds. When all chunks have been seen, no peer writes here any more. The last block
+//           advances the epochs.
+// Reuse:    partial is the call's own scratch; progress only grows, by epoch and chunk.
+// Progress: push warps wait only in [S2]; sum warps wait for the peers' push warps; all are
+// resident. Failure:  a timeout fills out and collected with NaN bits; see group_sync.cuh. Limits:
+// rows are multiples of 16 bytes; K <= 32; compiled without -ftz, -fmad=false.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -29,7 +31,7 @@
 namespace jax_ep::gpu {
 namespace {
 
-constexpr int kNumWarps = 16;
+constexpr int kNumWarps = 32;
 constexpr int kNumThreads = kNumWarps * 32;
 constexpr int kRowsAtOnce = 4;  // rows in flight per lane
 
@@ -81,158 +83,228 @@ __device__ void fill_nan(void* buffer, int64_t num_bytes) {
   }
 }
 
-template <typename Vector>
-__global__ __launch_bounds__(kNumThreads, 1) void combine_push_kernel(
-    const __grid_constant__ GroupView g, const __grid_constant__ CombineArguments a) {
-  __shared__ uint64_t address[kMaxPeers][kNumAddresses];
-  const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.partial),
-                                       reinterpret_cast<uint64_t>(a.collected), 0};
-  if (blockIdx.x == 0) send_start(g, own);                        // [S1]
-  if (!receive_start(g, OpKind::kCombine, own, address)) return;  // [S2]
+// How the work is cut.
+struct Cut {
+  int32_t num_push_warps;  // of each block
+  int32_t num_chunks;
+  int32_t num_parts;  // of a row
+};
 
-  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t num_vectors = a.num_channels / Vector::kCount;
-  const Slots slots{a.recv_order, a.recv_src, *a.num_recv, static_cast<int32_t>(a.top_k)};
-  const int64_t share = int64_t{warp} * gridDim.x + blockIdx.x;
-  const int64_t num_shares = int64_t{kNumWarps} * gridDim.x;
-  const int32_t end =
-      slots.token_begin(static_cast<int32_t>(slots.num_slots * (share + 1) / num_shares));
-  int32_t slot = slots.token_begin(static_cast<int32_t>(slots.num_slots * share / num_shares));
+// acc = sum of weight * y over `count` rows (row and weight of the i-th in lane i), vector v of the
+// row.
+template <typename Vector>
+__device__ void sum_rows(const CombineArguments& a, int32_t row, float weight, int32_t count,
+                         int64_t v, bool inside, float (&acc)[Vector::kCount]) {
   const auto* y = static_cast<const uint4*>(a.y);
-  while (slot < end) {
-    // The token's rows, one a lane.
-    const int32_t here = slot + lane;
-    const int32_t row = here < end ? slots.row(here) : -1;
-    const int32_t flat = row >= 0 ? a.recv_src[row] : -1;
-    const int32_t flat_token = flat >= 0 ? flat / slots.top_k : -1;
-    const int32_t token = __shfl_sync(0xffffffffu, flat_token, 0);
-    const bool mine = flat_token == token;
-    const int32_t count = __popc(__ballot_sync(0xffffffffu, mine));
-    const float weight = mine && a.weights != nullptr ? a.weights[row] : 1.0f;
-    const int32_t src = token / static_cast<int32_t>(a.num_tokens);
-    const int32_t t = token - src * static_cast<int32_t>(a.num_tokens);
-    if (mine && a.values != nullptr) {
-      const int32_t k = flat - token * slots.top_k;
-      reinterpret_cast<float*>(address[src][1])[t * a.top_k + k] = a.values[row];
+  const int64_t num_vectors = a.num_channels / Vector::kCount;
+  for (int c = 0; c < Vector::kCount; ++c) acc[c] = 0.0f;
+  for (int32_t first = 0; first < count; first += kRowsAtOnce) {
+    uint4 loaded[kRowsAtOnce];
+    float w[kRowsAtOnce];
+#pragma unroll
+    for (int32_t i = 0; i < kRowsAtOnce; ++i) {
+      const int32_t from = first + i < count ? first + i : 0;
+      const int64_t r = __shfl_sync(0xffffffffu, row, from);
+      w[i] = __shfl_sync(0xffffffffu, weight, from);
+      if (inside && first + i < count) loaded[i] = __ldcs(y + r * num_vectors + v);
     }
-    auto* to = reinterpret_cast<uint4*>(address[src][0]) +
-               (int64_t{g.rank} * a.num_tokens + t) * num_vectors;
-    for (int64_t v = lane; v - lane < num_vectors; v += 32) {
-      const bool inside = v < num_vectors;
-      float acc[Vector::kCount] = {};
-      for (int32_t first = 0; first < count; first += kRowsAtOnce) {
-        uint4 loaded[kRowsAtOnce];
-        float w[kRowsAtOnce];
 #pragma unroll
-        for (int32_t i = 0; i < kRowsAtOnce; ++i) {
-          const int32_t from = first + i < count ? first + i : 0;
-          const int32_t r = __shfl_sync(0xffffffffu, row, from);
-          w[i] = __shfl_sync(0xffffffffu, weight, from);
-          if (inside && first + i < count) loaded[i] = __ldcs(y + r * num_vectors + v);
-        }
-#pragma unroll
-        for (int32_t i = 0; i < kRowsAtOnce; ++i) {
-          if (!inside || first + i >= count) continue;
-          float x[Vector::kCount];
-          Vector::load(loaded[i], x);
-          for (int c = 0; c < Vector::kCount; ++c) {
-            acc[c] = __fadd_rn(acc[c], a.weights != nullptr ? __fmul_rn(w[i], x[c]) : x[c]);
-          }
-        }
+    for (int32_t i = 0; i < kRowsAtOnce; ++i) {
+      if (!inside || first + i >= count) continue;
+      float x[Vector::kCount];
+      Vector::load(loaded[i], x);
+      for (int c = 0; c < Vector::kCount; ++c) {
+        acc[c] = __fadd_rn(acc[c], a.weights != nullptr ? __fmul_rn(w[i], x[c]) : x[c]);
       }
-      if (inside) to[v] = Vector::store(acc);
     }
-    slot += count;
   }
-  __syncthreads();
-  __shared__ bool last;
-  if (threadIdx.x == 0) last = is_last_block(g);
-  __syncthreads();
-  if (!last) return;
-  send_end(g);  // [E1]
-  if (threadIdx.x == 0) g.control->local.num_blocks_done = 0;
 }
 
 template <typename Vector>
-__global__ __launch_bounds__(kNumThreads, 1) void combine_sum_kernel(
-    const __grid_constant__ GroupView g, const __grid_constant__ CombineArguments a) {
-  __shared__ int32_t ranks[kNumWarps][kMaxTopK];
-  const int64_t row_bytes = a.num_channels * (16 / Vector::kCount);
-  const bool ok = receive_end(g, OpKind::kCombine) && !is_broken(g);  // [E2]
+__device__ void push(const GroupView& g, const CombineArguments& a, const Cut& cut,
+                     const uint64_t (*address)[kNumAddresses]) {
+  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t num_vectors = a.num_channels / Vector::kCount;
+  const int64_t part_vectors = (num_vectors + cut.num_parts - 1) / cut.num_parts;
+  const int32_t num_others = g.num_ranks - 1;
+  const auto num_warps = static_cast<uint32_t>(cut.num_push_warps) * gridDim.x;
+  for (int32_t chunk = 0; chunk < cut.num_chunks; ++chunk) {
+    const int64_t begin = a.num_tokens * chunk / cut.num_chunks;
+    const int64_t end = a.num_tokens * (chunk + 1) / cut.num_chunks;
+    const int64_t num_units = (end - begin) * num_others * cut.num_parts;
+    for (int64_t unit = int64_t{warp} * gridDim.x + blockIdx.x; unit < num_units;
+         unit += num_warps) {
+      const int64_t pair = unit / cut.num_parts;
+      const int64_t part = unit - pair * cut.num_parts;
+      const int64_t t = begin + pair / num_others;
+      const auto src = static_cast<int32_t>((g.rank + 1 + pair % num_others) % g.num_ranks);
+      const int64_t flat_token = src * a.num_tokens + t;
+      const int32_t first_slot = a.recv_offsets[flat_token];
+      const int32_t count = a.recv_offsets[flat_token + 1] - first_slot;
+      if (count == 0) continue;
+      int32_t row = 0;
+      float weight = 1.0f;
+      if (lane < count) {
+        row = a.recv_order[first_slot + lane];
+        if (a.weights != nullptr) weight = a.weights[row];
+        if (a.values != nullptr && part == 0) {
+          const int64_t k = a.recv_src[row] - flat_token * a.top_k;
+          reinterpret_cast<float*>(address[src][1])[t * a.top_k + k] = a.values[row];
+        }
+      }
+      auto* to = reinterpret_cast<uint4*>(address[src][0]) +
+                 (int64_t{g.rank} * a.num_tokens + t) * num_vectors;
+      const int64_t part_end = min(num_vectors, (part + 1) * part_vectors);
+      for (int64_t v = part * part_vectors + lane; v - lane < part_end; v += 32) {
+        float acc[Vector::kCount];
+        sum_rows<Vector>(a, row, weight, count, v, v < part_end, acc);
+        if (v < part_end) to[v] = Vector::store(acc);
+      }
+    }
+    __syncwarp();
+    uint32_t before = 0;
+    if (lane == 0) {
+      before = atom_add_acq_rel_gpu(&g.control->local.chunk_arrivals[chunk], 1);
+    }
+    if (__shfl_sync(0xffffffffu, before, 0) != num_warps - 1) continue;
+    __threadfence_system();
+    for (int32_t r = lane; r < g.num_ranks; r += 32) {
+      if (r == g.rank) continue;
+      const PeerView& peer = g.peer[r];
+      const uint64_t epoch = g.control->local.epoch[peer.slot_here] + 1;
+      st_release_sys(&peer.control->progress[peer.slot_there].progress,
+                     epoch * kProgressBase + chunk + 1);  // [P1]
+    }
+  }
+}
+
+template <typename Vector>
+__device__ bool sum(const GroupView& g, const CombineArguments& a, const Cut& cut) {
+  const int32_t warp = threadIdx.x / 32 - cut.num_push_warps, lane = threadIdx.x % 32;
+  const int64_t num_vectors = a.num_channels / Vector::kCount;
+  const int64_t part_vectors = (num_vectors + cut.num_parts - 1) / cut.num_parts;
+  const int64_t num_warps = (kNumWarps - cut.num_push_warps) * int64_t{gridDim.x};
+  const auto* partial = static_cast<const uint4*>(a.partial);
+  for (int32_t chunk = 0; chunk < cut.num_chunks; ++chunk) {
+    bool ok = true;
+    for (int32_t r = lane; r < g.num_ranks; r += 32) {
+      if (r == g.rank) continue;
+      const PeerView& peer = g.peer[r];
+      const uint64_t epoch = g.control->local.epoch[peer.slot_here] + 1;
+      ok = wait_flag(g, OpKind::kCombine, &g.control->progress[peer.slot_here].progress,
+                     epoch * kProgressBase + chunk + 1, r, 1) &&
+           ok;  // [P2]
+    }
+    if (__all_sync(0xffffffffu, ok) == 0) return false;
+    const int64_t begin = a.num_tokens * chunk / cut.num_chunks;
+    const int64_t end = a.num_tokens * (chunk + 1) / cut.num_chunks;
+    const int64_t num_units = (end - begin) * cut.num_parts;
+    for (int64_t unit = int64_t{warp} * gridDim.x + blockIdx.x; unit < num_units;
+         unit += num_warps) {
+      const int64_t t = begin + unit / cut.num_parts;
+      const int64_t part = unit % cut.num_parts;
+      // Lane k looks at choice k: the rank of its row, and the row if that is here.
+      int32_t rank = INT32_MAX, row = 0;
+      float weight = 1.0f;
+      if (lane < a.top_k) {
+        const int64_t i = t * a.top_k + lane;
+        row = a.send_row[i];
+        if (row != kNoRow) {
+          rank = a.topk_idx[i] / static_cast<int32_t>(a.num_local_experts);
+          if (rank == g.rank) {
+            if (a.weights != nullptr) weight = a.weights[row];
+            if (a.values != nullptr && part == 0) a.collected[i] = a.values[row];
+          }
+        } else if (a.values != nullptr && part == 0) {
+          a.collected[i] = 0.0f;
+        }
+      }
+      // This rank's rows move to the first lanes, in k order.
+      const uint32_t own = __ballot_sync(0xffffffffu, rank == g.rank);
+      const int32_t num_own = __popc(own);
+      const int32_t from = lane < num_own ? static_cast<int32_t>(__fns(own, 0, lane + 1)) : 0;
+      const int32_t own_row = __shfl_sync(0xffffffffu, row, from);
+      const float own_weight = __shfl_sync(0xffffffffu, weight, from);
+      // The ranks with rows, ascending, as lanes' values: the next is the least above the last.
+      const int64_t part_end = min(num_vectors, (part + 1) * part_vectors);
+      auto* out = static_cast<uint4*>(a.out) + t * num_vectors;
+      for (int64_t v = part * part_vectors + lane; v - lane < part_end; v += 32) {
+        const bool inside = v < part_end;
+        float acc[Vector::kCount] = {};
+        int32_t current = -1;
+        for (;;) {
+          current = __reduce_min_sync(0xffffffffu, rank > current ? rank : INT32_MAX);
+          if (current == INT32_MAX) break;
+          float x[Vector::kCount];
+          if (current == g.rank) {
+            sum_rows<Vector>(a, own_row, own_weight, num_own, v, inside, x);
+            Vector::load(Vector::store(x), x);  // rounded as if it crossed a link
+          } else {
+            uint4 loaded{};
+            if (inside) loaded = __ldcs(partial + (current * a.num_tokens + t) * num_vectors + v);
+            Vector::load(loaded, x);
+          }
+          for (int c = 0; c < Vector::kCount; ++c) acc[c] = __fadd_rn(acc[c], x[c]);
+        }
+        if (inside) out[v] = Vector::store(acc);
+      }
+    }
+  }
+  return true;
+}
+
+template <typename Vector>
+__global__ __launch_bounds__(kNumThreads,
+                             1) void combine_kernel(const __grid_constant__ GroupView g,
+                                                    const __grid_constant__ CombineArguments a,
+                                                    const __grid_constant__ Cut cut) {
+  __shared__ uint64_t address[kMaxPeers][kNumAddresses];
+  const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.partial),
+                                       reinterpret_cast<uint64_t>(a.collected), 0};
+  if (blockIdx.x == 0) send_start(g, own);                     // [S1]
+  bool ok = receive_start(g, OpKind::kCombine, own, address);  // [S2]
+  if (ok) {
+    if (static_cast<int32_t>(threadIdx.x) / 32 < cut.num_push_warps) {
+      push<Vector>(g, a, cut, address);
+    } else {
+      ok = sum<Vector>(g, a, cut);
+    }
+  }
   if (__syncthreads_and(ok) == 0) {
-    fill_nan(a.out, a.num_tokens * row_bytes);
+    fill_nan(a.out, a.num_tokens * a.num_channels * (16 / Vector::kCount));
     if (a.values != nullptr) fill_nan(a.collected, a.num_tokens * a.top_k * 4);
     return;
   }
-  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t num_vectors = a.num_channels / Vector::kCount;
-  const auto* partial = static_cast<const uint4*>(a.partial);
-  for (int64_t t = int64_t{warp} * gridDim.x + blockIdx.x; t < a.num_tokens;
-       t += int64_t{kNumWarps} * gridDim.x) {
-    // The ranks that hold rows of t, ascending, without repetition.
-    int32_t rank = -1;
-    if (lane < a.top_k) {
-      const int64_t i = t * a.top_k + lane;
-      if (a.send_row[i] != kNoRow) {
-        rank = a.topk_idx[i] / static_cast<int32_t>(a.num_local_experts);
-      } else if (a.values != nullptr) {
-        a.collected[i] = 0.0f;
-      }
-    }
-    const uint32_t same = __match_any_sync(0xffffffffu, rank);
-    const bool chosen = rank >= 0 && (same & ((1u << lane) - 1)) == 0;
-    int32_t place = 0;
-    for (int32_t i = 0; i < 32; ++i) {
-      const int32_t other = __shfl_sync(0xffffffffu, chosen ? rank : INT32_MAX, i);
-      place += other < rank;
-    }
-    if (chosen) ranks[warp][place] = rank;
-    const int32_t count = __popc(__ballot_sync(0xffffffffu, chosen));
-    __syncwarp();
-    auto* out = static_cast<uint4*>(a.out) + t * num_vectors;
-    for (int64_t v = lane; v < num_vectors; v += 32) {
-      float acc[Vector::kCount] = {};
-      for (int32_t first = 0; first < count; first += kRowsAtOnce) {
-        uint4 loaded[kRowsAtOnce];
-#pragma unroll
-        for (int32_t i = 0; i < kRowsAtOnce; ++i) {
-          if (first + i >= count) continue;
-          const int64_t r = ranks[warp][first + i];
-          loaded[i] = __ldcs(partial + (r * a.num_tokens + t) * num_vectors + v);
-        }
-#pragma unroll
-        for (int32_t i = 0; i < kRowsAtOnce; ++i) {
-          if (first + i >= count) continue;
-          float x[Vector::kCount];
-          Vector::load(loaded[i], x);
-          for (int c = 0; c < Vector::kCount; ++c) acc[c] = __fadd_rn(acc[c], x[c]);
-        }
-      }
-      out[v] = Vector::store(acc);
-    }
-    __syncwarp();
-  }
-  __syncthreads();
   __shared__ bool last;
   if (threadIdx.x == 0) last = is_last_block(g);
   __syncthreads();
   if (!last) return;
   advance_epochs(g);
+  if (threadIdx.x < kMaxChunks) g.control->local.chunk_arrivals[threadIdx.x] = 0;
   if (threadIdx.x == 0) g.control->local.num_blocks_done = 0;
 }
 
 template <typename Vector>
 cudaError_t Launch(const GroupView& group, const CombineArguments& a, int num_sms,
                    cudaStream_t stream) {
-  combine_push_kernel<Vector><<<num_sms, kNumThreads, 0, stream>>>(group, a);
-  combine_sum_kernel<Vector><<<num_sms, kNumThreads, 0, stream>>>(group, a);
+  const int64_t num_vectors = a.num_channels / Vector::kCount;
+  Cut cut;
+  // Push warps read (R - 1) / R of the rows; a quarter is left for the sums at least.
+  cut.num_push_warps =
+      group.num_ranks == 1 ? 0 : kNumWarps * (group.num_ranks - 1) / group.num_ranks;
+  if (cut.num_push_warps > kNumWarps * 3 / 4) cut.num_push_warps = kNumWarps * 3 / 4;
+  // A part of a row is some 256 vectors; a chunk gives every push warp some units.
+  cut.num_parts = static_cast<int32_t>((num_vectors + 255) / 256);
+  const int64_t units = a.num_tokens * cut.num_parts;
+  const int64_t chunks = units / (2 * kNumWarps * num_sms);
+  cut.num_chunks = static_cast<int32_t>(chunks < 1 ? 1 : chunks > kMaxChunks ? kMaxChunks : chunks);
+  combine_kernel<Vector><<<num_sms, kNumThreads, 0, stream>>>(group, a, cut);
   return cudaGetLastError();
 }
 
 template <typename Vector>
 cudaError_t Prepare() {
-  if (cudaError_t e = PrepareKernel(combine_push_kernel<Vector>, 0); e != cudaSuccess) return e;
-  return PrepareKernel(combine_sum_kernel<Vector>, 0);
+  return PrepareKernel(combine_kernel<Vector>, 0);
 }
 
 }  // namespace

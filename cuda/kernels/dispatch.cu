@@ -11,7 +11,7 @@
 //           stages          | shared memory  | ring's loads    | ring's stores
 //           tokens, weights | XLA, own       | own blocks      | later kernels
 // Protocol: 1. [S1] show x and topk_weights, [S2] wait for all. 2. Rings and helpers work through
-//           contiguous shares of recv_order and of the rows. 3. [E1], [E2].
+//           contiguous shares of the (token, source) pairs and of the rows. 3. [E1], [E2].
 //           In a ring, token n uses stage n % S: [L] its load completes the stage's barrier (phase
 //           n / S), [F] its stores have read the stage before token n + S is loaded into it.
 // Reuse:    no memory outlives the call but the control block.
@@ -41,85 +41,89 @@ struct Ring {
   int32_t stage_bytes;
 };
 
-// The tokens of the slots [begin, end), both at token beginnings, for one piece of the row.
-__device__ void run_ring(const Slots& slots, const DispatchArguments& a, const Ring& ring,
+// The (source, token) pairs at positions [begin, end) of the order, for one piece of the row.
+// `num_loaded` counts the ring's loads over all calls: it numbers stages and barrier phases.
+__device__ void run_ring(const TokenOrder& order, const DispatchArguments& a, const Ring& ring,
                          const uint64_t (*address)[kNumAddresses], int32_t begin, int32_t end,
-                         int64_t piece_at, uint32_t piece_bytes, uint32_t& num_loaded_before) {
+                         int64_t piece_at, uint32_t piece_bytes, uint32_t& num_loaded) {
   const int32_t lane = threadIdx.x % 32;
   const auto num_tokens = static_cast<int32_t>(a.num_tokens);
 
-  // Loads run ahead of stores: a cursor of their own over the same slots.
-  int32_t load_batch = begin, batch_token = -1;
-  uint32_t load_heads = 0;
-  int32_t last_token = -1;
-  const uint32_t first = num_loaded_before;  // barrier phases go on from call to call
-  uint32_t num_loaded = 0;
-  const auto load_next = [&]() {
-    while (load_heads == 0) {
-      if (load_batch >= end) return;
-      const int32_t slot = load_batch + lane;
-      batch_token = slot < end ? slots.flat_token(slot) : -1;
-      const int32_t previous = __shfl_up_sync(0xffffffffu, batch_token, 1);
-      const bool head = slot < end && batch_token != (lane == 0 ? last_token : previous);
-      load_heads = __ballot_sync(0xffffffffu, head);
-      last_token = __shfl_sync(0xffffffffu, batch_token, 31);
-      load_batch += 32;
+  // Two cursors over the pairs that have rows here, 32 at a time: loads run ahead of stores.
+  struct Cursor {
+    int32_t batch, flat_token, first_slot, num_slots;
+    uint32_t left;
+  };
+  const auto advance = [&](Cursor& cursor) {  // lane of the next pair with rows, or -1
+    while (cursor.left == 0) {
+      if (cursor.batch >= end) return -1;
+      const int32_t position = cursor.batch + lane;
+      cursor.num_slots = 0;
+      if (position < end) {
+        cursor.flat_token = order.flat_token(position);
+        cursor.first_slot = a.recv_offsets[cursor.flat_token];
+        cursor.num_slots = a.recv_offsets[cursor.flat_token + 1] - cursor.first_slot;
+      }
+      cursor.left = __ballot_sync(0xffffffffu, cursor.num_slots > 0);
+      cursor.batch += 32;
     }
-    const int32_t from = __ffs(static_cast<int>(load_heads)) - 1;
-    load_heads &= load_heads - 1;
-    const int32_t token = __shfl_sync(0xffffffffu, batch_token, from);
+    const int32_t from = __ffs(static_cast<int>(cursor.left)) - 1;
+    cursor.left &= cursor.left - 1;
+    return from;
+  };
+
+  Cursor loads{begin, 0, 0, 0, 0};
+  const auto load_next = [&]() {
+    const int32_t from = advance(loads);
+    if (from < 0) return;
+    const int32_t flat_token = __shfl_sync(0xffffffffu, loads.flat_token, from);
     if (lane == 0) {
-      const uint32_t stage = (first + num_loaded) % ring.num_stages;
-      const int32_t src = token / num_tokens;
-      const uint64_t row = address[src][0] + (token - src * num_tokens) * a.row_bytes + piece_at;
+      const uint32_t stage = num_loaded % ring.num_stages;
+      const int32_t src = flat_token / num_tokens;
+      const uint64_t row =
+          address[src][0] + (flat_token - src * num_tokens) * a.row_bytes + piece_at;
       mbarrier_arrive_expect_tx(&ring.full[stage], piece_bytes);
       bulk_load(ring.stages + stage * ring.stage_bytes, reinterpret_cast<const void*>(row),
                 piece_bytes, &ring.full[stage]);
     }
     ++num_loaded;
   };
+  uint32_t next = num_loaded;  // the token to store
+  const uint32_t first = num_loaded;
   for (int32_t i = 0; i < ring.num_stages; ++i) load_next();
 
-  int32_t num_stored = 0;  // tokens whose stores have begun
-  int32_t current = -1;
-  char* stage_at = nullptr;
-  for (int32_t batch = begin; batch < end; batch += 32) {
-    const int32_t slot = batch + lane;
-    const int32_t row_here = slot < end ? slots.row(slot) : 0;
-    const int32_t token_here = slot < end ? slots.recv_src[row_here] / slots.top_k : -1;
-    const int32_t count = min(32, end - batch);
-    for (int32_t i = 0; i < count; ++i) {
-      const int32_t token = __shfl_sync(0xffffffffu, token_here, i);
-      const int32_t row = __shfl_sync(0xffffffffu, row_here, i);
-      if (token != current) {
-        if (num_stored > 0) {
-          if (lane == 0) bulk_commit_group();
-          if (num_stored > 1) {
-            if (lane == 0) bulk_wait_group_read<1>();  // [F] of the token before the last
-            load_next();
-          }
-        }
-        current = token;
-        const uint32_t n = first + num_stored++;
-        const uint32_t stage = n % ring.num_stages;
-        stage_at = ring.stages + stage * ring.stage_bytes;
-        if (lane == 0) {
-          while (!mbarrier_try_wait_parity(&ring.full[stage], n / ring.num_stages & 1)) {  // [L]
-          }
-        }
-      }
-      if (lane == 0) {
-        bulk_store(static_cast<char*>(a.tokens) + row * a.row_bytes + piece_at, stage_at,
-                   piece_bytes);
+  Cursor stores{begin, 0, 0, 0, 0};
+  int32_t count = 0, row = 0;  // of the next token: its rows, one a lane
+  const auto fetch_rows = [&]() {
+    const int32_t from = advance(stores);
+    count = from < 0 ? 0 : __shfl_sync(0xffffffffu, stores.num_slots, from);
+    const int32_t slot = __shfl_sync(0xffffffffu, stores.first_slot, max(from, 0));
+    if (lane < count) row = a.recv_order[slot + lane];
+  };
+  fetch_rows();
+  while (count > 0) {
+    const int32_t num_rows = count, row_here = row;
+    fetch_rows();  // of the token after, while this one's load is awaited
+    const uint32_t stage = next % ring.num_stages;
+    if (lane == 0) {
+      while (!mbarrier_try_wait_parity(&ring.full[stage], next / ring.num_stages & 1)) {  // [L]
       }
     }
-  }
-  if (lane == 0) {
+    __syncwarp();
+    if (lane < num_rows) {
+      bulk_store(static_cast<char*>(a.tokens) + row_here * a.row_bytes + piece_at,
+                 ring.stages + stage * ring.stage_bytes, piece_bytes);
+    }
     bulk_commit_group();
-    bulk_wait_group<0>();  // written: [E1] may follow, and the stages are free
+    ++next;
+    if (next - first > 1) {
+      bulk_wait_group_read<1>();  // [F] of the token before
+      __syncwarp();
+      load_next();
+    }
   }
+  bulk_wait_group<0>();  // written: [E1] may follow, and the stages are free
   __syncwarp();
-  num_loaded_before = first + num_loaded;
 }
 
 // Weights and zeros, by the warps that run no ring.
@@ -187,19 +191,18 @@ __global__ __launch_bounds__(kNumThreads,
 
   if (warp < kNumRings) {
     fence_proxy_async();  // what [S2] made visible is read by the copy engine
-    const Slots slots{a.recv_order, a.recv_src, *a.num_recv, static_cast<int32_t>(a.top_k)};
+    const TokenOrder order{g.num_ranks, static_cast<int32_t>(a.num_tokens), g.rank};
+    const int64_t num_pairs = int64_t{g.num_ranks} * a.num_tokens;
     const int64_t share = int64_t{warp} * gridDim.x + blockIdx.x;
     const int64_t num_shares = int64_t{kNumRings} * gridDim.x;
-    const int32_t begin =
-        slots.token_begin(static_cast<int32_t>(slots.num_slots * share / num_shares));
-    const int32_t end =
-        slots.token_begin(static_cast<int32_t>(slots.num_slots * (share + 1) / num_shares));
+    const auto begin = static_cast<int32_t>(num_pairs * share / num_shares);
+    const auto end = static_cast<int32_t>(num_pairs * (share + 1) / num_shares);
     const Ring ring{stages + int64_t{warp} * num_stages * stage_bytes, full[warp], num_stages,
                     stage_bytes};
     uint32_t num_loaded = 0;
     for (int64_t at = 0; begin < end && at < a.row_bytes; at += stage_bytes) {
       const auto bytes = static_cast<uint32_t>(min(int64_t{stage_bytes}, a.row_bytes - at));
-      run_ring(slots, a, ring, address, begin, end, at, bytes, num_loaded);
+      run_ring(order, a, ring, address, begin, end, at, bytes, num_loaded);
     }
   } else {
     run_helpers(g, a, address);

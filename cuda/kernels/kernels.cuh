@@ -21,25 +21,17 @@ cudaError_t PrepareKernel(Kernel kernel, int64_t shared_bytes) {
                               static_cast<int>(shared_bytes));
 }
 
-// The runs of equal tokens in recv_order. A token's kept rows on this rank are one run of slots.
-struct Slots {
-  const int32_t* recv_order;
-  const int32_t* recv_src;
-  int32_t num_slots;
-  int32_t top_k;
+// Work over all (source rank, token) pairs of the group, in an order that mixes the sources, so
+// that the links and the local memory are busy from beginning to end. Ranks begin with different
+// sources.
+struct TokenOrder {
+  int32_t num_ranks, num_tokens, rank;
 
-  __device__ int32_t row(int32_t slot) const { return recv_order[slot]; }
-  __device__ int32_t flat_token(int32_t slot) const { return recv_src[recv_order[slot]] / top_k; }
-
-  // The first slot >= `slot` that begins a token (num_slots if none does). By a whole warp.
-  __device__ int32_t token_begin(int32_t slot) const {
-    const int32_t lane = threadIdx.x % 32;
-    for (int32_t at = slot;; at += 32) {
-      const int32_t s = at + lane;
-      const bool begins = s >= num_slots || s == 0 || flat_token(s) != flat_token(s - 1);
-      const uint32_t mask = __ballot_sync(0xffffffffu, begins);
-      if (mask != 0) return min(num_slots, at + __ffs(static_cast<int>(mask)) - 1);
-    }
+  // Source rank * T + token of the pair at `position` in [0, num_ranks * num_tokens).
+  __device__ int32_t flat_token(int32_t position) const {
+    const int32_t token = position / num_ranks;
+    const int32_t src = (position + rank) % num_ranks;
+    return src * num_tokens + token;
   }
 };
 

@@ -1,6 +1,6 @@
 // layout: every rank reads all ranks' expert ids and computes its own tables from them.
-// After:    send_row, recv_src, recv_order, group_sizes, expert_counts, expert_load and counters
-// are
+// After:    send_row, recv_src, recv_order, recv_offsets, group_sizes, expert_counts, expert_load
+// and counters are
 //           as jax_ep/reference.py defines them, for this rank.
 // Roles:    num_blocks blocks of 256 threads, all resident. Block b owns the flat ids
 //           [b * ids_per_block, ..), flat = (src * T + t) * K + k; its warp w owns a run of those.
@@ -45,6 +45,7 @@ __device__ void poison(const LayoutArguments& a, int num_ranks) {
   fill(a.send_row, 0, a.num_tokens * a.top_k, kNoRow);
   fill(a.recv_src, 0, a.capacity, kNoSource);
   fill(a.recv_order, 0, a.capacity, kNoSource);
+  fill(a.recv_offsets, 0, num_ranks * a.num_tokens + 1, 0);
   fill(a.group_sizes, 0, a.num_experts / num_ranks, 0);
   fill(a.expert_counts, 0, a.num_experts / num_ranks, 0);
   fill(a.expert_load, 0, a.num_experts, 0);
@@ -70,6 +71,7 @@ __global__ __launch_bounds__(kNumThreads,
 
   const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t num_local = num_experts / g.num_ranks;
+  const int32_t top_k = static_cast<int32_t>(a.top_k);
   const int32_t ids_per_rank = static_cast<int32_t>(a.num_tokens * a.top_k);
   const int32_t num_ids = ids_per_rank * g.num_ranks;
   const int32_t block_begin = blockIdx.x * ids_per_block;
@@ -200,6 +202,9 @@ __global__ __launch_bounds__(kNumThreads,
       a.recv_src[row] = flat;
       a.recv_order[next_slot + __popc(kept & lower)] = row;
     }
+    if (flat < end && flat % top_k == 0) {
+      a.recv_offsets[flat / top_k] = next_slot + __popc(kept & lower);
+    }
     next_slot += __popc(kept);
   }
 
@@ -238,6 +243,7 @@ __global__ __launch_bounds__(kNumThreads,
       for (uint32_t b = 0; b < gridDim.x; ++b) {
         invalid += g.control->layout_counts[b * (kMaxExperts + 1) + kMaxExperts];
       }
+      a.recv_offsets[g.num_ranks * a.num_tokens] = received;
       a.counters[0] = received;
       a.counters[1] = routed_here - received;
       a.counters[2] = invalid;

@@ -16,6 +16,8 @@ inline constexpr int kMaxPeers = 72;  // devices of the largest NVLink domain
 inline constexpr int kMaxExperts = 1024;
 inline constexpr int kMaxTopK = 32;
 inline constexpr int kMaxLayoutBlocks = 128;
+inline constexpr int kMaxChunks = 16;  // of combine's tokens
+inline constexpr uint64_t kProgressBase = 32;
 inline constexpr int kNumAddresses = 3;  // buffers a call shows its peers
 inline constexpr size_t kLine = 128;     // bytes; no two writers share one
 
@@ -31,17 +33,25 @@ struct alignas(kLine) EndMail {
   uint64_t epoch;
 };
 
+// "Of combine's call epoch, this many chunks of your tokens are there": epoch * kProgressBase +
+// chunks, so that it only grows. Written by the slot's device.
+struct alignas(kLine) ProgressMail {
+  uint64_t progress;
+};
+
 // Written by this device's kernels only.
 struct alignas(kLine) Local {
-  uint64_t epoch[kMaxPeers];  // calls finished with each slot
-  uint32_t num_blocks_done;   // of the running kernel; 0 between kernels
-  uint32_t barrier;           // arrivals at the grid barrier of the running kernel; 0 between
-  uint32_t broken;            // 1 after a timeout: later calls end at once
+  uint64_t epoch[kMaxPeers];            // calls finished with each slot
+  uint32_t num_blocks_done;             // of the running kernel; 0 between kernels
+  uint32_t chunk_arrivals[kMaxChunks];  // warps that pushed their part of a chunk; 0 between
+  uint32_t barrier;  // arrivals at the grid barrier of the running kernel; 0 between
+  uint32_t broken;   // 1 after a timeout: later calls end at once
 };
 
 struct ControlBlock {
   StartMail start[kMaxPeers];
   EndMail end[kMaxPeers];
+  ProgressMail progress[kMaxPeers];
   Local local;
   // Of the running layout: per block of ids its rows to each expert, then its invalid ids.
   int32_t layout_counts[kMaxLayoutBlocks * (kMaxExperts + 1)];
