@@ -132,8 +132,9 @@ def require_cuda(target: str) -> None:
 
 def _set_up_cuda() -> None:
     _cuda.set_timeout(get_timeout())
-    ordinals = [device.local_hardware_id for device in jax.local_devices(backend="cuda")]
-    _cuda.setup(compat.process_index(), ordinals)
+    devices = jax.local_devices(backend="cuda")
+    ids, ordinals = [d.id for d in devices], [d.local_hardware_id for d in devices]
+    _cuda.setup(compat.process_index(), ids, ordinals)
 
 
 def register_cuda() -> None:

@@ -45,15 +45,15 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal,
   if (auto error = memory.RecordedError()) {
     return {ffi::ErrorCode::kDeadlineExceeded, *error};
   }
-  const int64_t own = memory.process() << 32 | ordinal;
+  const int64_t own = memory.Member(ordinal);
   const int64_t* group = nullptr;
   for (size_t i = 0; i < state.members.size(); ++i) {
     if (state.members[i] == own)
       group = state.members.data() + i / state.num_ranks * state.num_ranks;
   }
   if (group == nullptr) {
-    return fail("CUDA device " + std::to_string(ordinal) + " of process " +
-                std::to_string(memory.process()) + " is not in the mesh this was compiled for");
+    return fail("CUDA device " + std::to_string(ordinal) +
+                " is not in the mesh that this was compiled for");
   }
   if (auto error = memory.FillGroup(group, state.num_ranks, ordinal, view)) return fail(*error);
   for (const SharedBuffer& buffer : buffers) {

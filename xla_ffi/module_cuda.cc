@@ -46,10 +46,11 @@ NB_MODULE(_cuda, m) {
   m.def("state_type", &StateType, "The call sites' state, as jax.ffi.register_ffi_type takes it.");
   m.def(
       "setup",
-      [](int64_t process, const std::vector<int>& ordinals) {
-        SymmetricMemory::Get().Setup(process, ordinals);
+      [](int64_t process, const std::vector<int>& ids, const std::vector<int>& ordinals) {
+        SymmetricMemory::Get().Setup(process, ids, ordinals);
       },
-      nb::arg("process"), nb::arg("ordinals"), nb::call_guard<nb::gil_scoped_release>());
+      nb::arg("process"), nb::arg("ids"), nb::arg("ordinals"),
+      nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "export_memory",
       [](const std::vector<uint64_t>& pointers) { return SymmetricMemory::Get().Export(pointers); },

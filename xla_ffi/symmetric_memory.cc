@@ -95,7 +95,7 @@ void Unhex(const std::string& text, void* data, size_t bytes) {
   }
 }
 
-int64_t Code(int64_t process, int ordinal) { return process << 32 | ordinal; }
+int64_t MemberCode(int64_t process, int64_t id) { return process << 32 | id; }
 
 CUmemAccessDesc Access(int ordinal) {
   CUmemAccessDesc access{};
@@ -130,12 +130,20 @@ SymmetricMemory::Device* SymmetricMemory::FindLocal(int ordinal) {
   return nullptr;
 }
 
-void SymmetricMemory::Setup(int64_t process, const std::vector<int>& ordinals) {
+int64_t SymmetricMemory::Member(int ordinal) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const Device* device = FindLocal(ordinal);
+  return device == nullptr ? -1 : device->member;
+}
+
+void SymmetricMemory::Setup(int64_t process, const std::vector<int>& ids,
+                            const std::vector<int>& ordinals) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (!devices_.empty()) return;
   process_ = process;
   std::vector<Device> devices;
-  for (int ordinal : ordinals) {
+  for (size_t i = 0; i < ordinals.size(); ++i) {
+    const int ordinal = ordinals[i];
     const DeviceScope scope(ordinal);
     const std::string on = " on CUDA device " + std::to_string(ordinal);
     int major = 0;
@@ -162,6 +170,7 @@ void SymmetricMemory::Setup(int64_t process, const std::vector<int>& ordinals) {
     }
     Device device;
     device.ordinal = ordinal;
+    device.member = MemberCode(process, ids.at(i));
     Check(cudaMalloc(&device.control, sizeof(gpu::ControlBlock)), "control memory" + on);
     Check(cudaMemset(device.control, 0, sizeof(gpu::ControlBlock)), "control memory" + on);
     Check(cudaHostAlloc(&device.error, sizeof(gpu::ErrorRecord), cudaHostAllocMapped),
@@ -178,10 +187,10 @@ void SymmetricMemory::Setup(int64_t process, const std::vector<int>& ordinals) {
 
 void SymmetricMemory::AssignSlots() {
   slot_.clear();
-  for (const Device& device : devices_) slot_[Code(process_, device.ordinal)] = 0;
-  for (const auto& [code, remote] : remote_) slot_[code] = 0;
+  for (const Device& device : devices_) slot_[device.member] = 0;
+  for (const auto& [member, remote] : remote_) slot_[member] = 0;
   int next = 0;
-  for (auto& [code, slot] : slot_) slot = next++;  // codes ascend: the same numbers everywhere
+  for (auto& [member, slot] : slot_) slot = next++;  // ascending: the same numbers everywhere
   if (next > gpu::kMaxPeers) Throw("more devices than an NVLink domain has");
 }
 
@@ -210,7 +219,7 @@ std::string SymmetricMemory::Export(const std::vector<uint64_t>& pool_pointers) 
     driver.cuMemRelease(handle);
     Check(exported, "exporting XLA's pool" + on);
     device.shared[begin] = begin + bytes;
-    out << " " << device.ordinal << " " << Hex(&control, sizeof control) << " " << begin << " "
+    out << " " << device.member << " " << Hex(&control, sizeof control) << " " << begin << " "
         << bytes << " " << fd;
   }
   return out.str();
@@ -224,14 +233,14 @@ void SymmetricMemory::Import(const std::vector<std::string>& exports) {
     std::istringstream in(exports[process]);
     int64_t pid = 0;
     in >> pid;
-    int ordinal = 0, fd = -1;
+    int64_t member = 0;
+    int fd = -1;
     std::string handle_text;
     uint64_t begin = 0, bytes = 0;
-    while (in >> ordinal >> handle_text >> begin >> bytes >> fd) {
-      const std::string whose =
-          " of process " + std::to_string(process) + ", device " + std::to_string(ordinal);
+    while (in >> member >> handle_text >> begin >> bytes >> fd) {
+      const std::string whose = " of process " + std::to_string(process) + ", device " +
+                                std::to_string(member & 0xffffffff);
       RemoteDevice remote;
-      remote.code = Code(static_cast<int64_t>(process), ordinal);
       cudaIpcMemHandle_t control;
       Unhex(handle_text, &control, sizeof control);
       for (const Device& device : devices_) {
@@ -258,7 +267,7 @@ void SymmetricMemory::Import(const std::vector<std::string>& exports) {
       remote.mapped = reinterpret_cast<void*>(at);
       remote.mapped_bytes = bytes;
       remote.shift = static_cast<int64_t>(at - begin);
-      remote_[remote.code] = remote;
+      remote_[member] = remote;
     }
   }
   AssignSlots();
@@ -266,7 +275,7 @@ void SymmetricMemory::Import(const std::vector<std::string>& exports) {
 
 void SymmetricMemory::Release() {
   std::lock_guard<std::mutex> lock(mutex_);
-  for (auto& [code, remote] : remote_) {
+  for (auto& [member, remote] : remote_) {
     for (auto& [ordinal, control] : remote.control) {
       const DeviceScope scope(ordinal);
       cudaIpcCloseMemHandle(control);
@@ -294,17 +303,17 @@ std::optional<std::string> SymmetricMemory::FillGroup(const int64_t* members, in
   view->error = own->error_on_device;
   view->num_ranks = num_ranks;
   view->rank = -1;
-  const int64_t own_code = Code(process_, ordinal);
   for (int r = 0; r < num_ranks; ++r) {
     gpu::PeerView& peer = view->peer[r];
     peer = {};
-    if (members[r] == own_code) {
+    if (members[r] == own->member) {
       view->rank = r;
       continue;
     }
     if (members[r] >> 32 == process_) {
-      const Device* local = FindLocal(static_cast<int>(members[r] & 0xffffffff));
-      if (local != nullptr) peer.control = local->control;
+      for (const Device& local : devices_) {
+        if (local.member == members[r]) peer.control = local.control;
+      }
     } else if (const auto it = remote_.find(members[r]); it != remote_.end()) {
       peer.control = it->second.control.at(ordinal);
       peer.shift = it->second.shift;
@@ -316,7 +325,7 @@ std::optional<std::string> SymmetricMemory::FillGroup(const int64_t* members, in
              ", which this process is not connected to; call jax_ep.initialize() in every process";
     }
     peer.slot_here = slot_.at(members[r]);
-    peer.slot_there = slot_.at(own_code);
+    peer.slot_there = slot_.at(own->member);
   }
   if (view->rank < 0) return "CUDA device " + std::to_string(ordinal) + " is not in this group";
   return std::nullopt;

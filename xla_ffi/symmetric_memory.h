@@ -27,9 +27,9 @@ class SymmetricMemory {
   static SymmetricMemory& Get();
 
   // Allocates control memory on these CUDA devices, enables access between them and loads all
-  // kernels. `process` is this process's number. Repeating it with the same devices does nothing.
-  // Throws std::runtime_error naming the device and the call that failed.
-  void Setup(int64_t process, const std::vector<int>& ordinals);
+  // kernels. `process` is this process's number, `ids` are JAX's numbers of the devices. Repeating
+  // it does nothing. Throws std::runtime_error naming the device and the call that failed.
+  void Setup(int64_t process, const std::vector<int>& ids, const std::vector<int>& ordinals);
 
   // What other processes need to reach this one's devices: a text. `pool_pointers[i]` is an address
   // inside XLA's memory pool on the i-th device of Setup.
@@ -41,7 +41,7 @@ class SymmetricMemory {
   // Unmaps and frees all. No program of ours may be running.
   void Release();
 
-  // Fills what a kernel on `ordinal` needs to know of the members (process << 32 | ordinal), by
+  // Fills what a kernel on `ordinal` needs to know of the members (process << 32 | id), by
   // rank. An error text if a member cannot be reached.
   std::optional<std::string> FillGroup(const int64_t* members, int num_ranks, int ordinal,
                                        gpu::GroupView* view);
@@ -50,7 +50,8 @@ class SymmetricMemory {
   // cannot. Cheap after the first call for an allocation.
   std::optional<std::string> Share(int ordinal, const void* pointer, size_t bytes);
 
-  int64_t process() const { return process_; }
+  // process << 32 | id of a device of this process, or -1.
+  int64_t Member(int ordinal);
 
   // The first error that a kernel has recorded, if any, in words.
   std::optional<std::string> RecordedError();
@@ -58,16 +59,15 @@ class SymmetricMemory {
  private:
   struct Device {
     int ordinal = -1;
+    int64_t member = -1;  // process << 32 | id
     gpu::ControlBlock* control = nullptr;
     gpu::ErrorRecord* error = nullptr;  // host address
     gpu::ErrorRecord* error_on_device = nullptr;
     std::map<uint64_t, uint64_t> shared;  // allocations that peers reach: begin -> end
   };
   struct RemoteDevice {
-    int64_t code = 0;
     std::map<int, gpu::ControlBlock*> control;  // by local ordinal
     int64_t shift = 0;
-    int slot = 0;
     void* mapped = nullptr;
     size_t mapped_bytes = 0;
   };
@@ -78,8 +78,8 @@ class SymmetricMemory {
   std::mutex mutex_;
   int64_t process_ = 0;
   std::vector<Device> devices_;
-  std::map<int64_t, RemoteDevice> remote_;  // by code
-  std::map<int64_t, int> slot_;             // of every device, by code
+  std::map<int64_t, RemoteDevice> remote_;  // by member
+  std::map<int64_t, int> slot_;             // of every device, by member
 };
 
 }  // namespace jax_ep

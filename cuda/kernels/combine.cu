@@ -3,7 +3,7 @@
 // kept rows of t on r, in k
 //           order, of weight * y)), sums and products f32, each rounded on its own, from +0.
 //           collected[t, k] = values[row of (t, k)], 0 if there is none.
-// Roles:    num_sms blocks of 32 warps, one block an SM, in two roles. Push warps form the sums of
+// Roles:    num_sms blocks of 16 warps, one block an SM, in two roles. Push warps form the sums of
 //           the tokens of other ranks and store them there. Sum warps add, for this rank's tokens,
 //           the ranks' sums; their own rank's they form on the way. A unit of work is a part of a
 //           row. Both go through the tokens in kMaxChunks chunks, or fewer.
@@ -31,9 +31,12 @@
 namespace jax_ep::gpu {
 namespace {
 
-constexpr int kNumWarps = 32;
+constexpr int kNumWarps = 16;
 constexpr int kNumThreads = kNumWarps * 32;
-constexpr int kRowsAtOnce = 4;  // rows in flight per lane
+constexpr int kRowsAtOnce = 4;     // rows in flight per lane
+constexpr int kVectorsAtOnce = 2;  // vectors of a row in flight per lane, 32 apart
+constexpr int kStep = 32 * kVectorsAtOnce;
+constexpr int kRanksAtOnce = 2;  // partial sums in flight per lane and vector
 
 struct F32Vector {
   static constexpr int kCount = 4;
@@ -87,34 +90,43 @@ __device__ void fill_nan(void* buffer, int64_t num_bytes) {
 struct Cut {
   int32_t num_push_warps;  // of each block
   int32_t num_chunks;
-  int32_t num_parts;  // of a row
+  int32_t part_vectors;  // of 16 bytes: a unit is this part of a row
 };
 
-// acc = sum of weight * y over `count` rows (row and weight of the i-th in lane i), vector v of the
-// row.
+// acc[j] = sum of weight * y over `count` rows (row and weight of the i-th in lane i), for the
+// vectors v + 32 j of the row that lie below `end`.
 template <typename Vector>
 __device__ void sum_rows(const CombineArguments& a, int32_t row, float weight, int32_t count,
-                         int64_t v, bool inside, float (&acc)[Vector::kCount]) {
+                         int64_t v, int64_t end, float (&acc)[kVectorsAtOnce][Vector::kCount]) {
   const auto* y = static_cast<const uint4*>(a.y);
   const int64_t num_vectors = a.num_channels / Vector::kCount;
-  for (int c = 0; c < Vector::kCount; ++c) acc[c] = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kVectorsAtOnce; ++j) {
+    for (int c = 0; c < Vector::kCount; ++c) acc[j][c] = 0.0f;
+  }
   for (int32_t first = 0; first < count; first += kRowsAtOnce) {
-    uint4 loaded[kRowsAtOnce];
-    float w[kRowsAtOnce];
+    uint4 loaded[kRowsAtOnce][kVectorsAtOnce];
 #pragma unroll
     for (int32_t i = 0; i < kRowsAtOnce; ++i) {
-      const int32_t from = first + i < count ? first + i : 0;
-      const int64_t r = __shfl_sync(0xffffffffu, row, from);
-      w[i] = __shfl_sync(0xffffffffu, weight, from);
-      if (inside && first + i < count) loaded[i] = __ldcs(y + r * num_vectors + v);
+      const int64_t r = __shfl_sync(0xffffffffu, row, first + i);
+#pragma unroll
+      for (int j = 0; j < kVectorsAtOnce; ++j) {
+        if (first + i < count && v + 32 * j < end) {
+          loaded[i][j] = __ldcs(y + r * num_vectors + v + 32 * j);
+        }
+      }
     }
 #pragma unroll
     for (int32_t i = 0; i < kRowsAtOnce; ++i) {
-      if (!inside || first + i >= count) continue;
-      float x[Vector::kCount];
-      Vector::load(loaded[i], x);
-      for (int c = 0; c < Vector::kCount; ++c) {
-        acc[c] = __fadd_rn(acc[c], a.weights != nullptr ? __fmul_rn(w[i], x[c]) : x[c]);
+      const float w = __shfl_sync(0xffffffffu, weight, first + i);
+      if (first + i >= count) continue;
+#pragma unroll
+      for (int j = 0; j < kVectorsAtOnce; ++j) {
+        float x[Vector::kCount];
+        Vector::load(loaded[i][j], x);
+        for (int c = 0; c < Vector::kCount; ++c) {
+          acc[j][c] = __fadd_rn(acc[j][c], a.weights != nullptr ? __fmul_rn(w, x[c]) : x[c]);
+        }
       }
     }
   }
@@ -125,17 +137,17 @@ __device__ void push(const GroupView& g, const CombineArguments& a, const Cut& c
                      const uint64_t (*address)[kNumAddresses]) {
   const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t num_vectors = a.num_channels / Vector::kCount;
-  const int64_t part_vectors = (num_vectors + cut.num_parts - 1) / cut.num_parts;
+  const int64_t num_parts = (num_vectors + cut.part_vectors - 1) / cut.part_vectors;
   const int32_t num_others = g.num_ranks - 1;
   const auto num_warps = static_cast<uint32_t>(cut.num_push_warps) * gridDim.x;
   for (int32_t chunk = 0; chunk < cut.num_chunks; ++chunk) {
     const int64_t begin = a.num_tokens * chunk / cut.num_chunks;
     const int64_t end = a.num_tokens * (chunk + 1) / cut.num_chunks;
-    const int64_t num_units = (end - begin) * num_others * cut.num_parts;
+    const int64_t num_units = (end - begin) * num_others * num_parts;
     for (int64_t unit = int64_t{warp} * gridDim.x + blockIdx.x; unit < num_units;
          unit += num_warps) {
-      const int64_t pair = unit / cut.num_parts;
-      const int64_t part = unit - pair * cut.num_parts;
+      const int64_t pair = unit / num_parts;
+      const int64_t part = unit - pair * num_parts;
       const int64_t t = begin + pair / num_others;
       const auto src = static_cast<int32_t>((g.rank + 1 + pair % num_others) % g.num_ranks);
       const int64_t flat_token = src * a.num_tokens + t;
@@ -154,11 +166,14 @@ __device__ void push(const GroupView& g, const CombineArguments& a, const Cut& c
       }
       auto* to = reinterpret_cast<uint4*>(address[src][0]) +
                  (int64_t{g.rank} * a.num_tokens + t) * num_vectors;
-      const int64_t part_end = min(num_vectors, (part + 1) * part_vectors);
-      for (int64_t v = part * part_vectors + lane; v - lane < part_end; v += 32) {
-        float acc[Vector::kCount];
-        sum_rows<Vector>(a, row, weight, count, v, v < part_end, acc);
-        if (v < part_end) to[v] = Vector::store(acc);
+      const int64_t part_end = min(num_vectors, (part + 1) * cut.part_vectors);
+      for (int64_t v = part * cut.part_vectors + lane; v - lane < part_end; v += kStep) {
+        float acc[kVectorsAtOnce][Vector::kCount];
+        sum_rows<Vector>(a, row, weight, count, v, part_end, acc);
+#pragma unroll
+        for (int j = 0; j < kVectorsAtOnce; ++j) {
+          if (v + 32 * j < part_end) to[v + 32 * j] = Vector::store(acc[j]);
+        }
       }
     }
     __syncwarp();
@@ -179,10 +194,10 @@ __device__ void push(const GroupView& g, const CombineArguments& a, const Cut& c
 }
 
 template <typename Vector>
-__device__ bool sum(const GroupView& g, const CombineArguments& a, const Cut& cut) {
+__device__ bool sum(const GroupView& g, const CombineArguments& a, const Cut& cut, int32_t* ranks) {
   const int32_t warp = threadIdx.x / 32 - cut.num_push_warps, lane = threadIdx.x % 32;
   const int64_t num_vectors = a.num_channels / Vector::kCount;
-  const int64_t part_vectors = (num_vectors + cut.num_parts - 1) / cut.num_parts;
+  const int64_t num_parts = (num_vectors + cut.part_vectors - 1) / cut.part_vectors;
   const int64_t num_warps = (kNumWarps - cut.num_push_warps) * int64_t{gridDim.x};
   const auto* partial = static_cast<const uint4*>(a.partial);
   for (int32_t chunk = 0; chunk < cut.num_chunks; ++chunk) {
@@ -198,11 +213,11 @@ __device__ bool sum(const GroupView& g, const CombineArguments& a, const Cut& cu
     if (__all_sync(0xffffffffu, ok) == 0) return false;
     const int64_t begin = a.num_tokens * chunk / cut.num_chunks;
     const int64_t end = a.num_tokens * (chunk + 1) / cut.num_chunks;
-    const int64_t num_units = (end - begin) * cut.num_parts;
+    const int64_t num_units = (end - begin) * num_parts;
     for (int64_t unit = int64_t{warp} * gridDim.x + blockIdx.x; unit < num_units;
          unit += num_warps) {
-      const int64_t t = begin + unit / cut.num_parts;
-      const int64_t part = unit % cut.num_parts;
+      const int64_t t = begin + unit / num_parts;
+      const int64_t part = unit % num_parts;
       // Lane k looks at choice k: the rank of its row, and the row if that is here.
       int32_t rank = INT32_MAX, row = 0;
       float weight = 1.0f;
@@ -225,29 +240,59 @@ __device__ bool sum(const GroupView& g, const CombineArguments& a, const Cut& cu
       const int32_t from = lane < num_own ? static_cast<int32_t>(__fns(own, 0, lane + 1)) : 0;
       const int32_t own_row = __shfl_sync(0xffffffffu, row, from);
       const float own_weight = __shfl_sync(0xffffffffu, weight, from);
-      // The ranks with rows, ascending, as lanes' values: the next is the least above the last.
-      const int64_t part_end = min(num_vectors, (part + 1) * part_vectors);
-      auto* out = static_cast<uint4*>(a.out) + t * num_vectors;
-      for (int64_t v = part * part_vectors + lane; v - lane < part_end; v += 32) {
-        const bool inside = v < part_end;
-        float acc[Vector::kCount] = {};
-        int32_t current = -1;
-        for (;;) {
-          current = __reduce_min_sync(0xffffffffu, rank > current ? rank : INT32_MAX);
-          if (current == INT32_MAX) break;
-          float x[Vector::kCount];
-          if (current == g.rank) {
-            sum_rows<Vector>(a, own_row, own_weight, num_own, v, inside, x);
-            Vector::load(Vector::store(x), x);  // rounded as if it crossed a link
-          } else {
-            uint4 loaded{};
-            if (inside) loaded = __ldcs(partial + (current * a.num_tokens + t) * num_vectors + v);
-            Vector::load(loaded, x);
-          }
-          for (int c = 0; c < Vector::kCount; ++c) acc[c] = __fadd_rn(acc[c], x[c]);
-        }
-        if (inside) out[v] = Vector::store(acc);
+      // The ranks with rows, ascending and each once, in the first lanes.
+      const uint32_t same = __match_any_sync(0xffffffffu, rank);
+      const bool chosen = rank != INT32_MAX && (same & ((1u << lane) - 1)) == 0;
+      int32_t place = 0;
+      for (int32_t k = 0; k < a.top_k; ++k) {
+        place += __shfl_sync(0xffffffffu, chosen ? rank : INT32_MAX, k) < rank;
       }
+      if (chosen) ranks[place] = rank;
+      const int32_t num_chosen = __popc(__ballot_sync(0xffffffffu, chosen));
+      __syncwarp();
+      const int64_t part_end = min(num_vectors, (part + 1) * cut.part_vectors);
+      auto* out = static_cast<uint4*>(a.out) + t * num_vectors;
+      for (int64_t v = part * cut.part_vectors + lane; v - lane < part_end; v += kStep) {
+        float acc[kVectorsAtOnce][Vector::kCount] = {};
+        for (int32_t first = 0; first < num_chosen; first += kRanksAtOnce) {
+          uint4 loaded[kRanksAtOnce][kVectorsAtOnce];
+          bool has_own = false;
+#pragma unroll
+          for (int32_t i = 0; i < kRanksAtOnce; ++i) {
+            if (first + i >= num_chosen) continue;
+            const int32_t r = ranks[first + i];
+            has_own = has_own || r == g.rank;
+            if (r == g.rank) continue;
+#pragma unroll
+            for (int j = 0; j < kVectorsAtOnce; ++j) {
+              if (v + 32 * j < part_end) {
+                loaded[i][j] = __ldcs(partial + (r * a.num_tokens + t) * num_vectors + v + 32 * j);
+              }
+            }
+          }
+          float own_sum[kVectorsAtOnce][Vector::kCount];
+          if (has_own) {
+            sum_rows<Vector>(a, own_row, own_weight, num_own, v, part_end, own_sum);
+          }
+#pragma unroll
+          for (int32_t i = 0; i < kRanksAtOnce; ++i) {
+            if (first + i >= num_chosen) continue;
+            const bool is_own = ranks[first + i] == g.rank;
+#pragma unroll
+            for (int j = 0; j < kVectorsAtOnce; ++j) {
+              float x[Vector::kCount];
+              // Rounded as if it had crossed a link.
+              Vector::load(is_own ? Vector::store(own_sum[j]) : loaded[i][j], x);
+              for (int c = 0; c < Vector::kCount; ++c) acc[j][c] = __fadd_rn(acc[j][c], x[c]);
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kVectorsAtOnce; ++j) {
+          if (v + 32 * j < part_end) out[v + 32 * j] = Vector::store(acc[j]);
+        }
+      }
+      __syncwarp();  // ranks is rewritten for the next unit
     }
   }
   return true;
@@ -259,6 +304,7 @@ __global__ __launch_bounds__(kNumThreads,
                                                     const __grid_constant__ CombineArguments a,
                                                     const __grid_constant__ Cut cut) {
   __shared__ uint64_t address[kMaxPeers][kNumAddresses];
+  __shared__ int32_t ranks[kNumWarps][kMaxTopK];  // of a sum warp's token
   const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.partial),
                                        reinterpret_cast<uint64_t>(a.collected), 0};
   if (blockIdx.x == 0) send_start(g, own);                     // [S1]
@@ -267,7 +313,7 @@ __global__ __launch_bounds__(kNumThreads,
     if (static_cast<int32_t>(threadIdx.x) / 32 < cut.num_push_warps) {
       push<Vector>(g, a, cut, address);
     } else {
-      ok = sum<Vector>(g, a, cut);
+      ok = sum<Vector>(g, a, cut, ranks[threadIdx.x / 32]);
     }
   }
   if (__syncthreads_and(ok) == 0) {
@@ -293,10 +339,14 @@ cudaError_t Launch(const GroupView& group, const CombineArguments& a, int num_sm
   cut.num_push_warps =
       group.num_ranks == 1 ? 0 : kNumWarps * (group.num_ranks - 1) / group.num_ranks;
   if (cut.num_push_warps > kNumWarps * 3 / 4) cut.num_push_warps = kNumWarps * 3 / 4;
-  // A part of a row is some 256 vectors; a chunk gives every push warp some units.
-  cut.num_parts = static_cast<int32_t>((num_vectors + 255) / 256);
-  const int64_t units = a.num_tokens * cut.num_parts;
-  const int64_t chunks = units / (2 * kNumWarps * num_sms);
+  // Long parts spare metadata; short ones spread few tokens over all warps.
+  const int64_t warps = int64_t{kNumWarps} * num_sms;
+  cut.part_vectors = a.num_tokens * ((num_vectors + 255) / 256) < warps ? kStep : 256;
+  // A chunk gives every push warp at least a unit.
+  const int64_t units = a.num_tokens * (group.num_ranks - 1) *
+                        ((num_vectors + cut.part_vectors - 1) / cut.part_vectors);
+  const int64_t push_warps = int64_t{cut.num_push_warps} * num_sms;
+  const int64_t chunks = push_warps == 0 ? 1 : units / push_warps;
   cut.num_chunks = static_cast<int32_t>(chunks < 1 ? 1 : chunks > kMaxChunks ? kMaxChunks : chunks);
   combine_kernel<Vector><<<num_sms, kNumThreads, 0, stream>>>(group, a, cut);
   return cudaGetLastError();

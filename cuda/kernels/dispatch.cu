@@ -11,7 +11,7 @@
 //           stages          | shared memory  | ring's loads    | ring's stores
 //           tokens, weights | XLA, own       | own blocks      | later kernels
 // Protocol: 1. [S1] show x and topk_weights, [S2] wait for all. 2. Rings and helpers work through
-//           contiguous shares of the (token, source) pairs and of the rows. 3. [E1], [E2].
+//           the (token, source) pairs, handed out by a counter, and the rows. 3. [E1], [E2].
 //           In a ring, token n uses stage n % S: [L] its load completes the stage's barrier (phase
 //           n / S), [F] its stores have read the stage before token n + S is loaded into it.
 // Reuse:    no memory outlives the call but the control block.
@@ -32,97 +32,85 @@ constexpr int kNumWarps = 8;
 constexpr int kNumThreads = kNumWarps * 32;
 constexpr int kMaxStages = 16;
 constexpr int64_t kMaxPieceBytes = 16384;
+constexpr int kUnitsAtOnce = 4;
 constexpr int64_t kStageBytes = 208 * 1024;  // of shared memory, for all stages of a block
 
+// A ring's stages in shared memory, and what the token in each is for.
 struct Ring {
-  char* stages;
-  uint64_t* full;
+  char* stages;               // [num_stages][stage_bytes]
+  uint64_t* full;             // [num_stages]
+  int32_t (*rows)[kMaxTopK];  // [num_stages], rows of the token
+  int4* token;                // [num_stages]: number of rows, offset in the row, bytes
   int32_t num_stages;
   int32_t stage_bytes;
 };
 
-// The (source, token) pairs at positions [begin, end) of the order, for one piece of the row.
-// `num_loaded` counts the ring's loads over all calls: it numbers stages and barrier phases.
-__device__ void run_ring(const TokenOrder& order, const DispatchArguments& a, const Ring& ring,
-                         const uint64_t (*address)[kNumAddresses], int32_t begin, int32_t end,
-                         int64_t piece_at, uint32_t piece_bytes, uint32_t& num_loaded) {
+// Takes work from the device's counter until none is left. A unit is one piece of the row of one
+// (source, token) pair; a ring takes kUnitsAtOnce, so that rings with fewer rows take more.
+__device__ void run_ring(const GroupView& g, const TokenOrder& order, const DispatchArguments& a,
+                         const Ring& ring, const uint64_t (*address)[kNumAddresses],
+                         int32_t num_pieces) {
   const int32_t lane = threadIdx.x % 32;
   const auto num_tokens = static_cast<int32_t>(a.num_tokens);
+  const int64_t num_units = int64_t{g.num_ranks} * num_tokens * num_pieces;
 
-  // Two cursors over the pairs that have rows here, 32 at a time: loads run ahead of stores.
-  struct Cursor {
-    int32_t batch, flat_token, first_slot, num_slots;
-    uint32_t left;
-  };
-  const auto advance = [&](Cursor& cursor) {  // lane of the next pair with rows, or -1
-    while (cursor.left == 0) {
-      if (cursor.batch >= end) return -1;
-      const int32_t position = cursor.batch + lane;
-      cursor.num_slots = 0;
-      if (position < end) {
-        cursor.flat_token = order.flat_token(position);
-        cursor.first_slot = a.recv_offsets[cursor.flat_token];
-        cursor.num_slots = a.recv_offsets[cursor.flat_token + 1] - cursor.first_slot;
-      }
-      cursor.left = __ballot_sync(0xffffffffu, cursor.num_slots > 0);
-      cursor.batch += 32;
-    }
-    const int32_t from = __ffs(static_cast<int>(cursor.left)) - 1;
-    cursor.left &= cursor.left - 1;
-    return from;
-  };
-
-  Cursor loads{begin, 0, 0, 0, 0};
+  uint32_t left = 0;  // lanes whose unit is still to be loaded
+  bool exhausted = false;
+  int32_t flat_token = 0, piece = 0, first_slot = 0, num_rows = 0;
+  uint32_t num_loaded = 0;
   const auto load_next = [&]() {
-    const int32_t from = advance(loads);
-    if (from < 0) return;
-    const int32_t flat_token = __shfl_sync(0xffffffffu, loads.flat_token, from);
-    if (lane == 0) {
-      const uint32_t stage = num_loaded % ring.num_stages;
-      const int32_t src = flat_token / num_tokens;
-      const uint64_t row =
-          address[src][0] + (flat_token - src * num_tokens) * a.row_bytes + piece_at;
-      mbarrier_arrive_expect_tx(&ring.full[stage], piece_bytes);
-      bulk_load(ring.stages + stage * ring.stage_bytes, reinterpret_cast<const void*>(row),
-                piece_bytes, &ring.full[stage]);
-    }
-    ++num_loaded;
-  };
-  uint32_t next = num_loaded;  // the token to store
-  const uint32_t first = num_loaded;
-  for (int32_t i = 0; i < ring.num_stages; ++i) load_next();
-
-  Cursor stores{begin, 0, 0, 0, 0};
-  int32_t count = 0, row = 0;  // of the next token: its rows, one a lane
-  const auto fetch_rows = [&]() {
-    const int32_t from = advance(stores);
-    count = from < 0 ? 0 : __shfl_sync(0xffffffffu, stores.num_slots, from);
-    const int32_t slot = __shfl_sync(0xffffffffu, stores.first_slot, max(from, 0));
-    if (lane < count) row = a.recv_order[slot + lane];
-  };
-  fetch_rows();
-  while (count > 0) {
-    const int32_t num_rows = count, row_here = row;
-    fetch_rows();  // of the token after, while this one's load is awaited
-    const uint32_t stage = next % ring.num_stages;
-    if (lane == 0) {
-      while (!mbarrier_try_wait_parity(&ring.full[stage], next / ring.num_stages & 1)) {  // [L]
+    while (left == 0) {
+      if (exhausted) return;
+      uint32_t taken = 0;
+      if (lane == 0) taken = atomicAdd(&g.control->local.next_unit, kUnitsAtOnce);
+      const int64_t unit = int64_t{__shfl_sync(0xffffffffu, taken, 0)} + lane;
+      exhausted = unit - lane + kUnitsAtOnce >= num_units;
+      num_rows = 0;
+      if (lane < kUnitsAtOnce && unit < num_units) {
+        piece = static_cast<int32_t>(unit % num_pieces);
+        flat_token = order.flat_token(static_cast<int32_t>(unit / num_pieces));
+        first_slot = a.recv_offsets[flat_token];
+        num_rows = a.recv_offsets[flat_token + 1] - first_slot;
       }
+      left = __ballot_sync(0xffffffffu, num_rows > 0);
     }
-    __syncwarp();
-    if (lane < num_rows) {
-      bulk_store(static_cast<char*>(a.tokens) + row_here * a.row_bytes + piece_at,
-                 ring.stages + stage * ring.stage_bytes, piece_bytes);
+    const int32_t from = __ffs(static_cast<int>(left)) - 1;
+    left &= left - 1;
+    const uint32_t stage = num_loaded++ % ring.num_stages;
+    const int32_t count = __shfl_sync(0xffffffffu, num_rows, from);
+    const int32_t slot = __shfl_sync(0xffffffffu, first_slot, from);
+    if (lane == from) {
+      const int32_t src = flat_token / num_tokens;
+      const int64_t at = int64_t{piece} * ring.stage_bytes;
+      const auto bytes = static_cast<uint32_t>(min(int64_t{ring.stage_bytes}, a.row_bytes - at));
+      const uint64_t row = address[src][0] + (flat_token - src * num_tokens) * a.row_bytes + at;
+      mbarrier_arrive_expect_tx(&ring.full[stage], bytes);
+      bulk_load(ring.stages + stage * ring.stage_bytes, reinterpret_cast<const void*>(row), bytes,
+                &ring.full[stage]);
+      ring.token[stage] = int4{count, static_cast<int32_t>(at), static_cast<int32_t>(bytes), 0};
+    }
+    if (lane < count) ring.rows[stage][lane] = a.recv_order[slot + lane];
+  };
+
+  for (int32_t i = 0; i < ring.num_stages; ++i) load_next();
+  for (uint32_t next = 0; next < num_loaded; ++next) {
+    const uint32_t stage = next % ring.num_stages;
+    while (!mbarrier_try_wait_parity(&ring.full[stage], next / ring.num_stages & 1)) {  // [L]
+    }
+    __syncwarp();  // what the lanes noted at the load
+    const int4 token = ring.token[stage];
+    if (lane < token.x) {
+      bulk_store(static_cast<char*>(a.tokens) + ring.rows[stage][lane] * a.row_bytes + token.y,
+                 ring.stages + stage * ring.stage_bytes, static_cast<uint32_t>(token.z));
     }
     bulk_commit_group();
-    ++next;
-    if (next - first > 1) {
+    if (next > 0) {
       bulk_wait_group_read<1>();  // [F] of the token before
       __syncwarp();
       load_next();
     }
   }
-  bulk_wait_group<0>();  // written: [E1] may follow, and the stages are free
+  bulk_wait_group<0>();  // written: [E1] may follow
   __syncwarp();
 }
 
@@ -173,10 +161,13 @@ __device__ void poison(const DispatchArguments& a) {
 __global__ __launch_bounds__(kNumThreads,
                              1) void dispatch_kernel(const __grid_constant__ GroupView g,
                                                      const __grid_constant__ DispatchArguments a,
-                                                     int32_t num_stages, int32_t stage_bytes) {
+                                                     int32_t num_stages, int32_t stage_bytes,
+                                                     int32_t num_pieces) {
   extern __shared__ __align__(128) char stages[];
   __shared__ uint64_t address[kMaxPeers][kNumAddresses];
   __shared__ uint64_t full[kNumRings][kMaxStages];
+  __shared__ int32_t rows[kNumRings][kMaxStages][kMaxTopK];
+  __shared__ int4 token[kNumRings][kMaxStages];
   const int32_t warp = threadIdx.x / 32;
   if (threadIdx.x == 0) {
     for (int r = 0; r < kNumRings; ++r) {
@@ -192,18 +183,13 @@ __global__ __launch_bounds__(kNumThreads,
   if (warp < kNumRings) {
     fence_proxy_async();  // what [S2] made visible is read by the copy engine
     const TokenOrder order{g.num_ranks, static_cast<int32_t>(a.num_tokens), g.rank};
-    const int64_t num_pairs = int64_t{g.num_ranks} * a.num_tokens;
-    const int64_t share = int64_t{warp} * gridDim.x + blockIdx.x;
-    const int64_t num_shares = int64_t{kNumRings} * gridDim.x;
-    const auto begin = static_cast<int32_t>(num_pairs * share / num_shares);
-    const auto end = static_cast<int32_t>(num_pairs * (share + 1) / num_shares);
-    const Ring ring{stages + int64_t{warp} * num_stages * stage_bytes, full[warp], num_stages,
+    const Ring ring{stages + int64_t{warp} * num_stages * stage_bytes,
+                    full[warp],
+                    rows[warp],
+                    token[warp],
+                    num_stages,
                     stage_bytes};
-    uint32_t num_loaded = 0;
-    for (int64_t at = 0; begin < end && at < a.row_bytes; at += stage_bytes) {
-      const auto bytes = static_cast<uint32_t>(min(int64_t{stage_bytes}, a.row_bytes - at));
-      run_ring(order, a, ring, address, begin, end, at, bytes, num_loaded);
-    }
+    run_ring(g, order, a, ring, address, num_pieces);
   } else {
     run_helpers(g, a, address);
   }
@@ -216,7 +202,10 @@ __global__ __launch_bounds__(kNumThreads,
   send_end(g);                        // [E1]
   receive_end(g, OpKind::kDispatch);  // [E2]
   advance_epochs(g);
-  if (threadIdx.x == 0) g.control->local.num_blocks_done = 0;
+  if (threadIdx.x == 0) {
+    g.control->local.num_blocks_done = 0;
+    g.control->local.next_unit = 0;
+  }
 }
 
 }  // namespace
@@ -230,7 +219,7 @@ cudaError_t LaunchDispatch(const GroupView& group, const DispatchArguments& a, i
   num_stages = num_stages < kMaxStages ? num_stages : kMaxStages;
   dispatch_kernel<<<static_cast<unsigned>(num_sms), kNumThreads, kNumRings * num_stages * piece,
                     stream>>>(group, a, static_cast<int32_t>(num_stages),
-                              static_cast<int32_t>(piece));
+                              static_cast<int32_t>(piece), static_cast<int32_t>(num_pieces));
   return cudaGetLastError();
 }
 

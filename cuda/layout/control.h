@@ -44,6 +44,7 @@ struct alignas(kLine) Local {
   uint64_t epoch[kMaxPeers];            // calls finished with each slot
   uint32_t num_blocks_done;             // of the running kernel; 0 between kernels
   uint32_t chunk_arrivals[kMaxChunks];  // warps that pushed their part of a chunk; 0 between
+  uint32_t next_unit;                   // of dispatch's work; 0 between kernels
   uint32_t barrier;  // arrivals at the grid barrier of the running kernel; 0 between
   uint32_t broken;   // 1 after a timeout: later calls end at once
 };
