@@ -27,8 +27,10 @@ __device__ inline uint32_t ld_acquire_gpu(const uint32_t* address) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
   return value;
 }
-__device__ inline void st_relaxed_gpu(uint32_t* address, uint32_t value) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+__device__ inline uint32_t ld_relaxed_gpu(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
 }
 __device__ inline uint32_t atom_add_acq_rel_gpu(uint32_t* address, uint32_t value) {
   uint32_t old;

@@ -39,13 +39,19 @@ __device__ inline void report_timeout(const GroupView& g, OpKind kind, int peer,
   st_release_sys(&g.error->valid, 1);
 }
 
-// Spins until *flag >= expected. False after a timeout, or if the group is broken.
+// Spins until *flag >= expected, then acquires. False after a timeout, or if the group is broken.
+// The spin itself is relaxed: an acquiring load empties the SM's cache each time, which starves the
+// warps that work beside it.
 __device__ inline bool wait_flag(const GroupView& g, OpKind kind, const uint64_t* flag,
                                  uint64_t expected, int peer, uint32_t phase) {
   uint64_t start = 0;
   for (uint32_t i = 0;; ++i) {
-    const uint64_t seen = ld_acquire_sys(flag);
-    if (seen >= expected) return true;
+    const uint64_t seen = ld_relaxed_sys(flag);
+    if (seen >= expected) {
+      ld_acquire_sys(flag);
+      return true;
+    }
+    if (i > 32) __nanosleep(32);
     if ((i & 255u) != 255u) continue;
     if (is_broken(g)) return false;
     const uint64_t now = globaltimer_ns();
@@ -132,13 +138,14 @@ __device__ inline bool grid_barrier(const GroupView& g) {
   if (threadIdx.x == 0) {
     atom_add_acq_rel_gpu(&g.control->local.barrier, 1);
     uint64_t start = globaltimer_ns();
-    for (uint32_t i = 0; ld_acquire_gpu(&g.control->local.barrier) < gridDim.x; ++i) {
+    for (uint32_t i = 0; ld_relaxed_gpu(&g.control->local.barrier) < gridDim.x; ++i) {
       // Another block may have left on a broken group; it never comes here then.
       if ((i & 255u) == 255u && (is_broken(g) || globaltimer_ns() - start > 2 * g.timeout_ns)) {
         ok = false;
         break;
       }
     }
+    ld_acquire_gpu(&g.control->local.barrier);
   }
   return __syncthreads_and(ok) != 0;
 }
