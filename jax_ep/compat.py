@@ -67,6 +67,15 @@ def register_cpu_targets(
         jax.ffi.register_ffi_target(name, dict(stages), platform="cpu")
 
 
+def register_cuda_targets(
+    state_name: str, state_type: Mapping[str, Any], handlers: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Registers stateful handlers with CUDA; the plugin takes queued types before targets."""
+    jaxlib.xla_client.register_custom_type(state_name, dict(state_type), platform="CUDA")
+    for name, stages in handlers.items():
+        jax.ffi.register_ffi_target(name, dict(stages), platform="CUDA")
+
+
 def process_count() -> int:
     """Processes of the job; 1 without ``jax.distributed``. Creates no client."""
     return int(_distributed.global_state.num_processes or 1)

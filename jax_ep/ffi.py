@@ -33,6 +33,7 @@ class LayoutTables(NamedTuple):
     send_row: jax.Array
     recv_src: jax.Array
     recv_order: jax.Array
+    recv_offsets: jax.Array
     group_sizes: jax.Array
     expert_counts: jax.Array
     expert_load: jax.Array
@@ -66,6 +67,7 @@ def bind_dispatch(
     x: jax.Array,
     recv_src: jax.Array,
     recv_order: jax.Array,
+    recv_offsets: jax.Array,
     group_sizes: jax.Array,
     topk_weights: jax.Array | None,
     *,
@@ -83,6 +85,7 @@ def bind_dispatch(
         group.coordinates(axis_name),
         recv_src,
         recv_order,
+        recv_offsets,
         group_sizes,
         *optional,
         axis_name=axis_name,
@@ -108,6 +111,7 @@ def bind_combine(
     send_row: jax.Array,
     recv_src: jax.Array,
     recv_order: jax.Array,
+    recv_offsets: jax.Array,
     weights: jax.Array | None,
     values: jax.Array | None,
     *,
@@ -123,6 +127,7 @@ def bind_combine(
         send_row,
         recv_src,
         recv_order,
+        recv_offsets,
         *(() if weights is None else (weights,)),
         *(() if values is None else (values,)),
         axis_name=axis_name,
@@ -142,6 +147,7 @@ def _layout_shapes(
         "send_row": topk_idx.shape,
         "recv_src": (capacity,),
         "recv_order": (capacity,),
+        "recv_offsets": (num_ranks * topk_idx.shape[0] + 1,),
         "group_sizes": (num_local_experts,),
         "expert_counts": (num_local_experts,),
         "expert_load": (num_experts,),
@@ -200,9 +206,17 @@ def _lower(
     attributes = {name: np.int64(value) for name, value in params.items()}
     rule = jax.ffi.ffi_lowering(target)
     # The primitives take the typed operand first, the handlers take the coordinates first.
-    swapped = ctx.replace(avals_in=[ctx.avals_in[1], ctx.avals_in[0], *ctx.avals_in[2:]])
-    results: Sequence[Any] = rule(swapped, rest[0], first, *rest[1:], members=members, **attributes)
-    return results
+    results = list(ctx.avals_out)
+    if platform == "cuda" and target == "jax_ep_combine":  # scratch: a row per (rank, token)
+        shape = (params["num_ranks"], *results[0].shape)
+        results.append(results[0].update(shape=shape))
+    handler_ctx = ctx.replace(
+        avals_in=[ctx.avals_in[1], ctx.avals_in[0], *ctx.avals_in[2:]], avals_out=results
+    )
+    values: Sequence[Any] = rule(
+        handler_ctx, rest[0], first, *rest[1:], members=members, **attributes
+    )
+    return values[: len(ctx.avals_out)]
 
 
 def _refuse_vmap(target: str, *_: Any, **__: Any) -> Any:
@@ -243,4 +257,5 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Call
 _layout_p = _make_primitive("jax_ep_layout", _layout_shapes)
 _dispatch_p = _make_primitive("jax_ep_dispatch", _dispatch_shapes)
 _combine_p = _make_primitive("jax_ep_combine", _combine_shapes)
+runtime.register_cuda()
 compat.register_cpu_targets("jax_ep_cpu_site", _cpu.state_type(), _cpu.handlers())

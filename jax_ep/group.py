@@ -65,19 +65,14 @@ def coordinates(axis_name: tuple[str, ...]) -> jax.Array:
 def members(ctx: Any, axis_name: tuple[str, ...]) -> np.ndarray:
     """int64 [num_groups * R], the devices of all groups in the mesh that ``ctx`` lowers for.
 
-    An entry is ``process << 32 | ordinal``, the ordinal being the device's number in its process
-    (its id on CPU). For an abstract mesh, as in ``jax.export``, the devices are assumed to be those
-    of one process in the mesh's order.
+    An entry is ``process << 32 | device id``. Over an abstract mesh the devices are assumed to be
+    those with ids 0, 1, 2, .. of one process, in the mesh's order.
     """
     names, devices, shape = compat.lowering_devices(ctx)
     if devices is None:
         codes = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
     else:
-        flat = [
-            device.process_index << 32
-            | (device.id if device.platform == "cpu" else device.local_hardware_id)
-            for device in devices.flat
-        ]
+        flat = [device.process_index << 32 | device.id for device in devices.flat]
         codes = np.array(flat, dtype=np.int64).reshape(shape)
     order = [names.index(n) for n in names if n not in axis_name]
     order += [names.index(n) for n in axis_name]

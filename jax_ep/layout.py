@@ -22,6 +22,8 @@ class Layout:
         recv_src: [C], source of each row as ``(src_rank * T + token) * K + k``; -1 on padding and
             tail.
         recv_order: [C], the kept rows by ascending ``recv_src``, then -1.
+        recv_offsets: [R * T + 1], where the rows of each (source rank, token) begin in
+            ``recv_order``; the last entry is ``num_recv``.
         group_sizes: [L], rows of each local expert with padding, cut at the capacity: multiples
             of ``expert_alignment`` with sum <= C. What ``jax.lax.ragged_dot`` takes.
         expert_counts: [L], rows routed to each local expert, unpadded, before drops.
@@ -41,6 +43,7 @@ class Layout:
     send_row: jax.Array
     recv_src: jax.Array
     recv_order: jax.Array
+    recv_offsets: jax.Array
     group_sizes: jax.Array
     expert_counts: jax.Array
     expert_load: jax.Array

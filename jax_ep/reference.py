@@ -56,6 +56,8 @@ class ReferenceLayout:
         recv_src: [R, C] the flat source id of each receive row; -1 on padding and tail.
         recv_order: [R, C] the kept rows of each rank, sorted by flat source id; -1 from num_recv
             on.
+        recv_offsets: [R, R * T + 1] where the rows of each (source rank, token) begin in
+            recv_order; the last entry is num_recv.
         group_sizes: [R, L] rows of each local expert's group inside the capacity, padding included.
         expert_counts: [R, L] rows routed to each local expert, before drops and without padding.
         expert_load: [R, E] rows routed to each expert by the whole group, before drops; the same on
@@ -76,6 +78,7 @@ class ReferenceLayout:
     send_row: NDArray[np.int32]
     recv_src: NDArray[np.int32]
     recv_order: NDArray[np.int32]
+    recv_offsets: NDArray[np.int32]
     group_sizes: NDArray[np.int32]
     expert_counts: NDArray[np.int32]
     expert_load: NDArray[np.int32]
@@ -203,12 +206,21 @@ def make_layout(
         recv_order[rank, : rows.size] = rows[np.argsort(recv_src[rank, rows])]
 
     num_recv = np.sum(recv_src >= 0, axis=1)
+
+    # Kept rows of each rank per (source rank, token), summed up.
+    recv_offsets = np.zeros((num_ranks, num_ranks * num_tokens + 1), np.int32)
+    for rank in range(num_ranks):
+        source_token = recv_src[rank, recv_src[rank] >= 0] // top_k
+        rows_of_token = np.bincount(source_token, minlength=num_ranks * num_tokens)
+        recv_offsets[rank, 1:] = np.cumsum(rows_of_token)
+
     invalid = (topk_idx < -1) | (topk_idx >= num_experts)
     return ReferenceLayout(
         topk_idx=topk_idx.copy(),
         send_row=send_row.reshape(topk_idx.shape),
         recv_src=recv_src,
         recv_order=recv_order,
+        recv_offsets=recv_offsets,
         group_sizes=_int32(np.minimum(offset + padded, capacity) - np.minimum(offset, capacity)),
         expert_counts=_int32(counts),
         expert_load=_int32(np.tile(load, (num_ranks, 1))),

@@ -2,10 +2,18 @@
 
 import atexit
 import os
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_ep import _cpu, compat
+
+try:
+    from jax_ep import _cuda
+except ModuleNotFoundError:  # built without CUDA; an installed part that does not load is an error
+    _cuda = None  # type: ignore[assignment]
 
 _TIMEOUT_VARIABLE = "JAX_EP_TIMEOUT"
 _KEY_PREFIX = "jax_ep/cpu"
@@ -66,21 +74,28 @@ def initialize(*, timeout: float = 60.0) -> None:
     client = compat.coordination_client()
     prefix = f"{_KEY_PREFIX}/{_generation}"
     _generation += 1
-    client.key_value_set(f"{prefix}/{index}", _cpu.listen())
-    addresses = []
+    addresses = _exchange(client, prefix, _cpu.listen(), timeout)
+    _cpu.connect(index, addresses, float(timeout))
+    if _cuda is not None and compat.has_live_client("cuda"):
+        _connect_cuda(client, prefix, timeout)
+    _connected = True
+    atexit.register(finalize)
+
+
+def _exchange(client: Any, prefix: str, value: str, timeout: float) -> list[str]:
+    """Every process's ``value``, by process, through the coordination service."""
+    num_processes = compat.process_count()
+    client.key_value_set(f"{prefix}/{compat.process_index()}", value)
+    values = []
     for process in range(num_processes):
         try:
-            addresses.append(
-                client.blocking_key_value_get(f"{prefix}/{process}", int(timeout * 1000))
-            )
+            values.append(client.blocking_key_value_get(f"{prefix}/{process}", int(timeout * 1000)))
         except Exception as error:  # the client's errors have no common type across versions
             raise RuntimeError(
                 f"jax_ep.initialize: process {process} of {num_processes} did not call "
                 f"jax_ep.initialize() within {timeout} s: {error}"
             ) from error
-    _cpu.connect(index, addresses, float(timeout))
-    _connected = True
-    atexit.register(finalize)
+    return values
 
 
 def finalize() -> None:
@@ -104,12 +119,37 @@ def require_cpu(target: str, members: np.ndarray) -> None:
 
 
 def require_cuda(target: str) -> None:
-    """Checks, when a program is lowered for CUDA and there is such a client, that it could run."""
-    if compat.has_live_client("cuda"):
+    """Prepares this process's GPUs when a program is lowered for CUDA and there is a client."""
+    if not compat.has_live_client("cuda"):
+        return
+    if _cuda is None:
         raise RuntimeError(
-            f"{target}: this installation of jax_ep has no CUDA kernels, only the CPU backend. "
-            "This version does not have them yet; set JAX_PLATFORMS=cpu to run on CPU"
+            f"{target}: this installation of jax_ep has no CUDA kernels. Install the CUDA toolkit "
+            "(nvcc 13.0 or newer) and build again: pip install . -C cmake.define.JAX_EP_CUDA=ON"
         )
+    _set_up_cuda()
+
+
+def _set_up_cuda() -> None:
+    _cuda.set_timeout(get_timeout())
+    devices = jax.local_devices(backend="cuda")
+    ids, ordinals = [d.id for d in devices], [d.local_hardware_id for d in devices]
+    _cuda.setup(compat.process_index(), ids, ordinals)
+
+
+def register_cuda() -> None:
+    """Registers the CUDA handlers, if they are built."""
+    if _cuda is not None:
+        compat.register_cuda_targets("jax_ep_cuda_site", _cuda.state_type(), _cuda.handlers())
+
+
+def _connect_cuda(client: Any, prefix: str, timeout: float) -> None:
+    _set_up_cuda()
+    # Any array lies in XLA's pool, which is what peers map.
+    arrays = [jax.device_put(jnp.zeros(1024), d) for d in jax.local_devices(backend="cuda")]
+    pointers = [jax.block_until_ready(array).unsafe_buffer_pointer() for array in arrays]
+    exports = _exchange(client, f"{prefix}/cuda", _cuda.export_memory(pointers), timeout)
+    _cuda.import_memory(exports)
 
 
 def _read_environment() -> None:

@@ -2,7 +2,7 @@
 // sizes and of the mesh: no pointers, no counters, so caches and exported programs stay valid.
 //
 // members: one number a rank, [num_groups * num_ranks], group by group, ranks ascending: the
-// process in the upper 32 bits, the device's ordinal in its process in the lower ones.
+// process in the upper 32 bits, JAX's device id in the lower ones.
 #ifndef JAX_EP_XLA_FFI_ATTRIBUTES_H_
 #define JAX_EP_XLA_FFI_ATTRIBUTES_H_
 

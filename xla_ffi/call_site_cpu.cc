@@ -2,10 +2,10 @@
 
 #include <cstring>
 #include <map>
-#include <string_view>
 #include <utility>
 
 #include "xla_ffi/cpu/rendezvous.h"
+#include "xla_ffi/hash.h"
 
 namespace jax_ep {
 namespace {
@@ -16,13 +16,6 @@ std::atomic<uint64_t> g_next_site_id{1};
 std::atomic<bool> g_poison_outputs{false};
 // XLA instantiates the call sites of a program one after the other on the thread that compiles it.
 thread_local std::map<uint64_t, uint64_t> t_num_sites;  // by signature
-
-uint64_t Mix(uint64_t hash, uint64_t word) {  // the finaliser of splitmix64 over a running sum
-  hash += 0x9e3779b97f4a7c15 + word;
-  hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9;
-  hash = (hash ^ (hash >> 27)) * 0x94d049bb133111eb;
-  return hash ^ (hash >> 31);
-}
 
 ffi::ErrorCode Code(cpu::FailureCode code) {
   switch (code) {
@@ -52,15 +45,9 @@ cpu::CallSite MakeCallSite(const char* op, int64_t num_ranks, ffi::Span<const in
   site.op = op;
   site.id = g_next_site_id++;
   site.num_ranks = num_ranks;
-  uint64_t hash = Mix(0, static_cast<uint64_t>(num_ranks));
-  for (char c : std::string_view(op)) hash = Mix(hash, static_cast<unsigned char>(c));
-  for (int64_t value : static_values) hash = Mix(hash, static_cast<uint64_t>(value));
-  for (int64_t member : members) {
-    hash = Mix(hash, static_cast<uint64_t>(member));
-    site.rank_process.push_back(member >> 32);
-  }
-  site.signature = hash;
-  site.ordinal = t_num_sites[hash]++;
+  for (int64_t member : members) site.rank_process.push_back(member >> 32);
+  site.signature = HashOperation(op, static_values, members);
+  site.ordinal = t_num_sites[site.signature]++;
   return site;
 }
 

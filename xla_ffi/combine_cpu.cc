@@ -16,11 +16,11 @@ ffi::ErrorOr<std::unique_ptr<CpuSiteState>> InstantiateCombine(CombineAttributes
   return Instantiate(a, {a.num_experts, a.has_weights, a.has_values});
 }
 
-// Arguments after recv_order: weights f32 [C] if has_weights, values f32 [C] if has_values.
+// Arguments after recv_offsets: weights f32 [C] if has_weights, values f32 [C] if has_values.
 // Results after out: collected f32 [T, K] if has_values.
 ffi::Future Combine(ffi::RunId run, CpuSiteState* state, CombineAttributes a, I32 coordinates,
                     ffi::AnyBuffer y, I32Matrix topk_idx, I32Matrix send_row, I32 recv_src,
-                    I32 recv_order, ffi::RemainingArgs optional_in,
+                    I32 recv_order, I32 recv_offsets, ffi::RemainingArgs optional_in,
                     ffi::Result<ffi::AnyBuffer> combined, ffi::RemainingRets optional_out) {
   const size_t num_values = a.has_values ? 1 : 0;
   const size_t num_weights = a.has_weights ? 1 : 0;
@@ -32,6 +32,7 @@ ffi::Future Combine(ffi::RunId run, CpuSiteState* state, CombineAttributes a, I3
   checks.Require(type.has_value(), "y must be bf16, f16 or f32");
   checks.Shape("send_row", send_row, {num_tokens, top_k});
   checks.Shape("recv_order", recv_order, {capacity});
+  checks.Shape("recv_offsets", recv_offsets, {a.num_ranks * num_tokens + 1});
   checks.Require(a.num_experts > 0 && a.num_experts % a.num_ranks == 0,
                  "num_experts must be a positive multiple of num_ranks");
   checks.Require(
@@ -46,6 +47,7 @@ ffi::Future Combine(ffi::RunId run, CpuSiteState* state, CombineAttributes a, I3
                               send_row.untyped_data(),
                               recv_src.untyped_data(),
                               recv_order.untyped_data(),
+                              recv_offsets.untyped_data(),
                               nullptr,
                               nullptr};
   std::vector<Output> out{AsOutput(*combined), {nullptr, 0}};
@@ -91,6 +93,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kCombineCpu, Combine,
                                   .Arg<I32Matrix>()       // send_row
                                   .Arg<I32>()             // recv_src
                                   .Arg<I32>()             // recv_order
+                                  .Arg<I32>()             // recv_offsets
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()  // out
                                   .RemainingRets());

@@ -19,15 +19,16 @@ ffi::ErrorOr<std::unique_ptr<CpuSiteState>> InstantiateDispatch(DispatchAttribut
 // Arguments after group_sizes: topk_weights f32 [T, K] if has_weights.
 // Results after tokens: scales f32 [C, H / 128] if fp8 stays, weights f32 [C] if has_weights.
 ffi::Future Dispatch(ffi::RunId run, CpuSiteState* state, DispatchAttributes a, I32 coordinates,
-                     ffi::AnyBuffer x, I32 recv_src, I32 recv_order, I32 group_sizes,
-                     ffi::RemainingArgs optional_in, ffi::Result<ffi::AnyBuffer> tokens,
-                     ffi::RemainingRets optional_out) {
+                     ffi::AnyBuffer x, I32 recv_src, I32 recv_order, I32 recv_offsets,
+                     I32 group_sizes, ffi::RemainingArgs optional_in,
+                     ffi::Result<ffi::AnyBuffer> tokens, ffi::RemainingRets optional_out) {
   const bool keeps_fp8 = a.quantization != 0 && a.dequantize == 0;
   const size_t num_out = (keeps_fp8 ? 1 : 0) + (a.has_weights ? 1 : 0);
   const int64_t capacity = recv_src.dimensions()[0];
   Checks checks(DispatchAttributes::kOp);
   checks.Shape("x", x, {a.num_tokens, -1});
   checks.Shape("recv_order", recv_order, {capacity});
+  checks.Shape("recv_offsets", recv_offsets, {a.num_ranks * a.num_tokens + 1});
   checks.Require(optional_in.size() == (a.has_weights ? 1u : 0u) && optional_out.size() == num_out,
                  "the number of operands or results disagrees with the attributes");
   if (!checks.ok()) return FailedFuture(checks.error());
@@ -46,7 +47,8 @@ ffi::Future Dispatch(ffi::RunId run, CpuSiteState* state, DispatchAttributes a, 
         *type, a.quantization == 1 ? cpu::ScaleFormat::kFloat32 : cpu::ScaleFormat::kPowerOfTwo,
         a.dequantize != 0};
   }
-  std::vector<const void*> in{x.untyped_data(), recv_src.untyped_data(), recv_order.untyped_data(),
+  std::vector<const void*> in{x.untyped_data(),           recv_src.untyped_data(),
+                              recv_order.untyped_data(),  recv_offsets.untyped_data(),
                               group_sizes.untyped_data(), nullptr};
   std::vector<Output> out{AsOutput(*tokens), {nullptr, 0}, {nullptr, 0}};
   if (keeps_fp8) {
@@ -96,6 +98,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kDispatchCpu, Dispatch,
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<I32>()             // recv_src
                                   .Arg<I32>()             // recv_order
+                                  .Arg<I32>()             // recv_offsets
                                   .Arg<I32>()             // group_sizes
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()  // tokens

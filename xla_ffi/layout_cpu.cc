@@ -17,9 +17,9 @@ ffi::ErrorOr<std::unique_ptr<CpuSiteState>> InstantiateLayout(LayoutAttributes a
 
 ffi::Future Layout(ffi::RunId run, CpuSiteState* state, LayoutAttributes a, I32 coordinates,
                    I32Matrix topk_idx, ffi::Result<I32Matrix> send_row, ffi::Result<I32> recv_src,
-                   ffi::Result<I32> recv_order, ffi::Result<I32> group_sizes,
-                   ffi::Result<I32> expert_counts, ffi::Result<I32> expert_load,
-                   ffi::Result<I32> counters) {
+                   ffi::Result<I32> recv_order, ffi::Result<I32> recv_offsets,
+                   ffi::Result<I32> group_sizes, ffi::Result<I32> expert_counts,
+                   ffi::Result<I32> expert_load, ffi::Result<I32> counters) {
   Checks checks(LayoutAttributes::kOp);
   checks.Require(a.num_experts > 0 && a.num_experts % a.num_ranks == 0 && a.capacity > 0 &&
                      a.expert_alignment > 0 && a.capacity % a.expert_alignment == 0,
@@ -30,6 +30,7 @@ ffi::Future Layout(ffi::RunId run, CpuSiteState* state, LayoutAttributes a, I32 
   checks.Shape("send_row", *send_row, {num_tokens, top_k});
   checks.Shape("recv_src", *recv_src, {a.capacity});
   checks.Shape("recv_order", *recv_order, {a.capacity});
+  checks.Shape("recv_offsets", *recv_offsets, {a.num_ranks * num_tokens + 1});
   checks.Shape("group_sizes", *group_sizes, {num_local_experts});
   checks.Shape("expert_counts", *expert_counts, {num_local_experts});
   checks.Shape("expert_load", *expert_load, {a.num_experts});
@@ -39,10 +40,10 @@ ffi::Future Layout(ffi::RunId run, CpuSiteState* state, LayoutAttributes a, I32 
   const cpu::LayoutSizes sizes{a.num_ranks,   num_tokens, top_k,
                                a.num_experts, a.capacity, a.expert_alignment};
   std::vector<const void*> in{topk_idx.untyped_data()};
-  const std::vector<Output> out{AsOutput(*send_row),      AsOutput(*recv_src),
-                                AsOutput(*recv_order),    AsOutput(*group_sizes),
-                                AsOutput(*expert_counts), AsOutput(*expert_load),
-                                AsOutput(*counters)};
+  const std::vector<Output> out{AsOutput(*send_row),    AsOutput(*recv_src),
+                                AsOutput(*recv_order),  AsOutput(*recv_offsets),
+                                AsOutput(*group_sizes), AsOutput(*expert_counts),
+                                AsOutput(*expert_load), AsOutput(*counters)};
   return Arrive(*state, run, coordinates, std::move(in), out,
                 [sizes](const cpu::Members& members) { return cpu::MakeLayoutOp(sizes, members); });
 }
@@ -62,6 +63,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kLayoutCpu, Layout,
                                   .Ret<I32Matrix>()  // send_row
                                   .Ret<I32>()        // recv_src
                                   .Ret<I32>()        // recv_order
+                                  .Ret<I32>()        // recv_offsets
                                   .Ret<I32>()        // group_sizes
                                   .Ret<I32>()        // expert_counts
                                   .Ret<I32>()        // expert_load

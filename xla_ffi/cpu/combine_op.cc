@@ -171,26 +171,18 @@ class CombineOp final : public CollectiveOp {
 
   void SumForRemote(int64_t dst, int64_t src) {
     const ExactFloatScope exact;
-    const int32_t* recv_src = table(dst, kCombineRecvSrc);
     const int32_t* order = table(dst, kCombineRecvOrder);
-    const int64_t ids_per_rank = sizes_.num_tokens * sizes_.top_k;
-    const auto before = [&](int32_t row, int64_t flat) {
-      return row != kNoSource && recv_src[row] < flat;
-    };
-    const int32_t* begin =
-        std::lower_bound(order, order + sizes_.capacity, src * ids_per_rank, before);
-    const int32_t* end =
-        std::lower_bound(begin, order + sizes_.capacity, (src + 1) * ids_per_rank, before);
+    const int32_t* offsets = table(dst, kCombineRecvOffsets);
     std::vector<char>& rows = partial_[dst * sizes_.num_ranks + src];
     std::vector<float>& values = values_[dst * sizes_.num_ranks + src];
     std::vector<Term> terms;
-    while (begin != end) {
-      const int64_t token = recv_src[*begin] / sizes_.top_k;
+    for (int64_t token = src * sizes_.num_tokens; token < (src + 1) * sizes_.num_tokens; ++token) {
       terms.clear();
-      for (; begin != end && recv_src[*begin] / sizes_.top_k == token; ++begin) {
-        terms.push_back({dst, *begin});
-        if (has_values(dst)) values.push_back(floats(dst, kCombineValues)[*begin]);
+      for (int32_t slot = offsets[token]; slot < offsets[token + 1]; ++slot) {
+        terms.push_back({dst, order[slot]});
+        if (has_values(dst)) values.push_back(floats(dst, kCombineValues)[order[slot]]);
       }
+      if (terms.empty()) continue;
       rows.resize(rows.size() + row_bytes());
       char* out = rows.data() + rows.size() - row_bytes();
       for (int64_t channel = 0; channel < sizes_.num_channels; channel += kBlock) {

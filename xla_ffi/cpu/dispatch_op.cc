@@ -155,14 +155,9 @@ class DispatchOp final : public CollectiveOp {
             peers.Read(src, weights_at, weights.data(), weights.size() * sizeof(float))) {
       return failure;
     }
-    // recv_order lists the rows by ascending source, so this source's are one run of it.
-    const auto before = [&](int32_t row, int64_t flat) {
-      return row != kNoSource && recv_src[row] < flat;
-    };
-    const int32_t* begin =
-        std::lower_bound(order, order + sizes_.capacity, src * ids_per_rank, before);
-    const int32_t* end =
-        std::lower_bound(begin, order + sizes_.capacity, (src + 1) * ids_per_rank, before);
+    const int32_t* offsets = table(dst, kDispatchRecvOffsets);
+    const int32_t* begin = order + offsets[src * sizes_.num_tokens];
+    const int32_t* end = order + offsets[(src + 1) * sizes_.num_tokens];
 
     std::vector<uint64_t> addresses;
     std::vector<char> buffer(kRemoteTokensPerRead * wire_bytes());

@@ -120,6 +120,13 @@ class LayoutOp final : public CollectiveOp {
                                    first_slot_.begin() + (src + 1) * sizes_.num_ranks);
     int32_t* send_row = is_local(src) ? out(src, kLayoutSendRow) : nullptr;
     for (int64_t i = 0; i < sizes_.num_tokens * sizes_.top_k; ++i) {
+      if (i % sizes_.top_k == 0) {
+        const int64_t flat_token = src * sizes_.num_tokens + i / sizes_.top_k;
+        for (int64_t dst = 0; dst < sizes_.num_ranks; ++dst) {
+          if (!is_local(dst)) continue;
+          out(dst, kLayoutRecvOffsets)[flat_token] = static_cast<int32_t>(next_slot[dst]);
+        }
+      }
       const int32_t expert = ids_[src][i];
       int64_t row = kNoRow;
       if (is_routed(expert, sizes_.num_experts)) {
@@ -151,6 +158,8 @@ class LayoutOp final : public CollectiveOp {
     for (int64_t expert = 0; expert < sizes_.num_experts; ++expert) {
       out(rank, kLayoutExpertLoad)[expert] = static_cast<int32_t>(total_[expert]);
     }
+    out(rank, kLayoutRecvOffsets)[sizes_.num_ranks * sizes_.num_tokens] =
+        static_cast<int32_t>(num_recv_[rank]);
     int32_t* counters = out(rank, kLayoutCounters);
     counters[0] = static_cast<int32_t>(num_recv_[rank]);
     counters[1] = static_cast<int32_t>(num_routed - num_recv_[rank]);

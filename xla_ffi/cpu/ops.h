@@ -21,6 +21,7 @@ enum LayoutOut {
   kLayoutSendRow,       // i32 [T, K]  row at the destination, -1 if none
   kLayoutRecvSrc,       // i32 [C]     (src rank * T + token) * K + k of each row, -1 if none
   kLayoutRecvOrder,     // i32 [C]     rows by ascending recv_src, then -1
+  kLayoutRecvOffsets,   // i32 [R * T + 1]  where each (src rank, token)'s rows begin in recv_order
   kLayoutGroupSizes,    // i32 [L]
   kLayoutExpertCounts,  // i32 [L]
   kLayoutExpertLoad,    // i32 [E]
@@ -43,11 +44,12 @@ struct DispatchSizes {
   std::optional<Quantization> quantization;
 };
 enum DispatchIn {
-  kDispatchX,           // [T, H]
-  kDispatchRecvSrc,     // i32 [C]
-  kDispatchRecvOrder,   // i32 [C]
-  kDispatchGroupSizes,  // i32 [L]
-  kDispatchTopkWeights  // f32 [T, K] or null
+  kDispatchX,            // [T, H]
+  kDispatchRecvSrc,      // i32 [C]
+  kDispatchRecvOrder,    // i32 [C]
+  kDispatchRecvOffsets,  // i32 [R * T + 1]
+  kDispatchGroupSizes,   // i32 [L]
+  kDispatchTopkWeights   // f32 [T, K] or null
 };
 enum DispatchOut {
   kDispatchTokens,   // [C, H]
@@ -64,13 +66,14 @@ struct CombineSizes {
   FloatType type;
 };
 enum CombineIn {
-  kCombineY,          // [C, H]
-  kCombineTopkIdx,    // i32 [T, K]
-  kCombineSendRow,    // i32 [T, K]
-  kCombineRecvSrc,    // i32 [C]
-  kCombineRecvOrder,  // i32 [C]
-  kCombineWeights,    // f32 [C] or null: all 1
-  kCombineValues      // f32 [C] or null
+  kCombineY,            // [C, H]
+  kCombineTopkIdx,      // i32 [T, K]
+  kCombineSendRow,      // i32 [T, K]
+  kCombineRecvSrc,      // i32 [C]
+  kCombineRecvOrder,    // i32 [C]
+  kCombineRecvOffsets,  // i32 [R * T + 1]
+  kCombineWeights,      // f32 [C] or null: all 1
+  kCombineValues        // f32 [C] or null
 };
 enum CombineOut {
   kCombineOut,        // [T, H]

@@ -1,0 +1,289 @@
+// layout: every rank reads all ranks' expert ids and computes its own tables from them.
+// After:    send_row, recv_src, recv_order, recv_offsets, group_sizes, expert_counts, expert_load
+// and counters are
+//           as jax_ep/reference.py defines them, for this rank.
+// Roles:    num_blocks blocks of 256 threads, all resident. Block b owns the flat ids
+//           [b * ids_per_block, ..), flat = (src * T + t) * K + k; its warp w owns a run of those.
+// Buffers:  topk_idx      | XLA, each rank | before the call | all ranks, [S2]..[E1]
+//           layout_counts | control block  | each block its line | all own blocks, after [B]
+//           tables        | XLA, own       | own blocks | later kernels
+// Protocol: 1. [S1] show topk_idx, [S2] wait for all. 2. Count own ids per expert into the block's
+// line
+//           of layout_counts. 3. [B] grid barrier. 4. Each block sums all lines: totals give
+//           offsets, lines before its own give its first row per expert. 5. Warps walk their
+//           ids in order; equal ids in a step of 32 are ranked by match_any. 6. [E1], [E2].
+// Reuse:    layout_counts is rewritten before [B] of the next call, whose [S2] follows [E2] of
+// this. Progress: the grid is at most one block an SM; waits are for peers ([S1] waits for nothing)
+// and
+//           for resident blocks.
+// Failure:  a timeout fills the tables with -1 and the counts with 0; see group_sync.cuh.
+// Limits:   E <= 1024, R * T * K < 2^31, num_blocks <= kMaxLayoutBlocks.
+#include <cub/block/block_reduce.cuh>
+#include <cub/block/block_scan.cuh>
+
+#include "cuda/kernels/kernels.cuh"
+#include "cuda/layout/placement.h"
+#include "cuda/sync/group_sync.cuh"
+
+namespace jax_ep::gpu {
+namespace {
+
+constexpr int kNumThreads = 256;
+constexpr int kNumWarps = kNumThreads / 32;
+constexpr int kExpertsPerThread = kMaxExperts / kNumThreads;
+using BlockScan = cub::BlockScan<int32_t, kNumThreads>;
+using BlockReduce = cub::BlockReduce<int32_t, kNumThreads>;
+
+__device__ void fill(int32_t* table, int64_t begin, int64_t end, int32_t value) {
+  const int64_t stride = int64_t{gridDim.x} * kNumThreads;
+  for (int64_t i = begin + int64_t{blockIdx.x} * kNumThreads + threadIdx.x; i < end; i += stride) {
+    table[i] = value;
+  }
+}
+
+__device__ void poison(const LayoutArguments& a, int num_ranks) {
+  fill(a.send_row, 0, a.num_tokens * a.top_k, kNoRow);
+  fill(a.recv_src, 0, a.capacity, kNoSource);
+  fill(a.recv_order, 0, a.capacity, kNoSource);
+  fill(a.recv_offsets, 0, num_ranks * a.num_tokens + 1, 0);
+  fill(a.group_sizes, 0, a.num_experts / num_ranks, 0);
+  fill(a.expert_counts, 0, a.num_experts / num_ranks, 0);
+  fill(a.expert_load, 0, a.num_experts, 0);
+  fill(a.counters, 0, 3, 0);
+}
+
+__global__ __launch_bounds__(kNumThreads,
+                             1) void layout_kernel(const __grid_constant__ GroupView g,
+                                                   const __grid_constant__ LayoutArguments a,
+                                                   int32_t ids_per_block) {
+  extern __shared__ int32_t shared[];
+  const int32_t num_experts = static_cast<int32_t>(a.num_experts);
+  int32_t* warp_count = shared;                           // [kNumWarps][E], then exclusive prefix
+  int32_t* first_row = shared + kNumWarps * num_experts;  // [E]
+  int32_t* total = first_row + num_experts;               // [E]
+  int32_t* offset = total + num_experts;                  // [E]
+  __shared__ uint64_t address[kMaxPeers][kNumAddresses];
+  __shared__ union {
+    typename BlockScan::TempStorage scan;
+    typename BlockReduce::TempStorage reduce;
+  } temp;
+  __shared__ int32_t warp_invalid[kNumWarps], broadcast[2], warp_slot[kNumWarps];
+
+  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int32_t num_local = num_experts / g.num_ranks;
+  const int32_t top_k = static_cast<int32_t>(a.top_k);
+  const int32_t ids_per_rank = static_cast<int32_t>(a.num_tokens * a.top_k);
+  const int32_t num_ids = ids_per_rank * g.num_ranks;
+  const int32_t block_begin = blockIdx.x * ids_per_block;
+  const int32_t block_end = min(num_ids, block_begin + ids_per_block);
+  const int32_t ids_per_warp = (ids_per_block / kNumWarps + 31) / 32 * 32;
+  const int32_t begin = min(block_end, block_begin + warp * ids_per_warp);
+  const int32_t end = warp == kNumWarps - 1 ? block_end : min(block_end, begin + ids_per_warp);
+
+  const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.topk_idx), 0, 0};
+  if (blockIdx.x == 0) send_start(g, own);
+  if (!receive_start(g, OpKind::kLayout, own, address)) return poison(a, g.num_ranks);
+  const auto id_at = [&](int32_t flat) {
+    const int32_t src = flat / ids_per_rank;
+    const auto* ids = reinterpret_cast<const int32_t*>(address[src][0]);
+    return ld_relaxed_sys_i32(ids + (flat - src * ids_per_rank));
+  };
+
+  // 2. Counts per warp and expert.
+  for (int32_t i = threadIdx.x; i < kNumWarps * num_experts; i += kNumThreads) warp_count[i] = 0;
+  __syncthreads();
+  int32_t num_invalid = 0;
+#pragma unroll 4
+  for (int32_t flat = begin + lane; flat < end; flat += 32) {
+    const int32_t id = id_at(flat);
+    if (is_routed(id, num_experts)) atomicAdd(&warp_count[warp * num_experts + id], 1);
+    num_invalid += flat / ids_per_rank == g.rank && is_invalid(id, num_experts);
+  }
+  num_invalid = __reduce_add_sync(0xffffffffu, num_invalid);
+  if (lane == 0) warp_invalid[warp] = num_invalid;
+  __syncthreads();
+  int32_t* line = g.control->layout_counts + blockIdx.x * (kMaxExperts + 1);
+  for (int32_t e = threadIdx.x; e < num_experts; e += kNumThreads) {
+    int32_t sum = 0;
+    for (int32_t w = 0; w < kNumWarps; ++w) {
+      const int32_t count = warp_count[w * num_experts + e];
+      warp_count[w * num_experts + e] = sum;
+      sum += count;
+    }
+    line[e] = sum;
+  }
+  if (threadIdx.x == 0) {
+    int32_t sum = 0;
+    for (int32_t w = 0; w < kNumWarps; ++w) sum += warp_invalid[w];
+    line[kMaxExperts] = sum;
+  }
+
+  // 3.
+  if (!grid_barrier(g)) return poison(a, g.num_ranks);  // [B]
+
+  // 4. Totals, offsets, first rows.
+  for (int32_t e = threadIdx.x; e < num_experts; e += kNumThreads) {
+    const int32_t* counts = g.control->layout_counts + e;
+    int32_t before = 0, sum = 0;
+#pragma unroll 8
+    for (uint32_t b = 0; b < gridDim.x; ++b) {
+      const int32_t count = __ldcg(counts + b * (kMaxExperts + 1));
+      if (b < blockIdx.x) before += count;
+      sum += count;
+    }
+    first_row[e] = before;
+    total[e] = sum;
+  }
+  __syncthreads();
+  int32_t padded[kExpertsPerThread];
+  for (int32_t i = 0; i < kExpertsPerThread; ++i) {
+    const int32_t e = threadIdx.x * kExpertsPerThread + i;
+    padded[i] =
+        e < num_experts ? static_cast<int32_t>(padded_rows(total[e], a.expert_alignment)) : 0;
+  }
+  BlockScan(temp.scan).ExclusiveSum(padded, padded);
+  for (int32_t i = 0; i < kExpertsPerThread; ++i) {
+    const int32_t e = threadIdx.x * kExpertsPerThread + i;
+    if (e < num_experts) offset[e] = padded[i];
+  }
+  __syncthreads();
+  int32_t rank_offset[kExpertsPerThread];  // where each expert's rank begins in the scan
+  for (int32_t i = 0; i < kExpertsPerThread; ++i) {
+    const int32_t e = threadIdx.x + i * kNumThreads;
+    rank_offset[i] = e < num_experts ? offset[e / num_local * num_local] : 0;
+  }
+  __syncthreads();
+  for (int32_t i = 0; i < kExpertsPerThread; ++i) {
+    const int32_t e = threadIdx.x + i * kNumThreads;
+    if (e < num_experts) {
+      offset[e] -= rank_offset[i];
+      first_row[e] += offset[e];
+    }
+  }
+  __syncthreads();
+
+  // Slots of recv_order: kept rows of this rank's experts that come before each warp's ids. The
+  // rows of an expert are contiguous, so they are counted without looking at ids.
+  const int32_t first_local = g.rank * num_local;
+  const auto rows_before = [&](int32_t e, int32_t count) {
+    return static_cast<int32_t>(rows_below(offset[e], count, a.capacity));
+  };
+  for (int32_t w = warp; w < kNumWarps; w += kNumWarps) {
+    int32_t sum = 0;
+    for (int32_t e = first_local + lane; e < first_local + num_local; e += 32) {
+      sum += rows_before(e, first_row[e] - offset[e] + warp_count[w * num_experts + e]);
+    }
+    sum = __reduce_add_sync(0xffffffffu, sum);
+    if (lane == 0) warp_slot[w] = sum;
+  }
+  __syncthreads();
+
+  // 5. Rows.
+  int32_t next_slot = warp_slot[warp];
+  for (int32_t step = begin; step < end; step += 32) {
+    const int32_t flat = step + lane;
+    const int32_t id = flat < end ? id_at(flat) : kNotRouted;
+    const bool routed = is_routed(id, num_experts);
+    const uint32_t same = __match_any_sync(0xffffffffu, routed ? id : -1);
+    const uint32_t lower = (1u << lane) - 1;
+    int32_t row = kNoRow;
+    if (routed) {
+      int32_t* next = &warp_count[warp * num_experts + id];
+      row = first_row[id] + *next + __popc(same & lower);
+    }
+    __syncwarp();
+    if (routed && (same & lower) == 0) warp_count[warp * num_experts + id] += __popc(same);
+    __syncwarp();
+    if (row >= a.capacity) row = kNoRow;
+    if (flat < end && flat / ids_per_rank == g.rank) a.send_row[flat - g.rank * ids_per_rank] = row;
+    const bool here = row != kNoRow && id / num_local == g.rank;
+    const uint32_t kept = __ballot_sync(0xffffffffu, here);
+    if (here) {
+      a.recv_src[row] = flat;
+      a.recv_order[next_slot + __popc(kept & lower)] = row;
+    }
+    if (flat < end && flat % top_k == 0) {
+      a.recv_offsets[flat / top_k] = next_slot + __popc(kept & lower);
+    }
+    next_slot += __popc(kept);
+  }
+
+  // What holds no row: alignment padding, the tail, the end of recv_order.
+  int32_t used = 0, received = 0, routed_here = 0;
+  for (int32_t e = first_local + threadIdx.x; e < first_local + num_local; e += kNumThreads) {
+    const int64_t rows = padded_rows(total[e], a.expert_alignment);
+    const auto size = static_cast<int32_t>(rows_below(offset[e], rows, a.capacity));
+    used += size;
+    received += rows_before(e, total[e]);
+    routed_here += total[e];
+    if (blockIdx.x == 0) {
+      a.group_sizes[e - first_local] = size;
+      a.expert_counts[e - first_local] = total[e];
+    }
+    if ((e - first_local) % gridDim.x == blockIdx.x) {
+      for (int32_t i = offset[e] + total[e]; i < offset[e] + size; ++i) a.recv_src[i] = kNoSource;
+    }
+  }
+  used = BlockReduce(temp.reduce).Sum(used);
+  __syncthreads();
+  received = BlockReduce(temp.reduce).Sum(received);
+  __syncthreads();
+  routed_here = BlockReduce(temp.reduce).Sum(routed_here);
+  if (threadIdx.x == 0) {
+    broadcast[0] = used;
+    broadcast[1] = received;
+  }
+  __syncthreads();
+  fill(a.recv_src, broadcast[0], a.capacity, kNoSource);
+  fill(a.recv_order, broadcast[1], a.capacity, kNoSource);
+  if (blockIdx.x == 0) {
+    for (int32_t e = threadIdx.x; e < num_experts; e += kNumThreads) a.expert_load[e] = total[e];
+    if (threadIdx.x == 0) {
+      int32_t invalid = 0;
+      for (uint32_t b = 0; b < gridDim.x; ++b) {
+        invalid += g.control->layout_counts[b * (kMaxExperts + 1) + kMaxExperts];
+      }
+      a.recv_offsets[g.num_ranks * a.num_tokens] = received;
+      a.counters[0] = received;
+      a.counters[1] = routed_here - received;
+      a.counters[2] = invalid;
+    }
+  }
+
+  // 6.
+  __syncthreads();
+  __shared__ bool last;
+  if (threadIdx.x == 0) last = is_last_block(g);
+  __syncthreads();
+  if (!last) return;
+  send_end(g);                      // [E1]
+  receive_end(g, OpKind::kLayout);  // [E2]
+  advance_epochs(g);
+  if (threadIdx.x == 0) {
+    g.control->local.num_blocks_done = 0;
+    g.control->local.barrier = 0;
+  }
+}
+
+int64_t SharedBytes(int64_t num_experts) {
+  return (kNumWarps + 3) * num_experts * int64_t{sizeof(int32_t)};
+}
+
+}  // namespace
+
+cudaError_t LaunchLayout(const GroupView& group, const LayoutArguments& a, int num_sms,
+                         cudaStream_t stream) {
+  const int64_t num_ids = a.num_tokens * a.top_k * group.num_ranks;
+  // A block has at least two ids a thread: a smaller share only makes more lines to sum.
+  const int64_t most = num_sms < kMaxLayoutBlocks ? num_sms : kMaxLayoutBlocks;
+  int64_t num_blocks = (num_ids + 2 * kNumThreads - 1) / (2 * kNumThreads);
+  num_blocks = num_blocks < most ? num_blocks : most;
+  const auto ids_per_block = static_cast<int32_t>((num_ids + num_blocks - 1) / num_blocks);
+  layout_kernel<<<static_cast<unsigned>(num_blocks), kNumThreads, SharedBytes(a.num_experts),
+                  stream>>>(group, a, ids_per_block);
+  return cudaGetLastError();
+}
+
+cudaError_t PrepareLayout() { return PrepareKernel(layout_kernel, SharedBytes(kMaxExperts)); }
+
+}  // namespace jax_ep::gpu

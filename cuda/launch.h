@@ -1,0 +1,76 @@
+// The seam: what the handlers pass to the kernels. Raw pointers, sizes and a stream.
+#ifndef JAX_EP_CUDA_LAUNCH_H_
+#define JAX_EP_CUDA_LAUNCH_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/layout/control.h"
+
+namespace jax_ep::gpu {
+
+// How this device reaches one rank of its group.
+struct PeerView {
+  ControlBlock* control;  // of that rank, mapped here
+  int64_t shift;          // added to an address of that rank to get one that is valid here
+  int32_t slot_here;      // its slot in this device's control block
+  int32_t slot_there;     // this device's slot in its control block
+};
+
+struct GroupView {
+  ControlBlock* control;  // of this device
+  ErrorRecord* error;     // host-mapped
+  uint64_t operation;     // hash that all ranks of the call share
+  uint64_t timeout_ns;
+  int32_t rank;
+  int32_t num_ranks;
+  PeerView peer[kMaxPeers];  // by rank
+};
+static_assert(sizeof(GroupView) <= 2048, "fits the 4 KB of kernel parameters");
+
+struct LayoutArguments {
+  const int32_t* topk_idx;
+  int64_t num_tokens, top_k, num_experts, capacity, expert_alignment;
+  int32_t *send_row, *recv_src, *recv_order, *recv_offsets, *group_sizes, *expert_counts,
+      *expert_load, *counters;
+};
+
+struct DispatchArguments {
+  const void* x;
+  const float* topk_weights;  // null without
+  const int32_t *recv_src, *recv_order, *recv_offsets, *group_sizes;
+  void* tokens;
+  float* weights;
+  int64_t num_tokens, top_k, capacity, num_local_experts, row_bytes;
+  bool zero_tail;
+};
+
+enum class RowType : int32_t { kF32, kF16, kBF16 };
+
+struct CombineArguments {
+  const void* y;
+  const float* weights;  // null: 1
+  const float* values;   // null without
+  const int32_t *topk_idx, *send_row, *recv_src, *recv_order, *recv_offsets;
+  void* partial;  // [R, T, H], scratch that peers write
+  void* out;
+  float* collected;  // with values
+  int64_t num_tokens, top_k, capacity, num_local_experts, num_channels;
+  RowType type;
+};
+
+cudaError_t LaunchLayout(const GroupView& group, const LayoutArguments& arguments, int num_sms,
+                         cudaStream_t stream);
+cudaError_t LaunchDispatch(const GroupView& group, const DispatchArguments& arguments, int num_sms,
+                           cudaStream_t stream);
+cudaError_t LaunchCombine(const GroupView& group, const CombineArguments& arguments, int num_sms,
+                          cudaStream_t stream);
+
+// Loads every kernel on the current device and sets its limits, so that no first launch
+// synchronises while a peer waits.
+cudaError_t PrepareKernels();
+
+}  // namespace jax_ep::gpu
+
+#endif  // JAX_EP_CUDA_LAUNCH_H_

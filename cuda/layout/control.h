@@ -1,0 +1,76 @@
+// The control memory of a device: what its peers write to it, and what its kernels keep.
+//
+// One block a device, a fixed size whatever the sizes of the calls. Peers are numbered by slot:
+// their place among all devices of the NVLink domain that this job uses. Two devices take part in
+// the same calls in the same order, so an epoch per pair tells the calls apart, whatever groups
+// they form.
+#ifndef JAX_EP_CUDA_LAYOUT_CONTROL_H_
+#define JAX_EP_CUDA_LAYOUT_CONTROL_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jax_ep::gpu {
+
+inline constexpr int kMaxPeers = 72;  // devices of the largest NVLink domain
+inline constexpr int kMaxExperts = 1024;
+inline constexpr int kMaxTopK = 32;
+inline constexpr int kMaxLayoutBlocks = 128;
+inline constexpr int kMaxChunks = 16;  // of combine's tokens
+inline constexpr uint64_t kProgressBase = 32;
+inline constexpr int kNumAddresses = 3;  // buffers a call shows its peers
+inline constexpr size_t kLine = 128;     // bytes; no two writers share one
+
+// "From epoch on you may use my buffers at these addresses." Written by the slot's device.
+struct alignas(kLine) StartMail {
+  uint64_t epoch;      // written last, released
+  uint64_t operation;  // hash of call and sizes, the same on both sides
+  uint64_t address[kNumAddresses];
+};
+
+// "I am done with your memory for epoch." Written by the slot's device.
+struct alignas(kLine) EndMail {
+  uint64_t epoch;
+};
+
+// "Of combine's call epoch, this many chunks of your tokens are there": epoch * kProgressBase +
+// chunks, so that it only grows. Written by the slot's device.
+struct alignas(kLine) ProgressMail {
+  uint64_t progress;
+};
+
+// Written by this device's kernels only.
+struct alignas(kLine) Local {
+  uint64_t epoch[kMaxPeers];            // calls finished with each slot
+  uint32_t num_blocks_done;             // of the running kernel; 0 between kernels
+  uint32_t chunk_arrivals[kMaxChunks];  // warps that pushed their part of a chunk; 0 between
+  uint32_t next_unit;                   // of dispatch's work; 0 between kernels
+  uint32_t barrier;  // arrivals at the grid barrier of the running kernel; 0 between
+  uint32_t broken;   // 1 after a timeout: later calls end at once
+};
+
+struct ControlBlock {
+  StartMail start[kMaxPeers];
+  EndMail end[kMaxPeers];
+  ProgressMail progress[kMaxPeers];
+  Local local;
+  // Of the running layout: per block of ids its rows to each expert, then its invalid ids.
+  int32_t layout_counts[kMaxLayoutBlocks * (kMaxExperts + 1)];
+};
+static_assert(sizeof(ControlBlock) < 1 << 20, "control memory is at most 1 MB a device");
+
+// A timeout, told to the host: lies in host-mapped memory, written once.
+struct ErrorRecord {
+  uint64_t valid;  // written last
+  uint64_t operation;
+  uint32_t kind;   // 0 layout, 1 dispatch, 2 combine
+  int32_t rank;    // that waited
+  int32_t peer;    // that was waited for
+  uint32_t phase;  // 0 start, 1 end
+  uint64_t expected_epoch;
+  uint64_t seen_epoch;
+};
+
+}  // namespace jax_ep::gpu
+
+#endif  // JAX_EP_CUDA_LAYOUT_CONTROL_H_

@@ -1,0 +1,274 @@
+// The CUDA handlers: decode, check, launch. Same targets and attributes as the CPU's; the scratch
+// of combine is one result more.
+#include "xla_ffi/handlers_cuda.h"
+
+#include "xla_ffi/attributes.h"
+#include "xla_ffi/call_site_cuda.h"
+#include "xla_ffi/ffi_checks.h"
+
+namespace jax_ep {
+namespace {
+
+namespace ffi = xla::ffi;
+using I32 = ffi::Buffer<ffi::S32, 1>;
+using I32Matrix = ffi::Buffer<ffi::S32, 2>;
+using State = std::unique_ptr<CudaSiteState>;
+
+ffi::ErrorOr<State> InstantiateLayout(LayoutAttributes a) {
+  return MakeCudaSite(a.kOp, a.num_ranks, a.members,
+                      {a.num_experts, a.capacity, a.expert_alignment});
+}
+
+ffi::ErrorOr<State> InstantiateDispatch(DispatchAttributes a) {
+  return MakeCudaSite(
+      a.kOp, a.num_ranks, a.members,
+      {a.num_tokens, a.top_k, a.has_weights, a.zero_tail, a.quantization, a.dequantize});
+}
+
+ffi::ErrorOr<State> InstantiateCombine(CombineAttributes a) {
+  return MakeCudaSite(a.kOp, a.num_ranks, a.members, {a.num_experts, a.has_weights, a.has_values});
+}
+
+ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, LayoutAttributes a,
+                  I32 /*coordinates*/, I32Matrix topk_idx, ffi::Result<I32Matrix> send_row,
+                  ffi::Result<I32> recv_src, ffi::Result<I32> recv_order,
+                  ffi::Result<I32> recv_offsets, ffi::Result<I32> group_sizes,
+                  ffi::Result<I32> expert_counts, ffi::Result<I32> expert_load,
+                  ffi::Result<I32> counters) {
+  const int64_t num_tokens = topk_idx.dimensions()[0], top_k = topk_idx.dimensions()[1];
+  Checks checks(a.kOp);
+  checks.Require(a.num_experts > 0 && a.num_experts % a.num_ranks == 0 && a.capacity > 0 &&
+                     a.expert_alignment > 0 && a.capacity % a.expert_alignment == 0,
+                 "num_experts must be a positive multiple of num_ranks, and capacity of "
+                 "expert_alignment");
+  checks.Require(a.num_experts <= gpu::kMaxExperts,
+                 "num_experts must be at most " + std::to_string(gpu::kMaxExperts));
+  checks.Require(top_k <= gpu::kMaxTopK, "k must be at most " + std::to_string(gpu::kMaxTopK));
+  checks.Shape("send_row", *send_row, {num_tokens, top_k});
+  checks.Shape("recv_src", *recv_src, {a.capacity});
+  checks.Shape("recv_order", *recv_order, {a.capacity});
+  checks.Shape("expert_load", *expert_load, {a.num_experts});
+  checks.Shape("counters", *counters, {3});
+  if (!checks.ok()) return checks.error();
+  gpu::GroupView group;
+  if (ffi::Error e = EnterGroup(
+          *state, ordinal, {{"topk_idx", topk_idx.untyped_data(), topk_idx.size_bytes()}}, &group);
+      e.failure()) {
+    return e;
+  }
+  const gpu::LayoutArguments arguments{topk_idx.typed_data(),
+                                       num_tokens,
+                                       top_k,
+                                       a.num_experts,
+                                       a.capacity,
+                                       a.expert_alignment,
+                                       send_row->typed_data(),
+                                       recv_src->typed_data(),
+                                       recv_order->typed_data(),
+                                       recv_offsets->typed_data(),
+                                       group_sizes->typed_data(),
+                                       expert_counts->typed_data(),
+                                       expert_load->typed_data(),
+                                       counters->typed_data()};
+  return CudaStatus(a.kOp, gpu::LaunchLayout(group, arguments, NumSms(ordinal), stream));
+}
+
+ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
+                    DispatchAttributes a, I32 /*coordinates*/, ffi::AnyBuffer x, I32 recv_src,
+                    I32 recv_order, I32 recv_offsets, I32 group_sizes,
+                    ffi::RemainingArgs optional_in, ffi::Result<ffi::AnyBuffer> tokens,
+                    ffi::RemainingRets optional_out) {
+  const int64_t capacity = recv_src.dimensions()[0];
+  Checks checks(a.kOp);
+  checks.Require(a.quantization == 0, "fp8 dispatch is not built for CUDA in this version");
+  checks.Shape("x", x, {a.num_tokens, -1});
+  checks.Require(optional_in.size() == (a.has_weights ? 1u : 0u) &&
+                     optional_out.size() == (a.has_weights ? 1u : 0u),
+                 "the number of operands or results disagrees with the attributes");
+  if (!checks.ok()) return checks.error();
+  const int64_t num_channels = x.dimensions()[1];
+  const int64_t row_bytes = num_channels * static_cast<int64_t>(ffi::ByteWidth(x.element_type()));
+  checks.Shape("tokens", *tokens, {capacity, num_channels});
+  checks.Type("tokens", *tokens, x.element_type());
+  checks.Require(row_bytes % 16 == 0, "a row of x must be a multiple of 16 bytes");
+  const float* topk_weights = nullptr;
+  float* weights = nullptr;
+  size_t weights_bytes = 0;
+  if (a.has_weights && checks.ok()) {
+    const auto in = *optional_in.get<ffi::AnyBuffer>(0);
+    auto out = *optional_out.get<ffi::AnyBuffer>(0);
+    checks.Type("topk_weights", in, ffi::F32);
+    checks.Shape("topk_weights", in, {a.num_tokens, a.top_k});
+    checks.Shape("weights", *out, {capacity});
+    topk_weights = static_cast<const float*>(in.untyped_data());
+    weights = static_cast<float*>(out->untyped_data());
+    weights_bytes = in.size_bytes();
+  }
+  if (!checks.ok()) return checks.error();
+  gpu::GroupView group;
+  if (ffi::Error e = EnterGroup(
+          *state, ordinal,
+          {{"x", x.untyped_data(), x.size_bytes()}, {"topk_weights", topk_weights, weights_bytes}},
+          &group);
+      e.failure()) {
+    return e;
+  }
+  const gpu::DispatchArguments arguments{x.untyped_data(),
+                                         topk_weights,
+                                         recv_src.typed_data(),
+                                         recv_order.typed_data(),
+                                         recv_offsets.typed_data(),
+                                         group_sizes.typed_data(),
+                                         tokens->untyped_data(),
+                                         weights,
+                                         a.num_tokens,
+                                         a.top_k,
+                                         capacity,
+                                         group_sizes.dimensions()[0],
+                                         row_bytes,
+                                         a.zero_tail != 0};
+  return CudaStatus(a.kOp, gpu::LaunchDispatch(group, arguments, NumSms(ordinal), stream));
+}
+
+ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, CombineAttributes a,
+                   I32 /*coordinates*/, ffi::AnyBuffer y, I32Matrix topk_idx, I32Matrix send_row,
+                   I32 recv_src, I32 recv_order, I32 recv_offsets, ffi::RemainingArgs optional_in,
+                   ffi::Result<ffi::AnyBuffer> combined, ffi::RemainingRets optional_out) {
+  const size_t num_values = a.has_values ? 1 : 0;
+  const size_t num_weights = a.has_weights ? 1 : 0;
+  const int64_t num_tokens = topk_idx.dimensions()[0], top_k = topk_idx.dimensions()[1];
+  const int64_t capacity = recv_src.dimensions()[0];
+  Checks checks(a.kOp);
+  checks.Shape("y", y, {capacity, -1});
+  checks.Shape("send_row", send_row, {num_tokens, top_k});
+  checks.Require(top_k <= gpu::kMaxTopK, "k must be at most " + std::to_string(gpu::kMaxTopK));
+  checks.Require(
+      optional_in.size() == num_weights + num_values && optional_out.size() == num_values + 1,
+      "the number of operands or results disagrees with the attributes");
+  gpu::RowType type = gpu::RowType::kF32;
+  if (y.element_type() == ffi::BF16) {
+    type = gpu::RowType::kBF16;
+  } else if (y.element_type() == ffi::F16) {
+    type = gpu::RowType::kF16;
+  } else {
+    checks.Type("y", y, ffi::F32);
+  }
+  if (!checks.ok()) return checks.error();
+  const int64_t num_channels = y.dimensions()[1];
+  checks.Require(num_channels * static_cast<int64_t>(ffi::ByteWidth(y.element_type())) % 16 == 0,
+                 "a row of y must be a multiple of 16 bytes");
+  checks.Shape("out", *combined, {num_tokens, num_channels});
+  const float* weights = nullptr;
+  const float* values = nullptr;
+  float* collected = nullptr;
+  size_t collected_bytes = 0;
+  if (a.has_weights) {
+    const auto in = *optional_in.get<ffi::AnyBuffer>(0);
+    checks.Type("weights", in, ffi::F32);
+    checks.Shape("weights", in, {capacity});
+    weights = static_cast<const float*>(in.untyped_data());
+  }
+  if (a.has_values) {
+    const auto in = *optional_in.get<ffi::AnyBuffer>(num_weights);
+    auto out = *optional_out.get<ffi::AnyBuffer>(0);
+    checks.Type("values", in, ffi::F32);
+    checks.Shape("values", in, {capacity});
+    checks.Shape("collected", *out, {num_tokens, top_k});
+    values = static_cast<const float*>(in.untyped_data());
+    collected = static_cast<float*>(out->untyped_data());
+    collected_bytes = out->size_bytes();
+  }
+  auto partial = *optional_out.get<ffi::AnyBuffer>(num_values);
+  checks.Shape("partial", *partial, {a.num_ranks, num_tokens, num_channels});
+  if (!checks.ok()) return checks.error();
+  gpu::GroupView group;
+  if (ffi::Error e = EnterGroup(*state, ordinal,
+                                {{"partial", partial->untyped_data(), partial->size_bytes()},
+                                 {"collected", collected, collected_bytes}},
+                                &group);
+      e.failure()) {
+    return e;
+  }
+  const gpu::CombineArguments arguments{y.untyped_data(),
+                                        weights,
+                                        values,
+                                        topk_idx.typed_data(),
+                                        send_row.typed_data(),
+                                        recv_src.typed_data(),
+                                        recv_order.typed_data(),
+                                        recv_offsets.typed_data(),
+                                        partial->untyped_data(),
+                                        combined->untyped_data(),
+                                        collected,
+                                        num_tokens,
+                                        top_k,
+                                        capacity,
+                                        a.num_experts / a.num_ranks,
+                                        num_channels,
+                                        type};
+  return CudaStatus(a.kOp, gpu::LaunchCombine(group, arguments, NumSms(ordinal), stream));
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kInstantiateLayoutCuda, InstantiateLayout,
+                              ffi::Ffi::BindInstantiate().Attrs<LayoutAttributes>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kInstantiateDispatchCuda, InstantiateDispatch,
+                              ffi::Ffi::BindInstantiate().Attrs<DispatchAttributes>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kInstantiateCombineCuda, InstantiateCombine,
+                              ffi::Ffi::BindInstantiate().Attrs<CombineAttributes>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kLayoutCuda, Layout,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Ctx<ffi::State<CudaSiteState>>()
+                                  .Attrs<LayoutAttributes>()
+                                  .Arg<I32>()
+                                  .Arg<I32Matrix>()
+                                  .Ret<I32Matrix>()
+                                  .Ret<I32>()
+                                  .Ret<I32>()
+                                  .Ret<I32>()
+                                  .Ret<I32>()
+                                  .Ret<I32>()
+                                  .Ret<I32>()
+                                  .Ret<I32>(),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kDispatchCuda, Dispatch,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Ctx<ffi::State<CudaSiteState>>()
+                                  .Attrs<DispatchAttributes>()
+                                  .Arg<I32>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<I32>()
+                                  .Arg<I32>()
+                                  .Arg<I32>()
+                                  .Arg<I32>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets(),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kCombineCuda, Combine,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Ctx<ffi::State<CudaSiteState>>()
+                                  .Attrs<CombineAttributes>()
+                                  .Arg<I32>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<I32Matrix>()
+                                  .Arg<I32Matrix>()
+                                  .Arg<I32>()
+                                  .Arg<I32>()
+                                  .Arg<I32>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets(),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace jax_ep

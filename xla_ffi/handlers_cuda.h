@@ -1,0 +1,19 @@
+// The XLA FFI handlers for CUDA. Each operation has an instantiate handler, which makes the call
+// site's state, and an execute handler; module_cuda.cc registers them.
+#ifndef JAX_EP_XLA_FFI_HANDLERS_CUDA_H_
+#define JAX_EP_XLA_FFI_HANDLERS_CUDA_H_
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_ep {
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateLayoutCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateDispatchCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateCombineCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kLayoutCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kDispatchCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineCuda);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_XLA_FFI_HANDLERS_CUDA_H_

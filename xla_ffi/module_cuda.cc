@@ -1,0 +1,71 @@
+// The Python module jax_ep._cuda: the handlers' addresses, and the calls around them.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <vector>
+
+#include "xla_ffi/call_site_cuda.h"
+#include "xla_ffi/handlers_cuda.h"
+#include "xla_ffi/symmetric_memory.h"
+
+namespace nb = nanobind;
+
+namespace jax_ep {
+namespace {
+
+nb::dict Handler(XLA_FFI_Handler* instantiate, XLA_FFI_Handler* execute) {
+  nb::dict stages;
+  stages["instantiate"] = nb::capsule(reinterpret_cast<void*>(instantiate));
+  stages["execute"] = nb::capsule(reinterpret_cast<void*>(execute));
+  return stages;
+}
+
+nb::dict Handlers() {
+  nb::dict handlers;
+  handlers["jax_ep_layout"] = Handler(kInstantiateLayoutCuda, kLayoutCuda);
+  handlers["jax_ep_dispatch"] = Handler(kInstantiateDispatchCuda, kDispatchCuda);
+  handlers["jax_ep_combine"] = Handler(kInstantiateCombineCuda, kCombineCuda);
+  return handlers;
+}
+
+nb::dict StateType() {
+  static auto type_info = xla::ffi::MakeTypeInfo<CudaSiteState>();
+  nb::dict type;
+  type["type_id"] = nb::capsule(&CudaSiteState::id);
+  type["type_info"] = nb::capsule(&type_info);
+  return type;
+}
+
+}  // namespace
+
+NB_MODULE(_cuda, m) {
+  m.def("handlers", &Handlers, "Stages of each target, as jax.ffi.register_ffi_target takes them.");
+  m.def("state_type", &StateType, "The call sites' state, as jax.ffi.register_ffi_type takes it.");
+  m.def(
+      "setup",
+      [](int64_t process, const std::vector<int>& ids, const std::vector<int>& ordinals) {
+        SymmetricMemory::Get().Setup(process, ids, ordinals);
+      },
+      nb::arg("process"), nb::arg("ids"), nb::arg("ordinals"),
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "export_memory",
+      [](const std::vector<uint64_t>& pointers) { return SymmetricMemory::Get().Export(pointers); },
+      nb::arg("pool_pointers"), nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "import_memory",
+      [](const std::vector<std::string>& exports) { SymmetricMemory::Get().Import(exports); },
+      nb::arg("exports"), nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "release", [] { SymmetricMemory::Get().Release(); },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def("recorded_error", [] { return SymmetricMemory::Get().RecordedError(); });
+  m.def(
+      "set_timeout", [](double seconds) { SetCudaTimeout(static_cast<uint64_t>(seconds * 1e9)); },
+      nb::arg("seconds"));
+}
+
+}  // namespace jax_ep
