@@ -250,7 +250,8 @@ def combine(y: Array, layout: Layout, weights: Array | None = None) -> Array:
     a link once per (token, rank), and results are the same bits on every backend.
 
     Gradients: dy[row] = weights[row] * g[t(row)]; d weights[row] = <y[row], g[t(row)]> in float32,
-    both 0 on padding. Without weights y is not kept for the backward pass. Works under jit, grad
+    both 0 on padding. They are XLA's own arithmetic, which on CPU flushes subnormal products to
+    zero. Without weights y is not kept for the backward pass. Works under jit, grad
     (of any order), scan and checkpoint (the result carries the name ``jax_ep_combine``). vmap
     raises NotImplementedError.
 
@@ -340,7 +341,14 @@ def moe(
 def _as_array(where: str, name: str, value: Any) -> Array:
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         raise TypeError(f"{where}: {name} must be an array; got {type(value).__name__}")
-    array: Array = value if isinstance(value, jax.Array) else jnp.asarray(value)
+    if isinstance(value, jax.Array):
+        return value
+    array = jnp.asarray(value)
+    if array.dtype != value.dtype:  # without jax_enable_x64, 64-bit values would lose bits here
+        raise TypeError(
+            f"{where}: {name} is {value.dtype}, which JAX would narrow to {array.dtype}: cast it "
+            f"with {name}.astype({array.dtype.name!r})"
+        )
     return array
 
 

@@ -6,7 +6,6 @@ derive from the operands' types, so that shardings and varying axes carry over.
 """
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -188,7 +187,7 @@ def _combine_shapes(
     return results
 
 
-_program = threading.local()
+_lowered_program: object = None  # whose call sites are being counted
 
 
 def _lower(
@@ -198,8 +197,9 @@ def _lower(
     members = group.members(ctx, axis_name)
     if platform == "cpu":
         runtime.require_cpu(target, members)
-        if getattr(_program, "identity", None) is not compat.program_identity(ctx):
-            _program.identity = compat.program_identity(ctx)
+        global _lowered_program
+        if _lowered_program is not compat.program_identity(ctx):
+            _lowered_program = compat.program_identity(ctx)
             _cpu.begin_program()
     else:
         runtime.require_cuda(target)

@@ -1,6 +1,7 @@
 """The receive layout: static sizes and the arrays that say where every row goes."""
 
 import dataclasses
+import numbers
 
 import jax
 
@@ -126,7 +127,9 @@ def capacity(
         The capacity C in rows, a multiple of A.
 
     Raises:
-        ValueError: if a size is below 1, E is no multiple of R, or ``factor`` is not positive.
+        TypeError: if a size is no int.
+        ValueError: if a size is below 1, E is no multiple of R, K > E, or ``factor`` is not
+            positive.
     """
     sizes = {
         "num_tokens": num_tokens,
@@ -136,12 +139,18 @@ def capacity(
         "expert_alignment": expert_alignment,
     }
     for name, value in sizes.items():
+        if not isinstance(value, numbers.Integral):
+            raise TypeError(f"jax_ep.capacity: {name} must be an int; got {value!r}")
         if value < 1:
             raise ValueError(f"jax_ep.capacity: {name} must be at least 1; got {value}")
     if num_experts % num_ranks:
         raise ValueError(
             f"jax_ep.capacity: num_experts must be a multiple of num_ranks = {num_ranks}; "
             f"got {num_experts}"
+        )
+    if top_k > num_experts:
+        raise ValueError(
+            f"jax_ep.capacity: top_k must be at most num_experts = {num_experts}; got {top_k}"
         )
     most = default_capacity(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
     if factor is None:

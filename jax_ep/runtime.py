@@ -1,6 +1,8 @@
 """Set-up: timeouts, joining processes, and which backends this installation has."""
 
 import atexit
+import importlib
+import importlib.util
 import os
 from typing import Any
 
@@ -10,10 +12,10 @@ import numpy as np
 
 from jax_ep import _cpu, compat
 
-try:
-    from jax_ep import _cuda
-except ModuleNotFoundError:  # built without CUDA; an installed part that does not load is an error
-    _cuda = None  # type: ignore[assignment]
+# None if this build has no CUDA part; one that is installed but does not load is an error.
+_cuda: Any = None
+if importlib.util.find_spec("jax_ep._cuda") is not None:
+    _cuda = importlib.import_module("jax_ep._cuda")
 
 _TIMEOUT_VARIABLE = "JAX_EP_TIMEOUT"
 _KEY_PREFIX = "jax_ep/cpu"

@@ -30,6 +30,7 @@ LAYOUT_ARRAYS = (
     "send_row",
     "recv_src",
     "recv_order",
+    "recv_offsets",
     "group_sizes",
     "expert_counts",
     "expert_load",

@@ -12,6 +12,8 @@ import pytest
 for _module in ("optax", "orbax.checkpoint", "matplotlib", "tqdm"):
     pytest.importorskip(_module, reason="the example needs jax-ep[examples]")
 
+pytestmark = pytest.mark.timeout(600)  # the fixture below does all the work: 40 s on two free cores
+
 _EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 _NUM_STEPS = 8
 _TINY = (

@@ -197,17 +197,10 @@ def test_combine_vjp(
         assert_weight_gradient(d_weights, expected_d_weights, y, g_rows, valid)
 
 
-@pytest.mark.xfail(strict=True, reason="XLA's CPU threads flush the product weights * g to zero")
-@pytest.mark.parametrize("dtype", [BF16, F32])
-def test_combine_vjp_keeps_subnormals(device_backend: JaxBackend, dtype: DTypeLike) -> None:
-    check_subnormal_d_y(device_backend, dtype)
-
-
-def test_combine_vjp_keeps_float16_subnormals(device_backend: JaxBackend) -> None:
-    check_subnormal_d_y(device_backend, F16)  # the product is a normal float32
-
-
-def check_subnormal_d_y(backend: Backend, dtype: DTypeLike) -> None:
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_combine_vjp_of_subnormals(device_backend: JaxBackend, dtype: DTypeLike) -> None:
+    """The product weights * g is XLA's, whose CPU threads flush what is subnormal in float32."""
+    backend = device_backend
     case, rng = Case(2, 5, 2, 4, hidden=8), np.random.default_rng(22)
     ids = routings.topk_ids(rng, case, "uniform")
     layout = backend.make_layout(case, ids)
@@ -216,7 +209,9 @@ def check_subnormal_d_y(backend: Backend, dtype: DTypeLike) -> None:
     y = np.ones((*layout.row_valid.shape, 8), dtype)
     d_y, _ = backend.combine_vjp(y, layout, weights, g)
     expected, _ = ORACLE.combine_vjp(y, ORACLE.make_layout(case, ids), weights, g)
-    assert_same_bits(d_y, expected)
+    subnormal = np.abs(expected.astype(F32)) < np.finfo(F32).tiny
+    assert np.any(subnormal) == (dtype != F16)
+    assert np.all((d_y == expected) | (subnormal & (d_y == 0)))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])

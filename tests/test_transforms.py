@@ -1143,6 +1143,7 @@ def test_shapes(fp8: Any, dequantize: bool, dtype: str, check_vma: bool) -> None
         "layout.send_row": ((num_tokens, top_k), "int32"),
         "layout.recv_src": ((capacity,), "int32"),
         "layout.recv_order": ((capacity,), "int32"),
+        "layout.recv_offsets": ((4 * num_tokens + 1,), "int32"),
         "layout.group_sizes": ((local_experts,), "int32"),
         "layout.expert_counts": ((local_experts,), "int32"),
         "layout.expert_load": ((num_experts,), "int32"),

@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <map>
+#include <mutex>
 #include <utility>
 
 #include "xla_ffi/cpu/rendezvous.h"
@@ -14,8 +15,10 @@ namespace ffi = xla::ffi;
 
 std::atomic<uint64_t> g_next_site_id{1};
 std::atomic<bool> g_poison_outputs{false};
-// XLA instantiates the call sites of a program one after the other on the thread that compiles it.
-thread_local std::map<uint64_t, uint64_t> t_num_sites;  // by signature
+// XLA instantiates the call sites of a program one after the other while it compiles it, on a
+// thread of its own choice (jaxlib 0.10.2: not the one that lowered the program).
+std::mutex g_ordinals_mutex;
+std::map<uint64_t, uint64_t> g_num_sites;  // of the program that is being compiled, by signature
 
 ffi::ErrorCode Code(cpu::FailureCode code) {
   switch (code) {
@@ -35,7 +38,10 @@ ffi::ErrorCode Code(cpu::FailureCode code) {
 
 ffi::TypeId CpuSiteState::id = {};
 
-void BeginProgram() { t_num_sites.clear(); }
+void BeginProgram() {
+  std::lock_guard<std::mutex> lock(g_ordinals_mutex);
+  g_num_sites.clear();
+}
 
 void SetPoisonOutputs(bool poison) { g_poison_outputs = poison; }
 
@@ -47,7 +53,8 @@ cpu::CallSite MakeCallSite(const char* op, int64_t num_ranks, ffi::Span<const in
   site.num_ranks = num_ranks;
   for (int64_t member : members) site.rank_process.push_back(member >> 32);
   site.signature = HashOperation(op, static_values, members);
-  site.ordinal = t_num_sites[site.signature]++;
+  std::lock_guard<std::mutex> lock(g_ordinals_mutex);
+  site.ordinal = g_num_sites[site.signature]++;
   return site;
 }
 

@@ -21,7 +21,9 @@ struct CpuSiteState {
   std::shared_ptr<const cpu::CallSite> site;
 };
 
-// From here on, on this thread, call sites belong to a new program (see CallSite::ordinal).
+// From here on call sites belong to a new program (see CallSite::ordinal). Called when a program is
+// lowered; its compilation follows. Where programs that span processes are compiled by several
+// threads of a process at once, ordinals would mix and the calls time out.
 void BeginProgram();
 
 // While set, every output is filled with 0xff (NaN; -1) before its operation starts. For tests.

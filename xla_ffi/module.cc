@@ -51,7 +51,7 @@ NB_MODULE(_cpu, m) {
   m.def("handlers", &Handlers, "Stages of each target, as jax.ffi.register_ffi_target takes them.");
   m.def("state_type", &StateType, "The call sites' state, as jax.ffi.register_ffi_type takes it.");
   m.def("begin_program", &BeginProgram,
-        "The next call sites instantiated on this thread belong to a new program.");
+        "The call sites that are instantiated from now on belong to a new program.");
   m.def(
       "set_timeout",
       [](double seconds) { cpu::Rendezvous::Get().set_timeout(Nanoseconds(seconds)); },
