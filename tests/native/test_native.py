@@ -1,0 +1,90 @@
+"""Builds the CPU backend with sanitizers, without JAX, and runs rendezvous_test.cc."""
+
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+_TEST = pathlib.Path(__file__).with_name("rendezvous_test.cc")
+_ROOT = _TEST.parents[2]
+_SOURCES = [_TEST, *sorted((_ROOT / "xla_ffi" / "cpu").glob("*.cc"))]
+_FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-ffp-contract=off", "-pthread"]
+
+# Which sanitizer, and what rendezvous_test does for it to see: it must end the program.
+_CASES = [
+    ("thread", "race", "WARNING: ThreadSanitizer: data race"),
+    ("address,undefined", "overflow", "ERROR: AddressSanitizer: heap-buffer-overflow"),
+]
+
+
+def _compiler(sanitizer: str, tmp: pathlib.Path) -> str:
+    """g++, if it can build and run a program with that sanitizer; otherwise skips."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    source, program = tmp / "empty.cc", tmp / "empty"
+    source.write_text("int main() { return 0; }\n")
+    build = [compiler, f"-fsanitize={sanitizer}", str(source), "-o", str(program)]
+    for command in (build, [str(program)]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if done.returncode != 0:
+            reason = (done.stderr or done.stdout).strip().splitlines()[:1]
+            pytest.skip(f"-fsanitize={sanitizer} does not work here: {reason}")
+    return compiler
+
+
+@pytest.mark.parametrize(("sanitizer", "control", "finding"), _CASES, ids=["thread", "address"])
+@pytest.mark.timeout(600)
+def test_rendezvous(tmp_path: pathlib.Path, sanitizer: str, control: str, finding: str) -> None:
+    compiler = _compiler(sanitizer, tmp_path)
+
+    def compile_one(source: pathlib.Path) -> pathlib.Path:
+        result = tmp_path / f"{source.stem}.o"
+        subprocess.run(
+            [
+                compiler,
+                *_FLAGS,
+                f"-fsanitize={sanitizer}",
+                f"-I{_ROOT}",
+                "-c",
+                source,
+                "-o",
+                result,
+            ],
+            check=True,
+            timeout=300,
+        )
+        return result
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, _SOURCES))
+    program = tmp_path / "rendezvous_test"
+    subprocess.run(
+        [compiler, f"-fsanitize={sanitizer}", "-pthread", *objects, "-o", program],
+        check=True,
+        timeout=120,
+    )
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        options = {
+            "TSAN_OPTIONS": "halt_on_error=1",
+            "ASAN_OPTIONS": "abort_on_error=0",
+            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        }
+        return subprocess.run(
+            [program, *arguments],
+            env={**os.environ, **options},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    done = run()
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = run(control)
+    assert seen.returncode != 0, "the sanitizer did not see what was wrong on purpose"
+    assert finding in seen.stderr
