@@ -1199,13 +1199,13 @@ def test_layout_round_trip() -> None:
     problem = make_problem(EP, case)
     layout = _layout_across_boundary(mesh, case, problem.topk_idx)
     leaves, structure = jax.tree.flatten(layout)
-    assert len(leaves) == 10
+    assert len(leaves) == 11
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
     structs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-    for stand_ins in (leaves, structs, [None] * 10, [object() for _ in leaves], [0] * 10):
+    for stand_ins in (leaves, structs, [None] * 11, [object() for _ in leaves], [0] * 11):
         copy = jax.tree.unflatten(structure, stand_ins)
         assert all(getattr(copy, name) == getattr(layout, name) for name in STATIC)
-        copied = [getattr(copy, name) for name in LAYOUT_ARRAYS[:10]]
+        copied = [getattr(copy, name) for name in LAYOUT_ARRAYS[:11]]
         assert all(a is b for a, b in zip(copied, stand_ins, strict=True))
     assert jax.tree.structure(jax.tree.unflatten(structure, structs)) == structure
     assert hash(structure) == hash(jax.tree.structure(jax.tree.map(lambda a: a, layout)))

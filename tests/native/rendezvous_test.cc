@@ -298,6 +298,7 @@ void OperationsOnTinyData() {
   const std::vector<int32_t> ids[kRanks] = {{0, 2, 3, 0, 2, 9}, {0, 1, -1, 3, 2, 0}};
   const std::vector<int32_t> recv_src[kRanks] = {{0, 3, 6, 11, 7}, {1, 4, 10, 2, 9}};
   const std::vector<int32_t> recv_order[kRanks] = {{0, 1, 2, 4, 3}, {0, 3, 1, 4, 2}};
+  const std::vector<int32_t> offsets[kRanks] = {{0, 1, 2, 2, 4, 4, 5}, {0, 1, 2, 3, 3, 4, 5}};
   const std::vector<int32_t> send_row[kRanks] = {{0, 0, 3, 1, 1, -1}, {2, 4, -1, 4, 2, 3}};
   const std::vector<int32_t> counts[kRanks] = {{4, 1}, {3, 2}};
   const std::vector<int32_t> counters[kRanks] = {{5, 0, 1}, {5, 0, 0}};
@@ -322,6 +323,7 @@ void OperationsOnTinyData() {
     std::vector<int32_t> table[kNumLayoutOut] = {std::vector<int32_t>(kTokens * kTopK),
                                                  std::vector<int32_t>(kCapacity),
                                                  std::vector<int32_t>(kCapacity),
+                                                 std::vector<int32_t>(kRanks * kTokens + 1),
                                                  std::vector<int32_t>(2),
                                                  std::vector<int32_t>(2),
                                                  std::vector<int32_t>(4),
@@ -334,6 +336,7 @@ void OperationsOnTinyData() {
     CHECK(table[kLayoutSendRow] == send_row[r]);
     CHECK(table[kLayoutRecvSrc] == recv_src[r]);
     CHECK(table[kLayoutRecvOrder] == recv_order[r]);
+    CHECK(table[kLayoutRecvOffsets] == offsets[r]);
     CHECK(table[kLayoutGroupSizes] == counts[r]);
     CHECK(table[kLayoutExpertCounts] == counts[r]);
     CHECK(table[kLayoutExpertLoad] == load);
@@ -342,7 +345,7 @@ void OperationsOnTinyData() {
     std::vector<float> tokens(kCapacity * kHidden, -1), row_weights(kCapacity, -1);
     call(dispatch_site, r,
          {x[r].data(), table[kLayoutRecvSrc].data(), table[kLayoutRecvOrder].data(),
-          table[kLayoutGroupSizes].data(), weights[r].data()},
+          table[kLayoutRecvOffsets].data(), table[kLayoutGroupSizes].data(), weights[r].data()},
          {tokens.data(), nullptr, row_weights.data()}, [](const Members& members) {
            return MakeDispatchOp(
                DispatchSizes{kRanks, kTokens, kTopK, kCapacity, 2, kHidden * int64_t{sizeof(float)},
@@ -361,7 +364,8 @@ void OperationsOnTinyData() {
     std::vector<float> out(kTokens * kHidden, -1);
     call(combine_site, r,
          {tokens.data(), ids[r].data(), table[kLayoutSendRow].data(), table[kLayoutRecvSrc].data(),
-          table[kLayoutRecvOrder].data(), row_weights.data(), nullptr},
+          table[kLayoutRecvOrder].data(), table[kLayoutRecvOffsets].data(), row_weights.data(),
+          nullptr},
          {out.data(), nullptr}, [](const Members& members) {
            return MakeCombineOp(
                CombineSizes{kRanks, kTokens, kTopK, kCapacity, 2, kHidden, FloatType::kF32},
