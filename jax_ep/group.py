@@ -21,7 +21,12 @@ AxisName = str | Sequence[str]
 
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:
     """``axis_name`` as a tuple of names."""
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"axis_name must be the name of a mesh axis or a tuple of names; got {axis_name!r}"
+        )
+    return tuple(names)
 
 
 def group_size(axis_name: tuple[str, ...], where: str) -> int:

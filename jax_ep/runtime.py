@@ -3,6 +3,7 @@
 import atexit
 import importlib
 import importlib.util
+import numbers
 import os
 from typing import Any
 
@@ -18,6 +19,7 @@ if importlib.util.find_spec("jax_ep._cuda") is not None:
     _cuda = importlib.import_module("jax_ep._cuda")
 
 _TIMEOUT_VARIABLE = "JAX_EP_TIMEOUT"
+_LONGEST_TIMEOUT = 1e8  # seconds; fits 64-bit nanoseconds with room to add to a clock
 _KEY_PREFIX = "jax_ep/cpu"
 
 _connected = False
@@ -32,14 +34,21 @@ def set_timeout(seconds: float) -> None:
     holds for calls that start afterwards, in this process.
 
     Args:
-        seconds: the time in seconds, above 0.
+        seconds: the time in seconds, above 0 and at most 1e8 (three years).
 
     Raises:
-        ValueError: if ``seconds`` is not a positive finite number.
+        TypeError: if ``seconds`` is not a number.
+        ValueError: if ``seconds`` is not above 0 and at most 1e8.
     """
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"jax_ep.set_timeout: seconds must be positive and finite; got {seconds}")
-    _cpu.set_timeout(float(seconds))
+    _cpu.set_timeout(_checked_seconds("jax_ep.set_timeout: seconds", seconds))
+
+
+def _checked_seconds(what: str, seconds: float) -> float:
+    if not isinstance(seconds, numbers.Real):
+        raise TypeError(f"{what} must be a number; got {seconds!r}")
+    if not 0 < seconds <= _LONGEST_TIMEOUT:
+        raise ValueError(f"{what} must be above 0 and at most {_LONGEST_TIMEOUT:g}; got {seconds}")
+    return float(seconds)
 
 
 def get_timeout() -> float:
@@ -56,16 +65,17 @@ def initialize(*, timeout: float = 60.0) -> None:
     read straight from the owner's memory (``process_vm_readv``).
 
     Args:
-        timeout: seconds to wait for the other processes.
+        timeout: seconds to wait for each of the other processes.
 
     Raises:
         RuntimeError: if a process is missing or late (it is named), runs on another host, or may
-            not be read; or if the processes are joined already.
-        ValueError: if ``timeout`` is not positive.
+            not be read; or if the processes are joined already. After a failure the job must be
+            started again.
+        TypeError: if ``timeout`` is not a number.
+        ValueError: if ``timeout`` is not above 0 and at most 1e8.
     """
     global _connected, _generation
-    if not timeout > 0:
-        raise ValueError(f"jax_ep.initialize: timeout must be positive; got {timeout}")
+    timeout = _checked_seconds("jax_ep.initialize: timeout", timeout)
     if _connected:
         raise RuntimeError(
             "jax_ep.initialize: this process is connected already; call jax_ep.finalize() first"
@@ -77,7 +87,7 @@ def initialize(*, timeout: float = 60.0) -> None:
     prefix = f"{_KEY_PREFIX}/{_generation}"
     _generation += 1
     addresses = _exchange(client, prefix, _cpu.listen(), timeout)
-    _cpu.connect(index, addresses, float(timeout))
+    _cpu.connect(index, addresses, timeout)
     if _cuda is not None and compat.has_live_client("cuda"):
         _connect_cuda(client, prefix, timeout)
     _connected = True

@@ -337,6 +337,14 @@ COMBINE_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
 TRACE_ERRORS = [*LAYOUT_ERRORS, *DISPATCH_ERRORS, *COMBINE_ERRORS]
 
 
+def test_axis_name_of_another_type(device_backend: JaxBackend) -> None:
+    for bad in (None, 3, ("ep", 1)):
+        with pytest.raises(TypeError, match="axis_name must be the name of a mesh axis"):
+            device_backend.run(
+                2, lambda ids, bad=bad: jax_ep.make_layout(ids, num_experts=4, axis_name=bad), IDS
+            )
+
+
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [entry[1:] for entry in TRACE_ERRORS],

@@ -22,8 +22,8 @@ struct CpuSiteState {
 };
 
 // From here on call sites belong to a new program (see CallSite::ordinal). Called when a program is
-// lowered; its compilation follows. Where programs that span processes are compiled by several
-// threads of a process at once, ordinals would mix and the calls time out.
+// lowered; its compilation should follow. Where programs that span processes are compiled by
+// several threads of a process at once, ordinals would mix and the calls time out.
 void BeginProgram();
 
 // While set, every output is filled with 0xff (NaN; -1) before its operation starts. For tests.

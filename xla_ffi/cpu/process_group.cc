@@ -113,6 +113,7 @@ bool ReadProcess(pid_t pid, uint64_t address, void* dst, size_t bytes) {
 struct ProcessGroup::Exchange {
   Key key;
   Clock::time_point deadline;
+  std::chrono::nanoseconds timeout{};
 
   // From this process; absent while only others have come.
   std::string op_name;
@@ -394,6 +395,7 @@ void ProcessGroup::Submit(const CallSite& site, int64_t run, int64_t group,
   exchange->others = std::move(local.others);
   exchange->op = std::move(op);
   exchange->completion = std::move(completion);
+  exchange->timeout = timeout;
   exchange->deadline = Clock::now() + timeout;
   if (closing_ && !exchange->failure) {
     exchange->failure = Failure{FailureCode::kUnavailable,
@@ -432,6 +434,7 @@ void ProcessGroup::StartIfReady(const std::shared_ptr<Exchange>& exchange) {
       if (self->peers_[p].alive) self->Receive(p);
     }
     exchange->local_done = true;
+    exchange->deadline = Clock::now() + exchange->timeout;  // the others have their own work to end
     if (exchange->failure) failure = exchange->failure;
     if (failure) {
       self->Fail(exchange, *failure, /*tell_peers=*/true);
@@ -499,7 +502,9 @@ std::string ProcessGroup::OtherProgram(const Exchange& exchange) const {
   for (const auto& [key, queue] : exchanges_) {
     const bool alike = std::get<0>(key) == std::get<0>(exchange.key) &&
                        std::get<3>(key) == std::get<3>(exchange.key) && key != exchange.key;
-    if (!alike || queue.front()->op != nullptr || queue.front()->arrived.empty()) continue;
+    if (!alike || queue.front()->failure || queue.front()->op != nullptr ||
+        queue.front()->arrived.empty())
+      continue;
     return ". Process " + std::to_string(queue.front()->arrived.begin()->first) +
            " waits at the same operation of a program that XLA numbers otherwise: it was compiled "
            "with other options, a different number of times, or traced from other lines of code "

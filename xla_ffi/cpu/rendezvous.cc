@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <exception>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -48,7 +49,11 @@ class NoPeers final : public PeerMemory {
 void CompleteAll(Members& members, const MaybeFailure& failure, int64_t inline_rank) {
   for (Member& member : members) {
     if (!member.done || member.rank == inline_rank) continue;
-    WorkerPool::Get().Run([done = std::move(member.done), failure] { done(failure); });
+    try {
+      WorkerPool::Get().Run([done = member.done, failure] { done(failure); });
+    } catch (const std::system_error&) {  // no thread is to be had: better here than never
+      member.done(failure);
+    }
   }
   if (inline_rank >= 0) members[inline_rank].done(failure);
 }
@@ -162,8 +167,12 @@ void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64
     return;
   }
   auto members = std::make_shared<Members>(std::move(full));
-  process_group->Submit(*site, run, group, std::move(op), timeout(),
-                        [members](const MaybeFailure& f) { CompleteAll(*members, f, -1); });
+  try {
+    process_group->Submit(*site, run, group, std::move(op), timeout(),
+                          [members](const MaybeFailure& f) { CompleteAll(*members, f, -1); });
+  } catch (const std::exception& e) {
+    CompleteAll(*members, Failure{FailureCode::kInternal, site->op + ": " + e.what()}, -1);
+  }
 }
 
 void Rendezvous::RememberFailed(const Key& key, const Failure& failure) {
@@ -192,16 +201,14 @@ void Rendezvous::Watch() {
       const Meeting& oldest = queue.front();
       const CallSite& site = *oldest.site;
       const int64_t group = std::get<2>(it->first);
-      std::vector<bool> expected(site.num_ranks, true);
-      const auto process_group = ProcessGroup::Current();
-      if (process_group != nullptr) {
-        const int64_t* processes = site.group_processes(group);
-        int64_t mine = processes[0];  // one process holds the group, or this one its part of it
-        for (int64_t r = 0; r < site.num_ranks; ++r) {
-          if (oldest.arrived[r]) mine = processes[r];
-        }
-        for (int64_t r = 0; r < site.num_ranks; ++r) expected[r] = processes[r] == mine;
+      // Missing are ranks of this process: of the one that those who came run in.
+      const int64_t* processes = site.group_processes(group);
+      int64_t mine = processes[0];
+      for (int64_t r = 0; r < site.num_ranks; ++r) {
+        if (oldest.arrived[r]) mine = processes[r];
       }
+      std::vector<bool> expected(site.num_ranks);
+      for (int64_t r = 0; r < site.num_ranks; ++r) expected[r] = processes[r] == mine;
       const Failure failure{
           FailureCode::kDeadlineExceeded,
           site.op + ": rank " + ListRanks(oldest.arrived, expected, false) + " of group " +

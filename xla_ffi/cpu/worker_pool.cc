@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <memory>
 #include <system_error>
 #include <thread>
@@ -21,14 +22,23 @@ struct SharedLoop {
   std::mutex mutex;
   std::condition_variable all_done;
   int64_t num_done = 0;
+  std::exception_ptr error;
 
   // Takes items until none is left. `fn` is only touched while items remain, so while the caller
   // still waits in ParallelFor.
   void Work(const std::function<void(int64_t)>* fn) {
     int64_t mine = 0;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; ++mine) (*fn)(i);
+    std::exception_ptr thrown;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; ++mine) {
+      try {
+        (*fn)(i);
+      } catch (...) {
+        thrown = std::current_exception();
+      }
+    }
     if (mine == 0) return;
     std::lock_guard<std::mutex> lock(mutex);
+    if (thrown && !error) error = thrown;
     num_done += mine;
     if (num_done == count) all_done.notify_all();
   }
@@ -93,6 +103,7 @@ void WorkerPool::ParallelFor(int64_t count, const std::function<void(int64_t)>& 
   loop->Work(&fn);
   std::unique_lock<std::mutex> lock(loop->mutex);
   loop->all_done.wait(lock, [&] { return loop->num_done == count; });
+  if (loop->error) std::rethrow_exception(loop->error);
 }
 
 }  // namespace jax_ep::cpu

@@ -24,7 +24,7 @@ class WorkerPool {
   void Run(std::function<void()> task);
 
   // Calls fn(i) for i in [0, count) on this thread and up to `hardware threads - 1` others;
-  // returns when all have returned. `fn` must neither block nor throw.
+  // returns when all have returned, and throws what the first one threw. `fn` must not block.
   void ParallelFor(int64_t count, const std::function<void(int64_t)>& fn);
 
  private:
