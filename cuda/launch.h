@@ -36,17 +36,28 @@ struct LayoutArguments {
       *expert_load, *counters;
 };
 
+enum class RowType : int32_t { kF32, kF16, kBF16 };
+
 struct DispatchArguments {
   const void* x;
   const float* topk_weights;  // null without
   const int32_t *recv_src, *recv_order, *recv_offsets, *group_sizes;
+  void* wire;  // with fp8: scratch [T, WireRowBytes] that peers read; else null
   void* tokens;
-  float* weights;
-  int64_t num_tokens, top_k, capacity, num_local_experts, row_bytes;
-  bool zero_tail;
+  float* scales;   // [C, H / 128] if tokens stay fp8, else null
+  float* weights;  // with topk_weights, else null
+  int64_t num_tokens, top_k, capacity, num_local_experts;
+  int64_t num_channels, row_bytes;  // of a row of x
+  RowType type;                     // of x, with fp8
+  bool power_of_two_scales, zero_tail;
 };
 
-enum class RowType : int32_t { kF32, kF16, kBF16 };
+inline constexpr int kScaleBlock = 128;              // channels that share an fp8 scale
+inline constexpr int64_t kMaxFp8Channels = 1 << 15;  // of a row that fp8 dispatch takes
+// A quantised row as it crosses a link: the numbers, then the scales, then up to 12 bytes unused.
+constexpr int64_t WireRowBytes(int64_t num_channels) {
+  return num_channels + (num_channels / kScaleBlock * 4 + 15) / 16 * 16;
+}
 
 struct CombineArguments {
   const void* y;

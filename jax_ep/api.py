@@ -53,6 +53,7 @@ def make_layout(
     capacity: int | None = None,
     expert_alignment: int = 1,
     zero_tail: bool = True,
+    num_sms: int | None = None,
 ) -> Layout:
     """Exchanges the routing and says where every row goes.
 
@@ -77,6 +78,9 @@ def make_layout(
         expert_alignment: A; each expert's rows start at a multiple of it.
         zero_tail: zero the rows beyond the last group (in ``dispatch``, and in the gradient of
             ``combine``). False leaves them unspecified, for experts that never read them.
+        num_sms: streaming multiprocessors that this call and every operation on the layout may use
+            on a GPU, so that other work can run beside them; the same on all ranks. None: all.
+            Results do not depend on it, and on CPU it has no effect.
 
     Returns:
         The layout, for ``dispatch`` and ``combine`` over the same axes.
@@ -114,6 +118,7 @@ def make_layout(
             f"{where}: capacity must be a multiple of expert_alignment = {expert_alignment}; got "
             f"{capacity}. jax_ep.capacity(..., expert_alignment={expert_alignment}) computes one"
         )
+    num_sms = 0 if num_sms is None else _positive_int(where, "num_sms", num_sms)
     largest = max(num_ranks * num_tokens * top_k, capacity)
     if largest > _INT32_MAX:
         raise ValueError(
@@ -129,6 +134,7 @@ def make_layout(
             num_experts=num_experts,
             capacity=capacity,
             expert_alignment=expert_alignment,
+            num_sms=num_sms,
         )
         num_recv, num_dropped, num_invalid = (tables.counters[i] for i in range(3))
         layout = Layout(
@@ -149,6 +155,7 @@ def make_layout(
             capacity=capacity,
             expert_alignment=expert_alignment,
             zero_tail=bool(zero_tail),
+            num_sms=num_sms,
         )
         named: Layout = jax.tree.map(lambda a: checkpoint_name(a, "jax_ep_layout"), layout)
         return named
@@ -233,6 +240,7 @@ def dispatch(
                 num_ranks=layout.num_ranks,
                 top_k=top_k,
                 zero_tail=layout.zero_tail,
+                num_sms=layout.num_sms,
                 quantization=_QUANTIZATIONS[fp8],
             )
         tokens, weights, scales = jax.tree.map(
@@ -303,6 +311,8 @@ def moe(
     capacity: int | None = None,
     expert_alignment: int = 1,
     zero_tail: bool = True,
+    num_sms: int | None = None,
+    fp8: ScaleFormat | None = None,
 ) -> tuple[Array, Layout]:
     """A mixture-of-experts layer around ``expert_fn``: make_layout, dispatch, experts, combine.
 
@@ -316,6 +326,8 @@ def moe(
         capacity: as in ``make_layout``.
         expert_alignment: as in ``make_layout``.
         zero_tail: as in ``make_layout``.
+        num_sms: as in ``make_layout``.
+        fp8: as in ``dispatch``, with ``dequantize=True``: fp8 on the wire, x's type for the experts.
 
     Returns:
         out [T, H'], and the layout (for its loads, drops and statistics).
@@ -331,8 +343,9 @@ def moe(
         capacity=capacity,
         expert_alignment=expert_alignment,
         zero_tail=zero_tail,
+        num_sms=num_sms,
     )
-    received = dispatch(x, layout, topk_weights)
+    received = dispatch(x, layout, topk_weights, fp8=fp8, dequantize=fp8 is not None)
     with jax.named_scope("jax_ep.experts"):
         y = expert_fn(received.tokens, received.group_sizes)
     return combine(y, layout, received.weights), layout

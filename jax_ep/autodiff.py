@@ -37,6 +37,7 @@ def spread(quantization: int, layout: Layout, x: Array, weights: Array | None) -
         num_ranks=layout.num_ranks,
         top_k=layout.topk_idx.shape[1],
         zero_tail=layout.zero_tail,
+        num_sms=layout.num_sms,
         quantization=quantization,
         dequantize=quantization != ffi.NO_QUANTIZATION,
     )
@@ -81,6 +82,7 @@ def collect(layout: Layout, y: Array, values: Array | None) -> Pair:
         axis_name=layout.axis_name,
         num_ranks=layout.num_ranks,
         num_experts=layout.num_experts,
+        num_sms=layout.num_sms,
     )
 
 
@@ -110,6 +112,7 @@ def combine_weighted(layout: Layout, y: Array, weights: Array) -> Array:
         axis_name=layout.axis_name,
         num_ranks=layout.num_ranks,
         num_experts=layout.num_experts,
+        num_sms=layout.num_sms,
     )
     return out
 

@@ -47,6 +47,7 @@ def bind_layout(
     num_experts: int,
     capacity: int,
     expert_alignment: int,
+    num_sms: int,
 ) -> LayoutTables:
     """Calls ``jax_ep_layout`` on this shard's ids, int32 [T, K]."""
     return LayoutTables(
@@ -58,6 +59,7 @@ def bind_layout(
             num_experts=num_experts,
             capacity=capacity,
             expert_alignment=expert_alignment,
+            num_sms=num_sms,
         )
     )
 
@@ -74,6 +76,7 @@ def bind_dispatch(
     num_ranks: int,
     top_k: int,
     zero_tail: bool,
+    num_sms: int,
     quantization: int = NO_QUANTIZATION,
     dequantize: bool = False,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
@@ -93,6 +96,7 @@ def bind_dispatch(
         top_k=top_k,
         has_weights=topk_weights is not None,
         zero_tail=zero_tail,
+        num_sms=num_sms,
         quantization=quantization,
         dequantize=dequantize,
     )
@@ -117,6 +121,7 @@ def bind_combine(
     axis_name: tuple[str, ...],
     num_ranks: int,
     num_experts: int,
+    num_sms: int,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Calls ``jax_ep_combine``; returns out [T, H] and ``values`` at each (token, k), [T, K]."""
     results = _combine_p.bind(
@@ -132,6 +137,7 @@ def bind_combine(
         axis_name=axis_name,
         num_ranks=num_ranks,
         num_experts=num_experts,
+        num_sms=num_sms,
         has_weights=weights is not None,
         has_values=values is not None,
     )
@@ -207,9 +213,8 @@ def _lower(
     rule = jax.ffi.ffi_lowering(target)
     # The primitives take the typed operand first, the handlers take the coordinates first.
     results = list(ctx.avals_out)
-    if platform == "cuda" and target == "jax_ep_combine":  # scratch: a row per (rank, token)
-        shape = (params["num_ranks"], *results[0].shape)
-        results.append(results[0].update(shape=shape))
+    if platform == "cuda":
+        results += _scratch(target, ctx.avals_in, params)
     handler_ctx = ctx.replace(
         avals_in=[ctx.avals_in[1], ctx.avals_in[0], *ctx.avals_in[2:]], avals_out=results
     )
@@ -217,6 +222,20 @@ def _lower(
         handler_ctx, rest[0], first, *rest[1:], members=members, **attributes
     )
     return values[: len(ctx.avals_out)]
+
+
+def _scratch(target: str, avals: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """Memory that the CUDA kernels want XLA to find for the time of the call."""
+    first = avals[0]
+    if target == "jax_ep_combine":  # a row per (rank, token)
+        num_tokens = avals[2].shape[0]
+        return [first.update(shape=(params["num_ranks"], num_tokens, first.shape[1]))]
+    if target == "jax_ep_dispatch" and params["quantization"] != NO_QUANTIZATION:
+        # Quantised rows as they cross a link: WireRowBytes in cuda/launch.h.
+        num_tokens, num_channels = first.shape
+        row_bytes = num_channels + -(-num_channels // SCALE_BLOCK * 4 // 16) * 16
+        return [first.update(shape=(num_tokens, row_bytes), dtype=jnp.dtype(jnp.uint8))]
+    return []
 
 
 def _refuse_vmap(target: str, *_: Any, **__: Any) -> Any:

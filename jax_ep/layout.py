@@ -38,6 +38,9 @@ class Layout:
         capacity: C.
         expert_alignment: A.
         zero_tail: whether rows beyond the last group are zeroed.
+        num_sms: streaming multiprocessors that each operation on this layout, backward passes
+            included, may use on a GPU; 0 is all of them. ``dataclasses.replace(layout, num_sms=n)``
+            gives the same layout with another number.
     """
 
     topk_idx: jax.Array
@@ -57,6 +60,7 @@ class Layout:
     capacity: int
     expert_alignment: int
     zero_tail: bool
+    num_sms: int
 
     @property
     def kept(self) -> jax.Array:
@@ -82,6 +86,7 @@ _STATIC_FIELDS = (
     "capacity",
     "expert_alignment",
     "zero_tail",
+    "num_sms",
 )
 jax.tree_util.register_dataclass(
     Layout,

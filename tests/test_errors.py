@@ -159,6 +159,12 @@ LAYOUT_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
         lambda ids, _: make(ids, expert_alignment=0),
     ),
     (
+        "num_sms",
+        ValueError,
+        "make_layout: num_sms must be at least 1; got 0",
+        lambda ids, _: make(ids, num_sms=0),
+    ),
+    (
         "unknown_axis",
         ValueError,
         "make_layout: axis_name 'expert' is not an axis of an enclosing jax.shard_map; bound axes: "

@@ -142,8 +142,14 @@ def test_attributes_are_those_of_the_header(platform: str) -> None:
 
 
 def without_scratch(call: Call) -> Call:
-    """The call as CPU has it: CUDA's combine has one result more, partial sums that peers write."""
-    num_results = 1 + call.attributes["has_values"] if call.op == "combine" else len(call.results)
+    """The call as CPU has it: on CUDA combine and fp8 dispatch have one result more, for peers."""
+    flags = call.attributes
+    num_results = len(call.results)
+    if call.op == "combine":
+        num_results = 1 + flags["has_values"]
+    elif call.op == "dispatch":
+        keeps_fp8 = flags["quantization"] != 0 and not flags["dequantize"]
+        num_results = 1 + keeps_fp8 + flags["has_weights"]
     return dataclasses.replace(call, results=call.results[:num_results])
 
 
@@ -160,6 +166,7 @@ def test_exact_calls_of_a_layer_for_cuda() -> None:
             {
                 "members": members,
                 "num_ranks": 8,
+                "num_sms": 0,
                 "num_experts": 16,
                 "capacity": 10,
                 "expert_alignment": 2,
@@ -172,6 +179,7 @@ def test_exact_calls_of_a_layer_for_cuda() -> None:
             {
                 "members": members,
                 "num_ranks": 8,
+                "num_sms": 0,
                 "num_tokens": 6,
                 "top_k": 2,
                 "has_weights": 1,
@@ -187,6 +195,7 @@ def test_exact_calls_of_a_layer_for_cuda() -> None:
             {
                 "members": members,
                 "num_ranks": 8,
+                "num_sms": 0,
                 "num_experts": 16,
                 "has_weights": 1,
                 "has_values": 0,
@@ -264,12 +273,15 @@ def test_options_of_dispatch(
         jax.ShapeDtypeStruct((48, 2), "int32"),
         jax.ShapeDtypeStruct((48, 2), "float32"),
     )
-    found = [c for c in calls(lower(run, args, "cuda")) if c.op == "dispatch"]
-    assert found == [c for c in calls(lower(run, args, "cpu")) if c.op == "dispatch"]
-    (call,) = found
+    (on_cuda,) = [c for c in calls(lower(run, args, "cuda")) if c.op == "dispatch"]
+    (call,) = [c for c in calls(lower(run, args, "cpu")) if c.op == "dispatch"]
+    assert without_scratch(on_cuda) == call
+    if fp8:  # a quantised row and its scales, in units of 16 bytes
+        assert on_cuda.results[-1] == "6x272xui8"
     assert call.attributes == {
         "members": list(range(8)),
         "num_ranks": 8,
+        "num_sms": 0,
         "num_tokens": 6,
         "top_k": 2,
         "has_weights": int(weights),
@@ -281,6 +293,29 @@ def test_options_of_dispatch(
     if fp8 and not dequantize:
         results = ["10x256xf8E4M3FN", "10x2xf32"]
     assert call.results == (*results, *(["10xf32"] if weights else []))
+
+
+def test_num_sms_reaches_every_call_of_a_layout() -> None:
+    """Backward passes too; dataclasses.replace changes it for what follows."""
+
+    def f(x: Any, ids: Any, topk_weights: Any) -> Any:
+        layout = jax_ep.make_layout(ids, num_experts=16, axis_name="ep", num_sms=24)
+
+        def loss(x: Any, topk_weights: Any) -> Any:
+            recv = jax_ep.dispatch(x, layout, topk_weights)
+            fewer = dataclasses.replace(layout, num_sms=16)
+            return jax_ep.combine(recv.tokens, fewer, recv.weights).sum()
+
+        return jax.grad(loss, (0, 1))(x, topk_weights)
+
+    run = jax.shard_map(f, mesh=EP.mesh(), in_specs=P("ep"), out_specs=P("ep"))
+    args = (
+        jax.ShapeDtypeStruct((48, 256), "bfloat16"),
+        jax.ShapeDtypeStruct((48, 2), "int32"),
+        jax.ShapeDtypeStruct((48, 2), "float32"),
+    )
+    found = [(c.op, c.attributes["num_sms"]) for c in calls(lower(run, args, "cuda"))]
+    assert sorted(found) == [("combine", 24), ("dispatch", 16), ("dispatch", 24), ("layout", 24)]
 
 
 @pytest.mark.parametrize(

@@ -61,15 +61,18 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal,
       return fail(std::string(buffer.name) + ": " + *error);
     }
   }
-  view->operation = state.operation;
+  // Ranks share the work by block, so their grids must be equal.
+  view->operation = state.operation + static_cast<uint64_t>(NumSms(ordinal, 0));
   view->timeout_ns = g_timeout_ns;
   return ffi::Error::Success();
 }
 
-int NumSms(int32_t ordinal) {
+int NumSms(int32_t ordinal, int64_t wanted) {
   int count = 0;
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, ordinal);
-  return count > 0 ? count : 1;
+  if (count < 1) count = 1;
+  if (count > gpu::kMaxBlocks) count = gpu::kMaxBlocks;
+  return wanted > 0 && wanted < count ? static_cast<int>(wanted) : count;
 }
 
 }  // namespace jax_ep

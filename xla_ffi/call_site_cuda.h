@@ -44,8 +44,8 @@ struct SharedBuffer {
 xla::ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal,
                            std::initializer_list<SharedBuffer> buffers, gpu::GroupView* view);
 
-// SMs that a call uses.
-int NumSms(int32_t ordinal);
+// SMs that a call uses, of `wanted` ones (0: all).
+int NumSms(int32_t ordinal, int64_t wanted);
 
 inline xla::ffi::Error CudaStatus(const char* op, cudaError_t status) {
   if (status == cudaSuccess) return xla::ffi::Error::Success();

@@ -14,19 +14,36 @@ using I32 = ffi::Buffer<ffi::S32, 1>;
 using I32Matrix = ffi::Buffer<ffi::S32, 2>;
 using State = std::unique_ptr<CudaSiteState>;
 
+bool RowTypeOf(ffi::DataType type, gpu::RowType* row_type) {
+  switch (type) {
+    case ffi::F32:
+      *row_type = gpu::RowType::kF32;
+      return true;
+    case ffi::F16:
+      *row_type = gpu::RowType::kF16;
+      return true;
+    case ffi::BF16:
+      *row_type = gpu::RowType::kBF16;
+      return true;
+    default:
+      return false;
+  }
+}
+
 ffi::ErrorOr<State> InstantiateLayout(LayoutAttributes a) {
   return MakeCudaSite(a.kOp, a.num_ranks, a.members,
-                      {a.num_experts, a.capacity, a.expert_alignment});
+                      {a.num_sms, a.num_experts, a.capacity, a.expert_alignment});
 }
 
 ffi::ErrorOr<State> InstantiateDispatch(DispatchAttributes a) {
   return MakeCudaSite(
       a.kOp, a.num_ranks, a.members,
-      {a.num_tokens, a.top_k, a.has_weights, a.zero_tail, a.quantization, a.dequantize});
+      {a.num_sms, a.num_tokens, a.top_k, a.has_weights, a.zero_tail, a.quantization, a.dequantize});
 }
 
 ffi::ErrorOr<State> InstantiateCombine(CombineAttributes a) {
-  return MakeCudaSite(a.kOp, a.num_ranks, a.members, {a.num_experts, a.has_weights, a.has_values});
+  return MakeCudaSite(a.kOp, a.num_ranks, a.members,
+                      {a.num_sms, a.num_experts, a.has_weights, a.has_values});
 }
 
 ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, LayoutAttributes a,
@@ -70,7 +87,7 @@ ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, La
                                        expert_counts->typed_data(),
                                        expert_load->typed_data(),
                                        counters->typed_data()};
-  return CudaStatus(a.kOp, gpu::LaunchLayout(group, arguments, NumSms(ordinal), stream));
+  return CudaStatus(a.kOp, gpu::LaunchLayout(group, arguments, NumSms(ordinal, a.num_sms), stream));
 }
 
 ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
@@ -79,26 +96,56 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
                     ffi::RemainingArgs optional_in, ffi::Result<ffi::AnyBuffer> tokens,
                     ffi::RemainingRets optional_out) {
   const int64_t capacity = recv_src.dimensions()[0];
+  const bool is_fp8 = a.quantization != 0;
+  const bool keeps_fp8 = is_fp8 && a.dequantize == 0;
+  // Results after tokens: scales, weights; then the quantised rows, which are scratch.
+  const size_t num_out = (keeps_fp8 ? 1 : 0) + (a.has_weights ? 1 : 0);
   Checks checks(a.kOp);
-  checks.Require(a.quantization == 0, "fp8 dispatch is not built for CUDA in this version");
   checks.Shape("x", x, {a.num_tokens, -1});
+  checks.Shape("recv_order", recv_order, {capacity});
+  checks.Shape("recv_offsets", recv_offsets, {a.num_ranks * a.num_tokens + 1});
+  checks.Require(a.top_k <= gpu::kMaxTopK, "k must be at most " + std::to_string(gpu::kMaxTopK));
   checks.Require(optional_in.size() == (a.has_weights ? 1u : 0u) &&
-                     optional_out.size() == (a.has_weights ? 1u : 0u),
+                     optional_out.size() == num_out + (is_fp8 ? 1 : 0),
                  "the number of operands or results disagrees with the attributes");
   if (!checks.ok()) return checks.error();
   const int64_t num_channels = x.dimensions()[1];
   const int64_t row_bytes = num_channels * static_cast<int64_t>(ffi::ByteWidth(x.element_type()));
   checks.Shape("tokens", *tokens, {capacity, num_channels});
-  checks.Type("tokens", *tokens, x.element_type());
+  checks.Type("tokens", *tokens, keeps_fp8 ? ffi::F8E4M3FN : x.element_type());
   checks.Require(row_bytes % 16 == 0, "a row of x must be a multiple of 16 bytes");
+  gpu::RowType type = gpu::RowType::kF32;
+  if (is_fp8) {
+    checks.Require(RowTypeOf(x.element_type(), &type), "fp8 needs x in bf16, f16 or f32");
+    checks.Require(num_channels % gpu::kScaleBlock == 0 && num_channels <= gpu::kMaxFp8Channels,
+                   "fp8 needs a hidden size that is a multiple of " +
+                       std::to_string(gpu::kScaleBlock) + " and at most " +
+                       std::to_string(gpu::kMaxFp8Channels));
+  }
+  SharedBuffer shown{"x", x.untyped_data(), x.size_bytes()};
+  void* wire = nullptr;
+  if (is_fp8) {
+    auto out = *optional_out.get<ffi::AnyBuffer>(num_out);
+    checks.Shape("wire", *out, {a.num_tokens, gpu::WireRowBytes(num_channels)});
+    wire = out->untyped_data();
+    shown = {"wire", wire, out->size_bytes()};
+  }
+  float* scales = nullptr;
+  if (keeps_fp8) {
+    auto out = *optional_out.get<ffi::AnyBuffer>(0);
+    checks.Type("scales", *out, ffi::F32);
+    checks.Shape("scales", *out, {capacity, num_channels / gpu::kScaleBlock});
+    scales = static_cast<float*>(out->untyped_data());
+  }
   const float* topk_weights = nullptr;
   float* weights = nullptr;
   size_t weights_bytes = 0;
-  if (a.has_weights && checks.ok()) {
+  if (a.has_weights) {
     const auto in = *optional_in.get<ffi::AnyBuffer>(0);
-    auto out = *optional_out.get<ffi::AnyBuffer>(0);
+    auto out = *optional_out.get<ffi::AnyBuffer>(num_out - 1);
     checks.Type("topk_weights", in, ffi::F32);
     checks.Shape("topk_weights", in, {a.num_tokens, a.top_k});
+    checks.Type("weights", *out, ffi::F32);
     checks.Shape("weights", *out, {capacity});
     topk_weights = static_cast<const float*>(in.untyped_data());
     weights = static_cast<float*>(out->untyped_data());
@@ -106,10 +153,8 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
   }
   if (!checks.ok()) return checks.error();
   gpu::GroupView group;
-  if (ffi::Error e = EnterGroup(
-          *state, ordinal,
-          {{"x", x.untyped_data(), x.size_bytes()}, {"topk_weights", topk_weights, weights_bytes}},
-          &group);
+  if (ffi::Error e = EnterGroup(*state, ordinal,
+                                {shown, {"topk_weights", topk_weights, weights_bytes}}, &group);
       e.failure()) {
     return e;
   }
@@ -119,15 +164,21 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
                                          recv_order.typed_data(),
                                          recv_offsets.typed_data(),
                                          group_sizes.typed_data(),
+                                         wire,
                                          tokens->untyped_data(),
+                                         scales,
                                          weights,
                                          a.num_tokens,
                                          a.top_k,
                                          capacity,
                                          group_sizes.dimensions()[0],
+                                         num_channels,
                                          row_bytes,
+                                         type,
+                                         a.quantization == 2,
                                          a.zero_tail != 0};
-  return CudaStatus(a.kOp, gpu::LaunchDispatch(group, arguments, NumSms(ordinal), stream));
+  return CudaStatus(a.kOp,
+                    gpu::LaunchDispatch(group, arguments, NumSms(ordinal, a.num_sms), stream));
 }
 
 ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, CombineAttributes a,
@@ -146,13 +197,7 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
       optional_in.size() == num_weights + num_values && optional_out.size() == num_values + 1,
       "the number of operands or results disagrees with the attributes");
   gpu::RowType type = gpu::RowType::kF32;
-  if (y.element_type() == ffi::BF16) {
-    type = gpu::RowType::kBF16;
-  } else if (y.element_type() == ffi::F16) {
-    type = gpu::RowType::kF16;
-  } else {
-    checks.Type("y", y, ffi::F32);
-  }
+  checks.Require(RowTypeOf(y.element_type(), &type), "y must be bf16, f16 or f32");
   if (!checks.ok()) return checks.error();
   const int64_t num_channels = y.dimensions()[1];
   checks.Require(num_channels * static_cast<int64_t>(ffi::ByteWidth(y.element_type())) % 16 == 0,
@@ -206,7 +251,8 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
                                         a.num_experts / a.num_ranks,
                                         num_channels,
                                         type};
-  return CudaStatus(a.kOp, gpu::LaunchCombine(group, arguments, NumSms(ordinal), stream));
+  return CudaStatus(a.kOp,
+                    gpu::LaunchCombine(group, arguments, NumSms(ordinal, a.num_sms), stream));
 }
 
 }  // namespace

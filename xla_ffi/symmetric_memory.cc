@@ -306,10 +306,7 @@ std::optional<std::string> SymmetricMemory::FillGroup(const int64_t* members, in
   for (int r = 0; r < num_ranks; ++r) {
     gpu::PeerView& peer = view->peer[r];
     peer = {};
-    if (members[r] == own->member) {
-      view->rank = r;
-      continue;
-    }
+    if (members[r] == own->member) view->rank = r;
     if (members[r] >> 32 == process_) {
       for (const Device& local : devices_) {
         if (local.member == members[r]) peer.control = local.control;
@@ -377,6 +374,10 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
     if (record->phase == 2) {
       out << rank << " and " << peer << " are in different calls (operation " << std::hex
           << record->expected_epoch << ", " << record->seen_epoch << ")";
+    } else if (record->phase == 4) {
+      out << "on " << rank << " only " << record->seen_epoch << " of " << record->expected_epoch
+          << " blocks got a streaming multiprocessor until the timeout: other work holds the rest; "
+             "pass a smaller num_sms to jax_ep.make_layout";
     } else {
       out << rank << " waited for " << peer << " to " << (record->phase == 0 ? "come" : "finish")
           << " until the timeout (expected epoch " << record->expected_epoch << ", seen "

@@ -1,301 +1,437 @@
-// combine: each rank sums its rows of every token and pushes the sum to the token's rank, which
-// adds the ranks' sums. After:    out[t] = round(sum over ranks r ascending of round(sum over the
-// kept rows of t on r, in k
-//           order, of weight * y)), sums and products f32, each rounded on its own, from +0.
+// combine: each rank sums its rows of every peer's token; the token's rank pulls those sums and
+// adds them to its own. After:    out[t] = round(sum over ranks r ascending of round(sum over the
+// kept rows of t on r, in
+//           k order, of weight * y)), sums and products f32, each rounded on its own, from +0.
 //           collected[t, k] = values[row of (t, k)], 0 if there is none.
-// Roles:    num_sms blocks of 16 warps, one block an SM, in two roles. Push warps form the sums of
-//           the tokens of other ranks and store them there. Sum warps add, for this rank's tokens,
-//           the ranks' sums; their own rank's they form on the way. A unit of work is a part of a
-//           row. Both go through the tokens in kMaxChunks chunks, or fewer.
-// Buffers:  y, weights, values | XLA, own       | before the call       | own warps
-//           partial [R, T, H]  | XLA, each rank | peers' push warps, [S2]..[P1] | sum warps, after
-//           [P2] collected          | XLA, each rank | likewise for rows of peers; sum warps, the
-//           rest | later out                | XLA, own       | sum warps             | later
-//           kernels
-// Protocol: 1. [S1] show partial and collected, [S2] wait for all. 2. A push warp stores its units
-//           of a chunk and counts itself in chunk_arrivals; the last one tells every peer by [P1]
-//           that the chunk is there. 3. A sum warp waits for a chunk's [P2] from every peer, then
-//           adds. When all chunks have been seen, no peer writes here any more. The last block
-//           advances the epochs.
-// Reuse:    partial is the call's own scratch; progress only grows, by epoch and chunk.
-// Progress: push warps wait only in [S2]; sum warps wait for the peers' push warps; all are
-// resident. Failure:  a timeout fills out and collected with NaN bits; see group_sync.cuh. Limits:
-// rows are multiples of 16 bytes; K <= 32; compiled without -ftz, -fmad=false.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+// Roles:    one block an SM, 17 warps. The loader (warp 0) decides what to add and fetches it by
+//           bulk copies into a ring of stages; the adders (warps 3..16) add up stage after stage in
+//           registers and write each finished sum to a ring of results; the storer (warp 1) stores
+//           results by bulk copies; the messenger (warp 2) talks to the peers. A unit is a piece of
+//           a token's row. Block b has the same units on every rank, so it only ever meets the
+//           blocks b of the peers.
+// Buffers:  y, weights, values | XLA, own       | before the call    | loader
+//           partial [R, T, H]  | XLA, each rank | own storers        | peers' loaders, [P2]..[P3]
+//                                partial[r] is for rank r
+//           collected          | XLA, each rank | peers' loaders, [S2]..[P1], own | later kernels
+//           out                | XLA, own       | storer             | later kernels
+//           stages, results    | shared memory  | see [L] [F] [W] [D]
+// Protocol: 1. [S1] show partial and collected, [S2] wait for all. 2. Unit by unit, a block sums
+// its
+//           own rows of every peer's token into partial; in turn with that, as soon as all peers
+//           have done a unit, it adds up that unit of its own tokens, with what it pulls from them.
+//           3. [P1] when sums are stored, the block tells the peers' blocks how many units are
+//           there; [P2] a loader knows the count before it pulls; [P3] one more tells that the
+//           block has pulled all it needs, and a block ends when all its peers have told. In the
+//           block: [L] a stage is loaded (its barrier's phase), [F] all adders have read it, [W] a
+//           result is written, [D] the copy engine has read it.
+// Reuse:    partial is the call's own scratch. Progress is epoch and count, so it only grows.
+// Progress: sums for peers wait only for [S2]; an own sum waits for peers' sums of the same unit,
+//           which wait for nothing of it. Blocks of a grid do not wait for each other.
+// Failure:  a timeout fills out and collected with NaN bits; see group_sync.cuh.
+// Limits:   rows are multiples of 16 bytes at 16-byte addresses; K <= 32; at most kMaxUnitsPerRing
+//           units a block; compiled without -ftz, -fmad=false.
 #include "cuda/kernels/kernels.cuh"
+#include "cuda/kernels/row_types.cuh"
 #include "cuda/layout/placement.h"
+#include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/sync/group_sync.cuh"
 
 namespace jax_ep::gpu {
 namespace {
 
-constexpr int kNumWarps = 16;
+constexpr int kNumWarps = 17;
 constexpr int kNumThreads = kNumWarps * 32;
-constexpr int kRowsAtOnce = 4;     // rows in flight per lane
-constexpr int kVectorsAtOnce = 2;  // vectors of a row in flight per lane, 32 apart
-constexpr int kStep = 32 * kVectorsAtOnce;
-constexpr int kRanksAtOnce = 2;  // partial sums in flight per lane and vector
+constexpr int kFirstAdder = 3;
+constexpr int kNumAdderWarps = kNumWarps - kFirstAdder;
+constexpr int kNumAdders = kNumAdderWarps * 32;
+constexpr int kVectorsEach = 2;  // of 16 bytes: what an adder has of a piece
+constexpr int64_t kMaxPieceBytes = kNumAdders * kVectorsEach * 16;
+constexpr int64_t kMinPieceBytes = 1024;
+constexpr int kNumResults = 4;
+constexpr int kMaxStages = 32;
+constexpr int kPatience = 32;               // looks for a result before a pause is used
+constexpr int64_t kRingBytes = 216 * 1024;  // of shared memory, for stages and results
 
-struct F32Vector {
-  static constexpr int kCount = 4;
-  __device__ static void load(const uint4& v, float (&x)[kCount]) {
-    x[0] = __uint_as_float(v.x);
-    x[1] = __uint_as_float(v.y);
-    x[2] = __uint_as_float(v.z);
-    x[3] = __uint_as_float(v.w);
-  }
-  __device__ static uint4 store(const float (&x)[kCount]) {
-    return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
-            __float_as_uint(x[3])};
-  }
+// What a stage is for.
+enum : uint32_t {
+  kHasRow = 1,    // add weight * the stage's row
+  kEndsSum = 2,   // round the sum of a rank and add it to the unit's
+  kEndsUnit = 4,  // pass the sum on, to `to` if that is given, with `signal`
+  kStop = 8,
+};
+struct Note {
+  float weight;
+  uint32_t flags;
+  uint32_t bytes;
+  uint32_t signal;  // 0, or so many units are done once this is stored: tell the peers
+  uint64_t to;
+};
+struct Result {
+  uint64_t to;
+  uint32_t bytes;
+  uint32_t signal;
+  bool stop;
 };
 
-template <typename Half, typename Convert>
-struct HalfVector {
-  static constexpr int kCount = 8;
-  __device__ static void load(const uint4& v, float (&x)[kCount]) {
-    const auto* h = reinterpret_cast<const Half*>(&v);
-    for (int i = 0; i < kCount; ++i) x[i] = Convert::up(h[i]);
-  }
-  __device__ static uint4 store(const float (&x)[kCount]) {
-    uint4 v;
-    auto* h = reinterpret_cast<Half*>(&v);
-    for (int i = 0; i < kCount; ++i) h[i] = Convert::down(x[i]);
-    return v;
-  }
+struct Shared {
+  uint64_t address[kMaxPeers][kNumAddresses];
+  uint64_t full[kMaxStages], empty[kMaxStages];         // [L], [F]
+  uint64_t written[kNumResults], drained[kNumResults];  // [W], [D]
+  Note note[kMaxStages];
+  Result result[kNumResults];
+  Mailbox box;
 };
-struct ConvertBf16 {
-  __device__ static float up(__nv_bfloat16 h) { return __bfloat162float(h); }
-  __device__ static __nv_bfloat16 down(float x) { return __float2bfloat16_rn(x); }
-};
-struct ConvertF16 {
-  __device__ static float up(__half h) { return __half2float(h); }
-  __device__ static __half down(float x) { return __float2half_rn(x); }
-};
-using Bf16Vector = HalfVector<__nv_bfloat16, ConvertBf16>;
-using F16Vector = HalfVector<__half, ConvertF16>;
 
-__device__ void fill_nan(void* buffer, int64_t num_bytes) {
-  const int64_t stride = int64_t{gridDim.x} * kNumThreads;
-  auto* words = static_cast<uint32_t*>(buffer);
-  for (int64_t i = int64_t{blockIdx.x} * kNumThreads + threadIdx.x; i < num_bytes / 4;
-       i += stride) {
-    words[i] = ~0u;
-  }
-}
-
-// How the work is cut.
+// How rows are cut, and the stages of the ring.
 struct Cut {
-  int32_t num_push_warps;  // of each block
-  int32_t num_chunks;
-  int32_t part_vectors;  // of 16 bytes: a unit is this part of a row
+  int32_t num_pieces;
+  int32_t piece_bytes;
+  int32_t num_stages;
 };
 
-// acc[j] = sum of weight * y over `count` rows (row and weight of the i-th in lane i), for the
-// vectors v + 32 j of the row that lie below `end`.
-template <typename Vector>
-__device__ void sum_rows(const CombineArguments& a, int32_t row, float weight, int32_t count,
-                         int64_t v, int64_t end, float (&acc)[kVectorsAtOnce][Vector::kCount]) {
-  const auto* y = static_cast<const uint4*>(a.y);
-  const int64_t num_vectors = a.num_channels / Vector::kCount;
-#pragma unroll
-  for (int j = 0; j < kVectorsAtOnce; ++j) {
-    for (int c = 0; c < Vector::kCount; ++c) acc[j][c] = 0.0f;
-  }
-  for (int32_t first = 0; first < count; first += kRowsAtOnce) {
-    uint4 loaded[kRowsAtOnce][kVectorsAtOnce];
-#pragma unroll
-    for (int32_t i = 0; i < kRowsAtOnce; ++i) {
-      const int64_t r = __shfl_sync(0xffffffffu, row, first + i);
-#pragma unroll
-      for (int j = 0; j < kVectorsAtOnce; ++j) {
-        if (first + i < count && v + 32 * j < end) {
-          loaded[i][j] = __ldcs(y + r * num_vectors + v + 32 * j);
-        }
-      }
-    }
-#pragma unroll
-    for (int32_t i = 0; i < kRowsAtOnce; ++i) {
-      const float w = __shfl_sync(0xffffffffu, weight, first + i);
-      if (first + i >= count) continue;
-#pragma unroll
-      for (int j = 0; j < kVectorsAtOnce; ++j) {
-        float x[Vector::kCount];
-        Vector::load(loaded[i][j], x);
-        for (int c = 0; c < Vector::kCount; ++c) {
-          acc[j][c] = __fadd_rn(acc[j][c], a.weights != nullptr ? __fmul_rn(w, x[c]) : x[c]);
-        }
-      }
-    }
-  }
+__device__ void wait_phase(uint64_t* barrier, uint32_t use) {
+  mbarrier_wait_parity(barrier, use & 1);
 }
 
-template <typename Vector>
-__device__ void push(const GroupView& g, const CombineArguments& a, const Cut& cut,
-                     const uint64_t (*address)[kNumAddresses]) {
-  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t num_vectors = a.num_channels / Vector::kCount;
-  const int64_t num_parts = (num_vectors + cut.part_vectors - 1) / cut.part_vectors;
-  const int32_t num_others = g.num_ranks - 1;
-  const auto num_warps = static_cast<uint32_t>(cut.num_push_warps) * gridDim.x;
-  for (int32_t chunk = 0; chunk < cut.num_chunks; ++chunk) {
-    const int64_t begin = a.num_tokens * chunk / cut.num_chunks;
-    const int64_t end = a.num_tokens * (chunk + 1) / cut.num_chunks;
-    const int64_t num_units = (end - begin) * num_others * num_parts;
-    for (int64_t unit = int64_t{warp} * gridDim.x + blockIdx.x; unit < num_units;
-         unit += num_warps) {
-      const int64_t pair = unit / num_parts;
-      const int64_t part = unit - pair * num_parts;
-      const int64_t t = begin + pair / num_others;
-      const auto src = static_cast<int32_t>((g.rank + 1 + pair % num_others) % g.num_ranks);
-      const int64_t flat_token = src * a.num_tokens + t;
-      const int32_t first_slot = a.recv_offsets[flat_token];
-      const int32_t count = a.recv_offsets[flat_token + 1] - first_slot;
-      if (count == 0) continue;
-      int32_t row = 0;
-      float weight = 1.0f;
-      if (lane < count) {
-        row = a.recv_order[first_slot + lane];
-        if (a.weights != nullptr) weight = a.weights[row];
-        if (a.values != nullptr && part == 0) {
-          const int64_t k = a.recv_src[row] - flat_token * a.top_k;
-          reinterpret_cast<float*>(address[src][1])[t * a.top_k + k] = a.values[row];
-        }
+// Blocks have equal shares of the units, in order: neighbours share metadata.
+__device__ int32_t first_unit(int64_t num_units, uint32_t block) {
+  return static_cast<int32_t>(num_units * block / gridDim.x);
+}
+
+// A sum of this rank's rows for one unit of a peer's tokens, or for one unit of its own. Lane k
+// looks after the k-th row. Metadata comes from chains of dependent loads; each link is loaded a
+// job before it is needed.
+struct Push {
+  int32_t step = -1;  // none
+  int32_t q = 0;      // which peer
+  int32_t first_slot = 0, count = 0;
+  int32_t row = kNoRow;
+  float weight = 1.0f;
+};
+struct Own {
+  int32_t step = -1;  // none
+  int32_t row = kNoRow;
+  int32_t expert = 0;
+  int32_t rank = INT32_MAX;  // of the row, known with the weight
+  float weight = 1.0f;
+};
+
+class Loader {
+ public:
+  __device__ Loader(const GroupView& g, const CombineArguments& a, const Cut& cut, Shared& shared,
+                    char* stages)
+      : g_(g),
+        a_(a),
+        cut_(cut),
+        shared_(shared),
+        stages_(stages),
+        lane_(static_cast<int32_t>(threadIdx.x) % 32),
+        row_bytes_(a.num_channels * (a.type == RowType::kF32 ? 4 : 2)),
+        first_unit_(first_unit(a.num_tokens * cut.num_pieces, blockIdx.x)),
+        num_steps_(shared.box.last - 1) {}
+
+  // Ends with a stage that stops the others.
+  __device__ void run() {
+    for (int i = 0; i < 3; ++i) advance_push();
+    for (int i = 0; i < 2; ++i) advance_own();
+    int32_t there = g_.num_ranks == 1 ? num_steps_ : 0;
+    bool may_sum = false;  // in turn with the sums of a unit for the peers
+    while (push_[0].step >= 0 || own_[0].step >= 0) {
+      if (push_[0].step >= 0 && !(may_sum && own_[0].step < there)) {
+        const Push job = push_[0];
+        advance_push();
+        send(job);
+        may_sum = job.q == g_.num_ranks - 2;
+        if (may_sum) there = units_there(shared_.box);  // [P2]
+        continue;
       }
-      auto* to = reinterpret_cast<uint4*>(address[src][0]) +
-                 (int64_t{g.rank} * a.num_tokens + t) * num_vectors;
-      const int64_t part_end = min(num_vectors, (part + 1) * cut.part_vectors);
-      for (int64_t v = part * cut.part_vectors + lane; v - lane < part_end; v += kStep) {
-        float acc[kVectorsAtOnce][Vector::kCount];
-        sum_rows<Vector>(a, row, weight, count, v, part_end, acc);
+      if (own_[0].step >= there) there = wait_for_more(shared_.box, own_[0].step);
+      if (there == kBroken) break;
+      const Own job = own_[0];
+      advance_own();
+      sum(job);
+      may_sum = false;
+    }
+    emit_empty({0.0f, kStop, 0, static_cast<uint32_t>(num_steps_ + 1), 0});
+  }
+
+ private:
+  // Moves on by one job and begins the loads that the ones to come need next.
+  __device__ void advance_push() {
+    push_[0] = push_[1];
+    if (push_[0].row != kNoRow && a_.weights != nullptr) {
+      push_[0].weight = a_.weights[push_[0].row];
+    }
+    push_[1] = push_[2];
+    if (lane_ < push_[1].count) push_[1].row = a_.recv_order[push_[1].first_slot + lane_];
+    push_[2] = Push{};
+    if (next_push_.step == num_steps_ || g_.num_ranks == 1) return;
+    push_[2].step = next_push_.step;
+    push_[2].q = next_push_.q;
+    const int64_t flat_token = peer_of(push_[2].q) * a_.num_tokens + token_of(push_[2].step);
+    push_[2].first_slot = a_.recv_offsets[flat_token];
+    push_[2].count = a_.recv_offsets[flat_token + 1] - push_[2].first_slot;
+    if (++next_push_.q == g_.num_ranks - 1) {
+      next_push_.q = 0;
+      ++next_push_.step;
+    }
+  }
+  __device__ void advance_own() {
+    own_[0] = own_[1];
+    if (own_[0].row != kNoRow) {
+      own_[0].rank = own_[0].expert / static_cast<int32_t>(a_.num_local_experts);
+      if (own_[0].rank == g_.rank && a_.weights != nullptr) {
+        own_[0].weight = a_.weights[own_[0].row];
+      }
+    }
+    own_[1] = Own{};
+    if (next_own_ == num_steps_) return;
+    own_[1].step = next_own_++;
+    if (lane_ < a_.top_k) {
+      const int64_t i = token_of(own_[1].step) * a_.top_k + lane_;
+      own_[1].row = a_.send_row[i];
+      own_[1].expert = a_.topk_idx[i];
+    }
+  }
+
+  __device__ int64_t token_of(int32_t step) const {
+    const int32_t unit = first_unit_ + step;
+    return cut_.num_pieces == 1 ? unit : unit / cut_.num_pieces;
+  }
+  // Where a step's piece begins in the row.
+  __device__ int64_t offset_of(int32_t step) const {
+    return cut_.num_pieces == 1
+               ? 0
+               : int64_t{(first_unit_ + step) % cut_.num_pieces} * cut_.piece_bytes;
+  }
+  // Ranks begin with different peers.
+  __device__ int32_t peer_of(int32_t q) const {
+    const int32_t r = g_.rank + 1 + q;
+    return r < g_.num_ranks ? r : r - g_.num_ranks;
+  }
+
+  __device__ void leave_stages(int32_t count) {
+    stage_ += count;
+    if (stage_ >= cut_.num_stages) {
+      stage_ -= cut_.num_stages;
+      ++use_;
+    }
+  }
+
+  // Loads `count` rows into the next stages, by the whole warp: lanes that have one load it into
+  // the stage at their `position` of [0, count), once the adders have left it.
+  __device__ void emit(int32_t count, bool has_row, int32_t position, uint64_t source,
+                       const Note& note) {
+    for (int32_t first = 0; first < count; first += cut_.num_stages) {
+      if (has_row && position >= first && position < first + cut_.num_stages) {
+        int32_t stage = stage_ + position - first, use = use_;
+        if (stage >= cut_.num_stages) {
+          stage -= cut_.num_stages;
+          ++use;
+        }
+        if (use > 0) wait_phase(&shared_.empty[stage], static_cast<uint32_t>(use - 1));  // [F]
+        shared_.note[stage] = note;
+        mbarrier_arrive_expect_tx(&shared_.full[stage], note.bytes);
+        bulk_load(stages_ + stage * cut_.piece_bytes, reinterpret_cast<const void*>(source),
+                  note.bytes, &shared_.full[stage]);  // [L]
+      }
+      __syncwarp();
+      leave_stages(min(count - first, cut_.num_stages));
+    }
+  }
+  __device__ void emit_empty(const Note& note) {
+    if (lane_ == 0) {
+      if (use_ > 0) wait_phase(&shared_.empty[stage_], static_cast<uint32_t>(use_ - 1));  // [F]
+      shared_.note[stage_] = note;
+      mbarrier_arrive(&shared_.full[stage_]);
+    }
+    __syncwarp();
+    leave_stages(1);
+  }
+
+  __device__ uint64_t y_at(int64_t row, int64_t at) const {
+    return reinterpret_cast<uint64_t>(a_.y) + row * row_bytes_ + at;
+  }
+  __device__ uint32_t bytes_at(int64_t at) const {
+    return static_cast<uint32_t>(min(int64_t{cut_.piece_bytes}, row_bytes_ - at));
+  }
+
+  __device__ void send(const Push& job) {
+    const int32_t src = peer_of(job.q);
+    const int64_t t = token_of(job.step), at = offset_of(job.step);
+    if (a_.values != nullptr && at == 0 && lane_ < job.count) {
+      const int64_t k = a_.recv_src[job.row] - (src * a_.num_tokens + t) * a_.top_k;
+      reinterpret_cast<float*>(shared_.address[src][1])[t * a_.top_k + k] = a_.values[job.row];
+    }
+    __syncwarp();
+    const uint64_t to =
+        reinterpret_cast<uint64_t>(a_.partial) + (src * a_.num_tokens + t) * row_bytes_ + at;
+    // The last sum of a step tells that the step is done.
+    const uint32_t signal = job.q == g_.num_ranks - 2 ? job.step + 1 : 0;
+    const uint32_t flags = lane_ == job.count - 1 ? kHasRow | kEndsSum | kEndsUnit : kHasRow;
+    emit(job.count, lane_ < job.count, lane_, y_at(job.row, at),
+         {job.weight, flags, bytes_at(at), signal, to});
+    if (job.count == 0 && signal != 0) emit_empty({0.0f, kEndsUnit, 0, signal, 0});
+  }
+
+  __device__ void sum(const Own& job) {
+    const int64_t t = token_of(job.step), at = offset_of(job.step);
+    if (a_.values != nullptr && at == 0 && lane_ < a_.top_k) {
+      float* value = a_.collected + t * a_.top_k + lane_;
+      if (job.row == kNoRow) {
+        *value = 0.0f;
+      } else if (job.rank == g_.rank) {
+        *value = a_.values[job.row];
+      }
+    }
+    const uint64_t to = reinterpret_cast<uint64_t>(a_.out) + t * row_bytes_ + at;
+    const uint32_t lower = (1u << lane_) - 1;
+    // Own rows in k order, and one sum of each peer that has rows, by ascending rank.
+    const uint32_t own = __ballot_sync(0xffffffffu, job.rank == g_.rank);
+    const uint32_t same = __match_any_sync(0xffffffffu, job.rank);
+    const bool is_own = job.rank == g_.rank;
+    const bool is_peer = job.rank != INT32_MAX && !is_own && (same & lower) == 0;
+    const uint32_t peers = __ballot_sync(0xffffffffu, is_peer);
+    const int32_t num_own = __popc(own);
+    const int32_t count = num_own + __popc(peers);
+    if (count == 0) return emit_empty({0.0f, kEndsUnit, bytes_at(at), 0, to});
+    int32_t position = is_own ? __popc(own & lower) : job.rank > g_.rank ? num_own : 0;
+    for (uint32_t left = peers; left != 0; left &= left - 1) {
+      const int32_t rank = __shfl_sync(0xffffffffu, job.rank, __ffs(static_cast<int>(left)) - 1);
+      position += rank < job.rank ? 1 : 0;
+    }
+    uint32_t flags = kHasRow;
+    if (is_peer || (is_own && (own >> lane_) == 1)) flags |= kEndsSum;
+    if (position == count - 1) flags |= kEndsUnit;
+    uint64_t source = y_at(job.row, at);
+    if (is_peer) {
+      source = shared_.address[job.rank][0] + (g_.rank * a_.num_tokens + t) * row_bytes_ + at;
+    }
+    emit(count, is_own || is_peer, position, source,
+         {is_own ? job.weight : 1.0f, flags, bytes_at(at), 0, to});
+  }
+
+  const GroupView& g_;
+  const CombineArguments& a_;
+  const Cut& cut_;
+  Shared& shared_;
+  char* const stages_;
+  const int32_t lane_;
+  const int64_t row_bytes_;
+  const int32_t first_unit_, num_steps_;
+  Push push_[3];
+  Own own_[2];
+  struct {
+    int32_t step = 0, q = 0;
+  } next_push_;
+  int32_t next_own_ = 0;
+  int32_t stage_ = 0, use_ = 0;  // the next stage, and how often it has been used
+};
+
+// Adds up what the loader fetches, in the order in which it does.
+template <typename Vector>
+__device__ void run_adder(const Cut& cut, Shared& shared, const char* stages, char* results) {
+  const int32_t adder = static_cast<int32_t>(threadIdx.x) - kFirstAdder * 32;
+  const int32_t lane = adder % 32;
+  float sum[kVectorsEach][Vector::kCount] = {}, total[kVectorsEach][Vector::kCount] = {};
+  uint32_t num_results = 0;
+  for (uint32_t n = 0, stage = 0, use = 0;; ++n) {
+    wait_phase(&shared.full[stage], use);  // [L]
+    const Note note = shared.note[stage];
+    const auto num_vectors = static_cast<int32_t>(note.bytes / 16);
+    if ((note.flags & kHasRow) != 0) {
+      const auto* row = reinterpret_cast<const uint4*>(stages + stage * cut.piece_bytes);
 #pragma unroll
-        for (int j = 0; j < kVectorsAtOnce; ++j) {
-          if (v + 32 * j < part_end) to[v + 32 * j] = Vector::store(acc[j]);
+      for (int j = 0; j < kVectorsEach; ++j) {
+        if (adder + j * kNumAdders >= num_vectors) continue;
+        float x[Vector::kCount];
+        Vector::load(row[adder + j * kNumAdders], x);
+#pragma unroll
+        for (int c = 0; c < Vector::kCount; ++c) {
+          sum[j][c] = __fadd_rn(sum[j][c], __fmul_rn(note.weight, x[c]));
         }
       }
     }
     __syncwarp();
-    uint32_t before = 0;
-    if (lane == 0) {
-      before = atom_add_acq_rel_gpu(&g.control->local.chunk_arrivals[chunk], 1);
+    if (lane == 0) mbarrier_arrive(&shared.empty[stage]);  // [F]
+    if (++stage == static_cast<uint32_t>(cut.num_stages)) {
+      stage = 0;
+      ++use;
     }
-    if (__shfl_sync(0xffffffffu, before, 0) != num_warps - 1) continue;
-    __threadfence_system();
-    for (int32_t r = lane; r < g.num_ranks; r += 32) {
-      if (r == g.rank) continue;
-      const PeerView& peer = g.peer[r];
-      const uint64_t epoch = g.control->local.epoch[peer.slot_here] + 1;
-      st_release_sys(&peer.control->progress[peer.slot_there].progress,
-                     epoch * kProgressBase + chunk + 1);  // [P1]
+    if ((note.flags & kEndsSum) != 0) {
+#pragma unroll
+      for (int j = 0; j < kVectorsEach; ++j) {
+        float x[Vector::kCount];
+        Vector::load(Vector::store(sum[j]), x);  // rounded, as what crosses a link
+#pragma unroll
+        for (int c = 0; c < Vector::kCount; ++c) {
+          total[j][c] = __fadd_rn(total[j][c], x[c]);
+          sum[j][c] = 0.0f;
+        }
+      }
     }
+    if ((note.flags & (kEndsUnit | kStop)) == 0) continue;
+    const uint32_t slot = num_results % kNumResults;
+    if (num_results >= kNumResults) {
+      wait_phase(&shared.drained[slot], num_results / kNumResults - 1);  // [D]
+    }
+    ++num_results;
+    auto* result = reinterpret_cast<uint4*>(results + slot * cut.piece_bytes);
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      if (adder + j * kNumAdders < num_vectors)
+        result[adder + j * kNumAdders] = Vector::store(total[j]);
+#pragma unroll
+      for (int c = 0; c < Vector::kCount; ++c) total[j][c] = 0.0f;
+    }
+    if (adder == 0) {
+      shared.result[slot] = {note.to, note.bytes, note.signal, (note.flags & kStop) != 0};
+    }
+    fence_proxy_async_shared();  // the copy engine reads what was written
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&shared.written[slot]);  // [W]
+    if ((note.flags & kStop) != 0) return;
   }
 }
 
-template <typename Vector>
-__device__ bool sum(const GroupView& g, const CombineArguments& a, const Cut& cut, int32_t* ranks) {
-  const int32_t warp = threadIdx.x / 32 - cut.num_push_warps, lane = threadIdx.x % 32;
-  const int64_t num_vectors = a.num_channels / Vector::kCount;
-  const int64_t num_parts = (num_vectors + cut.part_vectors - 1) / cut.part_vectors;
-  const int64_t num_warps = (kNumWarps - cut.num_push_warps) * int64_t{gridDim.x};
-  const auto* partial = static_cast<const uint4*>(a.partial);
-  for (int32_t chunk = 0; chunk < cut.num_chunks; ++chunk) {
-    bool ok = true;
-    for (int32_t r = lane; r < g.num_ranks; r += 32) {
-      if (r == g.rank) continue;
-      const PeerView& peer = g.peer[r];
-      const uint64_t epoch = g.control->local.epoch[peer.slot_here] + 1;
-      ok = wait_flag(g, OpKind::kCombine, &g.control->progress[peer.slot_here].progress,
-                     epoch * kProgressBase + chunk + 1, r, 1) &&
-           ok;  // [P2]
+// By one thread: stores results, and says so.
+__device__ void run_storer(const Cut& cut, Shared& shared, const char* results) {
+  constexpr int kInFlight = kNumResults - 2;  // stores whose results may still be read
+  // Units whose sums are stored; those of them that are to be told next; those that are told.
+  uint32_t stored = 0, next = 0, told = 0;
+  int age = 0;  // stores since `next`
+  const auto tell = [&](uint32_t num_units) {
+    told = num_units;
+    st_release_cta_shared(&shared.box.done, static_cast<int32_t>(num_units));
+  };
+  for (uint32_t n = 0;; ++n) {
+    const uint32_t slot = n % kNumResults, use = n / kNumResults;
+    for (int i = 0; !mbarrier_test_wait_parity(&shared.written[slot], use & 1); ++i) {  // [W]
+      if (i < kPatience || stored == told) continue;
+      bulk_wait_group<0>();  // nothing to do meanwhile
+      tell(stored);
     }
-    if (__all_sync(0xffffffffu, ok) == 0) return false;
-    const int64_t begin = a.num_tokens * chunk / cut.num_chunks;
-    const int64_t end = a.num_tokens * (chunk + 1) / cut.num_chunks;
-    const int64_t num_units = (end - begin) * num_parts;
-    for (int64_t unit = int64_t{warp} * gridDim.x + blockIdx.x; unit < num_units;
-         unit += num_warps) {
-      const int64_t t = begin + unit / num_parts;
-      const int64_t part = unit % num_parts;
-      // Lane k looks at choice k: the rank of its row, and the row if that is here.
-      int32_t rank = INT32_MAX, row = 0;
-      float weight = 1.0f;
-      if (lane < a.top_k) {
-        const int64_t i = t * a.top_k + lane;
-        row = a.send_row[i];
-        if (row != kNoRow) {
-          rank = a.topk_idx[i] / static_cast<int32_t>(a.num_local_experts);
-          if (rank == g.rank) {
-            if (a.weights != nullptr) weight = a.weights[row];
-            if (a.values != nullptr && part == 0) a.collected[i] = a.values[row];
-          }
-        } else if (a.values != nullptr && part == 0) {
-          a.collected[i] = 0.0f;
-        }
-      }
-      // This rank's rows move to the first lanes, in k order.
-      const uint32_t own = __ballot_sync(0xffffffffu, rank == g.rank);
-      const int32_t num_own = __popc(own);
-      const int32_t from = lane < num_own ? static_cast<int32_t>(__fns(own, 0, lane + 1)) : 0;
-      const int32_t own_row = __shfl_sync(0xffffffffu, row, from);
-      const float own_weight = __shfl_sync(0xffffffffu, weight, from);
-      // The ranks with rows, ascending and each once, in the first lanes.
-      const uint32_t same = __match_any_sync(0xffffffffu, rank);
-      const bool chosen = rank != INT32_MAX && (same & ((1u << lane) - 1)) == 0;
-      int32_t place = 0;
-      for (int32_t k = 0; k < a.top_k; ++k) {
-        place += __shfl_sync(0xffffffffu, chosen ? rank : INT32_MAX, k) < rank;
-      }
-      if (chosen) ranks[place] = rank;
-      const int32_t num_chosen = __popc(__ballot_sync(0xffffffffu, chosen));
-      __syncwarp();
-      const int64_t part_end = min(num_vectors, (part + 1) * cut.part_vectors);
-      auto* out = static_cast<uint4*>(a.out) + t * num_vectors;
-      for (int64_t v = part * cut.part_vectors + lane; v - lane < part_end; v += kStep) {
-        float acc[kVectorsAtOnce][Vector::kCount] = {};
-        for (int32_t first = 0; first < num_chosen; first += kRanksAtOnce) {
-          uint4 loaded[kRanksAtOnce][kVectorsAtOnce];
-          bool has_own = false;
-#pragma unroll
-          for (int32_t i = 0; i < kRanksAtOnce; ++i) {
-            if (first + i >= num_chosen) continue;
-            const int32_t r = ranks[first + i];
-            has_own = has_own || r == g.rank;
-            if (r == g.rank) continue;
-#pragma unroll
-            for (int j = 0; j < kVectorsAtOnce; ++j) {
-              if (v + 32 * j < part_end) {
-                loaded[i][j] = __ldcs(partial + (r * a.num_tokens + t) * num_vectors + v + 32 * j);
-              }
-            }
-          }
-          float own_sum[kVectorsAtOnce][Vector::kCount];
-          if (has_own) {
-            sum_rows<Vector>(a, own_row, own_weight, num_own, v, part_end, own_sum);
-          }
-#pragma unroll
-          for (int32_t i = 0; i < kRanksAtOnce; ++i) {
-            if (first + i >= num_chosen) continue;
-            const bool is_own = ranks[first + i] == g.rank;
-#pragma unroll
-            for (int j = 0; j < kVectorsAtOnce; ++j) {
-              float x[Vector::kCount];
-              // Rounded as if it had crossed a link.
-              Vector::load(is_own ? Vector::store(own_sum[j]) : loaded[i][j], x);
-              for (int c = 0; c < Vector::kCount; ++c) acc[j][c] = __fadd_rn(acc[j][c], x[c]);
-            }
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kVectorsAtOnce; ++j) {
-          if (v + 32 * j < part_end) out[v + 32 * j] = Vector::store(acc[j]);
-        }
-      }
-      __syncwarp();  // ranks is rewritten for the next unit
+    const Result result = shared.result[slot];
+    if (result.to != 0) {
+      bulk_store(reinterpret_cast<void*>(result.to), results + slot * cut.piece_bytes,
+                 result.bytes);
     }
+    bulk_commit_group();
+    bulk_wait_group_read<kInFlight>();
+    if (n >= kInFlight) mbarrier_arrive(&shared.drained[(n - kInFlight) % kNumResults]);  // [D]
+    if (result.signal != 0) stored = result.signal;
+    if (next > told && ++age == kInFlight) {
+      bulk_wait_group<kInFlight>();
+      tell(next);
+    }
+    if (next <= told && stored > told) {
+      next = stored;
+      age = 0;
+    }
+    if (!result.stop) continue;
+    bulk_wait_group<0>();
+    return tell(stored);
   }
-  return true;
 }
 
 template <typename Vector>
@@ -303,58 +439,71 @@ __global__ __launch_bounds__(kNumThreads,
                              1) void combine_kernel(const __grid_constant__ GroupView g,
                                                     const __grid_constant__ CombineArguments a,
                                                     const __grid_constant__ Cut cut) {
-  __shared__ uint64_t address[kMaxPeers][kNumAddresses];
-  __shared__ int32_t ranks[kNumWarps][kMaxTopK];  // of a sum warp's token
+  extern __shared__ __align__(128) char ring[];
+  __shared__ Shared shared;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < cut.num_stages; ++i) {
+      mbarrier_init(&shared.full[i], 1);
+      mbarrier_init(&shared.empty[i], kNumAdderWarps);
+    }
+    for (int i = 0; i < kNumResults; ++i) {
+      mbarrier_init(&shared.written[i], kNumAdderWarps);
+      mbarrier_init(&shared.drained[i], 1);
+    }
+    fence_mbarrier_init();
+    const int64_t num_units = a.num_tokens * cut.num_pieces;
+    const int32_t num_steps =
+        first_unit(num_units, blockIdx.x + 1) - first_unit(num_units, blockIdx.x);
+    shared.box = {0, 0, num_steps + 1};
+  }
   const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.partial),
                                        reinterpret_cast<uint64_t>(a.collected), 0};
-  if (blockIdx.x == 0) send_start(g, own);                     // [S1]
-  bool ok = receive_start(g, OpKind::kCombine, own, address);  // [S2]
-  if (ok) {
-    if (static_cast<int32_t>(threadIdx.x) / 32 < cut.num_push_warps) {
-      push<Vector>(g, a, cut, address);
+  if (blockIdx.x == 0) send_start(g, own);                        // [S1]
+  if (receive_start(g, OpKind::kCombine, own, shared.address)) {  // [S2]
+    char* results = ring + cut.num_stages * cut.piece_bytes;
+    const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32;
+    if (warp == 0) {
+      Loader loader(g, a, cut, shared, ring);
+      loader.run();
+    } else if (warp == 1) {
+      if (threadIdx.x == 32) run_storer(cut, shared, results);
+    } else if (warp == 2) {
+      run_messenger(g, OpKind::kCombine, shared.box);
     } else {
-      ok = sum<Vector>(g, a, cut, ranks[threadIdx.x / 32]);
+      run_adder<Vector>(cut, shared, ring, results);
     }
   }
-  if (__syncthreads_and(ok) == 0) {
+  if (!is_last_block(g)) return;
+  if (is_broken(g)) {
     fill_nan(a.out, a.num_tokens * a.num_channels * (16 / Vector::kCount));
     if (a.values != nullptr) fill_nan(a.collected, a.num_tokens * a.top_k * 4);
-    return;
   }
-  __shared__ bool last;
-  if (threadIdx.x == 0) last = is_last_block(g);
-  __syncthreads();
-  if (!last) return;
-  advance_epochs(g);
-  if (threadIdx.x < kMaxChunks) g.control->local.chunk_arrivals[threadIdx.x] = 0;
-  if (threadIdx.x == 0) g.control->local.num_blocks_done = 0;
+  end_call(g);
 }
 
 template <typename Vector>
 cudaError_t Launch(const GroupView& group, const CombineArguments& a, int num_sms,
                    cudaStream_t stream) {
-  const int64_t num_vectors = a.num_channels / Vector::kCount;
+  const int64_t row_bytes = a.num_channels * (16 / Vector::kCount);
+  // Few tokens are cut so that every block has some; equal pieces, multiples of 16 bytes.
+  const int64_t fewest = (row_bytes + kMaxPieceBytes - 1) / kMaxPieceBytes;
+  const int64_t most = row_bytes < kMinPieceBytes ? 1 : row_bytes / kMinPieceBytes;
+  int64_t num_pieces = num_sms / a.num_tokens;
+  if (num_pieces > most) num_pieces = most;
+  if (num_pieces < fewest) num_pieces = fewest;
   Cut cut;
-  // Push warps read (R - 1) / R of the rows; a quarter is left for the sums at least.
-  cut.num_push_warps =
-      group.num_ranks == 1 ? 0 : kNumWarps * (group.num_ranks - 1) / group.num_ranks;
-  if (cut.num_push_warps > kNumWarps * 3 / 4) cut.num_push_warps = kNumWarps * 3 / 4;
-  // Long parts spare metadata; short ones spread few tokens over all warps.
-  const int64_t warps = int64_t{kNumWarps} * num_sms;
-  cut.part_vectors = a.num_tokens * ((num_vectors + 255) / 256) < warps ? kStep : 256;
-  // A chunk gives every push warp at least a unit.
-  const int64_t units = a.num_tokens * (group.num_ranks - 1) *
-                        ((num_vectors + cut.part_vectors - 1) / cut.part_vectors);
-  const int64_t push_warps = int64_t{cut.num_push_warps} * num_sms;
-  const int64_t chunks = push_warps == 0 ? 1 : units / push_warps;
-  cut.num_chunks = static_cast<int32_t>(chunks < 1 ? 1 : chunks > kMaxChunks ? kMaxChunks : chunks);
-  combine_kernel<Vector><<<num_sms, kNumThreads, 0, stream>>>(group, a, cut);
+  cut.piece_bytes =
+      static_cast<int32_t>(((row_bytes + num_pieces - 1) / num_pieces + 15) / 16 * 16);
+  cut.num_pieces = static_cast<int32_t>((row_bytes + cut.piece_bytes - 1) / cut.piece_bytes);
+  const int64_t stages = kRingBytes / cut.piece_bytes - kNumResults;
+  cut.num_stages = static_cast<int32_t>(stages < kMaxStages ? stages : kMaxStages);
+  const int64_t num_units = a.num_tokens * cut.num_pieces;
+  const auto num_blocks = static_cast<int>(num_units < num_sms ? num_units : num_sms);
+  if ((num_units + num_blocks - 1) / num_blocks > kMaxUnitsPerRing) return cudaErrorInvalidValue;
+  combine_kernel<Vector>
+      <<<num_blocks, kNumThreads, (cut.num_stages + kNumResults) * cut.piece_bytes, stream>>>(
+          group, a, cut);
   return cudaGetLastError();
-}
-
-template <typename Vector>
-cudaError_t Prepare() {
-  return PrepareKernel(combine_kernel<Vector>, 0);
 }
 
 }  // namespace
@@ -373,9 +522,13 @@ cudaError_t LaunchCombine(const GroupView& group, const CombineArguments& a, int
 }
 
 cudaError_t PrepareCombine() {
-  if (cudaError_t e = Prepare<F32Vector>(); e != cudaSuccess) return e;
-  if (cudaError_t e = Prepare<F16Vector>(); e != cudaSuccess) return e;
-  return Prepare<Bf16Vector>();
+  if (cudaError_t e = PrepareKernel(combine_kernel<F32Vector>, kRingBytes); e != cudaSuccess) {
+    return e;
+  }
+  if (cudaError_t e = PrepareKernel(combine_kernel<F16Vector>, kRingBytes); e != cudaSuccess) {
+    return e;
+  }
+  return PrepareKernel(combine_kernel<Bf16Vector>, kRingBytes);
 }
 
 cudaError_t PrepareKernels() {

@@ -21,19 +21,18 @@ cudaError_t PrepareKernel(Kernel kernel, int64_t shared_bytes) {
                               static_cast<int>(shared_bytes));
 }
 
-// Work over all (source rank, token) pairs of the group, in an order that mixes the sources, so
-// that the links and the local memory are busy from beginning to end. Ranks begin with different
-// sources.
-struct TokenOrder {
-  int32_t num_ranks, num_tokens, rank;
+// Of the units i, i + n, i + 2 n, .. below num_units: how many there are.
+__device__ inline int32_t num_steps(int32_t num_units, uint32_t i, uint32_t n) {
+  const auto first = static_cast<int32_t>(i), stride = static_cast<int32_t>(n);
+  return num_units <= first ? 0 : (num_units - first + stride - 1) / stride;
+}
 
-  // Source rank * T + token of the pair at `position` in [0, num_ranks * num_tokens).
-  __device__ int32_t flat_token(int32_t position) const {
-    const int32_t token = position / num_ranks;
-    const int32_t src = (position + rank) % num_ranks;
-    return src * num_tokens + token;
-  }
-};
+// Sets all bits, NaN in every float type: by all threads of a block. `num_bytes` is a multiple
+// of 4.
+__device__ inline void fill_nan(void* buffer, int64_t num_bytes) {
+  auto* words = static_cast<uint32_t*>(buffer);
+  for (int64_t i = threadIdx.x; i < num_bytes / 4; i += blockDim.x) words[i] = ~0u;
+}
 
 }  // namespace jax_ep::gpu
 

@@ -1,17 +1,15 @@
 // layout: every rank reads all ranks' expert ids and computes its own tables from them.
 // After:    send_row, recv_src, recv_order, recv_offsets, group_sizes, expert_counts, expert_load
-// and counters are
-//           as jax_ep/reference.py defines them, for this rank.
+//           and counters are as jax_ep/reference.py defines them, for this rank.
 // Roles:    num_blocks blocks of 256 threads, all resident. Block b owns the flat ids
 //           [b * ids_per_block, ..), flat = (src * T + t) * K + k; its warp w owns a run of those.
-// Buffers:  topk_idx      | XLA, each rank | before the call | all ranks, [S2]..[E1]
+// Buffers:  topk_idx      | XLA, each rank | before the call    | all ranks, [S2]..[E1]
 //           layout_counts | control block  | each block its line | all own blocks, after [B]
-//           tables        | XLA, own       | own blocks | later kernels
+//           tables        | XLA, own       | own blocks         | later kernels
 // Protocol: 1. [S1] show topk_idx, [S2] wait for all. 2. Count own ids per expert into the block's
-// line
-//           of layout_counts. 3. [B] grid barrier. 4. Each block sums all lines: totals give
-//           offsets, lines before its own give its first row per expert. 5. Warps walk their
-//           ids in order; equal ids in a step of 32 are ranked by match_any. 6. [E1], [E2].
+//           line of layout_counts. 3. [B] grid barrier. 4. Each block sums all lines: totals give
+//           offsets, lines before its own give its first row per expert. 5. Warps walk their ids in
+//           order; equal ids in a step of 32 are ranked by match_any. 6. [E1], [E2].
 // Reuse:    layout_counts is rewritten before [B] of the next call, whose [S2] follows [E2] of
 // this. Progress: the grid is at most one block an SM; waits are for peers ([S1] waits for nothing)
 // and
@@ -30,10 +28,12 @@ namespace {
 
 constexpr int kNumThreads = 256;
 constexpr int kNumWarps = kNumThreads / 32;
+constexpr int32_t kMaxCached = 32768;  // ids of a block that are kept in shared memory
 constexpr int kExpertsPerThread = kMaxExperts / kNumThreads;
 using BlockScan = cub::BlockScan<int32_t, kNumThreads>;
 using BlockReduce = cub::BlockReduce<int32_t, kNumThreads>;
 
+// By all blocks.
 __device__ void fill(int32_t* table, int64_t begin, int64_t end, int32_t value) {
   const int64_t stride = int64_t{gridDim.x} * kNumThreads;
   for (int64_t i = begin + int64_t{blockIdx.x} * kNumThreads + threadIdx.x; i < end; i += stride) {
@@ -41,28 +41,31 @@ __device__ void fill(int32_t* table, int64_t begin, int64_t end, int32_t value) 
   }
 }
 
+// By one block: tables without rows.
 __device__ void poison(const LayoutArguments& a, int num_ranks) {
-  fill(a.send_row, 0, a.num_tokens * a.top_k, kNoRow);
-  fill(a.recv_src, 0, a.capacity, kNoSource);
-  fill(a.recv_order, 0, a.capacity, kNoSource);
-  fill(a.recv_offsets, 0, num_ranks * a.num_tokens + 1, 0);
-  fill(a.group_sizes, 0, a.num_experts / num_ranks, 0);
-  fill(a.expert_counts, 0, a.num_experts / num_ranks, 0);
-  fill(a.expert_load, 0, a.num_experts, 0);
-  fill(a.counters, 0, 3, 0);
+  const auto fill_all = [](int32_t* table, int64_t size, int32_t value) {
+    for (int64_t i = threadIdx.x; i < size; i += kNumThreads) table[i] = value;
+  };
+  fill_all(a.send_row, a.num_tokens * a.top_k, kNoRow);
+  fill_all(a.recv_src, a.capacity, kNoSource);
+  fill_all(a.recv_order, a.capacity, kNoSource);
+  fill_all(a.recv_offsets, num_ranks * a.num_tokens + 1, 0);
+  fill_all(a.group_sizes, a.num_experts / num_ranks, 0);
+  fill_all(a.expert_counts, a.num_experts / num_ranks, 0);
+  fill_all(a.expert_load, a.num_experts, 0);
+  fill_all(a.counters, 3, 0);
 }
 
-__global__ __launch_bounds__(kNumThreads,
-                             1) void layout_kernel(const __grid_constant__ GroupView g,
-                                                   const __grid_constant__ LayoutArguments a,
-                                                   int32_t ids_per_block) {
-  extern __shared__ int32_t shared[];
+// 2. to 5.; stops early if the group is broken.
+__device__ void make_tables(const GroupView& g, const LayoutArguments& a, int32_t ids_per_block,
+                            int32_t num_cached, int32_t* shared,
+                            const uint64_t (*address)[kNumAddresses]) {
   const int32_t num_experts = static_cast<int32_t>(a.num_experts);
   int32_t* warp_count = shared;                           // [kNumWarps][E], then exclusive prefix
   int32_t* first_row = shared + kNumWarps * num_experts;  // [E]
   int32_t* total = first_row + num_experts;               // [E]
   int32_t* offset = total + num_experts;                  // [E]
-  __shared__ uint64_t address[kMaxPeers][kNumAddresses];
+  int32_t* cached = offset + num_experts;                 // [num_cached], the block's first ids
   __shared__ union {
     typename BlockScan::TempStorage scan;
     typename BlockReduce::TempStorage reduce;
@@ -80,9 +83,6 @@ __global__ __launch_bounds__(kNumThreads,
   const int32_t begin = min(block_end, block_begin + warp * ids_per_warp);
   const int32_t end = warp == kNumWarps - 1 ? block_end : min(block_end, begin + ids_per_warp);
 
-  const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.topk_idx), 0, 0};
-  if (blockIdx.x == 0) send_start(g, own);
-  if (!receive_start(g, OpKind::kLayout, own, address)) return poison(a, g.num_ranks);
   const auto id_at = [&](int32_t flat) {
     const int32_t src = flat / ids_per_rank;
     const auto* ids = reinterpret_cast<const int32_t*>(address[src][0]);
@@ -96,6 +96,7 @@ __global__ __launch_bounds__(kNumThreads,
 #pragma unroll 4
   for (int32_t flat = begin + lane; flat < end; flat += 32) {
     const int32_t id = id_at(flat);
+    if (flat - block_begin < num_cached) cached[flat - block_begin] = id;
     if (is_routed(id, num_experts)) atomicAdd(&warp_count[warp * num_experts + id], 1);
     num_invalid += flat / ids_per_rank == g.rank && is_invalid(id, num_experts);
   }
@@ -119,7 +120,7 @@ __global__ __launch_bounds__(kNumThreads,
   }
 
   // 3.
-  if (!grid_barrier(g)) return poison(a, g.num_ranks);  // [B]
+  if (!grid_barrier(g, OpKind::kLayout)) return;  // [B]
 
   // 4. Totals, offsets, first rows.
   for (int32_t e = threadIdx.x; e < num_experts; e += kNumThreads) {
@@ -182,7 +183,8 @@ __global__ __launch_bounds__(kNumThreads,
   int32_t next_slot = warp_slot[warp];
   for (int32_t step = begin; step < end; step += 32) {
     const int32_t flat = step + lane;
-    const int32_t id = flat < end ? id_at(flat) : kNotRouted;
+    int32_t id = kNotRouted;
+    if (flat < end) id = flat - block_begin < num_cached ? cached[flat - block_begin] : id_at(flat);
     const bool routed = is_routed(id, num_experts);
     const uint32_t same = __match_any_sync(0xffffffffu, routed ? id : -1);
     const uint32_t lower = (1u << lane) - 1;
@@ -249,24 +251,29 @@ __global__ __launch_bounds__(kNumThreads,
       a.counters[2] = invalid;
     }
   }
-
-  // 6.
-  __syncthreads();
-  __shared__ bool last;
-  if (threadIdx.x == 0) last = is_last_block(g);
-  __syncthreads();
-  if (!last) return;
-  send_end(g);                      // [E1]
-  receive_end(g, OpKind::kLayout);  // [E2]
-  advance_epochs(g);
-  if (threadIdx.x == 0) {
-    g.control->local.num_blocks_done = 0;
-    g.control->local.barrier = 0;
-  }
 }
 
-int64_t SharedBytes(int64_t num_experts) {
-  return (kNumWarps + 3) * num_experts * int64_t{sizeof(int32_t)};
+__global__ __launch_bounds__(kNumThreads,
+                             1) void layout_kernel(const __grid_constant__ GroupView g,
+                                                   const __grid_constant__ LayoutArguments a,
+                                                   int32_t ids_per_block, int32_t num_cached) {
+  extern __shared__ int32_t shared[];
+  __shared__ uint64_t address[kMaxPeers][kNumAddresses];
+  const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.topk_idx), 0, 0};
+  if (blockIdx.x == 0) send_start(g, own);                // [S1]
+  if (receive_start(g, OpKind::kLayout, own, address)) {  // [S2]
+    make_tables(g, a, ids_per_block, num_cached, shared, address);
+  }
+  if (!is_last_block(g)) return;
+  send_end(g);                      // [E1]
+  receive_end(g, OpKind::kLayout);  // [E2]
+  __syncthreads();
+  if (is_broken(g)) poison(a, g.num_ranks);
+  end_call(g);
+}
+
+int64_t SharedBytes(int64_t num_experts, int64_t num_cached) {
+  return ((kNumWarps + 3) * num_experts + num_cached) * int64_t{sizeof(int32_t)};
 }
 
 }  // namespace
@@ -279,11 +286,15 @@ cudaError_t LaunchLayout(const GroupView& group, const LayoutArguments& a, int n
   int64_t num_blocks = (num_ids + 2 * kNumThreads - 1) / (2 * kNumThreads);
   num_blocks = num_blocks < most ? num_blocks : most;
   const auto ids_per_block = static_cast<int32_t>((num_ids + num_blocks - 1) / num_blocks);
-  layout_kernel<<<static_cast<unsigned>(num_blocks), kNumThreads, SharedBytes(a.num_experts),
-                  stream>>>(group, a, ids_per_block);
+  const int32_t num_cached = ids_per_block < kMaxCached ? ids_per_block : kMaxCached;
+  layout_kernel<<<static_cast<unsigned>(num_blocks), kNumThreads,
+                  SharedBytes(a.num_experts, num_cached), stream>>>(group, a, ids_per_block,
+                                                                    num_cached);
   return cudaGetLastError();
 }
 
-cudaError_t PrepareLayout() { return PrepareKernel(layout_kernel, SharedBytes(kMaxExperts)); }
+cudaError_t PrepareLayout() {
+  return PrepareKernel(layout_kernel, SharedBytes(kMaxExperts, kMaxCached));
+}
 
 }  // namespace jax_ep::gpu

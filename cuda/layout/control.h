@@ -10,14 +10,17 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/layout/placement.h"
+
 namespace jax_ep::gpu {
 
 inline constexpr int kMaxPeers = 72;  // devices of the largest NVLink domain
 inline constexpr int kMaxExperts = 1024;
 inline constexpr int kMaxTopK = 32;
 inline constexpr int kMaxLayoutBlocks = 128;
-inline constexpr int kMaxChunks = 4;  // of combine's tokens
-inline constexpr uint64_t kProgressBase = 32;
+inline constexpr int kMaxBlocks = 160;  // of a grid: more than any Hopper has SMs
+inline constexpr int kMaxRings = 4;     // of a block of dispatch
+inline constexpr int64_t kMaxUnitsPerRing = (int64_t{1} << 24) - 1;
 inline constexpr int kNumAddresses = 3;  // buffers a call shows its peers
 inline constexpr size_t kLine = 128;     // bytes; no two writers share one
 
@@ -33,26 +36,29 @@ struct alignas(kLine) EndMail {
   uint64_t epoch;
 };
 
-// "Of combine's call epoch, this many chunks of your tokens are there": epoch * kProgressBase +
-// chunks, so that it only grows. Written by the slot's device.
-struct alignas(kLine) ProgressMail {
-  uint64_t progress;
-};
+// "In the call epoch, a block of mine has done so many units for you", as one number that only
+// grows for 2^40 calls.
+JAX_EP_HOST_DEVICE constexpr uint64_t progress_of(uint64_t epoch, uint64_t num_units) {
+  return epoch << 24 | num_units;
+}
+// The units that `progress` tells of in the call epoch: none if it is still about an earlier one.
+JAX_EP_HOST_DEVICE constexpr int32_t units_of(uint64_t progress, uint64_t epoch) {
+  return progress >> 24 == epoch ? static_cast<int32_t>(progress & 0xffffff) : 0;
+}
 
 // Written by this device's kernels only.
 struct alignas(kLine) Local {
-  uint64_t epoch[kMaxPeers];            // calls finished with each slot
-  uint32_t num_blocks_done;             // of the running kernel; 0 between kernels
-  uint32_t chunk_arrivals[kMaxChunks];  // warps that pushed their part of a chunk; 0 between
-  uint32_t next_unit;                   // of dispatch's work; 0 between kernels
-  uint32_t barrier;  // arrivals at the grid barrier of the running kernel; 0 between
-  uint32_t broken;   // 1 after a timeout: later calls end at once
+  uint64_t epoch[kMaxPeers];  // calls finished with each slot, its own included
+  uint32_t num_blocks_done;   // of the running kernel; 0 between kernels
+  uint32_t next_unit;         // of dispatch's work; 0 between kernels
+  uint32_t barrier;           // arrivals at the grid barrier of the running kernel; 0 between
+  uint32_t broken;            // 1 after a timeout: later calls end at once
 };
 
 struct ControlBlock {
   StartMail start[kMaxPeers];
   EndMail end[kMaxPeers];
-  ProgressMail progress[kMaxPeers];
+  uint64_t progress[kMaxPeers][kMaxBlocks];  // by the peer's block, which writes it
   Local local;
   // Of the running layout: per block of ids its rows to each expert, then its invalid ids.
   int32_t layout_counts[kMaxLayoutBlocks * (kMaxExperts + 1)];
@@ -63,10 +69,12 @@ static_assert(sizeof(ControlBlock) < 1 << 20, "control memory is at most 1 MB a 
 struct ErrorRecord {
   uint64_t valid;  // written last
   uint64_t operation;
-  uint32_t kind;   // 0 layout, 1 dispatch, 2 combine
-  int32_t rank;    // that waited
-  int32_t peer;    // that was waited for
-  uint32_t phase;  // 0 start, 1 end
+  uint32_t kind;  // 0 layout, 1 dispatch, 2 combine
+  int32_t rank;   // that waited
+  int32_t peer;   // that was waited for
+  // 0 start, 1 end, 2 other call (operations in place of epochs), 3 progress, 4 a grid's blocks are
+  // not all resident (their numbers in place of epochs)
+  uint32_t phase;
   uint64_t expected_epoch;
   uint64_t seen_epoch;
 };

@@ -25,6 +25,23 @@ __device__ inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t byt
       "r"(bytes)
       : "memory");
 }
+__device__ inline void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+// Whether the phase of this parity is over; does not wait.
+__device__ inline bool mbarrier_test_wait_parity(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+// Likewise, after waiting for a while.
 __device__ inline bool mbarrier_try_wait_parity(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
@@ -35,6 +52,10 @@ __device__ inline bool mbarrier_try_wait_parity(uint64_t* barrier, uint32_t pari
       : "r"(shared_address(barrier)), "r"(parity)
       : "memory");
   return done != 0;
+}
+__device__ inline void mbarrier_wait_parity(uint64_t* barrier, uint32_t parity) {
+  while (!mbarrier_try_wait_parity(barrier, parity)) {
+  }
 }
 __device__ inline void bulk_load(void* shared, const void* global, uint32_t bytes,
                                  uint64_t* barrier) {
@@ -62,7 +83,11 @@ template <int kPending>
 __device__ inline void bulk_wait_group() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
-// Orders generic accesses of this thread with copies of the copy engine.
+// Orders generic accesses of this thread with copies of the copy engine: all, or those of shared
+// memory alone, which is much cheaper.
+__device__ inline void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 }  // namespace jax_ep::gpu

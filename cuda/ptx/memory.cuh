@@ -40,6 +40,25 @@ __device__ inline uint32_t atom_add_acq_rel_gpu(uint32_t* address, uint32_t valu
                : "memory");
   return old;
 }
+__device__ inline void st_release_cta_shared(int32_t* address, int32_t value) {
+  asm volatile("st.release.cta.shared::cta.s32 [%0], %1;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(address))),
+               "r"(value)
+               : "memory");
+}
+__device__ inline int32_t ld_acquire_cta_shared(const int32_t* address) {
+  int32_t value;
+  asm volatile("ld.acquire.cta.shared::cta.s32 %0, [%1];"
+               : "=r"(value)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(address)))
+               : "memory");
+  return value;
+}
+__device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+// Of `num_threads` threads of the block; `id` from 1 to 15.
+__device__ inline void named_barrier_sync(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
 __device__ inline uint64_t globaltimer_ns() {
   uint64_t now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");

@@ -5,17 +5,24 @@
 //   [S1] rank p writes its buffers' addresses to q's start mail, then releases e in it
 //   [S2] q acquires e from that mail: p's stream has come to the call, so earlier users of p's
 //        buffers are done, and the addresses are p's for this call
+//   [P1] a block of p releases in q's progress, with e, how many units it has done for q
+//   [P2] q acquires the number it needs
 //   [E1] q releases e in p's end mail: q neither reads nor writes p's memory for this call any more
 //   [E2] p acquires it from all peers, and only then ends
-// Reuse: p sends e + 1 only after [E2] of e, so q has read the mail of e before it changes; flags
-// only grow. Progress: [S1] and [E1] wait for nothing but resident blocks of their own kernel, so
-// no cycle. Failure: a wait that exceeds the timeout sets `broken` in this device's control block
-// and writes the error record; every other wait of this device then ends at once, in this and all
-// later calls. Peers run into their own timeouts.
+// Reuse:    p sends e + 1 only after it knows that q needs nothing of e any more ([E2], or the last
+//           [P2] where q only writes to p), so q has read the mail of e before it changes; flags
+//           only grow.
+// Progress: [S1], [P1] and [E1] wait for nothing but resident blocks of their own kernel, so no
+//           cycle.
+// Failure:  a wait that exceeds the timeout sets `broken` in this device's control block and writes
+//           the error record; every other wait of this device then ends at once, in this and all
+//           later calls, and the last block of each such call fills its outputs. Peers run into
+//           their own timeouts.
 #ifndef JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 #define JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 
 #include "cuda/launch.h"
+#include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/ptx/memory.cuh"
 
 namespace jax_ep::gpu {
@@ -79,7 +86,7 @@ __device__ inline void send_start(const GroupView& g, const uint64_t (&address)[
 __device__ inline bool receive_start(const GroupView& g, OpKind kind,
                                      const uint64_t (&own)[kNumAddresses],
                                      uint64_t (*address)[kNumAddresses]) {
-  bool ok = true;
+  bool ok = !is_broken(g);  // a replayed command buffer gets here whatever the host knows
   for (int r = static_cast<int>(threadIdx.x); r < g.num_ranks; r += static_cast<int>(blockDim.x)) {
     if (r == g.rank) {
       for (int i = 0; i < kNumAddresses; ++i) address[r][i] = own[i];
@@ -88,7 +95,7 @@ __device__ inline bool receive_start(const GroupView& g, OpKind kind,
     const PeerView& peer = g.peer[r];
     const StartMail* mail = &g.control->start[peer.slot_here];
     const uint64_t epoch = g.control->local.epoch[peer.slot_here] + 1;
-    ok = wait_flag(g, kind, &mail->epoch, epoch, r, 0) && ok;  // [S2]
+    ok = ok && wait_flag(g, kind, &mail->epoch, epoch, r, 0);  // [S2]
     if (ok && ld_relaxed_sys(&mail->operation) != g.operation) {
       report_timeout(g, kind, r, 2, g.operation, mail->operation);
       ok = false;
@@ -101,9 +108,109 @@ __device__ inline bool receive_start(const GroupView& g, OpKind kind,
   return __syncthreads_and(ok) != 0;
 }
 
-// By one thread of each block, after the block's work and __syncthreads: true in the last block.
+// [P1], after fence_acq_rel_sys: block `block` has done `num_units` units for rank r.
+__device__ inline void send_progress(const GroupView& g, int r, int block, int num_units) {
+  const PeerView& peer = g.peer[r];
+  const uint64_t epoch = g.control->local.epoch[peer.slot_here] + 1;
+  st_relaxed_sys(&peer.control->progress[peer.slot_there][block],
+                 progress_of(epoch, static_cast<uint64_t>(num_units)));
+}
+
+// What the data movers of a block and its messenger tell each other, in shared memory.
+struct Mailbox {
+  int32_t done;   // by the movers: units that are complete for the peers
+  int32_t there;  // by the messenger: units that every peer has done for this rank; kBroken
+  int32_t last;   // what both reach in the end
+};
+inline constexpr int32_t kBroken = INT32_MAX;  // nothing more comes, nobody shall wait
+
+// [P1] and [P2] between this block and the blocks of the same number at the peers, until all is
+// told both ways. By a warp of its own: fences wait for much more than what they are needed for,
+// and must not hold up those who move data. What peers have written may be read, by the copy
+// engine too, after `there` has been acquired.
+__device__ inline void run_messenger(const GroupView& g, OpKind kind, Mailbox& box) {
+  if (g.num_ranks == 1) return;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const auto block = static_cast<int>(blockIdx.x);
+  const int32_t last = box.last;
+  const auto seen_of = [&](int r) {
+    return ld_relaxed_sys(&g.control->progress[g.peer[r].slot_here][block]);
+  };
+  int32_t sent = 0, there = 0;
+  uint64_t start = 0;
+  for (uint32_t round = 0; sent < last || there < last; ++round) {
+    bool moved = false;
+    const int32_t done = __shfl_sync(0xffffffffu, ld_acquire_cta_shared(&box.done), 0);
+    if (done > sent) {
+      fence_acq_rel_sys();
+      for (int r = lane; r < g.num_ranks; r += 32) {
+        if (r != g.rank) send_progress(g, r, block, done);  // [P1]
+      }
+      sent = done;
+      moved = true;
+    }
+    if (there < last) {
+      int32_t least = last;
+      for (int r = lane; r < g.num_ranks; r += 32) {
+        if (r == g.rank) continue;
+        const uint64_t epoch = g.control->local.epoch[g.peer[r].slot_here] + 1;
+        least = min(least, units_of(seen_of(r), epoch));
+      }
+      least = __reduce_min_sync(0xffffffffu, least);
+      if (least > there) {
+        fence_acq_rel_sys();  // [P2]
+        fence_proxy_async();
+        __syncwarp();
+        if (lane == 0) st_release_cta_shared(&box.there, least);
+        there = least;
+        moved = true;
+      }
+    }
+    if (moved) {
+      start = 0;
+      continue;
+    }
+    if ((round & 63u) != 63u) continue;
+    bool broken = is_broken(g);
+    const uint64_t now = globaltimer_ns();
+    if (start == 0) start = now;
+    for (int r = lane; !broken && now - start > g.timeout_ns && r < g.num_ranks; r += 32) {
+      if (r == g.rank) continue;
+      const uint64_t epoch = g.control->local.epoch[g.peer[r].slot_here] + 1;
+      const uint64_t expected = progress_of(epoch, static_cast<uint64_t>(last));
+      const uint64_t seen = seen_of(r);
+      if (seen >= expected) continue;
+      report_timeout(g, kind, r, 3, expected, seen);
+      broken = true;
+    }
+    if (__any_sync(0xffffffffu, broken) == 0) continue;
+    if (lane == 0) st_release_cta_shared(&box.there, kBroken);
+    return;
+  }
+}
+
+// By a warp: units that every peer has done for this rank, or kBroken.
+__device__ inline int32_t units_there(const Mailbox& box) {
+  return __shfl_sync(0xffffffffu, ld_acquire_cta_shared(&box.there), 0);
+}
+// Likewise, once it exceeds `num_units`; the messenger sees to it that this ends.
+__device__ inline int32_t wait_for_more(const Mailbox& box, int32_t num_units) {
+  while (true) {
+    const int32_t there = units_there(box);
+    if (there > num_units) return there;
+    __nanosleep(32);
+  }
+}
+
+// By all threads of each block, after the block's work: true in the block that comes last.
 __device__ inline bool is_last_block(const GroupView& g) {
-  return atom_add_acq_rel_gpu(&g.control->local.num_blocks_done, 1) == gridDim.x - 1;
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atom_add_acq_rel_gpu(&g.control->local.num_blocks_done, 1) == gridDim.x - 1;
+  }
+  __syncthreads();
+  return last;
 }
 
 // [E1], by threads 0 .. num_ranks - 1 of the last block.
@@ -125,24 +232,34 @@ __device__ inline bool receive_end(const GroupView& g, OpKind kind) {
                    g.control->local.epoch[peer.slot_here] + 1, r, 1);  // [E2]
 }
 
-// The call is over for this device: by the threads that called receive_end, after it.
-__device__ inline void advance_epochs(const GroupView& g) {
+// The call is over for this device: by all threads of the last block, after all else. The next
+// kernel finds the counters at 0.
+__device__ inline void end_call(const GroupView& g) {
+  __syncthreads();
+  Local& local = g.control->local;
   const int r = static_cast<int>(threadIdx.x);
-  if (r < g.num_ranks && r != g.rank) ++g.control->local.epoch[g.peer[r].slot_here];
+  if (r < g.num_ranks) ++local.epoch[g.peer[r].slot_here];
+  if (r == 0) {
+    local.num_blocks_done = 0;
+    local.next_unit = 0;
+    local.barrier = 0;
+  }
 }
 
-// All blocks of the grid, which must all be resident. False if the group is broken meanwhile.
-__device__ inline bool grid_barrier(const GroupView& g) {
+// All blocks of the grid, which must all be resident. False if the group is broken meanwhile, or if
+// a block does not come: it leaves when the group is broken, or finds no SM.
+__device__ inline bool grid_barrier(const GroupView& g, OpKind kind) {
   __syncthreads();
   bool ok = true;
   if (threadIdx.x == 0) {
     atom_add_acq_rel_gpu(&g.control->local.barrier, 1);
-    uint64_t start = globaltimer_ns();
-    for (uint32_t i = 0; ld_relaxed_gpu(&g.control->local.barrier) < gridDim.x; ++i) {
-      // Another block may have left on a broken group; it never comes here then.
-      if ((i & 255u) == 255u && (is_broken(g) || globaltimer_ns() - start > 2 * g.timeout_ns)) {
+    const uint64_t start = globaltimer_ns();
+    for (uint32_t i = 0; ok && ld_relaxed_gpu(&g.control->local.barrier) < gridDim.x; ++i) {
+      if ((i & 255u) != 255u) continue;
+      ok = !is_broken(g);
+      if (ok && globaltimer_ns() - start > g.timeout_ns) {
+        report_timeout(g, kind, g.rank, 4, gridDim.x, ld_relaxed_gpu(&g.control->local.barrier));
         ok = false;
-        break;
       }
     }
     ld_acquire_gpu(&g.control->local.barrier);
