@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--platform", choices=["cpu", "cuda"], help="default: JAX's own choice")
     add("--ranks", type=_positive, help="devices in the EP group; default: all GPUs, or 8 on CPU")
     add("--tokens", type=_positive, nargs="+", help="T, per rank")
     add("--hidden", type=_positive, nargs="+", help="H")
@@ -244,7 +245,12 @@ class _Bench:
                 bound = self.link.bound(operation.movements, point.num_sms, point.row_bytes)
             calls = args.calls or measure.chain_length(bound)
             timing = measure.time_chained_calls(
-                operation.fn, self.mesh, operation.args, repeats=args.repeats, calls=calls
+                operation.fn,
+                self.mesh,
+                operation.args,
+                fresh=operation.fresh,
+                repeats=args.repeats,
+                calls=calls,
             )
         else:
             copied = self.mesh.size * moved.layout.capacity * point.row_bytes
@@ -346,11 +352,14 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
     if args.num_sms and "num_sms" not in inspect.signature(jax_ep.dispatch).parameters:
         parser.error("--num-sms: this version of jax_ep.dispatch has no argument num_sms")
     _set_up_virtual_devices(args.ranks or 8)
-    platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
+    try:
+        devices = jax.local_devices(backend=args.platform)
+    except RuntimeError as error:
+        parser.error(f"--platform {args.platform}: {error}")
+    platform = "cpu" if devices[0].platform == "cpu" else "gpu"
     for name, value in _DEFAULTS[platform].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    devices = jax.local_devices()
     args.ranks = args.ranks or len(devices)
     if args.ranks > len(devices):
         parser.error(f"--ranks {args.ranks}: this process has {len(devices)} devices")

@@ -4,9 +4,10 @@ On CPU a time is that of the whole call, until every rank's result is ready.
 
 On a GPU starting a program costs more than the operations take, so a program with N + 1 calls and
 one with a single call are timed in turn, and a call takes the difference divided by N. Each call's
-operands pass an optimization barrier together with the result of the call before: that keeps the
-calls in order and apart, and moves no data. All results leave the program, so none is dropped; the
-compiled programs are searched for the calls all the same.
+operands pass an optimization barrier together with the result of the call before, which keeps the
+calls in order; one operand is another array in each call, so that the compiler sees no two equal
+calls; and all results leave the program, so none is dropped. None of this moves data. The compiled
+programs are searched for the calls all the same.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
@@ -63,32 +65,56 @@ class Timing:
         return self.seconds[min(len(self.seconds) * percent // 100, len(self.seconds) - 1)]
 
 
-def compile_calls(
-    fn: Callable[..., Any], mesh: Mesh, args: tuple[Any, ...], num_calls: int
-) -> jax.stages.Compiled:
-    """A program over ``mesh`` that calls ``fn`` on its shards ``num_calls`` times, in order."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A compiled program and the global arrays it is called with."""
 
-    def program(*args: Any) -> list[Any]:
+    compiled: jax.stages.Compiled
+    args: tuple[Any, ...]
+
+    def run(self) -> None:
+        """Runs it until every device is done.
+
+        The results are freed at once, so that the next run gets the same addresses: a command
+        buffer whose addresses change is recorded again.
+        """
+        jax.block_until_ready(self.compiled(*self.args))
+
+
+def compile_calls(
+    fn: Callable[..., Any], mesh: Mesh, args: tuple[Any, ...], num_calls: int, fresh: int = 0
+) -> Program:
+    """A program over ``mesh`` that calls ``fn`` on its shards ``num_calls`` times, in order.
+
+    Args:
+        fn: takes the shards of ``args``.
+        mesh: with the axis "ep".
+        args: global arrays, or pytrees of them.
+        num_calls: calls in the program; their results are its results.
+        fresh: which of ``args``, an array that ``fn`` uses, every call gets a copy of its own of.
+    """
+    copies = tuple(jnp.copy(args[fresh]) for _ in range(num_calls - 1))
+
+    def program(args: tuple[Any, ...], copies: tuple[Any, ...]) -> list[Any]:
         results = []
         for call in range(num_calls):
             result = fn(*args)
             if call + 1 < num_calls:
+                args = (*args[:fresh], copies[call], *args[fresh + 1 :])
                 args, result = lax.optimization_barrier((args, result))
             results.append(result)
         return results
 
     sharded = jax.shard_map(program, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
-    return jax.jit(sharded).lower(*args).compile()
+    return Program(jax.jit(sharded).lower(args, copies).compile(), (args, copies))
 
 
-def count_calls(compiled: jax.stages.Compiled) -> int:
+def count_calls(program: Program) -> int:
     """Calls of jax_ep and collectives that move rows, in the program as it was compiled."""
-    return len(_DATA_MOVERS.findall(compiled.as_text() or ""))
+    return len(_DATA_MOVERS.findall(program.compiled.as_text() or ""))
 
 
-def require_all_calls(
-    single: jax.stages.Compiled, many: jax.stages.Compiled, num_calls: int
-) -> None:
+def require_all_calls(single: Program, many: Program, num_calls: int) -> None:
     """Checks that the compiler neither merged nor dropped calls.
 
     Raises:
@@ -109,15 +135,9 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _runner(compiled: jax.stages.Compiled, args: tuple[Any, ...]) -> Callable[[], None]:
-    def run() -> None:
-        # The results are freed at once, so that the next run gets the same addresses: a command
-        # buffer whose addresses change is recorded again.
-        jax.block_until_ready(compiled(*args))
-
+def _warm_up(program: Program) -> None:
     for _ in range(_WARM_UP):
-        run()
-    return run
+        program.run()
 
 
 def time_whole_calls(
@@ -129,14 +149,14 @@ def time_whole_calls(
     between: Callable[[], None] | None = None,
 ) -> Timing:
     """Times whole programs with one call; ``between`` runs after each."""
-    compiled = compile_calls(fn, mesh, args, 1)
-    run = _runner(compiled, args)
+    program = compile_calls(fn, mesh, args, 1)
+    _warm_up(program)
     seconds = []
     for _ in range(repeats):
-        seconds.append(_seconds(run))
+        seconds.append(_seconds(program.run))
         if between is not None:
             between()
-    return Timing(tuple(sorted(seconds)), 0, *_memory(compiled))
+    return Timing(tuple(sorted(seconds)), 0, *_memory(program))
 
 
 def time_chained_calls(
@@ -144,12 +164,14 @@ def time_chained_calls(
     mesh: Mesh,
     args: tuple[Any, ...],
     *,
+    fresh: int,
     repeats: int,
     calls: int,
 ) -> Timing:
     """Times a call as the difference between ``calls`` + 1 calls and one, over ``calls``.
 
-    Fewer calls are taken if their results would not fit into the devices' memory.
+    Fewer calls are taken if their operands and results would not fit into the devices' memory.
+    ``fresh`` is as in ``compile_calls``.
 
     Raises:
         MemoryError: not even two calls fit.
@@ -159,35 +181,37 @@ def time_chained_calls(
     output_bytes, temp_bytes = _memory(single)
     free = _free_bytes(mesh)
     if free is not None:
-        fitting = int((0.9 * free - temp_bytes) // max(1, output_bytes)) - 1
+        per_call = output_bytes + args[fresh].nbytes // mesh.size
+        fitting = int((0.9 * free - temp_bytes) // max(1, per_call)) - 1
         if fitting < 1:
             raise MemoryError(
-                f"two calls need 2 x {output_bytes / 2**30:.1f} GiB of results and "
+                f"two calls need 2 x {per_call / 2**30:.1f} GiB for operands and results and "
                 f"{temp_bytes / 2**30:.1f} GiB of scratch, but {free / 2**30:.1f} GiB are free"
             )
         calls = min(calls, fitting)
-    many = compile_calls(fn, mesh, args, calls + 1)
+    many = compile_calls(fn, mesh, args, calls + 1, fresh)
     require_all_calls(single, many, calls + 1)
-    run_single, run_many = _runner(single, args), _runner(many, args)
+    _warm_up(single)
+    _warm_up(many)
     seconds = []
     for _ in range(repeats):
-        once = _seconds(run_single)
-        seconds.append((_seconds(run_many) - once) / calls)
+        once = _seconds(single.run)
+        seconds.append((_seconds(many.run) - once) / calls)
     extra = (_count_copies(many) - _count_copies(single)) / calls
     return Timing(tuple(sorted(seconds)), calls, output_bytes, temp_bytes, extra)
 
 
 def chain_length(expected_seconds: float) -> int:
     """N for an operation that is expected to take this long: about a millisecond in all."""
-    return int(min(40, max(5, 1e-3 // max(expected_seconds, 1e-6))))
+    return min(40, max(5, round(1e-3 / max(expected_seconds, 1e-6))))
 
 
-def _count_copies(compiled: jax.stages.Compiled) -> int:
-    return len(_COPY.findall(compiled.as_text() or ""))
+def _count_copies(program: Program) -> int:
+    return len(_COPY.findall(program.compiled.as_text() or ""))
 
 
-def _memory(compiled: jax.stages.Compiled) -> tuple[int, int]:
-    analysis = compiled.memory_analysis()
+def _memory(program: Program) -> tuple[int, int]:
+    analysis = program.compiled.memory_analysis()
     if analysis is None:
         return 0, 0
     return int(analysis.output_size_in_bytes), int(analysis.temp_size_in_bytes)

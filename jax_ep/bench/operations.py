@@ -39,6 +39,7 @@ class Operation:
         fn: takes the shards of ``args``.
         args: global arrays, each split over the ranks.
         movements: the passes over rows that the operation cannot do without, one after the other.
+        fresh: which of ``args`` differs from call to call: an array, and a small one if there is.
         baseline: whether it is JAX's own.
     """
 
@@ -46,6 +47,7 @@ class Operation:
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     movements: tuple[Movement, ...]
+    fresh: int = 0
     baseline: bool = False
 
 
@@ -173,12 +175,12 @@ def jax_ep_operations(
         )
     )(data.ids)
     operations += [
-        Operation("dispatch", dispatch, (layout, *send_args), (sent,)),
+        Operation("dispatch", dispatch, (layout, *send_args), (sent,), fresh=2),
         Operation("make_layout+dispatch", layout_dispatch, (*layout_args, *send_args), (sent,)),
     ]
     if point.fp8 == "none":
         operations.append(
-            Operation("combine", combine, (layout, data.y, data.row_weights), (returned,))
+            Operation("combine", combine, (layout, data.y, data.row_weights), (returned,), fresh=2)
         )
     if point.fp8 == "none" or point.dequantizes:
         operations += [
