@@ -99,7 +99,7 @@ def _nvcc() -> tuple[str, int] | None:
     return None
 
 
-def _driver_gpus() -> list[Gpu]:
+def driver_gpus() -> list[Gpu]:
     """The GPUs that nvidia-smi lists."""
     fields = "name,compute_cap,driver_version"
     listed = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader") or ""
@@ -326,7 +326,7 @@ def _check_jax_sees_gpus(reason: str) -> Finding:
 def examine() -> list[Finding]:
     """All findings. Creates JAX's clients."""
     findings = check_software()
-    gpus = _driver_gpus()
+    gpus = driver_gpus()
     jax_gpus, reason = _jax_devices("cuda") if gpus or _version(*_PLUGINS) else ([], "")
     if not gpus:  # no nvidia-smi, as in some containers
         gpus = [Gpu(d.device_kind, str(d.compute_capability), None) for d in jax_gpus]

@@ -203,6 +203,9 @@ def test_bound_is_the_slower_of_link_and_memory() -> None:
     text = "\n".join(limits.lines([2]))
     assert "slowest pair" in text
     assert "2 SMs: W = " in text
+    assert json.loads(json.dumps(limits.as_json([2])))["on_sms"]["2"] == pytest.approx(
+        {"wire_bytes_per_s": 50, "stored_bytes_per_s": 42}
+    )
 
 
 def test_one_gpu_has_no_link() -> None:
@@ -410,6 +413,51 @@ def test_run_on_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert row["ratio"] == pytest.approx(row["median_s"] / row["bound_s"])
             assert row["wire_bytes"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_point_on_a_gpu(mesh: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The way a GPU is measured, on CPU devices with the limits of a made-up machine."""
+    text = "--ranks 4 --experts 8 --alignment 4 --repeats 2 --calls 2 --fp8 none"
+    bench = cli._Bench(
+        cli._parser().parse_args(text.split()), mesh, link.measure_link(FakeCuda(), range(RANKS))
+    )
+    bench.on_gpu = True
+    rows = bench.measure_point(POINT, with_baselines=True)
+    measured = [row for row in rows if "error" not in row]
+    assert [r["operation"] for r in measured] == [
+        *VERBS,
+        "all_to_all",
+        "all_to_all+gather",
+        "all_gather+gather",
+    ]
+    for row in measured:
+        assert (row["calls"], row["sms"]) == (2, 10)
+        if row["operation"] == "make_layout":
+            continue
+        # All rows move over a link of 100 bytes a second, ten times slower than the memory.
+        assert row["bound_s"] >= row["wire_bytes"] / 100
+        if row["median_s"] > 0:
+            assert row["fraction_of_w"] == pytest.approx(row["wire_bytes_per_s"] / 100)
+    assert "forward+backward" in capsys.readouterr().out
+
+
+def test_second_process_measures_with_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    """On CPU XLA cannot run the operation, and that comes back from the other process."""
+    text = (
+        "--platform cpu --ranks 2 --tokens 2 3 --hidden 64 --top-k 1 --experts 2 --repeats 1 "
+        "--routing uniform --capacity tight --fp8 none"
+    )
+    args = cli._parser().parse_args(text.split())
+    rows = cli._second_process(args)
+    printed = capsys.readouterr().out
+    if not rows:  # a jaxlib that does not know the flag ends with that
+        assert "second process: exit code" in printed
+        return
+    assert [(r["operation"], r["tokens"]) for r in rows] == [
+        (f"{operations.RAGGED} (device kernel)", tokens) for tokens in (2, 3)
+    ]
+    assert all("not supported" in row["error"] for row in rows)
+    assert rows[0]["xla_flags"] == cli._DEVICE_KERNEL_FLAG
 
 
 def test_a_failing_operation_is_told_and_the_others_are_measured(

@@ -32,13 +32,14 @@ import jax
 from jax.sharding import Mesh
 
 import jax_ep
-from jax_ep import runtime
+from jax_ep import doctor, runtime
 from jax_ep.bench import measure, operations, report, traffic
 from jax_ep.bench.link import Link, measure_link
 from jax_ep.bench.traffic import Point, Traffic
 
 _DEVICE_KERNEL_FLAG = "--xla_gpu_experimental_ragged_all_to_all_use_device_kernel=true"
 _CHILD_TIMEOUT = 900  # seconds
+_LINK_SMS = (8, 16, 24, 32)  # SM counts that W is measured on without --num-sms
 
 # By platform, what is measured unless the command line says otherwise.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -168,14 +169,17 @@ def _environment(mesh: Mesh) -> dict[str, Any]:
     import jaxlib.version
 
     device = mesh.devices.flat[0]
+    drivers = {gpu.driver for gpu in doctor.driver_gpus()}
     return {
         "jax_ep": jax_ep.__version__,
         "jax": jax.__version__,
         "jaxlib": jaxlib.version.__version__,
-        "platform": device.client.platform_version.splitlines()[0],
+        "platform": " ".join(device.client.platform_version.split()),
+        "driver": ", ".join(sorted(filter(None, drivers))) or None,
         "device": device.device_kind,
         "ranks": mesh.size,
         "cores": os.cpu_count(),
+        "timeout_s": jax_ep.get_timeout(),
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -286,7 +290,7 @@ def _second_process(args: argparse.Namespace) -> list[report.Row]:
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name)[0])]
     for name in ("ranks", "experts", "alignment", "repeats", "seed", "zipf_exponent"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    command += ["--fp8", "none"]
+    command += ["--fp8", "none"] + (["--platform", args.platform] if args.platform else [])
     if args.calls:
         command += ["--calls", str(args.calls)]
     environment = dict(os.environ)
@@ -374,14 +378,15 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
     for name, value in environment.items():
         print(f"{name}: {value}")
     print(f"settings: {settings}")
-    link = _measure_link(mesh, args.num_sms or [])
+    link_sms = args.num_sms or _LINK_SMS
+    link = _measure_link(mesh, link_sms)
 
     bench = _Bench(args, mesh, link)
     all_points = points(args)
 
     def save() -> None:
         if args.json:
-            limits = None if link is None else link.as_json()
+            limits = None if link is None else link.as_json(link_sms)
             report.write_json(args.json, environment, settings, limits, bench.rows)
 
     previous = None

@@ -91,14 +91,21 @@ class Link:
             times.append(movement.memory_bytes / (2 * self.stored_on(num_sms, 1, row_bytes)))
         return max(times)
 
-    def as_json(self) -> dict[str, Any]:
-        """The figures, in bytes, seconds and bytes per second."""
+    def as_json(self, num_sms: Sequence[int]) -> dict[str, Any]:
+        """The figures, in bytes, seconds and bytes per second; also for these SM counts."""
         return {
             "wire_bytes_per_s": self.wire_bytes_per_s,
             "pairs": {f"{a}-{b}": rate for (a, b), rate in self.pairs.items()},
             "flag_hop_s": self.flag_hop_s,
             "memory_bytes_per_s": self.memory_bytes_per_s,
             "num_sms": self.num_sms,
+            "on_sms": {
+                count: {
+                    "wire_bytes_per_s": self.wire_on(count),
+                    "stored_bytes_per_s": self.stored_on(count, 1, _LINK_ROW_BYTES),
+                }
+                for count in num_sms
+            },
         }
 
     def lines(self, num_sms: Sequence[int]) -> list[str]:
