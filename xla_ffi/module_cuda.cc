@@ -9,6 +9,7 @@
 
 #include "xla_ffi/call_site_cuda.h"
 #include "xla_ffi/handlers_cuda.h"
+#include "xla_ffi/link_probe_module.h"
 #include "xla_ffi/symmetric_memory.h"
 
 namespace nb = nanobind;
@@ -66,6 +67,7 @@ NB_MODULE(_cuda, m) {
   m.def(
       "set_timeout", [](double seconds) { SetCudaTimeout(static_cast<uint64_t>(seconds * 1e9)); },
       nb::arg("seconds"));
+  RegisterLinkProbe(m);
 }
 
 }  // namespace jax_ep

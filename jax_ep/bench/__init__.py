@@ -1,1 +1,1 @@
-"""``python -m jax_ep.bench`` times the verbs beside their bound, measured in the same run."""
+"""``python -m jax_ep.bench``: times the operations beside bounds and JAX's collectives."""

@@ -1,0 +1,412 @@
+"""Times make_layout, dispatch and combine as a jitted program runs them, beside their bounds.
+
+Runs on all local devices of one process. On GPUs the limits are measured first: W, what a link
+carries in each direction while both are busy (rows pushed by bulk copies, for each pair), the time
+of a flag, and B, what a copy inside a device moves. The bound of an operation is the larger of its
+wire bytes over W and its memory bytes over B; with --num-sms also of the same bytes through a copy
+kernel on that many SMs. A GPU's time is the difference between a program with many dependent calls
+and one with a single call, over their number. On CPU a time is that of the whole call, and the
+bound is a copy by all cores of the rows that the operation must write, between warm buffers,
+measured between the repetitions. All times are the slowest rank's.
+
+The first value of --hidden, --top-k, --routing, --capacity, --dtype, --fp8 and --num-sms is the
+base, measured at every --tokens; every further value is measured with the others at their base
+(--product: all combinations). Beside the base stand JAX's own collectives for the same rows.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import inspect
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+import jax_ep
+from jax_ep import doctor, runtime
+from jax_ep.bench import measure, operations, report, traffic
+from jax_ep.bench.link import Link, measure_link
+from jax_ep.bench.traffic import Point, Traffic
+
+_DEVICE_KERNEL_FLAG = "--xla_gpu_experimental_ragged_all_to_all_use_device_kernel=true"
+_CHILD_TIMEOUT = 900  # seconds
+_LINK_SMS = (8, 16, 24, 32)  # SM counts that W is measured on without --num-sms
+
+# By platform, what is measured unless the command line says otherwise.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "tokens": [1, 16, 128, 1024],
+        "hidden": [1024],
+        "top_k": [8],
+        "experts": 64,
+        "routing": ["uniform"],
+        "capacity": ["tight"],
+        "fp8": ["none"],
+        "repeats": 20,
+    },
+    "gpu": {
+        "tokens": [1, 16, 128, 1024, 4096, 16384],
+        "hidden": [7168, 2048],
+        "top_k": [8, 1, 2],
+        "experts": 256,
+        "routing": ["uniform", "zipf"],
+        "capacity": ["tight", "default"],
+        "fp8": ["none", "float32"],
+        "repeats": 9,
+    },
+}
+
+_VARIED = ("hidden", "top_k", "routing", "capacity", "dtype", "fp8", "num_sms")
+
+_PRINTED_VARIABLES = ("XLA_", "NCCL_", "JAX_", "CUDA_VISIBLE", "NPROC")
+
+
+def _capacity(text: str) -> str:
+    if text in ("tight", "default"):
+        return text
+    try:
+        if float(text) > 0:
+            return text
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: give tight, default, or a factor of the mean load above 0"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_ep.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--platform", choices=["cpu", "cuda"], help="default: JAX's own choice")
+    add("--ranks", type=_positive, help="devices in the EP group; default: all GPUs, or 8 on CPU")
+    add("--tokens", type=_positive, nargs="+", help="T, per rank")
+    add("--hidden", type=_positive, nargs="+", help="H")
+    add("--top-k", type=_positive, nargs="+", help="K")
+    add("--experts", type=_positive, help="E; default: 256, or 64 on CPU")
+    add("--routing", nargs="+", choices=traffic.ROUTINGS)
+    add("--zipf-exponent", type=float, default=1.0, help="how skewed --routing zipf is")
+    add(
+        "--capacity",
+        type=_capacity,
+        nargs="+",
+        help="tight (exactly what the fullest rank receives), default (cannot overflow), or "
+        "factors of the mean load",
+    )
+    add("--alignment", type=_positive, default=1, help="expert alignment in rows")
+    add(
+        "--dtype",
+        nargs="+",
+        default=["bfloat16"],
+        choices=["bfloat16", "float16", "float32"],
+    )
+    add("--fp8", nargs="+", choices=traffic.FP8_MODES, help="how dispatch sends rows")
+    add("--num-sms", type=_positive, nargs="+", help="SMs an operation may use; default: its own")
+    add("--product", action="store_true", help="all combinations of the lists")
+    add("--only", nargs="+", help="only operations whose name contains one of these")
+    add("--repeats", type=_positive, help="default: 9, or 20 on CPU")
+    add("--calls", type=_positive, help="N of a GPU's long program; default: by the bound, 5 to 40")
+    add("--seed", type=int, default=0)
+    add(
+        "--no-second-process",
+        action="store_true",
+        help="leave out ragged_all_to_all with XLA's device kernel, which needs its own process",
+    )
+    add("--json", type=Path, help="write all figures to this file, after every point")
+    add("--plot", type=Path, help="draw the base's times over T into this PNG (needs matplotlib)")
+    return parser
+
+
+def _set_up_virtual_devices(num_ranks: int) -> None:
+    """For CPU, before JAX creates its client: a virtual device a rank, and threads for them."""
+    flag = "--xla_force_host_platform_device_count"
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={num_ranks}".strip()
+    # What jaxlib 0.10.2 needs for programs that are in flight together.
+    os.environ.setdefault("NPROC", str(2 * num_ranks))
+
+
+def points(args: argparse.Namespace) -> list[Point]:
+    """What to measure: the base at every T first, then its variations."""
+    values = {name: getattr(args, name) or [None] for name in _VARIED}
+    if args.product:
+        combinations: Iterable[dict[str, Any]] = (
+            dict(zip(values, choice, strict=True)) for choice in itertools.product(*values.values())
+        )
+    else:
+        base = {name: options[0] for name, options in values.items()}
+        combinations = [base] + [
+            base | {name: option} for name in values for option in values[name][1:]
+        ]
+    return [
+        Point(tokens=tokens, **combination)
+        for combination in combinations
+        for tokens in args.tokens
+    ]
+
+
+def _environment(mesh: Mesh) -> dict[str, Any]:
+    """What the figures depend on."""
+    import jaxlib.version
+
+    device = mesh.devices.flat[0]
+    drivers = {gpu.driver for gpu in doctor.driver_gpus()}
+    return {
+        "jax_ep": jax_ep.__version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.version.__version__,
+        "platform": " ".join(device.client.platform_version.split()),
+        "driver": ", ".join(sorted(filter(None, drivers))) or None,
+        "device": device.device_kind,
+        "ranks": mesh.size,
+        "cores": os.cpu_count(),
+        "timeout_s": jax_ep.get_timeout(),
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_PRINTED_VARIABLES)
+        },
+    }
+
+
+class _Bench:
+    """One run: its mesh, its limits, and the rows so far."""
+
+    def __init__(self, args: argparse.Namespace, mesh: Mesh, link: Link | None) -> None:
+        self.args = args
+        self.mesh = mesh
+        self.link = link
+        self.on_gpu = mesh.devices.flat[0].platform != "cpu"
+        self.rows: list[report.Row] = []
+
+    def wanted(self, name: str) -> bool:
+        only = self.args.only
+        return not only or any(text in name for text in only)
+
+    def measure_point(self, point: Point, with_baselines: bool) -> list[report.Row]:
+        """All operations of a point; prints each as it comes."""
+        args = self.args
+        ids = traffic.expert_ids(point, self.mesh.size, args.experts, args.seed, args.zipf_exponent)
+        capacity = traffic.row_capacity(point, ids, args.experts, args.alignment)
+        moved = traffic.measure_traffic(ids, args.experts, capacity, args.alignment)
+        rows: list[report.Row] = []
+
+        def emit(row: report.Row) -> None:
+            rows.append(row)
+            print(report.format_row(row), flush=True)
+
+        sizes = {"num_experts": args.experts, "alignment": args.alignment}
+        todo: list[operations.Operation] = []
+        kind = "jax_ep"
+        try:
+            data = operations.make_data(point, self.mesh, ids, moved.layout.capacity, args.seed)
+            if self.wants_any(_VERB_NAMES):
+                todo += operations.jax_ep_operations(
+                    point, self.mesh, data, moved, capacity=capacity, **sizes
+                )
+            kind = "baselines"
+            if with_baselines and self.wants_any(_BASELINE_NAMES):
+                todo += operations.baseline_operations(point, self.mesh, data, moved, **sizes)
+        except Exception as error:  # e.g. out of memory: the other points are still worth measuring
+            emit(report.failed_row(kind, kind == "baselines", point, moved, error))
+        for operation in todo:
+            if not self.wanted(operation.name):
+                continue
+            try:
+                emit(self._measure(operation, point, moved))
+            except Exception as error:
+                emit(report.failed_row(operation.name, operation.baseline, point, moved, error))
+        return rows
+
+    def wants_any(self, names: Sequence[str]) -> bool:
+        return any(self.wanted(name) for name in names)
+
+    def _measure(self, operation: operations.Operation, point: Point, moved: Traffic) -> report.Row:
+        args = self.args
+        host_copy = None
+        if self.on_gpu:
+            bound = 0.0
+            if self.link is not None:
+                bound = self.link.bound(operation.movements, point.num_sms, point.row_bytes)
+            calls = args.calls or measure.chain_length(bound)
+            timing = measure.time_chained_calls(
+                operation.fn,
+                self.mesh,
+                operation.args,
+                fresh=operation.fresh,
+                repeats=args.repeats,
+                calls=calls,
+            )
+        else:
+            copied = self.mesh.size * moved.layout.capacity * point.row_bytes
+            host_copy = measure.HostCopy(copied)
+            timing = measure.time_whole_calls(
+                operation.fn, self.mesh, operation.args, repeats=args.repeats, between=host_copy
+            )
+        return report.result_row(operation, point, moved, timing, self.link, host_copy)
+
+
+_VERB_NAMES = (
+    "make_layout",
+    "dispatch",
+    "make_layout+dispatch",
+    "combine",
+    "make_layout+dispatch+combine",
+    "forward+backward",
+)
+_BASELINE_NAMES = ("all_to_all", "all_to_all+gather", "all_gather+gather", operations.RAGGED)
+
+
+def _describe(point: Point) -> str:
+    fields = dataclasses.asdict(point)
+    del fields["tokens"]
+    return ", ".join(f"{name}={value}" for name, value in fields.items())
+
+
+def _second_process(args: argparse.Namespace) -> list[report.Row]:
+    """ragged_all_to_all with XLA's device kernel: flags are read once a process."""
+    command = [sys.executable, "-m", "jax_ep.bench", "--no-second-process"]
+    command += ["--only", operations.RAGGED, "--tokens", *map(str, args.tokens)]
+    for name in ("hidden", "top_k", "routing", "capacity", "dtype"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name)[0])]
+    for name in ("ranks", "experts", "alignment", "repeats", "seed", "zipf_exponent"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    command += ["--fp8", "none"] + (["--platform", args.platform] if args.platform else [])
+    if args.calls:
+        command += ["--calls", str(args.calls)]
+    environment = dict(os.environ)
+    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {_DEVICE_KERNEL_FLAG}".strip()
+    # This process keeps its pool meanwhile.
+    environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.json"
+        try:
+            finished = subprocess.run(
+                [*command, "--json", str(results)],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=_CHILD_TIMEOUT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            print(f"second process: no end within {_CHILD_TIMEOUT} s", flush=True)
+            return []
+        if not results.exists():
+            lines = (finished.stderr.strip() or finished.stdout.strip()).splitlines()
+            reason = lines[-1] if lines else "no message"
+            print(f"second process: exit code {finished.returncode}: {reason}", flush=True)
+            return []
+        rows: list[report.Row] = json.loads(results.read_text())["results"]
+    for row in rows:
+        row["operation"] += " (device kernel)"
+        row["xla_flags"] = _DEVICE_KERNEL_FLAG
+        print(report.format_row(row), flush=True)
+    return rows
+
+
+def _measure_link(mesh: Mesh, num_sms: Sequence[int]) -> Link | None:
+    """The limits of GPUs, printed; None on CPU, or with the reason printed."""
+    devices = list(mesh.devices.flat)
+    if devices[0].platform == "cpu":
+        return None
+    if runtime._cuda is None:
+        print("W, B: n/a: this installation of jax_ep has no CUDA part (python -m jax_ep.doctor)")
+        return None
+    link = measure_link(runtime._cuda, [d.local_hardware_id for d in devices])
+    for line in link.lines(num_sms):
+        print(line)
+    return link
+
+
+def main(argv: Sequence[str] | None = None) -> list[report.Row]:
+    """Runs the benchmark and prints a table.
+
+    Args:
+        argv: the command line; None for this process's.
+
+    Returns:
+        One object per operation and point, as in the JSON file: ``median_s``, ``p10_s`` and
+        ``p90_s`` in seconds, ``bound_s`` (None without one) and ``ratio`` to it, bytes and bytes
+        per second; or ``error`` where it could not be measured.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if args.num_sms and "num_sms" not in inspect.signature(jax_ep.dispatch).parameters:
+        parser.error("--num-sms: this version of jax_ep.dispatch has no argument num_sms")
+    _set_up_virtual_devices(args.ranks or 8)
+    try:
+        devices = jax.local_devices(backend=args.platform)
+    except RuntimeError as error:
+        parser.error(f"--platform {args.platform}: {error}")
+    platform = "cpu" if devices[0].platform == "cpu" else "gpu"
+    for name, value in _DEFAULTS[platform].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.ranks = args.ranks or len(devices)
+    if args.ranks > len(devices):
+        parser.error(f"--ranks {args.ranks}: this process has {len(devices)} devices")
+    if args.experts % args.ranks:
+        parser.error(f"--experts {args.experts}: must be a multiple of {args.ranks} ranks")
+    if max(args.top_k) > args.experts:
+        parser.error(f"--top-k {max(args.top_k)}: must be at most --experts {args.experts}")
+    mesh = jax.make_mesh((args.ranks,), (operations.AXIS,), devices=devices[: args.ranks])
+
+    environment = _environment(mesh)
+    settings = {name: _plain(value) for name, value in vars(args).items()}
+    for name, value in environment.items():
+        print(f"{name}: {value}")
+    print(f"settings: {settings}")
+    link_sms = args.num_sms or _LINK_SMS
+    link = _measure_link(mesh, link_sms)
+
+    bench = _Bench(args, mesh, link)
+    all_points = points(args)
+
+    def save() -> None:
+        if args.json:
+            limits = None if link is None else link.as_json(link_sms)
+            report.write_json(args.json, environment, settings, limits, bench.rows)
+
+    previous = None
+    for point in all_points:
+        if (description := _describe(point)) != previous:
+            print(f"\n{description}\n{report.HEADER}")
+            previous = description
+        # Baselines know neither fp8 nor num_sms: once for the others' values is enough.
+        plain = point.fp8 == "none" and point.num_sms == all_points[0].num_sms
+        bench.rows += bench.measure_point(point, with_baselines=plain)
+        save()
+    if platform == "gpu" and not args.no_second_process and bench.wanted(operations.RAGGED):
+        print(f"\n{_describe(all_points[0])}, in a second process with {_DEVICE_KERNEL_FLAG}")
+        bench.rows += _second_process(args)
+        save()
+    if args.plot:
+        title = f"{environment['ranks']} x {environment['device']}, jax {environment['jax']}"
+        report.plot(args.plot, bench.rows, title)
+    return bench.rows
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value

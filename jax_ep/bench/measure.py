@@ -1,0 +1,258 @@
+"""Times a per-shard function as a jitted program runs it.
+
+On CPU a time is that of the whole call, until every rank's result is ready.
+
+On a GPU starting a program costs more than the operations take, so a program with N + 1 calls and
+one with a single call are timed in turn, and a call takes the difference divided by N. Each call's
+operands pass an optimization barrier together with the result of the call before, which keeps the
+calls in order; one operand is another array in each call, so that the compiler sees no two equal
+calls; and all results leave the program, so none is dropped. None of this moves data. The compiled
+programs are searched for the calls all the same.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+_WARM_UP = 3  # command buffers are recorded at the second run and replayed from the third on
+_DATA_MOVERS = re.compile(
+    r'custom_call_target="jax_ep_\w+"|'
+    r"[ =)](?:ragged-all-to-all|all-to-all|all-gather)(?:-start)?\("
+)
+_COPY = re.compile(r"[ =)}]copy(?:-start)?\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How long a call takes.
+
+    Attributes:
+        seconds: of each repeat, ascending. A difference of two programs may be negative where
+            the machine's jitter exceeds what it measures.
+        calls: N, 0 where whole programs were timed.
+        output_bytes: results of a call, per device.
+        temp_bytes: what XLA allocates besides, per device: the largest use within the call.
+        extra_copies: copies that the compiler put between the calls of the long program, per call;
+            they are part of the time.
+    """
+
+    seconds: tuple[float, ...]
+    calls: int
+    output_bytes: int
+    temp_bytes: int
+    extra_copies: float = 0.0
+
+    @property
+    def median(self) -> float:
+        """Median in seconds."""
+        return statistics.median(self.seconds)
+
+    def percentile(self, percent: int) -> float:
+        """The repeat that stands at this percentage of all, in seconds."""
+        return self.seconds[min(len(self.seconds) * percent // 100, len(self.seconds) - 1)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A compiled program and the global arrays it is called with."""
+
+    compiled: jax.stages.Compiled
+    args: tuple[Any, ...]
+
+    def run(self) -> None:
+        """Runs it until every device is done.
+
+        The results are freed at once, so that the next run gets the same addresses: a command
+        buffer whose addresses change is recorded again.
+        """
+        jax.block_until_ready(self.compiled(*self.args))
+
+
+def compile_calls(
+    fn: Callable[..., Any], mesh: Mesh, args: tuple[Any, ...], num_calls: int, fresh: int = 0
+) -> Program:
+    """A program over ``mesh`` that calls ``fn`` on its shards ``num_calls`` times, in order.
+
+    Args:
+        fn: takes the shards of ``args``.
+        mesh: with the axis "ep".
+        args: global arrays, or pytrees of them.
+        num_calls: calls in the program; their results are its results.
+        fresh: which of ``args``, an array that ``fn`` uses, every call gets a copy of its own of.
+    """
+    copies = tuple(jnp.copy(args[fresh]) for _ in range(num_calls - 1))
+
+    def program(args: tuple[Any, ...], copies: tuple[Any, ...]) -> list[Any]:
+        results = []
+        for call in range(num_calls):
+            result = fn(*args)
+            if call + 1 < num_calls:
+                args = (*args[:fresh], copies[call], *args[fresh + 1 :])
+                args, result = lax.optimization_barrier((args, result))
+            results.append(result)
+        return results
+
+    sharded = jax.shard_map(program, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    return Program(jax.jit(sharded).lower(args, copies).compile(), (args, copies))
+
+
+def count_calls(program: Program) -> int:
+    """Calls of jax_ep and collectives that move rows, in the program as it was compiled."""
+    return len(_DATA_MOVERS.findall(program.compiled.as_text() or ""))
+
+
+def require_all_calls(single: Program, many: Program, num_calls: int) -> None:
+    """Checks that the compiler neither merged nor dropped calls.
+
+    Raises:
+        RuntimeError: the program with ``num_calls`` calls has fewer than so many times the calls of
+            ``single``, so that its time would say nothing.
+    """
+    expected, found = num_calls * count_calls(single), count_calls(many)
+    if found < expected:
+        raise RuntimeError(
+            f"the compiler merged or dropped calls: {found} are left of {expected}; no time can be "
+            "told from this program"
+        )
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _warm_up(program: Program) -> None:
+    for _ in range(_WARM_UP):
+        program.run()
+
+
+def time_whole_calls(
+    fn: Callable[..., Any],
+    mesh: Mesh,
+    args: tuple[Any, ...],
+    *,
+    repeats: int,
+    between: Callable[[], None] | None = None,
+) -> Timing:
+    """Times whole programs with one call; ``between`` runs after each."""
+    program = compile_calls(fn, mesh, args, 1)
+    _warm_up(program)
+    seconds = []
+    for _ in range(repeats):
+        seconds.append(_seconds(program.run))
+        if between is not None:
+            between()
+    return Timing(tuple(sorted(seconds)), 0, *_memory(program))
+
+
+def time_chained_calls(
+    fn: Callable[..., Any],
+    mesh: Mesh,
+    args: tuple[Any, ...],
+    *,
+    fresh: int,
+    repeats: int,
+    calls: int,
+) -> Timing:
+    """Times a call as the difference between ``calls`` + 1 calls and one, over ``calls``.
+
+    Fewer calls are taken if their operands and results would not fit into the devices' memory.
+    ``fresh`` is as in ``compile_calls``.
+
+    Raises:
+        MemoryError: not even two calls fit.
+        RuntimeError: the compiler merged or dropped calls.
+    """
+    single = compile_calls(fn, mesh, args, 1)
+    output_bytes, temp_bytes = _memory(single)
+    free = _free_bytes(mesh)
+    if free is not None:
+        per_call = output_bytes + args[fresh].nbytes // mesh.size
+        fitting = int((0.9 * free - temp_bytes) // max(1, per_call)) - 1
+        if fitting < 1:
+            raise MemoryError(
+                f"two calls need 2 x {per_call / 2**30:.1f} GiB for operands and results and "
+                f"{temp_bytes / 2**30:.1f} GiB of scratch, but {free / 2**30:.1f} GiB are free"
+            )
+        calls = min(calls, fitting)
+    many = compile_calls(fn, mesh, args, calls + 1, fresh)
+    require_all_calls(single, many, calls + 1)
+    _warm_up(single)
+    _warm_up(many)
+    seconds = []
+    for _ in range(repeats):
+        once = _seconds(single.run)
+        seconds.append((_seconds(many.run) - once) / calls)
+    extra = (_count_copies(many) - _count_copies(single)) / calls
+    return Timing(tuple(sorted(seconds)), calls, output_bytes, temp_bytes, extra)
+
+
+def chain_length(expected_seconds: float) -> int:
+    """N for an operation that is expected to take this long: about a millisecond in all."""
+    return min(40, max(5, round(1e-3 / max(expected_seconds, 1e-6))))
+
+
+def _count_copies(program: Program) -> int:
+    return len(_COPY.findall(program.compiled.as_text() or ""))
+
+
+def _memory(program: Program) -> tuple[int, int]:
+    analysis = program.compiled.memory_analysis()
+    if analysis is None:
+        return 0, 0
+    return int(analysis.output_size_in_bytes), int(analysis.temp_size_in_bytes)
+
+
+def _free_bytes(mesh: Mesh) -> int | None:
+    """What the fullest device still has, or None where it does not say."""
+    free = []
+    for device in mesh.devices.flat:
+        stats = device.memory_stats()
+        if not stats or "bytes_limit" not in stats:
+            return None
+        free.append(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    return int(min(free))
+
+
+@functools.cache
+def _cores() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1)
+
+
+class HostCopy:
+    """A copy of ``num_bytes`` in the host's memory by all cores, timed each time it is called.
+
+    The bound on CPU: buffers are warm, and it runs between the repeats of what it bounds.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        num_threads = os.cpu_count() or 1
+        source = np.ones(num_bytes, np.uint8)
+        target = np.zeros_like(source)
+        parts = zip(
+            np.array_split(source, num_threads), np.array_split(target, num_threads), strict=True
+        )
+        self._parts = list(parts)
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
+        """Copies once."""
+        self.seconds.append(
+            _seconds(
+                lambda: list(_cores().map(lambda part: np.copyto(part[1], part[0]), self._parts))
+            )
+        )

@@ -1,0 +1,210 @@
+"""What is measured: a point of the parameter space, its expert ids, and what they make move."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+import jax_ep
+from jax_ep import reference
+
+SCALE_BLOCK = reference.QUANTIZATION_GROUP
+
+ROUTINGS = ("uniform", "zipf")
+FP8_MODES = (
+    "none",
+    "float32",
+    "power_of_two",
+    "float32+dequantize",
+    "power_of_two+dequantize",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One point of the parameter space.
+
+    Attributes:
+        tokens: T, per rank.
+        hidden: H, channels of a row.
+        top_k: K, experts per token.
+        routing: one of ROUTINGS.
+        capacity: "tight" (exactly what the fullest rank receives), "default", or a factor of the
+            mean load as text.
+        dtype: of the rows.
+        fp8: one of FP8_MODES, how dispatch sends rows.
+        num_sms: SMs an operation may use; None leaves it to the operation.
+    """
+
+    tokens: int
+    hidden: int
+    top_k: int
+    routing: str
+    capacity: str
+    dtype: str
+    fp8: str
+    num_sms: int | None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in ``dtype``."""
+        return self.hidden * int(jnp.dtype(self.dtype).itemsize)
+
+    @property
+    def dequantizes(self) -> bool:
+        """Whether fp8 rows come out in ``dtype`` again."""
+        return self.fp8.endswith("+dequantize")
+
+    @property
+    def wire_row_bytes(self) -> int:
+        """Bytes of a row as dispatch sends it: fp8 rows carry a float32 scale per 128 channels."""
+        if self.fp8 == "none":
+            return self.row_bytes
+        return self.hidden + self.hidden // SCALE_BLOCK * 4
+
+    @property
+    def received_row_bytes(self) -> int:
+        """Bytes of a row, with its scales, as dispatch hands it out."""
+        return self.row_bytes if self.dequantizes else self.wire_row_bytes
+
+
+def expert_ids(
+    point: Point, num_ranks: int, num_experts: int, seed: int, zipf_exponent: float
+) -> NDArray[np.int32]:
+    """Distinct experts for every token, int32 [R, T, K].
+
+    "uniform": every set of K experts is as likely as any other. "zipf": the experts' popularity is
+    1, 1 / 2**s, 1 / 3**s, .. in a random order that all ranks share, and a token's K experts are
+    drawn by it without replacement (the K largest of log popularity plus Gumbel noise).
+    """
+    rng = np.random.default_rng(seed)
+    log_popularity = np.zeros(num_experts, np.float32)
+    if point.routing == "zipf":
+        order = rng.permutation(num_experts)
+        log_popularity[order] = -zipf_exponent * np.log(np.arange(1, num_experts + 1))
+    ids = np.empty((num_ranks, point.tokens, point.top_k), np.int32)
+    for rank in range(num_ranks):
+        noise = rng.gumbel(size=(point.tokens, num_experts)).astype(np.float32)
+        ids[rank] = np.argsort(-(log_popularity + noise), axis=1)[:, : point.top_k]
+    return ids
+
+
+def row_capacity(
+    point: Point, ids: NDArray[np.int32], num_experts: int, alignment: int
+) -> int | None:
+    """The capacity that ``point`` asks for in rows; None for ``make_layout``'s default."""
+    num_ranks = ids.shape[0]
+    if point.capacity == "default":
+        return None
+    if point.capacity == "tight":
+        load = np.bincount(ids.ravel(), minlength=num_experts).reshape(num_ranks, -1)
+        padded = -(-load // alignment) * alignment
+        return max(int(padded.sum(axis=1).max()), alignment)
+    return jax_ep.capacity(
+        point.tokens,
+        point.top_k,
+        num_ranks,
+        float(point.capacity),
+        num_experts=num_experts,
+        expert_alignment=alignment,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Rows that must move, of the rank that has most. Computed from the oracle's layout.
+
+    Attributes:
+        layout: the oracle's layout.
+        kept_rows: rows that a rank keeps.
+        distinct_rows: (source rank, token) pairs that a rank receives from anywhere: its logical
+            traffic.
+        wire_rows: the same from other ranks, or sent to other ranks if that is more.
+        source_tokens: tokens of a rank that have a kept row anywhere.
+        dropped_rows: of the whole group.
+    """
+
+    layout: reference.ReferenceLayout
+    kept_rows: int
+    distinct_rows: int
+    wire_rows: int
+    source_tokens: int
+    dropped_rows: int
+
+    @property
+    def copies(self) -> int:
+        """F, rows written per distinct row that arrives, rounded."""
+        return max(1, round(self.kept_rows / max(1, self.distinct_rows)))
+
+
+def measure_traffic(
+    ids: NDArray[np.int32], num_experts: int, capacity: int | None, alignment: int
+) -> Traffic:
+    """Counts the rows of these ids."""
+    layout = reference.make_layout(
+        ids, num_experts=num_experts, capacity=capacity, expert_alignment=alignment
+    )
+    num_ranks, num_tokens, top_k = ids.shape
+    pairs = np.zeros((num_ranks, num_ranks, num_tokens), bool)  # destination, source rank, token
+    for rank in range(num_ranks):
+        source = layout.recv_src[rank]
+        pairs[rank].reshape(-1)[source[source >= 0] // top_k] = True
+    between = pairs.sum(axis=2)
+    remote = between - np.diag(np.diag(between))
+    return Traffic(
+        layout=layout,
+        kept_rows=int(layout.num_recv.max()),
+        distinct_rows=int(between.sum(axis=1).max()),
+        wire_rows=int(max(remote.sum(axis=1).max(), remote.sum(axis=0).max())),
+        source_tokens=int(pairs.any(axis=0).sum(axis=1).max()),
+        dropped_rows=int(layout.num_dropped.sum()),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Movement:
+    """What one pass over the rows must move, of the rank that has most.
+
+    Attributes:
+        wire_bytes: to or from other ranks, one direction.
+        logical_bytes: the same with the rank's own rows.
+        memory_bytes: read from and written to device memory at least: each row that dispatch
+            hands out is written once, zeroed ones too, and each token's row read once where it
+            lives; combine reads each kept row once and writes each token's row once.
+        stored_bytes: written in the rank's own memory, by a pass that expands rows; else 0.
+        copies: F, how often an expanding pass stores what it loaded once.
+    """
+
+    wire_bytes: int
+    logical_bytes: int
+    memory_bytes: int
+    stored_bytes: int = 0
+    copies: int = 1
+
+
+def dispatch_movement(point: Point, traffic: Traffic) -> Movement:
+    """Of dispatch, or of combine's gradient without fp8."""
+    stored = traffic.layout.capacity * point.received_row_bytes
+    return Movement(
+        wire_bytes=traffic.wire_rows * point.wire_row_bytes,
+        logical_bytes=traffic.distinct_rows * point.wire_row_bytes,
+        memory_bytes=stored + traffic.source_tokens * point.row_bytes,
+        stored_bytes=stored,
+        copies=traffic.copies,
+    )
+
+
+def combine_movement(point: Point, traffic: Traffic) -> Movement:
+    """Of combine, or of dispatch's gradient: rows in ``dtype`` whatever dispatch sent."""
+    return Movement(
+        wire_bytes=traffic.wire_rows * point.row_bytes,
+        logical_bytes=traffic.distinct_rows * point.row_bytes,
+        memory_bytes=(traffic.kept_rows + point.tokens) * point.row_bytes,
+    )
+
+
+def point_fields(point: Point) -> dict[str, Any]:
+    """The point as a JSON object."""
+    return dataclasses.asdict(point)

@@ -1,0 +1,557 @@
+"""The benchmark: what it counts, that its baselines compute what dispatch does, how it times."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+from jax_ep import compat
+from jax_ep.bench import cli, link, measure, operations, report, traffic
+from jax_ep.bench.traffic import Movement, Point
+
+RANKS, EXPERTS = 4, 8
+POINT = Point(
+    tokens=6,
+    hidden=64,
+    top_k=3,
+    routing="zipf",
+    capacity="tight",
+    dtype="bfloat16",
+    fp8="none",
+    num_sms=None,
+)
+ALIGNMENT = 4
+
+VERBS = [
+    "make_layout",
+    "dispatch",
+    "make_layout+dispatch",
+    "combine",
+    "make_layout+dispatch+combine",
+    "forward+backward",
+]
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Any:
+    return jax.make_mesh((RANKS,), ("ep",), devices=jax.devices("cpu")[:RANKS])
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    traffic: traffic.Traffic
+    data: operations.Data
+    operations: dict[str, operations.Operation]
+
+
+@pytest.fixture(scope="module")
+def prepared(mesh: Any) -> Prepared:
+    ids = traffic.expert_ids(POINT, RANKS, EXPERTS, seed=3, zipf_exponent=1.0)
+    capacity = traffic.row_capacity(POINT, ids, EXPERTS, ALIGNMENT)
+    moved = traffic.measure_traffic(ids, EXPERTS, capacity, ALIGNMENT)
+    data = operations.make_data(POINT, mesh, ids, moved.layout.capacity, seed=0)
+    sizes = {"num_experts": EXPERTS, "alignment": ALIGNMENT}
+    todo = operations.jax_ep_operations(POINT, mesh, data, moved, capacity=capacity, **sizes)
+    todo += operations.baseline_operations(POINT, mesh, data, moved, **sizes)
+    return Prepared(moved, data, {o.name: o for o in todo})
+
+
+def _run(mesh: Any, operation: operations.Operation) -> Any:
+    mapped = jax.shard_map(operation.fn, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    return jax.jit(mapped)(*operation.args)
+
+
+# What is counted ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capacity", [None, 4])
+def test_traffic_counts_what_a_slow_loop_counts(capacity: int | None) -> None:
+    ids = traffic.expert_ids(POINT, RANKS, EXPERTS, seed=1, zipf_exponent=1.5)
+    moved = traffic.measure_traffic(ids, EXPERTS, capacity, 1)
+    arrived: dict[int, set[tuple[int, int]]] = {r: set() for r in range(RANKS)}
+    rows = dict.fromkeys(range(RANKS), 0)
+    dropped = 0
+    for expert in range(EXPERTS):  # placement is by expert, source, token, k
+        for source in range(RANKS):
+            for token in range(POINT.tokens):
+                for k in range(POINT.top_k):
+                    if ids[source, token, k] != expert:
+                        continue
+                    rank = expert // (EXPERTS // RANKS)
+                    if capacity is not None and rows[rank] == capacity:
+                        dropped += 1
+                        continue
+                    rows[rank] += 1
+                    arrived[rank].add((source, token))
+    received = {r: sum(s != r for s, _ in arrived[r]) for r in arrived}
+    sent = {r: sum(s == r for q in arrived if q != r for s, _ in arrived[q]) for r in arrived}
+    assert moved.kept_rows == max(rows.values())
+    assert moved.distinct_rows == max(len(pairs) for pairs in arrived.values())
+    assert moved.wire_rows == max(*received.values(), *sent.values())
+    assert moved.dropped_rows == dropped
+    assert (dropped > 0) == (capacity is not None)
+    senders = set().union(*arrived.values())
+    assert moved.source_tokens == max(sum(s == r for s, _ in senders) for r in range(RANKS))
+
+
+def test_ids_are_distinct_and_zipf_is_skewed() -> None:
+    point = dataclasses.replace(POINT, tokens=256)
+    loads = {}
+    for routing in traffic.ROUTINGS:
+        ids = traffic.expert_ids(
+            dataclasses.replace(point, routing=routing), RANKS, EXPERTS, 0, zipf_exponent=2.0
+        )
+        assert ids.shape == (RANKS, 256, 3)
+        assert ids.dtype == np.int32
+        assert np.all(np.diff(np.sort(ids, axis=2), axis=2) > 0)
+        loads[routing] = np.bincount(ids.ravel(), minlength=EXPERTS)
+    # Uniform: 3072 draws over 8 experts, binomial with deviation below 20, so 384 +- 100 is safe.
+    assert np.all(abs(loads["uniform"] - 384) < 100)
+    assert loads["zipf"].max() > 900  # of at most 1024
+    assert loads["zipf"].min() < 100
+
+
+def test_tight_capacity_is_what_the_fullest_rank_receives() -> None:
+    ids = traffic.expert_ids(POINT, RANKS, EXPERTS, seed=1, zipf_exponent=1.0)
+    capacity = traffic.row_capacity(POINT, ids, EXPERTS, ALIGNMENT)
+    assert capacity is not None
+    fits = traffic.measure_traffic(ids, EXPERTS, capacity, ALIGNMENT)
+    less = traffic.measure_traffic(ids, EXPERTS, capacity - ALIGNMENT, ALIGNMENT)
+    assert fits.dropped_rows == 0
+    assert less.dropped_rows > 0
+    loose = dataclasses.replace(POINT, capacity="default")
+    assert traffic.row_capacity(loose, ids, EXPERTS, ALIGNMENT) is None
+
+
+def test_bytes_of_the_published_case() -> None:
+    """T = 4096, H = 7168, top-8 of 256 over two ranks: 58.5 MB bf16 on the wire, 30.2 MB fp8."""
+    point = Point(4096, 7168, 8, "uniform", "tight", "bfloat16", "none", None)
+    ids = traffic.expert_ids(point, 2, 256, seed=0, zipf_exponent=1.0)
+    moved = traffic.measure_traffic(ids, 256, traffic.row_capacity(point, ids, 256, 1), 1)
+    sent = traffic.dispatch_movement(point, moved)
+    fp8 = traffic.dispatch_movement(dataclasses.replace(point, fp8="float32"), moved)
+    # 1 - C(128, 8) / C(256, 8) of 4096 tokens have an expert on the other rank: 0.9966, +- 4 rows.
+    assert sent.wire_bytes == pytest.approx(58.52e6, rel=2e-3)
+    assert fp8.wire_bytes == pytest.approx(30.18e6, rel=2e-3)
+    assert sent.logical_bytes == pytest.approx(2 * sent.wire_bytes, rel=2e-3)
+    # 32768 rows on average are written, and the fullest rank has at least as many.
+    assert 469e6 < sent.stored_bytes < 480e6
+    assert sent.memory_bytes == sent.stored_bytes + 4096 * 14336
+    assert sent.copies == 4
+    combined = traffic.combine_movement(point, moved)
+    assert combined.memory_bytes == sent.memory_bytes
+    assert combined.wire_bytes == sent.wire_bytes
+
+
+# The bound ----------------------------------------------------------------------------------------
+
+
+class FakeCuda:
+    """A machine: W = 100 B/s on all 10 SMs, B = 1000 B/s, and a rate per SM for row copies."""
+
+    def probe_device(self, ordinal: int) -> dict[str, Any]:
+        return {"num_sms": 10}
+
+    def probe_link_copy(
+        self, first: int, second: int, rows: int, row_bytes: int, rounds: int, sms: int, n: int
+    ) -> list[float]:
+        rate = (100 if (first, second) == (0, 1) else 150) * min(1.0, sms / 4)
+        return [rows * row_bytes / rate] * n
+
+    def probe_flag_hop(self, first: int, second: int, trips: int, n: int) -> list[float]:
+        return [first + second + 0.5] * n
+
+    def probe_memory_copy(self, ordinal: int, num_bytes: int, n: int) -> list[float]:
+        return [2 * num_bytes / (1000 + ordinal)] * n
+
+    def probe_row_copy(
+        self, ordinal: int, rows: int, row_bytes: int, copies: int, rounds: int, sms: int, n: int
+    ) -> list[float]:
+        assert row_bytes % 16 == 0
+        assert row_bytes <= 16384
+        return [rows * row_bytes * copies / (sms * (20 + copies))] * n
+
+
+def test_bound_is_the_slower_of_link_and_memory() -> None:
+    limits = link.measure_link(FakeCuda(), [0, 1, 2])
+    assert limits.wire_bytes_per_s == pytest.approx(100)  # the slowest pair
+    assert limits.memory_bytes_per_s == pytest.approx(1000)
+    assert limits.flag_hop_s == 3.5
+    on_wire = Movement(wire_bytes=1000, logical_bytes=0, memory_bytes=5000)
+    in_memory = Movement(
+        wire_bytes=100, logical_bytes=0, memory_bytes=5000, stored_bytes=4600, copies=3
+    )
+    assert limits.bound([on_wire], None, 128) == pytest.approx(10)
+    assert limits.bound([in_memory], None, 128) == pytest.approx(5)
+    assert limits.bound([on_wire, in_memory], None, 128) == pytest.approx(15)
+    # On 2 SMs a row copy with 3 copies stores 46 B/s, a plain one 42 B/s: 84 read and written.
+    assert limits.bound([in_memory], 2, 128) == pytest.approx(100)
+    assert limits.bound([on_wire], 2, 128) == pytest.approx(5000 / 84)
+    assert limits.wire_on(2) == pytest.approx(50)
+    text = "\n".join(limits.lines([2]))
+    assert "slowest pair" in text
+    assert "2 SMs: W = " in text
+    assert json.loads(json.dumps(limits.as_json([2])))["on_sms"]["2"] == pytest.approx(
+        {"wire_bytes_per_s": 50, "stored_bytes_per_s": 42}
+    )
+
+
+def test_one_gpu_has_no_link() -> None:
+    limits = link.measure_link(FakeCuda(), [1])
+    assert limits.wire_bytes_per_s is None
+    assert limits.wire_on(2) is None
+    assert limits.bound([Movement(10**9, 0, 1001)], None, 128) == pytest.approx(1)
+    assert "W: n/a, there is one GPU" in limits.lines([])[0]
+
+
+def test_rows_longer_than_a_stage_are_copied_in_equal_parts() -> None:
+    assert link._piece(14336) == 14336
+    assert link._piece(28672) == 14336
+    assert 2 * 8192 < link._piece(16400) * 2 <= 16400 + 32
+
+
+# What is timed ------------------------------------------------------------------------------------
+
+
+def test_baselines_compute_what_dispatch_does(mesh: Any, prepared: Prepared) -> None:
+    """Else they would be compared with something that users do not need."""
+    expected = np.asarray(_run(mesh, prepared.operations["dispatch"])[0])
+    assert np.any(expected)
+    for name in ("all_to_all+gather", "all_gather+gather"):
+        result = np.asarray(_run(mesh, prepared.operations[name]))
+        np.testing.assert_array_equal(result.view(np.uint16), expected.view(np.uint16), name)
+
+
+def test_ragged_baseline_computes_what_dispatch_does(
+    mesh: Any, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XLA has no ragged_all_to_all for CPU, so its definition stands in for it here."""
+
+    def ragged_all_to_all(
+        operand: jax.Array,
+        output: jax.Array,
+        input_offsets: jax.Array,
+        send_sizes: jax.Array,
+        output_offsets: jax.Array,
+        recv_sizes: jax.Array,
+        *,
+        axis_name: str,
+    ) -> jax.Array:
+        rank = lax.axis_index(axis_name)
+        everything = [
+            lax.all_gather(a, axis_name)
+            for a in (operand, input_offsets, send_sizes, output_offsets)
+        ]
+        segments = send_sizes.shape[0] // RANKS
+        place = jnp.arange(operand.shape[0])
+        for source in range(RANKS):
+            rows, begins, sizes, ends_at = (a[source] for a in everything)
+            for i in range(segments):
+                at = rank * segments + i
+                inside = (place >= begins[at]) & (place < begins[at] + sizes[at])
+                target = jnp.where(inside, place - begins[at] + ends_at[at], output.shape[0])
+                output = output.at[target].set(rows, mode="drop")
+        expected = jnp.stack(
+            [
+                lax.dynamic_slice_in_dim(everything[2][s], rank * segments, segments)
+                for s in range(RANKS)
+            ]
+        )
+        # Rows that do not match what the receiver announced would be lost: poison the result.
+        agree = jnp.all(expected.reshape(-1) == recv_sizes)
+        return jnp.where(agree, output, jnp.nan)
+
+    monkeypatch.setattr(lax, "ragged_all_to_all", ragged_all_to_all)
+    result = np.asarray(_run(mesh, prepared.operations[operations.RAGGED]))
+    expected = np.asarray(_run(mesh, prepared.operations["dispatch"])[0])
+    np.testing.assert_array_equal(result.view(np.uint16), expected.view(np.uint16))
+
+
+def test_forward_backward_returns_result_and_both_gradients(mesh: Any, prepared: Prepared) -> None:
+    """What the loss does not use, the compiler would drop: five calls are the whole of it."""
+    operation = prepared.operations["forward+backward"]
+    program = measure.compile_calls(operation.fn, mesh, operation.args, 1)
+    assert measure.count_calls(program) == 5
+    (results,) = program.compiled(*program.args)
+    shapes = [(RANKS * 6, 64), (RANKS * 6, 64), (RANKS * 6, 3)]
+    assert [r.shape for r in results] == shapes
+
+
+@pytest.mark.parametrize("name", [*VERBS, "all_to_all+gather", "all_gather+gather"])
+def test_a_chain_keeps_all_its_calls(name: str, mesh: Any, prepared: Prepared) -> None:
+    operation = prepared.operations[name]
+    single = measure.compile_calls(operation.fn, mesh, operation.args, 1)
+    many = measure.compile_calls(operation.fn, mesh, operation.args, 3, operation.fresh)
+    assert measure.count_calls(single) > 0
+    assert measure.count_calls(many) == 3 * measure.count_calls(single)
+    measure.require_all_calls(single, many, 3)
+    first, second, third = (jax.tree.leaves(r) for r in many.compiled(*many.args))
+    for a, b, c in zip(first, second, third, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes() == np.asarray(c).tobytes()
+
+
+def test_merged_calls_are_noticed(mesh: Any, prepared: Prepared) -> None:
+    """Of equal operands the compiler makes one call, and a time would be too good."""
+    operation = prepared.operations["dispatch"]
+    single = measure.compile_calls(operation.fn, mesh, operation.args, 1)
+    merged = measure.compile_calls(
+        lambda *args: [operation.fn(*args) for _ in range(3)], mesh, operation.args, 1
+    )
+    with pytest.raises(RuntimeError, match="merged or dropped calls: 1 are left of 3"):
+        measure.require_all_calls(single, merged, 3)
+
+
+def _fake_clock(single: float, per_call: float, calls: int) -> Callable[..., float]:
+    turns = iter(range(10**6))
+
+    def seconds(call: Callable[[], Any]) -> float:
+        turn = next(turns)
+        call()
+        # A repeat times the program with one call, then the long one; the machine gets slower.
+        return single + (per_call * calls if turn % 2 else 0.0) + 1e-3 * (turn // 2)
+
+    return seconds
+
+
+def test_a_call_takes_the_difference_over_the_calls(
+    mesh: Any, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operation = prepared.operations["dispatch"]
+    monkeypatch.setattr(measure, "_seconds", _fake_clock(1e-4, 7e-6, calls=4))
+    timing = measure.time_chained_calls(
+        operation.fn, mesh, operation.args, fresh=2, repeats=5, calls=4
+    )
+    assert timing.seconds == pytest.approx([7e-6] * 5)
+    assert timing.calls == 4
+    assert timing.output_bytes >= prepared.traffic.layout.capacity * POINT.row_bytes
+
+
+def test_calls_are_fewer_where_results_do_not_fit(
+    mesh: Any, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operation = prepared.operations["all_gather+gather"]
+    single = measure.compile_calls(operation.fn, mesh, operation.args, 1)
+    output, temp = measure._memory(single)
+    per_call = output + POINT.tokens * POINT.row_bytes  # a copy of x for every call
+    monkeypatch.setattr(measure, "_free_bytes", lambda mesh: (4.5 * per_call + temp) / 0.9)
+    timing = measure.time_chained_calls(
+        operation.fn, mesh, operation.args, fresh=0, repeats=1, calls=9
+    )
+    assert timing.calls == 3
+    monkeypatch.setattr(measure, "_free_bytes", lambda mesh: (1.5 * per_call + temp) / 0.9)
+    with pytest.raises(MemoryError, match="two calls need"):
+        measure.time_chained_calls(operation.fn, mesh, operation.args, fresh=0, repeats=1, calls=9)
+
+
+def test_chain_length() -> None:
+    assert measure.chain_length(0.0) == 40
+    assert measure.chain_length(100e-6) == 10
+    assert measure.chain_length(1.0) == 5
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+def _main(arguments: str) -> list[report.Row]:
+    return cli.main(["--platform", "cpu", *arguments.split()])
+
+
+def test_points_vary_one_thing_at_a_time() -> None:
+    arguments = (
+        "--tokens 1 2 --hidden 8 16 --top-k 1 --routing uniform zipf --capacity tight --fp8 none"
+    )
+    args = cli._parser().parse_args(arguments.split())
+    found = [(p.tokens, p.hidden, p.routing) for p in cli.points(args)]
+    base = [(1, 8, "uniform"), (2, 8, "uniform")]
+    assert found[:2] == base
+    assert found[2:] == [(1, 16, "uniform"), (2, 16, "uniform"), (1, 8, "zipf"), (2, 8, "zipf")]
+    args.product = True
+    assert len(set(cli.points(args))) == 8
+
+
+def test_run_on_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every operation has a time, and a bound where it moves rows; JSON and plot are written."""
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "out.json", tmp_path / "out.png"
+    rows = _main(
+        "--ranks 4 --tokens 2 5 --hidden 128 --top-k 2 --experts 8 --fp8 none float32 --repeats 3 "
+        f"--json {file} --plot {picture}"
+    )
+    text = capsys.readouterr().out
+    assert "'ranks': 4" in text
+    assert "XLA_FLAGS" in text
+    written = json.loads(file.read_text())
+    assert written["results"] == json.loads(json.dumps(rows))
+    assert written["environment"]["jax"] == jax.__version__
+    base = [row for row in rows if row["tokens"] == 5 and row["fp8"] == "none"]
+    baselines = ["all_to_all", "all_to_all+gather", "all_gather+gather", operations.RAGGED]
+    assert [row["operation"] for row in base] == VERBS + baselines
+    assert [r["operation"] for r in rows if r["tokens"] == 5 and r["fp8"] == "float32"] == [
+        "dispatch",
+        "make_layout+dispatch",
+    ]
+    for row in rows:
+        if row["operation"] == operations.RAGGED:  # XLA has none for CPU
+            assert "not supported" in row["error"]
+            continue
+        assert row["p10_s"] <= row["median_s"] <= row["p90_s"]
+        assert row["median_s"] > 0
+        assert (row["bound_s"] is None) == (row["operation"] == "make_layout")
+        if row["bound_s"]:
+            assert row["ratio"] == pytest.approx(row["median_s"] / row["bound_s"])
+            assert row["wire_bytes"] > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_point_on_a_gpu(mesh: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The way a GPU is measured, on CPU devices with the limits of a made-up machine."""
+    text = "--ranks 4 --experts 8 --alignment 4 --repeats 2 --calls 2 --fp8 none"
+    bench = cli._Bench(
+        cli._parser().parse_args(text.split()), mesh, link.measure_link(FakeCuda(), range(RANKS))
+    )
+    bench.on_gpu = True
+    rows = bench.measure_point(POINT, with_baselines=True)
+    measured = [row for row in rows if "error" not in row]
+    assert [r["operation"] for r in measured] == [
+        *VERBS,
+        "all_to_all",
+        "all_to_all+gather",
+        "all_gather+gather",
+    ]
+    for row in measured:
+        assert (row["calls"], row["sms"]) == (2, 10)
+        if row["operation"] == "make_layout":
+            continue
+        # All rows move over a link of 100 bytes a second, ten times slower than the memory.
+        assert row["bound_s"] >= row["wire_bytes"] / 100
+        if row["median_s"] > 0:
+            assert row["fraction_of_w"] == pytest.approx(row["wire_bytes_per_s"] / 100)
+    assert "forward+backward" in capsys.readouterr().out
+
+
+def test_second_process_measures_with_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    """On CPU XLA cannot run the operation, and that comes back from the other process."""
+    text = (
+        "--platform cpu --ranks 2 --tokens 2 3 --hidden 64 --top-k 1 --experts 2 --repeats 1 "
+        "--routing uniform --capacity tight --fp8 none"
+    )
+    args = cli._parser().parse_args(text.split())
+    rows = cli._second_process(args)
+    printed = capsys.readouterr().out
+    if not rows:  # a jaxlib that does not know the flag ends with that
+        assert "second process: exit code" in printed
+        return
+    assert [(r["operation"], r["tokens"]) for r in rows] == [
+        (f"{operations.RAGGED} (device kernel)", tokens) for tokens in (2, 3)
+    ]
+    assert all("not supported" in row["error"] for row in rows)
+    assert rows[0]["xla_flags"] == cli._DEVICE_KERNEL_FLAG
+
+
+def test_a_failing_operation_is_told_and_the_others_are_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("this combine is broken\nin two lines")
+
+    monkeypatch.setattr(jax_ep, "combine", fail)
+    rows = _main(
+        "--ranks 2 --tokens 2 --hidden 64 --top-k 1 --experts 2 --repeats 1 --only dispatch combine"
+    )
+    failed = {row["operation"] for row in rows if "error" in row}
+    assert failed == {"combine", "make_layout+dispatch+combine"}
+    assert {row["operation"] for row in rows} - failed == {"dispatch", "make_layout+dispatch"}
+    assert "n/a: ValueError: this combine is broken" in capsys.readouterr().out
+
+
+def test_exit_code_tells_that_an_operation_failed() -> None:
+    """A hidden size that fp8 cannot take fails dispatch; the process says so at its end."""
+    command = (
+        "--ranks 2 --tokens 2 --hidden 72 --top-k 1 --experts 2 --repeats 1 --only dispatch --fp8"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+    environment |= {"JAX_PLATFORMS": "cpu"}
+    for fp8, code in (("float32", 1), ("none", 0)):
+        run = subprocess.run(
+            [sys.executable, "-m", "jax_ep.bench", *command.split(), fp8],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert run.returncode == code, run.stdout + run.stderr
+        assert ("that is a multiple of 128" in run.stdout) == (code == 1), run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--capacity loose", "give tight, default, or a factor"),
+        ("--ranks 3 --experts 64", "must be a multiple of 3 ranks"),
+        ("--ranks 99 --experts 99", "this process has"),
+        ("--top-k 9 --experts 8", "must be at most --experts 8"),
+        ("--tokens 0", "must be at least 1"),
+        ("--platform nowhere", "invalid choice"),
+    ],
+)
+def test_bad_arguments(arguments: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _main(arguments)
+    assert told in capsys.readouterr().err
+
+
+def test_num_sms_is_passed_only_where_given(
+    mesh: Any,
+    prepared: Prepared,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def dispatch(x: Any, layout: Any, weights: Any, **options: Any) -> Any:
+        seen.append(options)
+        return x, weights, None, layout
+
+    monkeypatch.setattr(jax_ep, "dispatch", dispatch)
+    monkeypatch.setattr(jax_ep, "make_layout", lambda ids, **kw: compat.vary_over(ids, ("ep",)))
+    for num_sms, expected in ((None, {}), (24, {"num_sms": 24})):
+        todo = operations.jax_ep_operations(
+            dataclasses.replace(POINT, num_sms=num_sms),
+            mesh,
+            prepared.data,
+            prepared.traffic,
+            num_experts=EXPERTS,
+            capacity=None,
+            alignment=1,
+        )
+        _run(mesh, next(o for o in todo if o.name == "dispatch"))
+        assert seen.pop() == expected
+    monkeypatch.setattr(jax_ep, "dispatch", lambda x, layout: None)
+    with pytest.raises(SystemExit):
+        cli.main(["--num-sms", "24"])
+    assert "has no argument num_sms" in capsys.readouterr().err
+
+
+def test_a_negative_difference_is_shown_as_it_is() -> None:
+    """Where jitter exceeds the time, no rate is invented from it."""
+    operation = operations.Operation("dispatch", lambda: None, (), (Movement(10, 10, 10),))
+    ids = traffic.expert_ids(POINT, RANKS, EXPERTS, 0, 1.0)
+    moved = traffic.measure_traffic(ids, EXPERTS, None, 1)
+    timing = measure.Timing((-3e-6, -1e-6, 2e-6), 5, 0, 0)
+    row = report.result_row(operation, POINT, moved, timing, None, None)
+    assert row["median_s"] == -1e-6
+    assert "wire_bytes_per_s" not in row
+    assert "-1.0 us" in report.format_row(row)
