@@ -50,13 +50,14 @@ ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, La
   checks.Shape("expert_load", *expert_load, {a.num_experts});
   checks.Shape("counters", *counters, {3});
   if (!checks.ok()) return checks.error();
-  gpu::GroupView group;
-  if (ffi::Error e = EnterGroup(
-          *state, ordinal, {{"topk_idx", topk_idx.untyped_data(), topk_idx.size_bytes()}}, &group);
+  GroupCall group;
+  if (ffi::Error e =
+          EnterGroup(*state, ordinal, stream,
+                     {{"topk_idx", topk_idx.untyped_data(), topk_idx.size_bytes()}}, &group);
       e.failure()) {
     return e;
   }
-  const gpu::LayoutArguments arguments{topk_idx.typed_data(),
+  const gpu::LayoutArguments arguments{group.At(topk_idx.typed_data()),
                                        num_tokens,
                                        top_k,
                                        a.num_experts,
@@ -105,16 +106,16 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
     weights_bytes = in.size_bytes();
   }
   if (!checks.ok()) return checks.error();
-  gpu::GroupView group;
+  GroupCall group;
   if (ffi::Error e = EnterGroup(
-          *state, ordinal,
+          *state, ordinal, stream,
           {{"x", x.untyped_data(), x.size_bytes()}, {"topk_weights", topk_weights, weights_bytes}},
           &group);
       e.failure()) {
     return e;
   }
-  const gpu::DispatchArguments arguments{x.untyped_data(),
-                                         topk_weights,
+  const gpu::DispatchArguments arguments{group.At(x.untyped_data()),
+                                         group.At(topk_weights),
                                          recv_src.typed_data(),
                                          recv_order.typed_data(),
                                          recv_offsets.typed_data(),
@@ -181,11 +182,12 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
   auto partial = *optional_out.get<ffi::AnyBuffer>(num_values);
   checks.Shape("partial", *partial, {a.num_ranks, num_tokens, num_channels});
   if (!checks.ok()) return checks.error();
-  gpu::GroupView group;
-  if (ffi::Error e = EnterGroup(*state, ordinal,
-                                {{"partial", partial->untyped_data(), partial->size_bytes()},
-                                 {"collected", collected, collected_bytes}},
-                                &group);
+  GroupCall group;
+  if (ffi::Error e =
+          EnterGroup(*state, ordinal, stream,
+                     {{"partial", partial->untyped_data(), partial->size_bytes(), Use::kScratch},
+                      {"collected", collected, collected_bytes, Use::kOutput}},
+                     &group);
       e.failure()) {
     return e;
   }
@@ -197,16 +199,17 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
                                         recv_src.typed_data(),
                                         recv_order.typed_data(),
                                         recv_offsets.typed_data(),
-                                        partial->untyped_data(),
+                                        group.At(partial->untyped_data()),
                                         combined->untyped_data(),
-                                        collected,
+                                        group.At(collected),
                                         num_tokens,
                                         top_k,
                                         capacity,
                                         a.num_experts / a.num_ranks,
                                         num_channels,
                                         type};
-  return CudaStatus(a.kOp, gpu::LaunchCombine(group, arguments, NumSms(ordinal), stream));
+  const cudaError_t launched = gpu::LaunchCombine(group, arguments, NumSms(ordinal), stream);
+  return CudaStatus(a.kOp, group.CopyOut(launched, stream));
 }
 
 }  // namespace

@@ -11,7 +11,8 @@
 // only grow. Progress: [S1] and [E1] wait for nothing but resident blocks of their own kernel, so
 // no cycle. Failure: a wait that exceeds the timeout sets `broken` in this device's control block
 // and writes the error record; every other wait of this device then ends at once, in this and all
-// later calls. Peers run into their own timeouts.
+// later calls. Peers run into their own timeouts. The host sets `broken` too, when it leaves the
+// group: a call that finds it set (a replayed command buffer) touches no memory of a peer.
 #ifndef JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 #define JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 
@@ -24,6 +25,11 @@ enum class OpKind : uint32_t { kLayout, kDispatch, kCombine };
 
 __device__ inline bool is_broken(const GroupView& g) {
   return ld_acquire_gpu(&g.control->local.broken) != 0;
+}
+
+// How long a wait may take. Read across the bus, so only where a wait is long already.
+__device__ inline uint64_t timeout_ns(const GroupView& g) {
+  return ld_relaxed_sys(&g.error->timeout_ns);
 }
 
 __device__ inline void report_timeout(const GroupView& g, OpKind kind, int peer, uint32_t phase,
@@ -56,21 +62,36 @@ __device__ inline bool wait_flag(const GroupView& g, OpKind kind, const uint64_t
     if (is_broken(g)) return false;
     const uint64_t now = globaltimer_ns();
     if (start == 0) start = now;
-    if (now - start > g.timeout_ns) {
+    if (now - start > timeout_ns(g)) {
       report_timeout(g, kind, peer, phase, expected, seen);
       return false;
     }
   }
 }
 
+// An address of this device as its peers are shown it.
+__device__ inline uint64_t shown_address(const GroupView& g, uint64_t address) {
+  const uint64_t offset = address - g.staging;
+  return offset < g.staging_bytes ? kStagedAddress | offset : address;
+}
+
+// What a peer has shown as an address that is valid here.
+__device__ inline uint64_t address_here(const PeerView& peer, uint64_t shown) {
+  if ((shown & kStagedAddress) != 0) return peer.staging + (shown & ~kStagedAddress);
+  return shown == 0 ? 0 : shown + static_cast<uint64_t>(peer.shift);
+}
+
 // [S1], by threads 0 .. num_ranks - 1 of one block.
 __device__ inline void send_start(const GroupView& g, const uint64_t (&address)[kNumAddresses]) {
   const int r = static_cast<int>(threadIdx.x);
   if (r >= g.num_ranks || r == g.rank) return;
+  if (ld_relaxed_gpu(&g.control->local.broken) != 0) return;
   const PeerView& peer = g.peer[r];
   StartMail* mail = &peer.control->start[peer.slot_there];
   st_relaxed_sys(&mail->operation, g.operation);
-  for (int i = 0; i < kNumAddresses; ++i) st_relaxed_sys(&mail->address[i], address[i]);
+  for (int i = 0; i < kNumAddresses; ++i) {
+    st_relaxed_sys(&mail->address[i], shown_address(g, address[i]));
+  }
   st_release_sys(&mail->epoch, g.control->local.epoch[peer.slot_here] + 1);  // [S1]
 }
 
@@ -79,6 +100,8 @@ __device__ inline void send_start(const GroupView& g, const uint64_t (&address)[
 __device__ inline bool receive_start(const GroupView& g, OpKind kind,
                                      const uint64_t (&own)[kNumAddresses],
                                      uint64_t (*address)[kNumAddresses]) {
+  // Its latency passes while the first flag is fetched.
+  const uint32_t broken = ld_relaxed_gpu(&g.control->local.broken);
   bool ok = true;
   for (int r = static_cast<int>(threadIdx.x); r < g.num_ranks; r += static_cast<int>(blockDim.x)) {
     if (r == g.rank) {
@@ -94,11 +117,10 @@ __device__ inline bool receive_start(const GroupView& g, OpKind kind,
       ok = false;
     }
     for (int i = 0; i < kNumAddresses; ++i) {
-      const uint64_t there = ld_relaxed_sys(&mail->address[i]);
-      address[r][i] = there == 0 ? 0 : there + static_cast<uint64_t>(peer.shift);
+      address[r][i] = address_here(peer, ld_relaxed_sys(&mail->address[i]));
     }
   }
-  return __syncthreads_and(ok) != 0;
+  return __syncthreads_and(ok && broken == 0) != 0;
 }
 
 // By one thread of each block, after the block's work and __syncthreads: true in the last block.
@@ -140,7 +162,7 @@ __device__ inline bool grid_barrier(const GroupView& g) {
     uint64_t start = globaltimer_ns();
     for (uint32_t i = 0; ld_relaxed_gpu(&g.control->local.barrier) < gridDim.x; ++i) {
       // Another block may have left on a broken group; it never comes here then.
-      if ((i & 255u) == 255u && (is_broken(g) || globaltimer_ns() - start > 2 * g.timeout_ns)) {
+      if ((i & 255u) == 255u && (is_broken(g) || globaltimer_ns() - start > 2 * timeout_ns(g))) {
         ok = false;
         break;
       }
