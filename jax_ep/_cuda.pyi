@@ -7,6 +7,7 @@ def handlers() -> dict[str, dict[str, Any]]: ...
 def state_type() -> dict[str, Any]: ...
 def setup(
     process: int,
+    num_processes: int,
     ids: Sequence[int],
     ordinals: Sequence[int],
     staging_bytes: int,

@@ -412,7 +412,14 @@ def _set_up_cuda(staging_bytes: int = 0) -> None:
     devices = jax.local_devices(backend="cuda")
     ids, ordinals = [d.id for d in devices], [d.local_hardware_id for d in devices]
     with _set_up_lock:
-        _cuda.setup(compat.process_index(), ids, ordinals, staging_bytes, _path == "staged")
+        _cuda.setup(
+            compat.process_index(),
+            compat.process_count(),
+            ids,
+            ordinals,
+            staging_bytes,
+            _path == "staged",
+        )
         if _watcher is None:
             _watcher = _Watcher()
             _finalize_at_exit()

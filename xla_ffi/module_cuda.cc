@@ -52,12 +52,13 @@ NB_MODULE(_cuda, m) {
   m.def("state_type", &StateType, "The call sites' state, as jax.ffi.register_ffi_type takes it.");
   m.def(
       "setup",
-      [](int64_t process, const std::vector<int>& ids, const std::vector<int>& ordinals,
-         size_t staging_bytes, bool staged_only) {
-        SymmetricMemory::Get().Setup(process, ids, ordinals, staging_bytes, staged_only);
+      [](int64_t process, int64_t num_processes, const std::vector<int>& ids,
+         const std::vector<int>& ordinals, size_t staging_bytes, bool staged_only) {
+        SymmetricMemory::Get().Setup(process, num_processes, ids, ordinals, staging_bytes,
+                                     staged_only);
       },
-      nb::arg("process"), nb::arg("ids"), nb::arg("ordinals"), nb::arg("staging_bytes"),
-      nb::arg("staged_only"), nb::call_guard<nb::gil_scoped_release>());
+      nb::arg("process"), nb::arg("num_processes"), nb::arg("ids"), nb::arg("ordinals"),
+      nb::arg("staging_bytes"), nb::arg("staged_only"), nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "export_memory",
       [](const std::vector<uint64_t>& pointers) { return SymmetricMemory::Get().Export(pointers); },

@@ -298,7 +298,7 @@ SymmetricMemory::Device SymmetricMemory::MakeDevice(int ordinal, int64_t member,
   return device;
 }
 
-void SymmetricMemory::Setup(int64_t process, const std::vector<int>& ids,
+void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::vector<int>& ids,
                             const std::vector<int>& ordinals, size_t staging_bytes,
                             bool staged_only) {
   std::lock_guard<std::mutex> lock(mutex_);
@@ -326,6 +326,7 @@ void SymmetricMemory::Setup(int64_t process, const std::vector<int>& ids,
     kept_.insert(kept_.end(), {device.control, device.staging, device.error});
   }
   process_ = process;
+  num_processes_ = num_processes;
   devices_ = std::move(devices);
   retired_.clear();
   AssignSlots();
@@ -361,7 +362,6 @@ std::string SymmetricMemory::Export(const std::vector<uint64_t>& pool_pointers) 
     const std::string on = OnDevice(device.ordinal);
     out << " " << device.member;
     show(device.control->begin(), device.control->bytes(), "exporting control memory" + on);
-    device.exported = true;
     if (staged_only_) {
       show_none();
     } else {
@@ -465,7 +465,8 @@ void SymmetricMemory::Release(bool devices_have_ended) {
       cudaDeviceSynchronize();
       cudaGetLastError();
     }
-    device.reusable = devices_have_ended && !device.exported;
+    // A job of several processes numbers its devices anew, and maps its peers at other addresses.
+    device.reusable = devices_have_ended && num_processes_ == 1;
     device.shared.clear();
     device.pool_begin = device.pool_end = 0;
     retired_[device.member] = std::move(device);

@@ -65,12 +65,13 @@ class SymmetricMemory {
   static SymmetricMemory& Get();
 
   // Allocates control memory on these CUDA devices, enables access between them and loads all
-  // kernels. `process` is this process's number, `ids` are JAX's numbers of the devices. If they
-  // are set up already only the staging regions grow to `staging_bytes`, where they are smaller.
+  // kernels. `process` is this process's number of `num_processes`, `ids` are JAX's numbers of the
+  // devices. If they are set up already only the staging regions grow to `staging_bytes`, where
+  // they are smaller.
   // With `staged_only` all buffers that peers touch are staged. Throws std::runtime_error naming
   // the device and the call that failed; nothing has changed then.
-  void Setup(int64_t process, const std::vector<int>& ids, const std::vector<int>& ordinals,
-             size_t staging_bytes, bool staged_only);
+  void Setup(int64_t process, int64_t num_processes, const std::vector<int>& ids,
+             const std::vector<int>& ordinals, size_t staging_bytes, bool staged_only);
 
   // What other processes need to reach this one's devices: a text, good until CloseDescriptors.
   // `pool_pointers[i]` is an address inside XLA's memory pool on the i-th device of Setup, and has
@@ -124,8 +125,7 @@ class SymmetricMemory {
     size_t staging_bytes = 0;
     std::shared_ptr<gpu::ErrorRecord> error;  // host address
     gpu::ErrorRecord* error_on_device = nullptr;
-    bool exported = false;                  // other processes know the control memory
-    bool reusable = false;                  // after Release: nobody uses the control memory
+    bool reusable = false;                  // after Release: the control memory may start again
     uint64_t pool_begin = 0, pool_end = 0;  // the part of XLA's memory that they map
     std::map<uint64_t, uint64_t> shared;    // allocations that local devices reach: begin -> end
 
@@ -146,6 +146,7 @@ class SymmetricMemory {
 
   std::mutex mutex_;
   int64_t process_ = 0;
+  int64_t num_processes_ = 1;
   bool staged_only_ = false;
   std::string pool_problem_;  // why other processes cannot map XLA's memory; empty if they do
   uint64_t timeout_ns_ = uint64_t{30} * 1000 * 1000 * 1000;
