@@ -14,6 +14,7 @@ namespace jax_ep::gpu {
 struct PeerView {
   ControlBlock* control;  // of that rank, mapped here
   int64_t shift;          // added to an address of that rank to get one that is valid here
+  uint64_t staging;       // its staging region, mapped here; 0 without
   int32_t slot_here;      // its slot in this device's control block
   int32_t slot_there;     // this device's slot in its control block
 };
@@ -22,12 +23,13 @@ struct GroupView {
   ControlBlock* control;  // of this device
   ErrorRecord* error;     // host-mapped
   uint64_t operation;     // hash that all ranks of the call share
-  uint64_t timeout_ns;
+  uint64_t staging;       // staging region of this device; 0 without
+  uint64_t staging_bytes;
   int32_t rank;
   int32_t num_ranks;
   PeerView peer[kMaxPeers];  // by rank
 };
-static_assert(sizeof(GroupView) <= 2048, "fits the 4 KB of kernel parameters");
+static_assert(sizeof(GroupView) <= 2560, "fits the 4 KB of kernel parameters");
 
 struct LayoutArguments {
   const int32_t* topk_idx;

@@ -19,7 +19,7 @@ except ImportError as error:
 
 from jax_ep.api import Dispatched, combine, dispatch, make_layout, moe
 from jax_ep.layout import Layout, capacity
-from jax_ep.runtime import finalize, get_timeout, initialize, set_timeout
+from jax_ep.runtime import check, finalize, get_timeout, initialize, set_timeout
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "Dispatched",
     "Layout",
     "capacity",
+    "check",
     "combine",
     "dispatch",
     "finalize",

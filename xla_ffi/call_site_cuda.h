@@ -27,22 +27,57 @@ struct CudaSiteState {
   uint64_t operation;            // hash of the operation and its attributes
 };
 
-void SetCudaTimeout(uint64_t nanoseconds);
-
 xla::ffi::ErrorOr<std::unique_ptr<CudaSiteState>> MakeCudaSite(
     const char* op, int64_t num_ranks, xla::ffi::Span<const int64_t> members,
     std::initializer_list<int64_t> static_values);
+
+// What happens to a shared buffer during the call.
+enum class Use {
+  kInput,    // peers read it
+  kScratch,  // this device writes it and peers read it; nobody needs it after the call
+  kOutput,   // this device and peers write it
+};
 
 // A buffer that peers read or write during the call.
 struct SharedBuffer {
   const char* name;
   const void* data;
   size_t bytes;
+  Use use = Use::kInput;
 };
 
-// Fills the group's view for the device, after making the buffers reachable.
-xla::ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal,
-                           std::initializer_list<SharedBuffer> buffers, gpu::GroupView* view);
+// A call of one device: its view of the group, and where its shared buffers are.
+class GroupCall : public gpu::GroupView {
+ public:
+  // What the kernel takes in place of a shared buffer: the buffer, or its place in the staging
+  // region.
+  template <typename T>
+  T* At(T* buffer) const {
+    for (int i = 0; i < num_staged_; ++i) {
+      if (staged_[i].buffer.data == buffer) return static_cast<T*>(staged_[i].at);
+    }
+    return buffer;
+  }
+
+  // After the kernel's launch, on the same stream: outputs go from the staging region to where they
+  // belong. Passes a failed launch on.
+  cudaError_t CopyOut(cudaError_t launched, cudaStream_t stream) const;
+
+ private:
+  friend xla::ffi::Error EnterGroup(const CudaSiteState&, int32_t, cudaStream_t,
+                                    std::initializer_list<SharedBuffer>, GroupCall*);
+  struct Staged {
+    SharedBuffer buffer;
+    void* at;
+  };
+  Staged staged_[gpu::kNumAddresses];
+  int num_staged_ = 0;
+};
+
+// Begins a call: makes the buffers reachable for the group's other ranks, or stages them, and fills
+// the view. Fails if a kernel has recorded an error.
+xla::ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t stream,
+                           std::initializer_list<SharedBuffer> buffers, GroupCall* call);
 
 // SMs that a call uses, of `wanted` ones (0: all).
 int NumSms(int32_t ordinal, int64_t wanted);

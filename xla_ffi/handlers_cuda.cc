@@ -67,13 +67,14 @@ ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, La
   checks.Shape("expert_load", *expert_load, {a.num_experts});
   checks.Shape("counters", *counters, {3});
   if (!checks.ok()) return checks.error();
-  gpu::GroupView group;
-  if (ffi::Error e = EnterGroup(
-          *state, ordinal, {{"topk_idx", topk_idx.untyped_data(), topk_idx.size_bytes()}}, &group);
+  GroupCall group;
+  if (ffi::Error e =
+          EnterGroup(*state, ordinal, stream,
+                     {{"topk_idx", topk_idx.untyped_data(), topk_idx.size_bytes()}}, &group);
       e.failure()) {
     return e;
   }
-  const gpu::LayoutArguments arguments{topk_idx.typed_data(),
+  const gpu::LayoutArguments arguments{group.At(topk_idx.typed_data()),
                                        num_tokens,
                                        top_k,
                                        a.num_experts,
@@ -128,7 +129,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
     auto out = *optional_out.get<ffi::AnyBuffer>(num_out);
     checks.Shape("wire", *out, {a.num_tokens, gpu::WireRowBytes(num_channels)});
     wire = out->untyped_data();
-    shown = {"wire", wire, out->size_bytes()};
+    shown = {"wire", wire, out->size_bytes(), Use::kScratch};
   }
   float* scales = nullptr;
   if (keeps_fp8) {
@@ -152,19 +153,19 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
     weights_bytes = in.size_bytes();
   }
   if (!checks.ok()) return checks.error();
-  gpu::GroupView group;
-  if (ffi::Error e = EnterGroup(*state, ordinal,
+  GroupCall group;
+  if (ffi::Error e = EnterGroup(*state, ordinal, stream,
                                 {shown, {"topk_weights", topk_weights, weights_bytes}}, &group);
       e.failure()) {
     return e;
   }
-  const gpu::DispatchArguments arguments{x.untyped_data(),
-                                         topk_weights,
+  const gpu::DispatchArguments arguments{group.At(x.untyped_data()),
+                                         group.At(topk_weights),
                                          recv_src.typed_data(),
                                          recv_order.typed_data(),
                                          recv_offsets.typed_data(),
                                          group_sizes.typed_data(),
-                                         wire,
+                                         group.At(wire),
                                          tokens->untyped_data(),
                                          scales,
                                          weights,
@@ -226,11 +227,12 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
   auto partial = *optional_out.get<ffi::AnyBuffer>(num_values);
   checks.Shape("partial", *partial, {a.num_ranks, num_tokens, num_channels});
   if (!checks.ok()) return checks.error();
-  gpu::GroupView group;
-  if (ffi::Error e = EnterGroup(*state, ordinal,
-                                {{"partial", partial->untyped_data(), partial->size_bytes()},
-                                 {"collected", collected, collected_bytes}},
-                                &group);
+  GroupCall group;
+  if (ffi::Error e =
+          EnterGroup(*state, ordinal, stream,
+                     {{"partial", partial->untyped_data(), partial->size_bytes(), Use::kScratch},
+                      {"collected", collected, collected_bytes, Use::kOutput}},
+                     &group);
       e.failure()) {
     return e;
   }
@@ -242,17 +244,18 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
                                         recv_src.typed_data(),
                                         recv_order.typed_data(),
                                         recv_offsets.typed_data(),
-                                        partial->untyped_data(),
+                                        group.At(partial->untyped_data()),
                                         combined->untyped_data(),
-                                        collected,
+                                        group.At(collected),
                                         num_tokens,
                                         top_k,
                                         capacity,
                                         a.num_experts / a.num_ranks,
                                         num_channels,
                                         type};
-  return CudaStatus(a.kOp,
-                    gpu::LaunchCombine(group, arguments, NumSms(ordinal, a.num_sms), stream));
+  const cudaError_t launched =
+      gpu::LaunchCombine(group, arguments, NumSms(ordinal, a.num_sms), stream);
+  return CudaStatus(a.kOp, group.CopyOut(launched, stream));
 }
 
 }  // namespace

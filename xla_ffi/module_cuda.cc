@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,11 @@ namespace nb = nanobind;
 
 namespace jax_ep {
 namespace {
+
+std::chrono::nanoseconds Nanoseconds(double seconds) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+      std::chrono::duration<double>(seconds));
+}
 
 nb::dict Handler(XLA_FFI_Handler* instantiate, XLA_FFI_Handler* execute) {
   nb::dict stages;
@@ -47,11 +53,13 @@ NB_MODULE(_cuda, m) {
   m.def("state_type", &StateType, "The call sites' state, as jax.ffi.register_ffi_type takes it.");
   m.def(
       "setup",
-      [](int64_t process, const std::vector<int>& ids, const std::vector<int>& ordinals) {
-        SymmetricMemory::Get().Setup(process, ids, ordinals);
+      [](int64_t process, int64_t num_processes, const std::vector<int>& ids,
+         const std::vector<int>& ordinals, size_t staging_bytes, bool staged_only) {
+        SymmetricMemory::Get().Setup(process, num_processes, ids, ordinals, staging_bytes,
+                                     staged_only);
       },
-      nb::arg("process"), nb::arg("ids"), nb::arg("ordinals"),
-      nb::call_guard<nb::gil_scoped_release>());
+      nb::arg("process"), nb::arg("num_processes"), nb::arg("ids"), nb::arg("ordinals"),
+      nb::arg("staging_bytes"), nb::arg("staged_only"), nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "export_memory",
       [](const std::vector<uint64_t>& pointers) { return SymmetricMemory::Get().Export(pointers); },
@@ -61,12 +69,27 @@ NB_MODULE(_cuda, m) {
       [](const std::vector<std::string>& exports) { SymmetricMemory::Get().Import(exports); },
       nb::arg("exports"), nb::call_guard<nb::gil_scoped_release>());
   m.def(
-      "release", [] { SymmetricMemory::Get().Release(); },
+      "close_descriptors", [] { SymmetricMemory::Get().CloseDescriptors(); },
       nb::call_guard<nb::gil_scoped_release>());
-  m.def("recorded_error", [] { return SymmetricMemory::Get().RecordedError(); });
   m.def(
-      "set_timeout", [](double seconds) { SetCudaTimeout(static_cast<uint64_t>(seconds * 1e9)); },
-      nb::arg("seconds"));
+      "synchronize",
+      [](double seconds) { return SymmetricMemory::Get().Synchronize(Nanoseconds(seconds)); },
+      nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "release", [](bool ended) { SymmetricMemory::Get().Release(ended); },
+      nb::arg("devices_have_ended"), nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "recorded_error", [] { return SymmetricMemory::Get().RecordedError(); },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "describe", [] { return SymmetricMemory::Get().Describe(); },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "set_timeout",
+      [](double seconds) {
+        SymmetricMemory::Get().SetTimeout(static_cast<uint64_t>(Nanoseconds(seconds).count()));
+      },
+      nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>());
   RegisterLinkProbe(m);
 }
 

@@ -397,8 +397,10 @@ __global__ __launch_bounds__(kNumThreads,
     }
   }
   if (!is_last_block(g)) return;
-  send_end(g);                        // [E1]
-  receive_end(g, OpKind::kDispatch);  // [E2]
+  if (!is_broken(g)) {
+    send_end(g);                        // [E1]
+    receive_end(g, OpKind::kDispatch);  // [E2]
+  }
   __syncthreads();
   if (is_broken(g)) {
     fill_nan(a.tokens, a.capacity * tokens_row_bytes<kMode>(a));

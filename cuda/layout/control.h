@@ -24,11 +24,14 @@ inline constexpr int64_t kMaxUnitsPerRing = (int64_t{1} << 24) - 1;
 inline constexpr int kNumAddresses = 3;  // buffers a call shows its peers
 inline constexpr size_t kLine = 128;     // bytes; no two writers share one
 
+// In an address of a start mail: the other bits are an offset in the sender's staging region.
+inline constexpr uint64_t kStagedAddress = uint64_t{1} << 63;
+
 // "From epoch on you may use my buffers at these addresses." Written by the slot's device.
 struct alignas(kLine) StartMail {
-  uint64_t epoch;      // written last, released
-  uint64_t operation;  // hash of call and sizes, the same on both sides
-  uint64_t address[kNumAddresses];
+  uint64_t epoch;                   // written last, released
+  uint64_t operation;               // hash of call and sizes, the same on both sides
+  uint64_t address[kNumAddresses];  // the sender's own, or kStagedAddress | offset
 };
 
 // "I am done with your memory for epoch." Written by the slot's device.
@@ -65,7 +68,8 @@ struct ControlBlock {
 };
 static_assert(sizeof(ControlBlock) < 1 << 20, "control memory is at most 1 MB a device");
 
-// A timeout, told to the host: lies in host-mapped memory, written once.
+// What a device and its host tell each other: lies in host-mapped memory. The device writes a
+// timeout, once; the host writes how long to wait, which holds for replayed command buffers too.
 struct ErrorRecord {
   uint64_t valid;  // written last
   uint64_t operation;
@@ -77,6 +81,7 @@ struct ErrorRecord {
   uint32_t phase;
   uint64_t expected_epoch;
   uint64_t seen_epoch;
+  uint64_t timeout_ns;  // written by the host
 };
 
 }  // namespace jax_ep::gpu

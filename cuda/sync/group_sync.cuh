@@ -17,7 +17,8 @@
 // Failure:  a wait that exceeds the timeout sets `broken` in this device's control block and writes
 //           the error record; every other wait of this device then ends at once, in this and all
 //           later calls, and the last block of each such call fills its outputs. Peers run into
-//           their own timeouts.
+//           their own timeouts. The host sets `broken` too, when it leaves the group: a call that
+//           finds it set (a replayed command buffer) touches no memory of a peer.
 #ifndef JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 #define JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 
@@ -31,6 +32,11 @@ enum class OpKind : uint32_t { kLayout, kDispatch, kCombine };
 
 __device__ inline bool is_broken(const GroupView& g) {
   return ld_acquire_gpu(&g.control->local.broken) != 0;
+}
+
+// How long a wait may take. Read across the bus, so only where a wait is long already.
+__device__ inline uint64_t timeout_ns(const GroupView& g) {
+  return ld_relaxed_sys(&g.error->timeout_ns);
 }
 
 __device__ inline void report_timeout(const GroupView& g, OpKind kind, int peer, uint32_t phase,
@@ -63,21 +69,36 @@ __device__ inline bool wait_flag(const GroupView& g, OpKind kind, const uint64_t
     if (is_broken(g)) return false;
     const uint64_t now = globaltimer_ns();
     if (start == 0) start = now;
-    if (now - start > g.timeout_ns) {
+    if (now - start > timeout_ns(g)) {
       report_timeout(g, kind, peer, phase, expected, seen);
       return false;
     }
   }
 }
 
+// An address of this device as its peers are shown it.
+__device__ inline uint64_t shown_address(const GroupView& g, uint64_t address) {
+  const uint64_t offset = address - g.staging;
+  return offset < g.staging_bytes ? kStagedAddress | offset : address;
+}
+
+// What a peer has shown as an address that is valid here.
+__device__ inline uint64_t address_here(const PeerView& peer, uint64_t shown) {
+  if ((shown & kStagedAddress) != 0) return peer.staging + (shown & ~kStagedAddress);
+  return shown == 0 ? 0 : shown + static_cast<uint64_t>(peer.shift);
+}
+
 // [S1], by threads 0 .. num_ranks - 1 of one block.
 __device__ inline void send_start(const GroupView& g, const uint64_t (&address)[kNumAddresses]) {
   const int r = static_cast<int>(threadIdx.x);
   if (r >= g.num_ranks || r == g.rank) return;
+  if (ld_relaxed_gpu(&g.control->local.broken) != 0) return;
   const PeerView& peer = g.peer[r];
   StartMail* mail = &peer.control->start[peer.slot_there];
   st_relaxed_sys(&mail->operation, g.operation);
-  for (int i = 0; i < kNumAddresses; ++i) st_relaxed_sys(&mail->address[i], address[i]);
+  for (int i = 0; i < kNumAddresses; ++i) {
+    st_relaxed_sys(&mail->address[i], shown_address(g, address[i]));
+  }
   st_release_sys(&mail->epoch, g.control->local.epoch[peer.slot_here] + 1);  // [S1]
 }
 
@@ -86,7 +107,9 @@ __device__ inline void send_start(const GroupView& g, const uint64_t (&address)[
 __device__ inline bool receive_start(const GroupView& g, OpKind kind,
                                      const uint64_t (&own)[kNumAddresses],
                                      uint64_t (*address)[kNumAddresses]) {
-  bool ok = !is_broken(g);  // a replayed command buffer gets here whatever the host knows
+  // Its latency passes while the first flag is fetched.
+  const uint32_t broken = ld_relaxed_gpu(&g.control->local.broken);
+  bool ok = true;
   for (int r = static_cast<int>(threadIdx.x); r < g.num_ranks; r += static_cast<int>(blockDim.x)) {
     if (r == g.rank) {
       for (int i = 0; i < kNumAddresses; ++i) address[r][i] = own[i];
@@ -101,11 +124,10 @@ __device__ inline bool receive_start(const GroupView& g, OpKind kind,
       ok = false;
     }
     for (int i = 0; i < kNumAddresses; ++i) {
-      const uint64_t there = ld_relaxed_sys(&mail->address[i]);
-      address[r][i] = there == 0 ? 0 : there + static_cast<uint64_t>(peer.shift);
+      address[r][i] = address_here(peer, ld_relaxed_sys(&mail->address[i]));
     }
   }
-  return __syncthreads_and(ok) != 0;
+  return __syncthreads_and(ok && broken == 0) != 0;
 }
 
 // [P1], after fence_acq_rel_sys: block `block` has done `num_units` units for rank r.
@@ -174,7 +196,7 @@ __device__ inline void run_messenger(const GroupView& g, OpKind kind, Mailbox& b
     bool broken = is_broken(g);
     const uint64_t now = globaltimer_ns();
     if (start == 0) start = now;
-    for (int r = lane; !broken && now - start > g.timeout_ns && r < g.num_ranks; r += 32) {
+    for (int r = lane; !broken && now - start > timeout_ns(g) && r < g.num_ranks; r += 32) {
       if (r == g.rank) continue;
       const uint64_t epoch = g.control->local.epoch[g.peer[r].slot_here] + 1;
       const uint64_t expected = progress_of(epoch, static_cast<uint64_t>(last));
@@ -257,7 +279,7 @@ __device__ inline bool grid_barrier(const GroupView& g, OpKind kind) {
     for (uint32_t i = 0; ok && ld_relaxed_gpu(&g.control->local.barrier) < gridDim.x; ++i) {
       if ((i & 255u) != 255u) continue;
       ok = !is_broken(g);
-      if (ok && globaltimer_ns() - start > g.timeout_ns) {
+      if (ok && globaltimer_ns() - start > timeout_ns(g)) {
         report_timeout(g, kind, g.rank, 4, gridDim.x, ld_relaxed_gpu(&g.control->local.barrier));
         ok = false;
       }

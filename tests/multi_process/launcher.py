@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _GRACE = 5.0  # seconds between TERM and KILL
@@ -40,6 +41,7 @@ def run(
     out: pathlib.Path,
     timeout: float = 120,
     expected: dict[int, int] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> list[Finished]:
     """Runs `program` once per process and waits for all of them.
 
@@ -55,6 +57,7 @@ def run(
         out: an existing directory.
         timeout: seconds for the whole job.
         expected: return codes that are not 0, by process.
+        environment: variables that replace those above and the caller's.
 
     Returns:
         How each process ended.
@@ -69,7 +72,7 @@ def run(
     deadline = time.monotonic() + timeout
     try:
         for process, log in enumerate(logs):
-            environment = {
+            variables = {
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(_ROOT)]),
                 "JAX_PLATFORMS": "cpu",
@@ -79,12 +82,13 @@ def run(
                 "JAX_EP_TEST_NUM_PROCESSES": str(num_processes),
                 "JAX_EP_TEST_PORT": str(port),
                 "JAX_EP_TEST_OUT": str(out),
+                **(environment or {}),
             }
             with log.open("wb") as stream:
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, "-X", "faulthandler", str(program), *arguments],
-                        env=environment,
+                        env=variables,
                         stdin=subprocess.DEVNULL,
                         stdout=stream,
                         stderr=subprocess.STDOUT,

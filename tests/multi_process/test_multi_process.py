@@ -128,6 +128,29 @@ def test_missing_process(job) -> None:
         )
 
 
+def test_initialize_again_after_a_missing_process(job) -> None:
+    """However often each process has tried before."""
+    finished = job("retried_after_missing", num_processes=3, num_devices=1)
+    for process in range(3):
+        assert "RIGHT" in finished[process].log.splitlines()
+        errors = _lines(finished[process], "ERROR")
+        assert len(errors) == (2 if process < 2 else 0)
+        for message in errors:
+            assert "process 2 of 3 did not call jax_ep.initialize() within 1.0 s" in message
+
+
+def test_initialize_again_after_a_failure(job) -> None:
+    """One process finds the fault, all hear of it soon, and all can try again."""
+    finished = job("retried_after_failure", num_processes=3, num_devices=1)
+    for process in finished:
+        (message,) = _lines(process, "ERROR")
+        assert "may not read the memory of process 1 (process_vm_readv: " in message, message
+        assert float(_lines(process, "SECONDS")[0]) < 15
+        (refused,) = _lines(process, "REFUSED")
+        assert "call jax_ep.initialize() in every process" in refused
+        assert "RIGHT" in process.log.splitlines()
+
+
 def test_forgotten_initialize(job) -> None:
     for finished in job("forgotten", num_processes=2, num_devices=1):
         (message,) = _lines(finished, "ERROR")

@@ -313,6 +313,51 @@ def missing() -> None:
     wait_for_files("done", NUM_PROCESSES - 1)
 
 
+def retried_after_missing() -> None:
+    """The last process comes to initialize() when the others have tried twice, in vain."""
+    join()
+    if PROCESS < NUM_PROCESSES - 1:
+        for _ in range(2):
+            try:
+                jax_ep.initialize(timeout=1)
+            except RuntimeError as error:
+                print("ERROR", error)
+        (OUT / f"done_{PROCESS}").touch()
+    wait_for_files("done", NUM_PROCESSES - 1)
+    jax_ep.initialize(timeout=30)
+    f, data, ids = layer_and_data()
+    check_pair(f(*data), ids)
+    print("RIGHT")
+
+
+def retried_after_failure() -> None:
+    """Process 1 cannot be read at first; then it can, and all try again."""
+    join()
+    libc = drop_ptrace_capability()
+    if PROCESS == 1:
+        assert libc.prctl(4, 0, 0, 0, 0) == 0  # PR_SET_DUMPABLE
+    start = time.monotonic()
+    try:
+        jax_ep.initialize(timeout=30)
+    except RuntimeError as error:
+        print(f"SECONDS {time.monotonic() - start:.2f}")
+        print("ERROR", error)
+    # Nothing is left: this raises nothing, and a program that spans processes is refused.
+    jax_ep.finalize()
+    f, data, ids = layer_and_data()
+    try:
+        f(*data)
+    except RuntimeError as error:
+        print("REFUSED", error)
+    if PROCESS == 1:
+        assert libc.prctl(4, 1, 0, 0, 0) == 0
+    (OUT / f"done_{PROCESS}").touch()
+    wait_for_files("done", NUM_PROCESSES)
+    jax_ep.initialize(timeout=30)
+    check_pair(f(*data), ids)
+    print("RIGHT")
+
+
 def forgotten() -> None:
     """Nobody calls initialize()."""
     join()
@@ -363,17 +408,22 @@ def tear_down(how: str) -> None:
         raise ValueError(how)
 
 
-def unreadable() -> None:
-    """The last process forbids others to read its memory."""
-    join()
+def drop_ptrace_capability() -> ctypes.CDLL:
+    """Gives up CAP_SYS_PTRACE, which root has: with it nothing is unreadable. Returns libc."""
     libc = ctypes.CDLL(None, use_errno=True)
-    # CAP_SYS_PTRACE, which root has, would allow it all the same.
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     sets = (ctypes.c_uint32 * 6)()
     assert libc.capget(header, sets) == 0
     for i in range(3):
         sets[i] &= ~(1 << 19)
     assert libc.capset(header, sets) == 0
+    return libc
+
+
+def unreadable() -> None:
+    """The last process forbids others to read its memory."""
+    join()
+    libc = drop_ptrace_capability()
     if PROCESS == NUM_PROCESSES - 1:
         assert libc.prctl(4, 0, 0, 0, 0) == 0  # PR_SET_DUMPABLE
     try:

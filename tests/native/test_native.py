@@ -1,4 +1,4 @@
-"""Builds the CPU backend with sanitizers, without JAX, and runs rendezvous_test.cc."""
+"""Builds parts of both backends with sanitizers, without JAX, and runs the tests in C++ on them."""
 
 import concurrent.futures
 import os
@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 
+import jax
 import pytest
 
 _TEST = pathlib.Path(__file__).with_name("rendezvous_test.cc")
@@ -88,3 +89,49 @@ def test_rendezvous(tmp_path: pathlib.Path, sanitizer: str, control: str, findin
     seen = run(control)
     assert seen.returncode != 0, "the sanitizer did not see what was wrong on purpose"
     assert finding in seen.stderr
+
+
+def _cuda_headers() -> pathlib.Path:
+    nvcc = shutil.which("nvcc")
+    roots = [pathlib.Path("/usr/local/cuda")]
+    if nvcc is not None:
+        roots.insert(0, pathlib.Path(nvcc).resolve().parents[1])
+    for root in roots:
+        if (root / "include" / "cuda.h").exists():
+            return root / "include"
+    pytest.skip("CUDA's headers are not installed")
+
+
+@pytest.mark.timeout(600)
+def test_symmetric_memory(tmp_path: pathlib.Path) -> None:
+    """The CUDA backend's host side, against a stand-in for CUDA: needs its headers, no GPU."""
+    headers = _cuda_headers()
+    sanitizer = "address,undefined"
+    compiler = _compiler(sanitizer, tmp_path)
+    program = tmp_path / "symmetric_memory_test"
+    subprocess.run(
+        [
+            compiler,
+            *_FLAGS,
+            f"-fsanitize={sanitizer}",
+            f"-I{_ROOT}",
+            "-isystem",
+            jax.ffi.include_dir(),
+            "-isystem",
+            headers,
+            _TEST.with_name("symmetric_memory_test.cc"),
+            _ROOT / "xla_ffi" / "symmetric_memory.cc",
+            _ROOT / "xla_ffi" / "call_site_cuda.cc",
+            "-o",
+            program,
+        ],
+        check=True,
+        timeout=300,
+    )
+    # What is kept for the life of a process would count as a leak.
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run(
+        [program], env={**os.environ, **options}, capture_output=True, text=True, timeout=200
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -225,22 +225,17 @@ void ProcessGroup::Connect(int64_t process_index, const std::vector<std::string>
     if (time <= time.zero()) Throw("timeout while waiting for " + waiting_for);
     return std::chrono::duration_cast<std::chrono::nanoseconds>(time);
   };
+  std::vector<uint64_t> probe_addresses(num_processes);
   const auto adopt = [&](int fd, int64_t process, uint64_t probe_address) {
     Peer& peer = group->peers_[process];
     peer.fd = fd;
+    probe_addresses[process] = probe_address;
     ucred credentials{};
     socklen_t length = sizeof credentials;
     if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &credentials, &length) != 0) {
       ThrowErrno("SO_PEERCRED of process " + std::to_string(process));
     }
     peer.pid = credentials.pid;
-    uint64_t value = 0;
-    if (!ReadProcess(peer.pid, probe_address, &value, sizeof value) || value != kProbeValue) {
-      Throw("process " + std::to_string(process_index) + " may not read the memory of process " +
-            std::to_string(process) + " (process_vm_readv: " + strerror(errno) +
-            "), which the CPU backend needs between processes; run them as one user, and in a "
-            "container allow the system call (for example --cap-add=SYS_PTRACE)");
-    }
     peer.alive = true;
     fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
   };
@@ -305,6 +300,18 @@ void ProcessGroup::Connect(int64_t process_index, const std::vector<std::string>
     if (!SendAll(fd, &mine, sizeof mine)) ThrowErrno("answering process");
     adopt(fd, theirs.process, theirs.probe_address);
     --missing;
+  }
+  // Not before all are connected: the others would wait for this process until their timeout.
+  for (int64_t p = 0; p < num_processes; ++p) {
+    if (p == process_index) continue;
+    uint64_t value = 0;
+    if (!ReadProcess(group->peers_[p].pid, probe_addresses[p], &value, sizeof value) ||
+        value != kProbeValue) {
+      Throw("process " + std::to_string(process_index) + " may not read the memory of process " +
+            std::to_string(p) + " (process_vm_readv: " + strerror(errno) +
+            "), which the CPU backend needs between processes; run them as one user, and in a "
+            "container allow the system call (for example --cap-add=SYS_PTRACE)");
+    }
   }
 
   close(g_listen_fd);

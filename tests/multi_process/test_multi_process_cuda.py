@@ -1,0 +1,200 @@
+"""Jobs of several processes on the GPUs of this host, several to a GPU if there are few."""
+
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+
+import pytest
+from launcher import Finished, run
+
+_WORKER = pathlib.Path(__file__).with_name("worker_cuda.py")
+# Without MPS the processes of a GPU take turns, so a wait for a peer takes milliseconds.
+_SECONDS = 240
+_POOL = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1"}
+_GROWING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+_ASYNC = {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async", **_GROWING}
+_STAGED = {"JAX_EP_PATH": "staged", **_POOL}
+
+
+def _num_gpus() -> int:
+    """Without making a CUDA context in this process."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return len(re.findall(r"^GPU \d+:", listed.stdout, re.MULTILINE))
+
+
+NUM_GPUS = _num_gpus()
+
+pytestmark = [
+    pytest.mark.skipif(NUM_GPUS == 0, reason="no GPU here"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_ep._cuda") is None, reason="jax_ep is built without CUDA"
+    ),
+]
+
+Job = Callable[..., list[Finished]]
+
+
+@pytest.fixture
+def job(tmp_path: pathlib.Path) -> Job:
+    def start(
+        *arguments: str,
+        num_processes: int,
+        environment: dict[str, str],
+        expected: dict[int, int] | None = None,
+    ) -> list[Finished]:
+        return run(
+            _WORKER,
+            *arguments,
+            num_processes=num_processes,
+            num_devices=1,
+            out=tmp_path,
+            timeout=_SECONDS,
+            expected=expected,
+            environment={
+                "JAX_PLATFORMS": "cuda",
+                "JAX_EP_TEST_NUM_GPUS": str(NUM_GPUS),
+                **environment,
+            },
+        )
+
+    return start
+
+
+def _lines(finished: Finished, word: str) -> list[str]:
+    return re.findall(rf"^{word} (.*)$", finished.log, re.MULTILINE)
+
+
+def _check_right(finished: list[Finished], times: int = 1) -> None:
+    for process in finished:
+        assert process.log.splitlines().count("RIGHT") == times, process.log
+
+
+# Paths --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.mark.parametrize(
+    ("path", "environment"),
+    [
+        ("direct", _POOL),
+        ("staged", _STAGED),
+        ("staged", _ASYNC),
+        ("direct", _GROWING),  # and what has grown is staged
+    ],
+    ids=["direct", "staged", "cuda_async", "grown"],
+)
+def test_equals_the_oracle(
+    job: Job, num_processes: int, path: str, environment: dict[str, str]
+) -> None:
+    num_tokens = "16384" if environment is _GROWING else "24"
+    finished = job(
+        "right", num_tokens, str(1 << 27), num_processes=num_processes, environment=environment
+    )
+    _check_right(finished)
+    for process in finished:
+        assert f"; {path} path" in _lines(process, "PATH")[0]
+
+
+def test_each_owner_chooses_its_path(job: Job) -> None:
+    environment = {**_POOL, "JAX_EP_TEST_STAGED": "0 2"}
+    finished = job("right", "24", str(1 << 20), num_processes=4, environment=environment)
+    _check_right(finished)
+    for i, process in enumerate(finished):
+        path = "direct" if i % 2 else "staged"
+        assert f"; {path} path" in _lines(process, "PATH")[0]
+
+
+def test_memory_that_grew(job: Job) -> None:
+    finished = job("grown", num_processes=2, environment=_GROWING)
+    for process in finished:
+        (message,) = _lines(process, "GROWN")
+        assert "FAILED_PRECONDITION" in message
+        assert "outside the part of XLA's memory that the other processes have mapped" in message
+        assert "jax_ep.initialize(staging_bytes=...)" in message
+    _check_right(finished)
+
+
+def test_too_small_a_region(job: Job) -> None:
+    finished = job("too_small", num_processes=2, environment=_STAGED)
+    for process in finished:
+        (message,) = _lines(process, "SMALL")
+        assert "FAILED_PRECONDITION" in message
+        # The first call is the layout: 24 tokens, 3 ids of 4 bytes, rounded up.
+        assert "topk_idx" in message
+        assert re.search(r"needs 512 bytes of staging region, but device \d+ has 256", message)
+    _check_right(finished)
+
+
+def test_memory_that_cannot_be_mapped(job: Job) -> None:
+    finished = job("not_exportable", num_processes=2, environment=_ASYNC)
+    for process in finished:
+        (message,) = _lines(process, "ERROR")
+        assert "other processes cannot map XLA's memory" in message
+        assert "jax_ep.initialize(staging_bytes=...)" in message
+    _check_right(finished)
+
+
+@pytest.mark.skipif(NUM_GPUS < 2, reason="a single process needs two GPUs for two ranks")
+def test_one_process(job: Job) -> None:
+    finished = job("alone", num_processes=1, environment=_STAGED)
+    (small,), (after,) = _lines(finished[0], "SMALL"), _lines(finished[0], "AFTER")
+    assert "jax_ep.initialize(staging_bytes=...)" in small
+    assert "jax_ep.finalize() has been called. Call jax_ep.initialize()" in after
+    _check_right(finished, times=2)
+
+
+# A process that does not come ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("environment", [_POOL, _STAGED], ids=["direct", "staged"])
+def test_stalled_rank(job: Job, environment: dict[str, str]) -> None:
+    finished = job("stalled", num_processes=3, environment=environment)
+    for process in finished[:2]:
+        assert 2.5 < float(_lines(process, "SECONDS")[0]) < 15
+        assert _lines(process, "POISONED") == ["True"]
+        (message,) = _lines(process, "CHECK")
+        assert re.match(r"jax_ep_layout: rank \d waited for rank 2 to come until", message)
+        assert re.search(r"\(expected epoch \d+, seen \d+\)", message)
+        (again,) = _lines(process, "AGAIN")
+        seconds, error = again.split(" ", 1)
+        assert float(seconds) < 2
+        assert error.startswith(f"DEADLINE_EXCEEDED: {message}")
+        printed = [x for x in process.log.splitlines() if x.startswith("jax_ep: jax_ep_")]
+        assert printed == [f"jax_ep: {message}"]
+    _check_right(finished, times=2)
+
+
+def test_killed_rank(job: Job) -> None:
+    """The survivors hear of it from us, long before JAX's heartbeat, and exit with code 0."""
+    finished = job("killed", num_processes=3, environment=_POOL, expected={2: -9})
+    for survivor in finished[:2]:
+        assert float(_lines(survivor, "SECONDS")[0]) < 20
+        (message,) = _lines(survivor, "ERROR")
+        assert re.search(r"jax_ep_\w+: rank \d waited for rank \d", message), message
+        (again,) = _lines(survivor, "AGAIN")
+        assert float(again.split(" ", 1)[0]) < 2
+
+
+# Tear-down ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how", ["in_turn", "shutdown_first", "some_at_exit", "at_exit", "unblocked", "again"]
+)
+def test_tear_down(job: Job, how: str) -> None:
+    """Exit code 0, whoever leaves first."""
+    finished = job("tear_down", how, num_processes=2, environment=_POOL)
+    _check_right(finished, times=3 if how == "again" else 1)
+    if how == "again":
+        for process in finished:
+            (after,) = _lines(process, "AFTER")
+            assert "jax_ep.finalize() has been called. Call jax_ep.initialize()" in after

@@ -1,0 +1,252 @@
+// As much of CUDA as xla_ffi/symmetric_memory.cc and call_site_cuda.cc call, in host memory: for
+// tests without a GPU. An allocation is a memfd, so its descriptors cross process borders and its
+// memory lives as long as somebody maps it, as a GPU's does; an access without cuMemSetAccess, or
+// after cuMemUnmap, ends the program. Include it in one file.
+#ifndef JAX_EP_TESTS_NATIVE_FAKE_CUDA_H_
+#define JAX_EP_TESTS_NATIVE_FAKE_CUDA_H_
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+
+namespace fake_cuda {
+
+struct Allocation {
+  int fd;
+  size_t bytes;
+  int num_holders;  // handles and mappings
+};
+
+struct Mapped {
+  CUmemGenericAllocationHandle handle;
+  size_t bytes;
+};
+
+inline std::mutex mutex;
+inline std::map<CUmemGenericAllocationHandle, Allocation> allocations;
+inline std::map<CUdeviceptr, Mapped> mappings;
+inline CUmemGenericAllocationHandle next_handle = 1;
+inline std::condition_variable idle;
+inline bool busy = false;                // devices have work that does not end
+inline std::atomic<bool> broken{false};  // every runtime call on a device fails
+inline constexpr size_t kGranularity = size_t{2} << 20;
+
+inline void SetBusy(bool value) {
+  std::lock_guard<std::mutex> lock(mutex);
+  busy = value;
+  idle.notify_all();
+}
+
+inline cudaError_t Status() { return broken ? cudaErrorLaunchFailure : cudaSuccess; }
+
+inline std::map<CUdeviceptr, Mapped>::iterator Find(CUdeviceptr address) {
+  auto it = mappings.upper_bound(address);
+  if (it == mappings.begin()) return mappings.end();
+  --it;
+  return address < it->first + it->second.bytes ? it : mappings.end();
+}
+
+inline void Drop(CUmemGenericAllocationHandle handle) {
+  Allocation& allocation = allocations.at(handle);
+  if (--allocation.num_holders > 0) return;
+  close(allocation.fd);
+  allocations.erase(handle);
+}
+
+inline CUresult GetErrorString(CUresult, const char** text) {
+  *text = "a fake error";
+  return CUDA_SUCCESS;
+}
+inline CUresult CtxGetCurrent(CUcontext* context) {
+  *context = nullptr;
+  return CUDA_SUCCESS;
+}
+inline CUresult CtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
+inline CUresult PointerGetAttribute(void* data, CUpointer_attribute, CUdeviceptr) {
+  *static_cast<CUmemoryPool*>(data) = nullptr;
+  return CUDA_SUCCESS;
+}
+inline CUresult MemPoolSetAccess(CUmemoryPool, const CUmemAccessDesc*, size_t) {
+  return CUDA_ERROR_INVALID_VALUE;
+}
+inline CUresult MemGetAllocationGranularity(size_t* bytes, const CUmemAllocationProp*,
+                                            CUmemAllocationGranularity_flags) {
+  *bytes = kGranularity;
+  return CUDA_SUCCESS;
+}
+inline CUresult MemCreate(CUmemGenericAllocationHandle* handle, size_t bytes,
+                          const CUmemAllocationProp*, unsigned long long) {
+  std::lock_guard<std::mutex> lock(mutex);
+  if (bytes == 0 || bytes % kGranularity != 0) return CUDA_ERROR_INVALID_VALUE;
+  const int fd = memfd_create("fake_cuda", MFD_CLOEXEC);
+  if (fd < 0 || ftruncate(fd, static_cast<off_t>(bytes)) != 0) return CUDA_ERROR_OUT_OF_MEMORY;
+  *handle = next_handle++;
+  allocations[*handle] = {fd, bytes, 1};
+  return CUDA_SUCCESS;
+}
+inline CUresult MemRelease(CUmemGenericAllocationHandle handle) {
+  std::lock_guard<std::mutex> lock(mutex);
+  Drop(handle);
+  return CUDA_SUCCESS;
+}
+inline CUresult MemGetAddressRange(CUdeviceptr* begin, size_t* bytes, CUdeviceptr address) {
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto it = Find(address);
+  *begin = it == mappings.end() ? address : it->first;
+  *bytes = it == mappings.end() ? 1 << 20 : it->second.bytes;
+  return CUDA_SUCCESS;
+}
+// Memory that no cuMemMap made, as with the allocator cuda_async, cannot be exported.
+inline CUresult MemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void* address) {
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto it = Find(reinterpret_cast<CUdeviceptr>(address));
+  if (it == mappings.end()) return CUDA_ERROR_INVALID_VALUE;
+  *handle = it->second.handle;
+  ++allocations.at(*handle).num_holders;
+  return CUDA_SUCCESS;
+}
+inline CUresult MemExportToShareableHandle(void* fd, CUmemGenericAllocationHandle handle,
+                                           CUmemAllocationHandleType, unsigned long long) {
+  std::lock_guard<std::mutex> lock(mutex);
+  *static_cast<int*>(fd) = dup(allocations.at(handle).fd);
+  return CUDA_SUCCESS;
+}
+inline CUresult MemImportFromShareableHandle(CUmemGenericAllocationHandle* handle, void* fd,
+                                             CUmemAllocationHandleType) {
+  std::lock_guard<std::mutex> lock(mutex);
+  struct stat st{};
+  const int mine = dup(static_cast<int>(reinterpret_cast<intptr_t>(fd)));
+  if (mine < 0 || fstat(mine, &st) != 0) return CUDA_ERROR_INVALID_VALUE;
+  *handle = next_handle++;
+  allocations[*handle] = {mine, static_cast<size_t>(st.st_size), 1};
+  return CUDA_SUCCESS;
+}
+inline CUresult MemAddressReserve(CUdeviceptr* address, size_t bytes, size_t, CUdeviceptr,
+                                  unsigned long long) {
+  void* at = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  *address = reinterpret_cast<CUdeviceptr>(at);
+  return at == MAP_FAILED ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
+}
+inline CUresult MemAddressFree(CUdeviceptr address, size_t bytes) {
+  munmap(reinterpret_cast<void*>(address), bytes);
+  return CUDA_SUCCESS;
+}
+inline CUresult MemMap(CUdeviceptr address, size_t bytes, size_t,
+                       CUmemGenericAllocationHandle handle, unsigned long long) {
+  std::lock_guard<std::mutex> lock(mutex);
+  Allocation& allocation = allocations.at(handle);
+  if (bytes != allocation.bytes) return CUDA_ERROR_INVALID_VALUE;
+  if (mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED,
+           allocation.fd, 0) == MAP_FAILED) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  ++allocation.num_holders;
+  mappings[address] = {handle, bytes};
+  return CUDA_SUCCESS;
+}
+inline CUresult MemSetAccess(CUdeviceptr address, size_t bytes, const CUmemAccessDesc*, size_t) {
+  return mprotect(reinterpret_cast<void*>(address), bytes, PROT_READ | PROT_WRITE) == 0
+             ? CUDA_SUCCESS
+             : CUDA_ERROR_INVALID_VALUE;
+}
+inline CUresult MemUnmap(CUdeviceptr address, size_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto it = mappings.find(address);
+  if (it == mappings.end() || it->second.bytes != bytes) return CUDA_ERROR_INVALID_VALUE;
+  mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE,
+       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  Drop(it->second.handle);
+  mappings.erase(it);
+  return CUDA_SUCCESS;
+}
+
+inline void* EntryPoint(const std::string& name) {
+  static const std::map<std::string, void*> table = {
+      {"cuGetErrorString", reinterpret_cast<void*>(&GetErrorString)},
+      {"cuCtxGetCurrent", reinterpret_cast<void*>(&CtxGetCurrent)},
+      {"cuCtxSetCurrent", reinterpret_cast<void*>(&CtxSetCurrent)},
+      {"cuPointerGetAttribute", reinterpret_cast<void*>(&PointerGetAttribute)},
+      {"cuMemPoolSetAccess", reinterpret_cast<void*>(&MemPoolSetAccess)},
+      {"cuMemGetAllocationGranularity", reinterpret_cast<void*>(&MemGetAllocationGranularity)},
+      {"cuMemCreate", reinterpret_cast<void*>(&MemCreate)},
+      {"cuMemRelease", reinterpret_cast<void*>(&MemRelease)},
+      {"cuMemGetAddressRange", reinterpret_cast<void*>(&MemGetAddressRange)},
+      {"cuMemRetainAllocationHandle", reinterpret_cast<void*>(&MemRetainAllocationHandle)},
+      {"cuMemExportToShareableHandle", reinterpret_cast<void*>(&MemExportToShareableHandle)},
+      {"cuMemImportFromShareableHandle", reinterpret_cast<void*>(&MemImportFromShareableHandle)},
+      {"cuMemAddressReserve", reinterpret_cast<void*>(&MemAddressReserve)},
+      {"cuMemAddressFree", reinterpret_cast<void*>(&MemAddressFree)},
+      {"cuMemMap", reinterpret_cast<void*>(&MemMap)},
+      {"cuMemSetAccess", reinterpret_cast<void*>(&MemSetAccess)},
+      {"cuMemUnmap", reinterpret_cast<void*>(&MemUnmap)}};
+  const auto it = table.find(name);
+  return it == table.end() ? nullptr : it->second;
+}
+
+}  // namespace fake_cuda
+
+extern "C" {
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** address, unsigned int,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  *address = fake_cuda::EntryPoint(name);
+  *result = cudaDriverEntryPointSuccess;
+  return *address == nullptr ? cudaErrorInvalidValue : cudaSuccess;
+}
+const char* cudaGetErrorString(cudaError_t) { return "a fake error"; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 132;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceCanAccessPeer(int* possible, int, int) {
+  *possible = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceEnablePeerAccess(int, unsigned int) {
+  return cudaErrorPeerAccessAlreadyEnabled;
+}
+cudaError_t cudaDeviceSynchronize() {
+  std::unique_lock<std::mutex> lock(fake_cuda::mutex);
+  fake_cuda::idle.wait(lock, [] { return !fake_cuda::busy; });
+  return fake_cuda::Status();
+}
+cudaError_t cudaMemset(void* at, int value, size_t bytes) {
+  if (fake_cuda::Status() == cudaSuccess) std::memset(at, value, bytes);
+  return fake_cuda::Status();
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                            cudaStream_t) {
+  if (fake_cuda::Status() == cudaSuccess) std::memcpy(to, from, bytes);
+  return fake_cuda::Status();
+}
+cudaError_t cudaHostAlloc(void** at, size_t bytes, unsigned int) {
+  *at = std::calloc(1, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaFreeHost(void* at) {
+  std::free(at);
+  return cudaSuccess;
+}
+cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned int) {
+  *device = host;
+  return cudaSuccess;
+}
+
+}  // extern "C"
+
+#endif  // JAX_EP_TESTS_NATIVE_FAKE_CUDA_H_

@@ -1,0 +1,449 @@
+// The host side of the CUDA backend against fake_cuda.h, without a GPU: how processes come to each
+// other's memory, what staging does to a call, and that nothing is freed too early or never.
+#include "xla_ffi/symmetric_memory.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fake_cuda.h"
+#include "xla_ffi/call_site_cuda.h"
+
+#define CHECK(condition)                                                             \
+  do {                                                                               \
+    if (!(condition)) {                                                              \
+      std::fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
+      std::_Exit(1);                                                                 \
+    }                                                                                \
+  } while (false)
+
+namespace jax_ep::gpu {
+cudaError_t PrepareKernels() { return cudaSuccess; }
+}  // namespace jax_ep::gpu
+
+namespace {
+
+using jax_ep::EnterGroup;
+using jax_ep::GroupCall;
+using jax_ep::SymmetricMemory;
+using jax_ep::Use;
+using jax_ep::gpu::ControlBlock;
+using jax_ep::gpu::GroupView;
+
+constexpr size_t kPoolBytes = fake_cuda::kGranularity;
+
+SymmetricMemory& Memory() { return SymmetricMemory::Get(); }
+
+// A part of XLA's memory pool: VMM memory that its own device may use.
+char* MakePool() {
+  CUmemGenericAllocationHandle handle;
+  CUdeviceptr at;
+  CHECK(fake_cuda::MemCreate(&handle, kPoolBytes, nullptr, 0) == CUDA_SUCCESS);
+  CHECK(fake_cuda::MemAddressReserve(&at, kPoolBytes, 0, 0, 0) == CUDA_SUCCESS);
+  CHECK(fake_cuda::MemMap(at, kPoolBytes, 0, handle, 0) == CUDA_SUCCESS);
+  CHECK(fake_cuda::MemSetAccess(at, kPoolBytes, nullptr, 0) == CUDA_SUCCESS);
+  fake_cuda::MemRelease(handle);
+  return reinterpret_cast<char*>(at);
+}
+
+uint64_t Address(const void* p) { return reinterpret_cast<uint64_t>(p); }
+
+jax_ep::CudaSiteState Site(std::vector<int64_t> members, int num_ranks) {
+  jax_ep::CudaSiteState site;
+  site.op = "jax_ep_test";
+  site.num_ranks = num_ranks;
+  site.members = std::move(members);
+  site.operation = 7;
+  return site;
+}
+
+GroupView View(const std::vector<int64_t>& members, int ordinal) {
+  GroupView view{};
+  const auto error =
+      Memory().FillGroup(members.data(), static_cast<int>(members.size()), ordinal, &view);
+  if (error) std::fprintf(stderr, "%s\n", error->c_str());
+  CHECK(!error);
+  return view;
+}
+
+std::string Thrown(const std::function<void()>& f) {
+  try {
+    f();
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+bool Contains(const std::string& text, const std::string& part) {
+  if (text.find(part) != std::string::npos) return true;
+  std::fprintf(stderr, "'%s' is not in '%s'\n", part.c_str(), text.c_str());
+  return false;
+}
+
+int NumDescriptors() {
+  int count = 0;
+  for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+    ++count;
+  }
+  return count;
+}
+
+// One process, two devices -------------------------------------------------------------------
+
+void OneProcess() {
+  char* const pool = MakePool();
+  Memory().SetTimeout(5);
+  Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
+  Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
+  const GroupView first = View({0, 1}, 0), second = View({0, 1}, 1);
+  CHECK(first.rank == 0 && second.rank == 1);
+  CHECK(first.peer[1].control == second.control && second.peer[0].control == first.control);
+  CHECK(first.peer[1].slot_there == 0 && first.peer[1].slot_here == 1);
+  CHECK(first.error->timeout_ns == 5);
+  Memory().SetTimeout(6);
+  CHECK(first.error->timeout_ns == 6 && second.error->timeout_ns == 6);
+  CHECK(!Memory().Share(0, pool, 100, false));
+
+  // Direct: the call sees the buffers themselves.
+  const auto site = Site({0, 1}, 2);
+  {
+    GroupCall call;
+    CHECK(EnterGroup(site, 0, nullptr, {{"x", pool, 100}}, &call).success());
+    CHECK(call.At(pool) == pool && call.operation == 7 && call.num_ranks == 2);
+  }
+  // A recorded error ends later calls, until a new beginning.
+  second.error->kind = 1;
+  second.error->rank = 1;
+  second.error->expected_epoch = 3;
+  second.error->seen_epoch = 2;
+  second.error->valid = 1;
+  const std::string recorded = Memory().RecordedError().value_or("");
+  CHECK(Contains(recorded,
+                 "jax_ep_dispatch: rank 1 waited for rank 0 to come until the timeout "
+                 "(expected epoch 3, seen 2)"));
+  {
+    GroupCall call;
+    const auto error = EnterGroup(site, 0, nullptr, {}, &call);
+    CHECK(error.errc() == xla::ffi::ErrorCode::kDeadlineExceeded && error.message() == recorded);
+  }
+  CHECK(Memory().Synchronize(std::chrono::seconds(10)));
+  Memory().Release(true);
+  Memory().Release(true);
+  CHECK(!Memory().RecordedError());
+  // What a replayed command buffer finds.
+  CHECK(first.control->local.broken != 0 && second.control->local.broken != 0);
+  {
+    GroupCall call;
+    const auto error = EnterGroup(site, 0, nullptr, {}, &call);
+    CHECK(error.errc() == xla::ffi::ErrorCode::kFailedPrecondition);
+    CHECK(Contains(error.message(), "jax_ep.finalize() has been called. Call jax_ep.initialize()"));
+  }
+  // In one process everything begins again at the same addresses.
+  first.control->local.epoch[1] = 9;
+  Memory().Setup(0, 1, {0, 1}, {0, 1}, 1 << 12, false);
+  const GroupView again = View({0, 1}, 0);
+  CHECK(again.control == first.control && again.error == first.error);
+  CHECK(again.control->local.broken == 0 && again.control->local.epoch[1] == 0);
+  CHECK(!Memory().RecordedError() && again.error->timeout_ns == 6);
+  CHECK(again.staging != 0 && again.staging_bytes == 1 << 12);
+
+  // A larger region replaces the smaller, which stays; it survives Release.
+  Memory().Setup(0, 1, {0, 1}, {0, 1}, 1 << 13, false);
+  const GroupView larger = View({0, 1}, 0);
+  CHECK(larger.staging != again.staging && larger.staging_bytes == 1 << 13);
+  *reinterpret_cast<volatile char*>(again.staging) = 1;
+  Memory().Release(true);
+  Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
+  CHECK(View({0, 1}, 0).staging == larger.staging);
+
+  // A device that does not come to an end.
+  fake_cuda::SetBusy(true);
+  CHECK(!Memory().Synchronize(std::chrono::milliseconds(50)));
+  Memory().Release(false);
+  fake_cuda::SetBusy(false);
+  CHECK(again.control->local.broken == 0);  // its kernel has not been disturbed
+  Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
+  CHECK(View({0, 1}, 0).control != again.control);
+
+  // A device that has failed: Release goes on, Setup says what failed and changes nothing.
+  fake_cuda::broken = true;
+  CHECK(Memory().Synchronize(std::chrono::seconds(10)));
+  Memory().Release(true);
+  CHECK(Contains(Thrown([] { Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false); }),
+                 "on CUDA device 0: a fake error"));
+  CHECK(Memory().Member(0) == -1);
+  fake_cuda::broken = false;
+  Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
+  Memory().Release(true);
+}
+
+void Staging() {
+  Memory().Setup(0, 1, {0, 1}, {0, 1}, 1024, true);
+  CHECK(Contains(Memory().Describe(), "staged path (JAX_EP_PATH=staged)"));
+  const GroupView view = View({0, 1}, 0);
+  CHECK(View({0, 1}, 1).peer[0].staging == view.staging);
+  const auto site = Site({0, 1}, 2);
+  std::vector<int> in(50, 3), scratch(64, 4), out(20, 5);
+  GroupCall call;
+  CHECK(EnterGroup(site, 0, nullptr,
+                   {{"in", in.data(), 200},
+                    {"absent", nullptr, 0},
+                    {"scratch", scratch.data(), 256, Use::kScratch},
+                    {"out", out.data(), 80, Use::kOutput}},
+                   &call)
+            .success());
+  CHECK(Address(call.At(in.data())) == view.staging);
+  CHECK(Address(call.At(scratch.data())) == view.staging + 256);
+  CHECK(Address(call.At(out.data())) == view.staging + 512);
+  CHECK(call.At(static_cast<int*>(nullptr)) == nullptr);
+  CHECK(std::memcmp(call.At(in.data()), in.data(), 200) == 0);
+  CHECK(call.At(scratch.data())[0] == 0);  // not copied
+  std::memset(call.At(out.data()), 1, 80);
+  std::memset(call.At(scratch.data()), 1, 256);
+  CHECK(call.CopyOut(cudaErrorInvalidValue, nullptr) == cudaErrorInvalidValue && out[0] == 5);
+  CHECK(call.CopyOut(cudaSuccess, nullptr) == cudaSuccess);
+  CHECK(out[19] == 0x01010101 && scratch[0] == 4 && in[0] == 3);
+
+  GroupCall large;
+  const auto error = EnterGroup(
+      site, 0, nullptr, {{"a", in.data(), 600}, {"b", out.data(), 300, Use::kOutput}}, &large);
+  CHECK(error.errc() == xla::ffi::ErrorCode::kFailedPrecondition);
+  CHECK(Contains(error.message(),
+                 "jax_ep_test: the other ranks cannot reach the memory of a, b "
+                 "(JAX_EP_PATH=staged), so the call needs 1280 bytes of staging "
+                 "region, but device 0 has 1024"));
+
+  GroupCall single;  // a group of one shows its buffers to nobody
+  CHECK(EnterGroup(Site({0, 1}, 1), 1, nullptr, {{"in", in.data(), 1 << 20}}, &single).success());
+  CHECK(single.At(in.data()) == in.data());
+  Memory().Release(true);
+}
+
+// Two processes ------------------------------------------------------------------------------
+
+struct Link {
+  int process;
+  int fd;
+
+  std::string Exchange(const std::string& mine) const {
+    const uint64_t bytes = mine.size();
+    CHECK(write(fd, &bytes, 8) == 8 && write(fd, mine.data(), bytes) == ssize_t(bytes));
+    uint64_t theirs = 0;
+    CHECK(recv(fd, &theirs, 8, MSG_WAITALL) == 8);
+    std::string text(theirs, '\0');
+    CHECK(recv(fd, text.data(), theirs, MSG_WAITALL) == ssize_t(theirs));
+    return text;
+  }
+  void Meet() const { CHECK(Exchange("here") == "here"); }
+};
+
+// Runs `f` in two processes that can talk; both must return.
+void InTwoProcesses(const std::function<void(const Link&)>& f) {
+  int fds[2];
+  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
+  pid_t pids[2];
+  for (int p = 0; p < 2; ++p) {
+    pids[p] = fork();
+    CHECK(pids[p] >= 0);
+    if (pids[p] != 0) continue;
+    alarm(60);
+    close(fds[1 - p]);
+    f({p, fds[p]});
+    std::_Exit(0);
+  }
+  close(fds[0]);
+  close(fds[1]);
+  for (pid_t pid : pids) {
+    int status = 0;
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  }
+}
+
+const std::vector<int64_t> kMembers = {0, 1, int64_t{1} << 32, int64_t{1} << 32 | 1};
+
+// Two devices a process. `mine` and `theirs` are 64-bit words in each process's pool.
+void Connect(const Link& link, char* pool, size_t staging_bytes, bool staged_only) {
+  Memory().Setup(link.process, 2, {0, 1}, {0, 1}, staging_bytes, staged_only);
+  std::vector<uint64_t> pointers;
+  if (!staged_only) pointers = {Address(pool), Address(pool) + 4096};
+  const std::string mine = Memory().Export(pointers);
+  const std::string theirs = link.Exchange(mine);
+  Memory().Import(link.process == 0 ? std::vector{mine, theirs} : std::vector{theirs, mine});
+  link.Meet();
+  const int num_open = NumDescriptors();
+  Memory().CloseDescriptors();
+  CHECK(NumDescriptors() < num_open);
+}
+
+void TwoProcesses(const Link& link) {
+  char* const pool = MakePool();
+  const int num_descriptors = NumDescriptors();
+  const size_t num_mappings = fake_cuda::mappings.size();
+  std::vector<ControlBlock*> controls;
+  for (int generation = 0; generation < 3; ++generation) {
+    // Nobody has initialised before, or something of this process alone has run.
+    if (generation == 1) Memory().Setup(link.process, 2, {0, 1}, {0, 1}, 0, false);
+    Memory().Release(true);
+    Connect(link, pool, 1 << 16, generation == 2 && link.process == 1);
+
+    const int ordinal = 1, rank = 2 * link.process + ordinal;
+    const int other = 2 * (1 - link.process) + ordinal;
+    const GroupView view = View(kMembers, ordinal);
+    CHECK(view.rank == rank && view.peer[other].slot_here == other);
+    CHECK(view.peer[other].slot_there == rank);
+    for (ControlBlock* old : controls) CHECK(view.control != old);
+    controls.push_back(view.control);
+
+    // Control memory, staging and XLA's memory of the other process, at the addresses it shows.
+    view.peer[other].control->local.epoch[70] = 100 + link.process;
+    reinterpret_cast<uint64_t*>(view.peer[other].staging)[3] = 200 + link.process;
+    auto* word = reinterpret_cast<uint64_t*>(pool + 512);
+    *word = 300 + link.process;
+    const std::string shown = link.Exchange(std::to_string(Address(word)));
+    CHECK(view.control->local.epoch[70] == uint64_t(100 + 1 - link.process));
+    CHECK(reinterpret_cast<uint64_t*>(view.staging)[3] == uint64_t(200 + 1 - link.process));
+    if (generation < 2 || link.process == 1) {
+      const uint64_t here = std::stoull(shown) + static_cast<uint64_t>(view.peer[other].shift);
+      CHECK(*reinterpret_cast<uint64_t*>(here) == uint64_t(300 + 1 - link.process));
+    }
+
+    // Which buffers are reached directly is the owner's affair.
+    const bool direct = generation < 2 || link.process == 0;
+    char* const elsewhere = MakePool();
+    const auto site = Site(kMembers, 4);
+    GroupCall inside, outside, local;
+    CHECK(EnterGroup(site, ordinal, nullptr, {{"x", pool, 64}}, &inside).success());
+    CHECK((inside.At(pool) == pool) == direct);
+    CHECK(EnterGroup(site, ordinal, nullptr, {{"x", elsewhere, 64}}, &outside).success());
+    CHECK(Address(outside.At(elsewhere)) == view.staging);
+    // A group inside the process reaches all of it.
+    CHECK(
+        EnterGroup(Site(kMembers, 2), ordinal, nullptr, {{"x", elsewhere, 64}}, &local).success());
+    CHECK((local.At(elsewhere) == elsewhere) == direct);
+
+    // One leaves first; the other still writes to it, and neither fails.
+    link.Meet();
+    if (link.process == 0) Memory().Release(true);
+    link.Meet();
+    if (link.process == 1) {
+      view.peer[other].control->local.epoch[70] = 400;
+      reinterpret_cast<uint64_t*>(view.peer[other].staging)[3] = 400;
+      Memory().Release(true);
+    }
+    link.Meet();
+    CHECK(view.control->local.broken != 0);
+    // In a job of several processes old control memory stays broken, whoever begins again.
+  }
+  for (ControlBlock* old : controls) CHECK(old->local.broken != 0);
+  // Left: control memory of each generation and device (and of the set-up alone), a staging region
+  // a device, the pools of this test.
+  CHECK(fake_cuda::mappings.size() == num_mappings + 2 * 4 + 2 + 3);
+  CHECK(NumDescriptors() == num_descriptors + int(fake_cuda::allocations.size()) - 1);
+}
+
+void NoExport(const Link& link) {
+  std::vector<char> memory(1 << 20);  // made by no cuMemMap
+  Memory().Setup(link.process, 2, {0, 1}, {0, 1}, 0, false);
+  const std::string error =
+      Thrown([&] { Memory().Export({Address(memory.data()), Address(memory.data())}); });
+  CHECK(Contains(error,
+                 "other processes cannot map XLA's memory (exporting XLA's memory on CUDA "
+                 "device 0: a fake error)"));
+  CHECK(Contains(error, "jax_ep.initialize(staging_bytes=...)"));
+  Memory().Release(true);
+  Connect(link, memory.data(), 4096, false);
+  CHECK(Contains(Memory().Describe(), "staged path (exporting XLA's memory"));
+  GroupCall call;
+  CHECK(EnterGroup(Site(kMembers, 4), 0, nullptr, {{"x", memory.data(), 64}}, &call).success());
+  CHECK(Address(call.At(memory.data())) == call.staging);
+  link.Meet();
+  Memory().Release(true);
+}
+
+// The other process dies: its memory is still there for kernels that write to it.
+void Death(const Link& link) {
+  char* const pool = MakePool();
+  Connect(link, pool, 4096, false);
+  link.Meet();
+  if (link.process == 1) raise(SIGKILL);
+  char byte;
+  CHECK(read(link.fd, &byte, 1) == 0);
+  const GroupView view = View(kMembers, 0);
+  view.peer[2].control->start[0].epoch = 1;
+  *reinterpret_cast<uint64_t*>(view.peer[2].staging) = 1;
+  *reinterpret_cast<uint64_t*>(Address(pool) + static_cast<uint64_t>(view.peer[2].shift)) = 1;
+  Memory().Release(true);
+}
+
+void Import() {
+  char* const pool = MakePool();
+  Memory().Setup(0, 2, {0, 1}, {0, 1}, 0, false);
+  const std::string mine = Memory().Export({Address(pool), Address(pool)});
+  CHECK(Thrown([&] { Memory().Import({mine, ""}); }).empty());  // one without devices
+  CHECK(Contains(Thrown([&] { Memory().Import({mine, "1 17 "}); }), "another version"));
+  const std::string begin = "1 " + std::to_string(sizeof(ControlBlock));
+  CHECK(Contains(Thrown([&] { Memory().Import({mine, begin + " 4294967296 5"}); }),
+                 "an incomplete message of process 1, device 0"));
+  CHECK(Contains(Thrown([&] { Memory().Import({mine, begin + " 4294967296 999 0 2097152"}); }),
+                 "pidfd_getfd from process 1"));
+  GroupView view{};
+  const auto error = Memory().FillGroup(kMembers.data(), 4, 0, &view);
+  CHECK(error && Contains(*error,
+                          "rank 2 lives on device 0 of process 1, which this process is "
+                          "not connected to"));
+  Memory().Release(true);
+}
+
+void Run(const char* name, const std::function<void()>& test) {
+  const pid_t pid = fork();
+  CHECK(pid >= 0);
+  if (pid == 0) {
+    alarm(120);
+    test();
+    std::_Exit(0);
+  }
+  int status = 0;
+  CHECK(waitpid(pid, &status, 0) == pid);
+  if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
+    std::fprintf(stderr, "%s failed\n", name);
+    std::_Exit(1);
+  }
+  std::printf("%s: right\n", name);
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main() {
+  Run("one process", OneProcess);
+  Run("staging", Staging);
+  Run("import", Import);
+  Run("two processes", [] { InTwoProcesses(TwoProcesses); });
+  Run("no export", [] { InTwoProcesses(NoExport); });
+  Run("death", [] {
+    int fds[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
+    const pid_t pid = fork();
+    CHECK(pid >= 0);
+    close(fds[pid == 0 ? 0 : 1]);
+    Death({pid == 0 ? 1 : 0, fds[pid == 0 ? 1 : 0]});
+    int status = 0;
+    CHECK(waitpid(pid, &status, 0) == pid && WIFSIGNALED(status));
+  });
+  return 0;
+}

@@ -1,0 +1,159 @@
+"""Set-up in one process, and the errors that kernels record; all of it without a GPU."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import jax_ep
+from jax_ep import runtime
+
+RECORD = "jax_ep_dispatch: rank 0 waited for rank 1 to come until the timeout"
+
+
+class FakeCuda:
+    """What `runtime` asks of the CUDA module, with a record that a test can write."""
+
+    def __init__(self) -> None:
+        self.record: str | None = None
+        self.timeouts: list[float] = []
+        self.looked = threading.Event()
+
+    def recorded_error(self) -> str | None:
+        self.looked.set()
+        return self.record
+
+    def set_timeout(self, seconds: float) -> None:
+        self.timeouts.append(seconds)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    monkeypatch.setattr(runtime, "_cuda", fake)
+    return fake
+
+
+def wait_for_look(cuda: FakeCuda) -> None:
+    """Until a look has begun after this call, and ended (a second one has begun)."""
+    for _ in range(2):
+        cuda.looked.clear()
+        assert cuda.looked.wait(30)
+
+
+def test_nothing_recorded() -> None:
+    jax_ep.check()
+
+
+def test_check_raises_as_often_as_it_is_called(cuda: FakeCuda) -> None:
+    jax_ep.check()
+    cuda.record = RECORD
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"^{RECORD}$"):
+            jax_ep.check()
+
+
+def test_check_without_a_cuda_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_cuda", None)
+    jax_ep.check()
+    assert runtime.describe() == "CUDA: not built"
+
+
+@pytest.fixture
+def watcher(cuda: FakeCuda) -> Iterator[runtime._Watcher]:
+    watcher = runtime._Watcher()
+    yield watcher
+    watcher.stop()
+
+
+def test_watcher_prints_once(
+    cuda: FakeCuda, watcher: runtime._Watcher, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wait_for_look(cuda)
+    assert capfd.readouterr().err == ""
+    cuda.record = RECORD
+    deadline = time.monotonic() + 30
+    while watcher._thread.is_alive() and time.monotonic() < deadline:
+        watcher._thread.join(0.1)
+    assert not watcher._thread.is_alive()  # it has said what it had to say
+    watcher.stop()
+    assert capfd.readouterr().err == f"jax_ep: {RECORD}\n"
+
+
+def test_watcher_takes_a_last_look(
+    cuda: FakeCuda, watcher: runtime._Watcher, capfd: pytest.CaptureFixture[str]
+) -> None:
+    watcher._stopped.set()
+    watcher._thread.join(30)
+    cuda.record = RECORD
+    watcher.stop()
+    assert capfd.readouterr().err == f"jax_ep: {RECORD}\n"
+
+
+def test_set_timeout_reaches_cuda_at_once(cuda: FakeCuda) -> None:
+    before = jax_ep.get_timeout()
+    try:
+        jax_ep.set_timeout(7)
+        with pytest.raises(ValueError, match="must be above 0"):
+            jax_ep.set_timeout(-1)
+        assert cuda.timeouts == [7]
+    finally:
+        jax_ep.set_timeout(before)
+
+
+def test_initialize_alone() -> None:
+    for staging_bytes in (0, 4096):
+        jax_ep.initialize(staging_bytes=staging_bytes)
+        jax_ep.initialize()
+        jax_ep.finalize()
+        jax_ep.finalize()
+    jax_ep.initialize()
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (-1, ValueError, "staging_bytes must be at least 0; got -1"),
+        (1.5, TypeError, "staging_bytes must be an integer; got 1.5"),
+        ("1", TypeError, "staging_bytes must be an integer; got '1'"),
+    ],
+)
+def test_bad_staging_bytes(value: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"jax_ep.initialize: {message}"):
+        jax_ep.initialize(staging_bytes=value)  # type: ignore[arg-type]
+
+
+def import_with_path(value: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "JAX_EP_PATH": value}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    return subprocess.run(
+        [sys.executable, "-c", "import jax_ep; print(jax_ep.runtime._path)"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_path_from_the_environment() -> None:
+    assert import_with_path("staged").stdout.strip() == "staged"
+    refused = import_with_path("fast")
+    assert refused.returncode != 0
+    message = "environment variable JAX_EP_PATH must be one of direct, staged; got 'fast'"
+    assert message in refused.stderr
+
+
+@pytest.mark.skipif(runtime._cuda is None, reason="jax_ep is built without CUDA")
+def test_cuda_module_before_set_up() -> None:
+    """Nothing of this calls into CUDA, so it needs neither GPU nor driver."""
+    if "not set up" not in runtime.describe():
+        pytest.skip("CUDA devices are set up in this process")
+    assert runtime._cuda.recorded_error() is None
+    assert runtime._cuda.synchronize(1.0)
+    runtime._cuda.release(True)
+    runtime._cuda.release(False)
+    runtime._cuda.close_descriptors()
