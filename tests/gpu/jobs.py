@@ -8,10 +8,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-_GRACE = 3.0  # seconds between TERM and KILL, and from one process's failure to the others' end
+_GRACE = 3.0  # seconds between TERM and KILL
+
+_started: list[subprocess.Popen[bytes]] = []  # by all threads, as long as they run
+_lock = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +93,10 @@ def run(processes: Sequence[Process], limit: float, grace: float = 10.0) -> Ende
     deadline = start + limit
     running: list[subprocess.Popen[bytes]] = []
     late: list[int] = []
+    failed = False
     try:
         for process in processes:
-            with process.log.open("wb") as stream:
+            with process.log.open("wb") as stream, _lock:
                 running.append(
                     subprocess.Popen(
                         process.command,
@@ -102,7 +107,7 @@ def run(processes: Sequence[Process], limit: float, grace: float = 10.0) -> Ende
                         start_new_session=True,
                     )
                 )
-        failed = False
+                _started.append(running[-1])
         while any(p.poll() is None for p in running) and time.monotonic() < deadline:
             wrong = [
                 i
@@ -116,7 +121,17 @@ def run(processes: Sequence[Process], limit: float, grace: float = 10.0) -> Ende
         late = [i for i, p in enumerate(running) if p.poll() is None]
     finally:
         stop(running)
+        with _lock:
+            for process in running:
+                _started.remove(process)
     return Ended([p.returncode for p in running], late, time.monotonic() - start)
+
+
+def stop_everything() -> None:
+    """Ends what other threads have started and still wait for."""
+    with _lock:
+        running = list(_started)
+    stop(running)
 
 
 def stop(running: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -25,6 +25,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -127,7 +128,11 @@ class Context:
     calls: int
     examples: float
     builds: Builds
-    extra: list[str]
+    deadline: float
+
+    def limit(self, seconds: float) -> float:
+        """A job's time limit, or what is left of the budget."""
+        return max(5.0, min(seconds, self.deadline - time.monotonic()))
 
     def folder(self, name: str) -> pathlib.Path:
         folder = self.out / name
@@ -200,7 +205,7 @@ def run_worker(
     Returns:
         The job's folder, and what was not as expected.
     """
-    folder = ctx.folder(name)
+    folder, limit = ctx.folder(name), ctx.limit(limit)
     with contextlib.ExitStack() as stack:
         service: dict[str, str] = {}
         if shape.ranks_per_gpu > 1 and ctx.platform != "cpu" and not shared:
@@ -284,11 +289,15 @@ def read_report(path: pathlib.Path, tier: str) -> tuple[list[Line], list[str]]:
     """What worker.py's pytest plugin left, if it came to that."""
     if not path.exists():
         return [], []
-    found = json.loads(path.read_text())
-    lines = [
-        Line(tier, file, c["passed"], c["failed"], c["skipped"], c["seconds"], c["notes"])
-        for file, c in found["files"].items()
-    ]
+    found, lines = json.loads(path.read_text()), []
+    for file, c in found["files"].items():
+        skipped: dict[str, int] = {}
+        for reason, count in c["skipped"].items():
+            general = re.sub(r"\d+ ranks, but", "more ranks than", reason)
+            skipped[general] = skipped.get(general, 0) + count
+        lines.append(
+            Line(tier, file, c["passed"], c["failed"], skipped, c["seconds"], c["notes"])
+        )
     return lines, found["failures"]
 
 
@@ -427,7 +436,7 @@ def native(ctx: Context) -> Result:
             runs.append((f"compute-sanitizer {tool}", [*command, *ranks], 90))
     for i, (what, command, limit) in enumerate(runs):
         process = jobs.Process(command, os.environ, folder / f"run_{i}.log", 3 if i == 1 else 0)
-        ended = jobs.run([process], limit)
+        ended = jobs.run([process], ctx.limit(limit))
         found = ended.problems([process])
         line = Line("native", what, seconds=ended.seconds)
         line.passed, line.failed = (0, 1) if found else (1, 0)
@@ -493,7 +502,7 @@ def command_buffers(ctx: Context) -> Result:
             continue
         flags = f"--xla_gpu_enable_command_buffer={commands} --xla_gpu_graph_min_graph_size=1"
         flags += f" --xla_dump_to={ctx.out / f'dump-command-buffers-{name}'}"
-        flags += " --xla_dump_hlo_module_re=.*recorded_calls.* --xla_dump_hlo_as_text"
+        flags += " --xla_dump_hlo_as_text"
         if mode:
             flags += f" --xla_gpu_command_buffer_scheduling_mode={mode}"
         expectation = "off" if name == "off" else "on"
@@ -544,7 +553,7 @@ def example(ctx: Context) -> Result:
         ]
     lines, problems = [], []
     for (what, group), out in zip(groups.items(), ("one", "several"), strict=False):
-        ended = jobs.run(group, limit=100)
+        ended = jobs.run(group, ctx.limit(100))
         found = ended.problems(group)
         line = Line("example", what, seconds=ended.seconds)
         if not found:
@@ -716,17 +725,21 @@ def main(argv: list[str] | None = None) -> int:
             calls=args.calls or (2_000 if args.quick else 100_000),
             examples=args.examples or (0.05 if args.quick else 0.15),
             builds=Builds(out, max(2, (os.cpu_count() or 2) // 4)),
-            extra=args.pytest,
+            deadline=start + args.budget,
         )
         reason = why_not(ctx)
         if reason is not None:
             print_table([Line(t.name, "", skipped={reason: 1}) for t in tiers])
             return 0
         print(f"{ctx.num_gpus} devices; package in {package_folder(ctx.package)}; logs in {out}")
-        if ctx.platform == "cuda":
-            start_builds(ctx, tiers)
-        lines, problems = run_all(ctx, tiers, start + args.budget)
-        ctx.builds.pool.shutdown(wait=True, cancel_futures=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what follows is cleaned up
+        try:
+            if ctx.platform == "cuda":
+                start_builds(ctx, tiers)
+            lines, problems = run_all(ctx, tiers)
+        finally:
+            ctx.builds.pool.shutdown(wait=False, cancel_futures=True)
+            jobs.stop_everything()
     for problem in problems:
         print(f"\n==== {problem}")
     print_table(lines)
@@ -749,13 +762,13 @@ def start_builds(ctx: Context, tiers: list[Tier]) -> None:
                 ctx.builds.start(f"broken_{phase}", "_cuda", option)
 
 
-def run_all(ctx: Context, tiers: list[Tier], deadline: float) -> tuple[list[Line], list[str]]:
+def run_all(ctx: Context, tiers: list[Tier]) -> tuple[list[Line], list[str]]:
     """Runs tiers in turn; says what each gave as soon as it is there."""
     lines: list[Line] = []
     problems: list[str] = []
     for tier in tiers:
         start = time.monotonic()
-        if start > deadline:
+        if start > ctx.deadline:
             result = Result([Line(tier.name, "", skipped={"no time left": 1})])
         else:
             try:

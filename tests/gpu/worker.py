@@ -30,6 +30,8 @@ def join() -> None:
 
     if NUM_PROCESSES == 1:
         return
+    # JAX lets a process outlive another one that was killed, as one scenario wants.
+    jax.config.update("jax_enable_recoverability", True)
     options: dict[str, Any] = {}
     if PLATFORM != "cpu":
         options["local_device_ids"] = [int(os.environ["JAX_EP_TEST_DEVICE"])]
