@@ -1,10 +1,8 @@
 """CPU and CUDA give the same bits in everything that the contract fixes to the bit.
 
-Through the oracle that follows from the other files; here the two meet directly, on larger and odder
-sizes, forward and backward.
+Through the oracle that follows from the other files; here the two meet directly, on larger and
+odder sizes, forward and backward.
 """
-
-from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +23,7 @@ SIZES = [
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[tuple[JaxBackend, JaxBackend]]:
+def pair() -> tuple[JaxBackend, JaxBackend]:
     found = [BACKENDS.get(name) for name in ("cpu", "cuda")]
     for backend in found:
         if backend is None:
@@ -35,7 +33,7 @@ def pair() -> Iterator[tuple[JaxBackend, JaxBackend]]:
     first, second = found
     assert isinstance(first, JaxBackend)
     assert isinstance(second, JaxBackend)
-    yield first, second
+    return first, second
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
@@ -68,6 +66,6 @@ def test_cpu_and_cuda(pair: tuple[JaxBackend, JaxBackend], case: Case, dtype: DT
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
     # Each is a float32 sum of H products in an order of its own: off by less than (H + 1) * 2**-24
-    # times the sum of magnitudes (to first order; 1 % for the second), so they differ by twice that.
+    # times the sum of magnitudes (to first order; 1 % for the second). They differ by twice that.
     bound = 2 * 1.01 * (case.hidden + 1) * 2.0**-24 * magnitude
     assert (np.abs(our_d.astype(np.float64) - their_d) <= bound).all()

@@ -200,7 +200,9 @@ def multi_process_service(out: pathlib.Path, ranks_per_gpu: int) -> Iterator[dic
                 timeout=10,
             )
         deadline = time.monotonic() + 5
-        while time.monotonic() < deadline and any(pathlib.Path(f"/proc/{p}").exists() for p in pids):
+        while time.monotonic() < deadline and any(
+            pathlib.Path(f"/proc/{p}").exists() for p in pids
+        ):
             time.sleep(0.05)
         for pid in pids:
             with contextlib.suppress(OSError):

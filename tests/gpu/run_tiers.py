@@ -7,9 +7,9 @@
     python tests/gpu/run_tiers.py --pytest tests/multi_process/test_x.py    # one more tier
     python tests/gpu/run_tiers.py --list
 
-A tier is one or more processes with a time limit; nothing needs a network. At the end comes a table
-of what ran, passed, failed and was skipped, with reasons. The exit code is not 0 if anything failed.
-Every process has a log in the output directory; of those that failed the end is printed.
+A tier is one or more processes with a time limit; nothing needs a network. At the end comes a
+table of what ran, passed, failed and was skipped, with reasons. The exit code is not 0 if anything
+failed. Every process has a log in the output directory; of those that failed the end is printed.
 
 `--package DIR` says where the package jax_ep with its CUDA part lies, if it is not installed.
 Without a GPU all tiers are skipped, unless `--platform cpu` runs those that a CPU can.
@@ -39,6 +39,9 @@ TESTS, ROOT = HERE.parent, HERE.parents[1]
 SUITE = [f"test_{name}.py" for name in ("layout", "dispatch", "combine", "gradients", "moe")]
 STRESS = "protocol/test_stress.py"
 COLLECTIVES = "protocol/test_collectives.py"
+ON_DEVICE = "stress or collectives"  # files
+# Programs take the longest to compile, so not every shape of job runs the whole suite.
+CORE = f"any_routing or any_number or default_capacity or vjp or moe_is or stale or {ON_DEVICE}"
 RACE_PHASES = {"start": 0, "end": 1}  # of wait_flag in cuda/sync/group_sync.cuh
 
 
@@ -295,9 +298,10 @@ def read_report(path: pathlib.Path, tier: str) -> tuple[list[Line], list[str]]:
         for reason, count in c["skipped"].items():
             general = re.sub(r"\d+ ranks, but", "more ranks than", reason)
             skipped[general] = skipped.get(general, 0) + count
-        lines.append(
-            Line(tier, file, c["passed"], c["failed"], skipped, c["seconds"], c["notes"])
-        )
+        lines.append(Line(tier, file, c["passed"], c["failed"], skipped, c["seconds"], c["notes"]))
+    if lines:
+        compiled = found["compilations"]
+        lines[-1].notes.append(f"all files: {len(compiled)} compilations in {sum(compiled):.0f} s")
     return lines, found["failures"]
 
 
@@ -314,15 +318,16 @@ def one_process(ctx: Context) -> Result:
         "one-process",
         Shape(1),
         files,
-        limit=150,
+        limit=180,
         calls=ctx.calls,
         seconds=6,
+        keyword=f"{CORE} or test_cpu_and" if ctx.quick else "",
         flags="--xla_gpu_enable_latency_hiding_scheduler=true",
     )
 
 
 def process_per_gpu(ctx: Context) -> Result:
-    """One process for each GPU: the same."""
+    """One process for each GPU: the core of the suite, stress, race, XLA's collectives."""
     if ctx.num_gpus < 2:
         raise SkippedError("needs two GPUs")
     return run_suite(
@@ -333,30 +338,32 @@ def process_per_gpu(ctx: Context) -> Result:
         limit=120,
         calls=ctx.calls,
         seconds=6,
+        keyword=ON_DEVICE if ctx.quick else CORE,
         flags="--xla_gpu_enable_latency_hiding_scheduler=true",
     )
 
 
 def several_on_a_gpu(num_ranks: int) -> Callable[[Context], Result]:
-    """EP2, EP4 or EP8 as processes that share GPUs under MPS."""
+    """A tier of so many processes that they share GPUs, under MPS."""
 
     def tier(ctx: Context) -> Result:
         ranks_per_gpu = -(-num_ranks // max(1, ctx.num_gpus))
         if ranks_per_gpu == 1:
             raise SkippedError(f"{ctx.num_gpus} GPUs: {num_ranks} ranks are process-per-gpu")
-        # All cases, on groups of 1 to 8, at EP8; for the others, what is most about the group.
-        keyword = "" if num_ranks == 8 else "any_routing or every_rank_count or stress"
+        # At EP8 in groups of 1 to 8; for the others, what is most about the group.
+        keyword = CORE if num_ranks == 8 else f"any_routing or every_rank or {ON_DEVICE}"
         return run_suite(
             ctx,
             f"ep{num_ranks}",
             Shape(num_ranks, ranks_per_gpu),
             [*SUITE, STRESS] if num_ranks == 8 else [*SUITE[:3], STRESS],
             limit=150,
-            calls=ctx.calls // 2,
+            calls=ctx.calls,
             seconds=6 if num_ranks == 8 else 3,
             keyword=keyword,
         )
 
+    tier.__doc__ = f"EP{num_ranks}: as many processes, several on a GPU under MPS."
     return tier
 
 
@@ -511,7 +518,7 @@ def command_buffers(ctx: Context) -> Result:
 
 
 def example(ctx: Context) -> Result:
-    """examples/train_moe_lm.py, unchanged: the same losses as on CPU, in one process and several."""
+    """examples/train_moe_lm.py, unchanged: the losses are the CPU's, in one process and several."""
     ctx.skip_without_gpu()
     missing = [
         name
@@ -541,12 +548,15 @@ def example(ctx: Context) -> Result:
         ]
     }
     if ctx.num_gpus > 1 and not ctx.quick:
-        port, common = jobs.free_port(), f"--distributed --num-processes={ep} --coordinator=127.0.0.1"
+        port, common = (
+            jobs.free_port(),
+            f"--distributed --num-processes={ep} --coordinator=127.0.0.1",
+        )
         groups["a process per GPU"] = [
             process(
                 f"several.{i}",
                 *f"{common}:{port} --process-id={i}".split(),
-                JAX_CUDA_VISIBLE_DEVICES=str(i),
+                JAX_LOCAL_DEVICE_IDS=str(i),
                 XLA_PYTHON_CLIENT_MEM_FRACTION="0.4",
             )
             for i in range(ep)
@@ -710,7 +720,7 @@ def main(argv: list[str] | None = None) -> int:
     tiers = further if further and not args.tiers else [*tiers, *further]
     if args.list:
         for tier in TIERS:
-            print(f"{tier.name:16} {(tier.run.__doc__ or 'several processes on a GPU').strip()}")
+            print(f"{tier.name:16} {tier.run.__doc__}")
         return 0
     start = time.monotonic()
     with folder_for_run(args.out) as out:
@@ -732,7 +742,9 @@ def main(argv: list[str] | None = None) -> int:
             print_table([Line(t.name, "", skipped={reason: 1}) for t in tiers])
             return 0
         print(f"{ctx.num_gpus} devices; package in {package_folder(ctx.package)}; logs in {out}")
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what follows is cleaned up
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(143)
+        )  # so that what follows is cleaned up
         try:
             if ctx.platform == "cuda":
                 start_builds(ctx, tiers)

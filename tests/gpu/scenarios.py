@@ -75,9 +75,7 @@ class Layer:
         found = []
         for i, (result, (ids, x, weights)) in enumerate(zip(results, data, strict=True)):
             shape = (self.num_ranks, NUM_TOKENS)
-            layout = reference.make_layout(
-                ids.reshape(*shape, TOP_K), num_experts=self.num_experts
-            )
+            layout = reference.make_layout(ids.reshape(*shape, TOP_K), num_experts=self.num_experts)
             tokens, recv_weights = reference.dispatch(
                 x.reshape(*shape, HIDDEN), layout, weights.reshape(*shape, TOP_K)
             )
@@ -169,7 +167,7 @@ def right_calls() -> tuple[Layer, Any, Any]:
 
 
 def killed() -> int:
-    """The last process is killed with a call in flight. The first one, the coordinator, survives."""
+    """The last process is killed with a call in flight; the first, the coordinator, survives."""
     layer, placed, data = right_calls()
     if PROCESS != 0:
         layer.program(*placed)

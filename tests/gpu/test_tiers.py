@@ -36,7 +36,7 @@ def test_without_a_gpu_all_is_skipped_with_a_reason() -> None:
 
 
 def test_two_processes_in_step(tmp_path: pathlib.Path) -> None:
-    """Some tests of the suite and the race, one rank a process; and a group smaller than the job."""
+    """Some tests of the suite and the race, one rank a process."""
     done = _run_tiers(
         "--platform=cpu",
         "--tiers=process-per-gpu",
@@ -54,7 +54,9 @@ def test_two_processes_in_step(tmp_path: pathlib.Path) -> None:
 
 def test_a_failure_is_told(tmp_path: pathlib.Path) -> None:
     test = tmp_path / "test_that_fails.py"
-    test.write_text("def test_right():\n    pass\n\ndef test_wrong():\n    assert 1 == 2, 'see me'\n")
+    test.write_text(
+        "def test_right():\n    pass\n\ndef test_wrong():\n    assert 1 == 2, 'see me'\n"
+    )
     done = _run_tiers("--platform=cpu", f"--pytest={test}", f"--out={tmp_path}")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "see me" in done.stdout
@@ -140,7 +142,10 @@ def test_a_process_that_does_less_is_found_out(tmp_path: pathlib.Path) -> None:
     ("text", "expected"),
     [
         ("000: kCommandBuffer\t\n  001: kKernel\tfusion\n  002: kCustomCall\tcall\n\n", (1, 0)),
-        ("000: kCommandBuffer\t\n001:   kCustomCall\n002:   kCustomCall\n003: kCustomCall\n", (2, 1)),
+        (
+            "000: kCommandBuffer\t\n001:   kCustomCall\n002:   kCustomCall\n003: kCustomCall\n",
+            (2, 1),
+        ),
         ("001: kCustomCall\tcall\n002: kKernel\tfusion_kCommandBuffer_like\n", (0, 1)),
         (
             "000: kWhile\n  condition\n    001: kKernel\n  body\n    002: kCommandBuffer\n"

@@ -15,6 +15,10 @@ import sys
 import time
 from typing import Any
 
+import jax
+
+import jax_ep
+
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 PROCESS = int(os.environ["JAX_EP_TEST_PROCESS"])
 NUM_PROCESSES = int(os.environ["JAX_EP_TEST_NUM_PROCESSES"])
@@ -24,14 +28,10 @@ PLATFORM = os.environ["JAX_EP_TEST_PLATFORM"]
 
 def join() -> None:
     """Makes this process one of the job, for JAX and for jax_ep."""
-    import jax
-
-    import jax_ep
-
     if NUM_PROCESSES == 1:
         return
-    # JAX lets a process outlive another one that was killed, as one scenario wants.
-    jax.config.update("jax_enable_recoverability", True)
+    if sys.argv[1] == "killed":  # JAX lets the coordinator outlive it; otherwise all leave together
+        jax.config.update("jax_enable_recoverability", True)
     options: dict[str, Any] = {}
     if PLATFORM != "cpu":
         options["local_device_ids"] = [int(os.environ["JAX_EP_TEST_DEVICE"])]
@@ -45,8 +45,15 @@ class Report:
     """A pytest plugin: counts by file, reasons, and what tests recorded, into a JSON file."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        self.path, self.files = path, {}
+        self.path = path
+        self.files: dict[str, dict[str, Any]] = {}
         self.failures: list[str] = []
+        self.compilations: list[float] = []  # seconds of each
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+        if event.endswith("/backend_compile_duration"):
+            self.compilations.append(seconds)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         name = pathlib.Path(report.nodeid.split("::")[0]).name
@@ -71,7 +78,8 @@ class Report:
             self.failures.append(f"{report.nodeid}\n{report.longreprtext}")
 
     def pytest_sessionfinish(self) -> None:
-        self.path.write_text(json.dumps({"files": self.files, "failures": self.failures}))
+        found = {"files": self.files, "failures": self.failures, "compilations": self.compilations}
+        self.path.write_text(json.dumps(found))
 
 
 def run_pytest(*arguments: str) -> int:
@@ -118,8 +126,6 @@ def main() -> None:
         status = scenarios.SCENARIOS[scenario](*arguments)
     sys.stdout.flush()
     if NUM_PROCESSES > 1:
-        import jax_ep
-
         jax_ep.finalize()
     raise SystemExit(status)
 

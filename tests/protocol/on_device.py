@@ -229,7 +229,7 @@ def stress(case: Case, num_calls: int, late: bool, num_sms: int | None = None) -
 
     def function(first_call: jax.Array) -> dict[str, jax.Array]:
         rank = lax.axis_index(AXIS)
-        # Zeros that differ between ranks as far as JAX knows, as a loop's carry must from the start.
+        # Zeros that may differ between ranks as far as JAX knows, as a loop's carry must at once.
         zero = rank * 0
         wrong, first_wrong, state = lax.fori_loop(
             0,
@@ -260,11 +260,12 @@ def race(num_ranks: int, sizes: Race, num_calls: int) -> Any:
     """A function of one rank: (rows, first call) -> rows for the next time, counts of wrong rows.
 
     In each call all tokens of all ranks go to one rank, in turn, and they go twice, by the same
-    layout. In between a rank in turn comes late with its new rows: without an order the others would
-    see those of the first time. After the second time the rows are rewritten at once, in place (in
-    the loop's buffer); the ranks that receive nothing have no work of their own in dispatch, so
-    without an order they would do that while the receiving rank still reads, and it would see
-    numbers of the next call. Ids come late too, and what comes back by combine is compared.
+    layout. In between one rank, in turn too, comes late with its new rows: without an order the
+    others would see those of the first time. After the second time the rows are rewritten at once,
+    in place (in the loop's buffer); ranks that receive nothing have no work of their own in
+    dispatch, so without an order they would do that while the receiving rank still reads, and it
+    would see numbers of the next call. Ids come late too, and the rows that combine brings back are
+    compared.
     """
     num_tokens, hidden = sizes.num_tokens, sizes.hidden
     capacity = num_ranks * num_tokens

@@ -33,7 +33,7 @@ def layer_cases(num_ranks: int) -> list[Case]:
 
 @functools.cache
 def program(cases: tuple[Case, ...]) -> Any:
-    """A function of one rank: (layers' data, other data) -> layers' results, collectives' results."""
+    """A function of one rank: (layers' data, other data) -> results of layers, of collectives."""
 
     def layer(case: Case, ids: Any, x: Any, weights: Any) -> Any:
         layout = jax_ep.make_layout(
@@ -83,7 +83,9 @@ def test_layers_between_collectives(device_backend: JaxBackend) -> None:
             expected.append((tokens, recv_weights, reference.combine(tokens, layout, recv_weights)))
         # Small whole numbers: sums are exact.
         base = rng.integers(-8, 8, shape[:2]).astype(np.float32)
-        other = np.broadcast_to(base[..., None, None], shape) + np.arange(shape[-1], dtype=np.float32)
+        other = np.broadcast_to(base[..., None, None], shape) + np.arange(
+            shape[-1], dtype=np.float32
+        )
         others = [other * (1 + i) for i in range(len(cases))]
         layers, exchanged = backend.run(num_ranks, program(cases), data, others)
         for i, (ours, theirs) in enumerate(zip(layers, expected, strict=True)):
