@@ -249,7 +249,11 @@ void MakeTables(const Case& c, Data& d) {
 }
 
 void MakeRows(std::mt19937_64& rng, Data& d) {
-  std::normal_distribution<float> normal;
+  // Both signs, magnitudes from almost 0 to 16, every bit of the mantissa.
+  const auto draw = [](uint64_t bits) {
+    const auto whole = static_cast<int32_t>(static_cast<uint32_t>(bits));
+    return std::ldexp(static_cast<float>(whole), -31 + static_cast<int>(bits >> 32 & 7) - 3);
+  };
   const float nan = std::numeric_limits<float>::quiet_NaN();
   for (int r = 0; r < d.num_ranks; ++r) {
     std::vector<uint8_t> x(d.num_tokens * d.row_bytes);
@@ -257,17 +261,18 @@ void MakeRows(std::mt19937_64& rng, Data& d) {
     d.x.push_back(x);
     std::vector<float> topk_weights(d.num_tokens * d.top_k), row_weights(d.capacity),
         values(d.capacity);
-    for (auto& w : topk_weights) w = normal(rng);
+    for (auto& w : topk_weights) w = draw(rng());
     std::vector<uint8_t> y(d.capacity * d.row_bytes);
     const int type_bytes = TypeBytes(d.type);
     for (int64_t row = 0; row < d.capacity; ++row) {
       const bool valid = d.recv_src[r][row] >= 0;
-      row_weights[row] = valid ? normal(rng) : nan;
-      values[row] = valid ? normal(rng) : nan;
+      row_weights[row] = valid ? draw(rng()) : nan;
+      values[row] = valid ? draw(rng()) : nan;
       for (int64_t h = 0; h < d.num_channels; ++h) {
-        float number = normal(rng);
-        if (rng() % 16 == 0) number *= 1e-39f;  // subnormal in float32 and bfloat16, 0 in float16
-        if (rng() % 32 == 0) number = -0.0f;
+        const uint64_t bits = rng();
+        float number = draw(bits);
+        if (bits >> 60 == 0) number *= 1e-39f;  // subnormal in float32 and bfloat16, 0 in float16
+        if (bits >> 59 == 2) number = -0.0f;
         if (!valid) number = nan;  // never read
         WriteNumber(d.type, number, y.data() + row * d.row_bytes + h * type_bytes);
       }

@@ -109,4 +109,9 @@ def test_race(device_backend: JaxBackend, record_property: Callable[[str, object
         if count.any()
     }
     assert not seen, f"stale or early rows, by rank: {seen}"
+    x = x.copy()
+    x[-1] += 1  # what the last rank's rows of the next time are
+    first_call = np.full(num_ranks, num_programs * num_calls, np.int32)
+    _, wrong, _ = backend.run(num_ranks, function, x, first_call)
+    assert wrong[:, 1:].any(axis=0).all(), f"a wrong row was not seen: {wrong}"
     record_property("calls, race", num_calls * num_programs)
