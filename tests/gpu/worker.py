@@ -72,12 +72,17 @@ class Report:
             self.failures.append(f"{report.nodeid} ({report.when})\n{report.longreprtext}")
         elif report.when == "call":
             file["passed"] += 1
+        if report.when == "teardown":
+            self._write()  # as far as it got, should this process be stopped
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
             self.failures.append(f"{report.nodeid}\n{report.longreprtext}")
 
     def pytest_sessionfinish(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
         found = {"files": self.files, "failures": self.failures, "compilations": self.compilations}
         self.path.write_text(json.dumps(found))
 
