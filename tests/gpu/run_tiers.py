@@ -747,7 +747,7 @@ def main(argv: list[str] | None = None) -> int:
         reason = why_not(ctx)
         if reason is not None:
             print_table([Line(t.name, "", skipped={reason: 1}) for t in tiers])
-            return 0
+            return 2 if "package" in reason else 0  # a machine that could, but for what is missing
         print(f"{ctx.num_gpus} devices; package in {package_folder(ctx.package)}; logs in {out}")
         signal.signal(
             signal.SIGTERM, lambda *_: sys.exit(143)
