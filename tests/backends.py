@@ -2,19 +2,22 @@
 
 A backend takes the global view of `jax_ep.reference`: NumPy arrays with a leading axis over the
 ranks, in and out. `ReferenceBackend` is the oracle itself; `JaxBackend` runs `jax_ep` on the
-devices of a platform, one rank each. A further backend is one more entry of `BACKENDS`.
+devices of a platform, one rank each; `ProcessesBackend` does so with one process for each rank. A
+further backend is one more entry of `BACKENDS`.
 """
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import DTypeLike, NDArray
 from routings import Case
 
@@ -188,12 +191,30 @@ class JaxBackend(Backend):
             return str(error)
         return None
 
+    def devices(self) -> list[jax.Device]:
+        """By rank."""
+        return jax.devices(self.platform)
+
+    no_collectives: str | None = None
+    """Why XLA's own collectives do not work here, or None if they do."""
+
+    @property
+    def num_devices(self) -> int:
+        """The largest group that can be had here."""
+        return len(self.devices())
+
     def mesh(self, num_ranks: int) -> jax.sharding.Mesh:
         """The first devices as a mesh with the one axis AXIS."""
-        devices = jax.devices(self.platform)
+        devices = self.devices()
         if num_ranks > len(devices):
+            if hypothesis.currently_in_test_context():
+                hypothesis.reject()  # another example may fit
             pytest.skip(f"backend {self.name}: {num_ranks} ranks, but {len(devices)} devices")
         return jax.sharding.Mesh(np.array(devices[:num_ranks]), (AXIS,))
+
+    def agree(self, value: Any) -> Any:
+        """One process's opinion where the processes may differ, as with clocks: the first one's."""
+        return value
 
     def _per_rank(self, num_ranks: int, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` of one rank's arrays, as a compiled function of all ranks' stacked arrays.
@@ -212,14 +233,22 @@ class JaxBackend(Backend):
             jax.shard_map(shard, mesh=self.mesh(num_ranks), in_specs=spec, out_specs=spec)
         )
 
+    def call(self, num_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls `per_rank(num_ranks, function)`; the results stay where they are."""
+        return self.per_rank(num_ranks, function)(*args)
+
+    def fetch(self, num_ranks: int, results: Any) -> Any:
+        """What `call` gave, as NumPy arrays of all ranks."""
+        return jax.device_get(results)
+
     def run(self, num_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
         """Calls `per_rank(num_ranks, function)` and fetches the results."""
-        return jax.device_get(self.per_rank(num_ranks, function)(*args))
+        return self.fetch(num_ranks, self.call(num_ranks, function, *args))
 
     def make_layout(self, case: Case, topk_idx: NDArray[np.int32]) -> BackendLayout:
-        layout, derived = self.per_rank(case.num_ranks, _layout_function(case))(topk_idx)
+        layout, derived = self.call(case.num_ranks, _layout_function(case), topk_idx)
         arrays = {n: getattr(layout, n) for n in LAYOUT_ARRAYS if n not in derived} | derived
-        return BackendLayout(case, jax.device_get(arrays), layout)
+        return BackendLayout(case, self.fetch(case.num_ranks, arrays), layout)
 
     def dispatch(
         self,
@@ -260,6 +289,80 @@ class JaxBackend(Backend):
             layout.case.num_ranks, _combine_vjp, layout.handle, y, weights, g
         )
         return results
+
+
+class Exchange(Protocol):
+    """How the processes of a job tell each other what they have, without their devices."""
+
+    process: int
+    num_processes: int
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every process's value, by process. Collective."""
+        raise NotImplementedError
+
+
+class ProcessesBackend(JaxBackend):
+    """One process a rank, all of which run the same tests in the same order.
+
+    Rank r is process r with its first device. Every process makes all ranks' data, feeds its own
+    shard, and learns the others' results through the exchange, on the host: so tests compare all
+    ranks and pass or fail in every process alike, and no collective of XLA is in the programs. An
+    error in one process becomes an error in all. A group that is smaller than the job leaves
+    processes out: they trace the function, and hold shapes where the others hold arrays.
+    """
+
+    def __init__(self, platform: str, exchange: Exchange):
+        super().__init__("processes", platform)
+        self.exchange = exchange
+        if os.environ.get("JAX_EP_TEST_RANKS_PER_GPU", "1") != "1":
+            self.no_collectives = "XLA's own collectives refuse two ranks on one GPU"
+
+    def devices(self) -> list[jax.Device]:
+        first: dict[int, jax.Device] = {}
+        for device in jax.devices(self.platform):
+            first.setdefault(device.process_index, device)
+        return [first[process] for process in sorted(first)]
+
+    def agree(self, value: Any) -> Any:
+        return self.exchange.all_gather(value)[0]
+
+    def call(self, num_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
+        sharding = NamedSharding(self.mesh(num_ranks), PartitionSpec(AXIS))
+        takes_part = self.exchange.process < num_ranks
+
+        def place(argument: Any) -> Any:
+            if isinstance(argument, jax.Array | jax.ShapeDtypeStruct):
+                return argument
+            array = np.asarray(argument)
+            if not takes_part:
+                return jax.ShapeDtypeStruct(array.shape, array.dtype)
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+        results, error = None, None
+        try:
+            compiled, placed = self.per_rank(num_ranks, function), jax.tree.map(place, args)
+            if takes_part:
+                results = jax.block_until_ready(compiled(*placed))
+            else:
+                results = jax.eval_shape(compiled, *placed)
+        except Exception as caught:  # whatever it is, the other processes must hear of it
+            error = caught
+        told = self.exchange.all_gather(None if error is None else repr(error))
+        if error is not None:
+            raise error
+        for process, text in enumerate(told):
+            if text is not None:
+                raise RuntimeError(f"process {process}: {text}")
+        return results
+
+    def fetch(self, num_ranks: int, results: Any) -> Any:
+        leaves, structure = jax.tree.flatten(results)
+        mine = None
+        if self.exchange.process < num_ranks:
+            mine = [np.asarray(leaf.addressable_shards[0].data) for leaf in leaves]
+        parts = self.exchange.all_gather(mine)[:num_ranks]
+        return structure.unflatten([np.concatenate(shards) for shards in zip(*parts, strict=True)])
 
 
 @functools.cache
@@ -311,3 +414,10 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (ReferenceBackend(), JaxBackend("cpu", "cpu"), JaxBackend("cuda", "cuda"))
 }
+
+
+def use_processes(platform: str, exchange: Exchange) -> None:
+    """Puts the job's processes in the place of the backends on this process's devices."""
+    for name in ("cpu", "cuda"):
+        del BACKENDS[name]
+    BACKENDS["processes"] = ProcessesBackend(platform, exchange)

@@ -6,17 +6,35 @@ given ids, and `routed_cases` is the hypothesis strategy over all of it.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
+from hypothesis import HealthCheck, settings
 from numpy.typing import DTypeLike, NDArray
 
 from jax_ep import reference
 
 INT32 = np.iinfo(np.int32)
+
+_EXAMPLES = float(os.environ.get("JAX_EP_TEST_EXAMPLES", "1"))
+
+
+def examples(number: int) -> settings:
+    """Hypothesis' settings for so many examples, or the part JAX_EP_TEST_EXAMPLES of them.
+
+    Most examples have a capacity of their own, so a compilation of their own. Where devices are
+    few, examples with more ranks are rejected, and that may be most of them.
+    """
+    return settings(
+        max_examples=max(3, round(number * _EXAMPLES)),
+        deadline=None,
+        suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+    )
+
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 """The `draw` argument of a composite strategy."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import routings
 from backends import BACKENDS, Backend, JaxBackend
-from hypothesis import given, settings
+from hypothesis import given
 from jax import dtypes
 from numpy.typing import DTypeLike
 from routings import Case, RoutedCase, assert_same_bits, routed_cases
@@ -65,7 +65,7 @@ def test_example(backend: Backend, capacity: int, dtype: DTypeLike) -> None:
 # dispatch -----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@routings.examples(30)
 @given(
     routed=routed_cases(),
     dtype=st.sampled_from([BF16, F16, F32]),
@@ -165,7 +165,7 @@ def assert_weight_gradient(actual: Any, expected: Any, y: Any, g_rows: Any, vali
     assert (error <= bound).all(), f"error / bound is up to {np.nanmax(error / bound)}"
 
 
-@settings(max_examples=30, deadline=None)
+@routings.examples(30)
 @given(
     routed=routed_cases(),
     dtype=st.sampled_from([BF16, F16, F32]),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import routings
 from backends import LAYOUT_ARRAYS, Backend, JaxBackend
-from hypothesis import given, settings
+from hypothesis import given
 from routings import Case, RoutedCase, assert_same_bits, routed_cases
 from test_reference import EXAMPLE_IDS, EXAMPLE_LAYOUTS
 
@@ -53,7 +53,7 @@ def test_default_capacity(device_backend: JaxBackend, case: Case, kind: str) -> 
     assert_equals_oracle(device_backend, case, topk_idx)
 
 
-@settings(max_examples=60, deadline=None)
+@routings.examples(60)
 @given(routed=routed_cases())
 def test_any_routing_and_capacity(device_backend: JaxBackend, routed: RoutedCase) -> None:
     assert_equals_oracle(device_backend, routed.case, routed.topk_idx)

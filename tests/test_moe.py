@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import routings
 from backends import AXIS, Backend, JaxBackend
-from hypothesis import given, settings
+from hypothesis import given
 from numpy.typing import DTypeLike, NDArray
 from routings import Case, RoutedCase, assert_same_bits, routed_cases
 from test_reference import expert_rows
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 
 
-@settings(max_examples=20, deadline=None)
+@routings.examples(20)
 @given(
     routed=routed_cases(capacity_kinds=("exact", "default")),
     dtype=st.sampled_from([BF16, F16, F32]),

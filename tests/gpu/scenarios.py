@@ -1,0 +1,234 @@
+"""What the processes of jobs do that are not pytest: a rank that dies or stalls, command buffers.
+
+Each returns its exit code or raises; lines that begin with "NOTE: " end up in run_tiers.py's table.
+"""
+
+import os
+import pathlib
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from thunks import recorded_thunks
+
+import jax_ep
+from jax_ep import reference
+
+PROCESS = int(os.environ["JAX_EP_TEST_PROCESS"])
+OUT = pathlib.Path(os.environ["JAX_EP_TEST_OUT"])
+PLATFORM = os.environ["JAX_EP_TEST_PLATFORM"]
+
+NUM_TOKENS, TOP_K, HIDDEN = 96, 4, 256
+
+
+class Layer:
+    """One MoE layer over all devices, with data of a seed, and the oracle's results."""
+
+    def __init__(self, num_layers: int = 1) -> None:
+        devices = np.array(jax.devices(PLATFORM))
+        self.num_ranks, self.num_layers = len(devices), num_layers
+        self.num_experts = 8 * self.num_ranks
+        self.mesh = Mesh(devices, ("ep",))
+        self.sharding = NamedSharding(self.mesh, P("ep"))
+
+        def one(ids: Any, x: Any, weights: Any) -> Any:
+            layout = jax_ep.make_layout(ids, num_experts=self.num_experts, axis_name="ep")
+            recv = jax_ep.dispatch(x, layout, weights)
+            out = jax_ep.combine(recv.tokens * 2 + 1, layout, recv.weights)
+            return out, recv.tokens, layout.recv_src
+
+        def recorded_calls(*layers: Any) -> Any:
+            return tuple(one(*layer) for layer in layers)
+
+        self.program = jax.jit(
+            jax.shard_map(recorded_calls, mesh=self.mesh, in_specs=P("ep"), out_specs=P("ep"))
+        )
+
+    def data(self, seed: int) -> list[tuple[np.ndarray, ...]]:
+        rng = np.random.default_rng(seed)
+        total, found = self.num_ranks * NUM_TOKENS, []
+        for _ in range(self.num_layers):
+            ids = np.argsort(rng.random((total, self.num_experts)), axis=1)[:, :TOP_K]
+            ids = ids.astype(np.int32)
+            ids[rng.random(ids.shape) < 0.1] = -1
+            # Small whole numbers: XLA may fuse 2 x + 1 as it likes.
+            x = rng.integers(-64, 64, (total, HIDDEN)).astype(np.float32)
+            found.append((ids, x, rng.random((total, TOP_K)).astype(np.float32)))
+        return found
+
+    def place(self, data: Any) -> Any:
+        return jax.tree.map(
+            lambda a: jax.make_array_from_callback(a.shape, self.sharding, lambda index: a[index]),
+            data,
+        )
+
+    def wrong(self, results: Any, data: list[tuple[np.ndarray, ...]]) -> list[str]:
+        """Which results of this process are not the oracle's, to the bit."""
+        found = []
+        for i, (result, (ids, x, weights)) in enumerate(zip(results, data, strict=True)):
+            shape = (self.num_ranks, NUM_TOKENS)
+            layout = reference.make_layout(ids.reshape(*shape, TOP_K), num_experts=self.num_experts)
+            tokens, recv_weights = reference.dispatch(
+                x.reshape(*shape, HIDDEN), layout, weights.reshape(*shape, TOP_K)
+            )
+            out = reference.combine(tokens * 2 + 1, layout, recv_weights)
+            names = ("out", "tokens", "recv_src")
+            for name, array, expected in zip(
+                names, result, (out, tokens, layout.recv_src), strict=True
+            ):
+                for shard in array.addressable_shards:
+                    rank = (shard.index[0].start or 0) // (array.shape[0] // self.num_ranks)
+                    if np.asarray(shard.data).tobytes() != expected[rank].tobytes():
+                        found.append(f"{name} of layer {i} on rank {rank}")
+        return found
+
+
+def local(array: jax.Array) -> np.ndarray:
+    return np.concatenate([np.asarray(shard.data) for shard in array.addressable_shards])
+
+
+def wait_for(name: str, seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not (OUT / name).exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the other process left no file {name}")
+        time.sleep(0.02)
+
+
+# A rank that dies or stalls ---------------------------------------------------------------------
+
+
+def call(layer: Layer, placed: Any, data: Any) -> tuple[str, float, Any]:
+    """("right" | "poisoned" | the error's text, seconds, results) of one call."""
+    start = time.monotonic()
+    try:
+        results = jax.block_until_ready(layer.program(*placed))
+    except jax.errors.JaxRuntimeError as error:
+        return str(error), time.monotonic() - start, None
+    wrong = layer.wrong(results, data)
+    if not wrong:
+        return "right", time.monotonic() - start, results
+    return "poisoned", time.monotonic() - start, results
+
+
+def hear_of_it(layer: Layer, placed: Any, data: Any, other: int) -> None:
+    """Calls until one is not right; checks what this process is told, and how soon."""
+    timeout = jax_ep.get_timeout()
+    deadline = time.monotonic() + 30
+    while True:
+        outcome, seconds, results = call(layer, placed, data)
+        if outcome != "right":
+            break
+        assert time.monotonic() < deadline, "the other process is still there"
+    assert seconds < timeout + 4, f"{seconds:.1f} s, the timeout is {timeout} s"
+    heard = "as an error of the call itself"
+    if outcome == "poisoned":
+        heard = "by NaN, then as an error"
+        for out, tokens, recv_src in results:
+            out, tokens, recv_src = local(out), local(tokens), local(recv_src)
+            assert np.isnan(out).all(), "combine's output is not NaN"
+            # What ended before the other one went is right, what came after is poisoned.
+            poisoned = np.isnan(tokens).all()
+            assert poisoned or not np.isnan(tokens).any(), "a part of dispatch's output is NaN"
+            assert not (recv_src == -1).all() or poisoned
+        outcome, seconds, _ = call(layer, placed, data)
+        assert outcome not in ("right", "poisoned"), f"the call after a broken one was {outcome}"
+    print(f"NOTE: heard after {seconds:.1f} s, {heard}: {outcome.splitlines()[0][:160]}")
+    assert re.search(r"jax_ep_(layout|dispatch|combine)", outcome), outcome
+    assert re.search(rf"(rank|process) {other}\b", outcome), outcome
+    if PLATFORM != "cpu":
+        for _ in range(2):
+            again, seconds, _ = call(layer, placed, data)
+            assert "jax_ep_" in again, again
+            assert seconds < 1, f"a call of a broken group took {seconds:.1f} s"
+    assert float(jax.jit(jnp.sum)(np.ones(4))) == 4, "the runtime does not compute any more"
+
+
+def right_calls() -> tuple[Layer, Any, Any]:
+    """A layer that has worked a few times, and its data.
+
+    On CPU all processes must trace a program from the same line of code: so it is this one.
+    """
+    layer = Layer()
+    data = layer.data(0)
+    placed = layer.place(data)
+    for _ in range(10):
+        outcome, _, results = call(layer, placed, data)
+        assert outcome == "right", outcome if results is None else layer.wrong(results, data)
+    return layer, placed, data
+
+
+def killed() -> int:
+    """The last process is killed with a call in flight; the first, the coordinator, survives."""
+    layer, placed, data = right_calls()
+    if PROCESS != 0:
+        layer.program(*placed)
+        os.kill(os.getpid(), signal.SIGKILL)
+    hear_of_it(layer, placed, data, other=1)
+    return 0
+
+
+def stalled() -> int:
+    """The last process stops calling, until the first has heard of it; then it is told too."""
+    layer, placed, data = right_calls()
+    if PROCESS == 0:
+        hear_of_it(layer, placed, data, other=1)
+        (OUT / "heard").touch()
+        wait_for("told")
+    else:
+        wait_for("heard")
+        hear_of_it(layer, placed, data, other=0)
+        (OUT / "told").touch()
+    return 0
+
+
+# Command buffers --------------------------------------------------------------------------------
+
+
+def command_buffers(expectation: str) -> int:
+    """Two independent layers in one program, called often, its buffers at changing addresses."""
+    layer = Layer(num_layers=2)
+    kept: list[Any] = []
+    addresses = set()
+    num_calls = 24
+    for i in range(num_calls):
+        data = layer.data(i)
+        if i % 3 == 1:  # moves what is allocated next
+            kept.append(layer.place(np.zeros((layer.num_ranks * (1 + i), 4096), np.float32)))
+        placed = layer.place(data)
+        for _ in range(2):  # the same addresses twice
+            results = jax.block_until_ready(layer.program(*placed))
+            wrong = layer.wrong(results, data)
+            assert not wrong, f"call {i}: {wrong}"
+        arrays = jax.tree.leaves((placed, results))
+        addresses.add(tuple(a.addressable_shards[0].data.unsafe_buffer_pointer() for a in arrays))
+        if i % 2:
+            kept.append(results)
+    assert len(addresses) >= 4, f"only {len(addresses)} sets of addresses in {num_calls} calls"
+    inside, outside = recorded_thunks(pathlib.Path(os.environ["JAX_EP_TEST_DUMP"]))
+    print(
+        f"NOTE: {2 * num_calls} calls at {len(addresses)} sets of addresses; custom calls inside "
+        f"command buffers: {inside}, outside: {outside}"
+    )
+    if expectation == "on":
+        assert inside > 0, "no call of ours is in a command buffer"
+    else:
+        assert inside == 0, "command buffers are off, but there are some"
+        assert outside >= 6, "the dump does not show our calls"
+    return 0
+
+
+SCENARIOS: dict[str, Callable[..., int]] = {
+    f.__name__: f for f in (killed, stalled, command_buffers)
+}
+
+if __name__ == "__main__":
+    sys.exit("started by worker.py")

@@ -1,0 +1,329 @@
+"""Calls that are made up, made and checked on the devices, thousands in one program.
+
+Every number of a call comes from hashes of the call's number, so every rank knows all ranks' ids
+and rows without having been told, and compares what it received with them where it is. The
+layout's tables are computed a second time, by comparing all ids with each other. What comes out of
+a program is how many calls were wrong, in what, and which was the first.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from backends import AXIS
+from jax import lax
+from numpy.typing import NDArray
+from routings import Case
+
+import jax_ep
+
+NOT_YET = 2**31 - 1  # the number of the first wrong call while there is none
+
+LAYOUT_CHECKS = (
+    "send_row",
+    "recv_src",
+    "recv_order",
+    "recv_offsets",
+    "group_sizes",
+    "expert_counts",
+    "expert_load",
+    "num_recv",
+    "num_dropped",
+    "num_invalid",
+)
+CHECKS = (*LAYOUT_CHECKS, "tokens", "weights", "out")
+
+
+def mix(*values: Any) -> jax.Array:
+    """A hash of integers, uint32, broadcast."""
+    h: jax.Array = jnp.uint32(0x9E3779B9)
+    for value in values:
+        h = (h ^ jnp.asarray(value).astype(jnp.uint32)) * jnp.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+        h = h ^ (h >> 16)
+    return h
+
+
+def below(bits: jax.Array, bound: int) -> jax.Array:
+    """int32 in [0, bound), from a hash."""
+    return (bits % jnp.uint32(bound)).astype(jnp.int32)
+
+
+def sms(num_sms: int | None, verb: Callable[..., Any]) -> dict[str, int]:
+    """`num_sms` as an argument of the verb, if it is asked for and the verb takes it."""
+    if num_sms is None or "num_sms" not in inspect.signature(verb).parameters:
+        return {}
+    return {"num_sms": num_sms}
+
+
+# What a call sends ----------------------------------------------------------------------------
+
+
+def all_ids(case: Case, call: jax.Array) -> jax.Array:
+    """int32 [R, T, K]: the ids of all ranks. Every kind of routing comes up."""
+    shape = (case.num_ranks, case.num_tokens, case.top_k)
+    rank, token, choice = (lax.broadcasted_iota(jnp.int32, shape, i) for i in range(3))
+    first, second = mix(call, rank, token, choice, 1), mix(call, rank, token, choice, 2)
+    uniform = below(first, case.num_experts)
+    kind = below(mix(call, 3), 8)
+    ids = jnp.where(kind < 4, uniform, jnp.minimum(uniform, below(second, case.num_experts)))
+    ids = jnp.where(kind == 5, below(mix(call, 4), case.num_experts), ids)  # one expert for all
+    ids = jnp.where((kind == 6) & (below(mix(call, rank, 5), 2) == 0), -1, ids)  # silent ranks
+    rare = below(second >> 8, 32)
+    ids = jnp.where(rare < 2, -1, ids)
+    ids = jnp.where(rare == 2, case.num_experts + below(first >> 8, 1000), ids)
+    return jnp.where(rare == 3, -2 - below(first >> 8, 1000), ids)
+
+
+def all_rows(case: Case, call: jax.Array, flat_token: jax.Array) -> jax.Array:
+    """int32 [.., H]: the rows of these tokens (source rank * T + token)."""
+    channel = jnp.arange(case.hidden, dtype=jnp.int32)
+    return lax.bitcast_convert_type(mix(call, flat_token[..., None], channel, 6), jnp.int32)
+
+
+def all_weights(call: jax.Array, flat: jax.Array) -> jax.Array:
+    """float32: the weights, -3 .. 3, of these choices (flat token * K + k)."""
+    return (below(mix(call, flat, 7), 7) - 3).astype(jnp.float32)
+
+
+def expert(rows: jax.Array, flat: jax.Array) -> jax.Array:
+    """float32 [.., H], whole numbers -4 .. 3: of the row and of which choice it stands for.
+
+    Weighted sums of K <= 16 of them are below 256 in magnitude, so exact in bfloat16, in any order.
+    """
+    bits = lax.bitcast_convert_type(rows, jnp.uint32) ^ mix(flat, 8)[..., None]
+    return ((bits & 7).astype(jnp.int32) - 4).astype(jnp.float32)
+
+
+# What must come of it -------------------------------------------------------------------------
+
+
+def expected_layout(case: Case, ids: jax.Array, rank: jax.Array) -> dict[str, jax.Array]:
+    """This rank's tables, from all ranks' ids."""
+    num_local, alignment = case.num_local_experts, case.expert_alignment
+    capacity = case.default_capacity if case.capacity is None else case.capacity
+    flat = ids.reshape(-1)
+    number = jnp.arange(flat.size, dtype=jnp.int32)
+    routed = (flat >= 0) & (flat < case.num_experts)
+    safe = jnp.where(routed, flat, 0)
+    same_before = (flat[:, None] == flat[None, :]) & (number[None, :] < number[:, None])
+    row_in_expert = same_before.sum(axis=1, dtype=jnp.int32)
+    experts = jnp.arange(case.num_experts, dtype=jnp.int32)
+    load = (flat[:, None] == experts[None, :]).sum(axis=0, dtype=jnp.int32)
+    padded = (-(-load // alignment) * alignment).reshape(case.num_ranks, num_local)
+    offset = jnp.cumsum(padded, axis=1) - padded
+    row = offset.reshape(-1)[safe] + row_in_expert
+    row = jnp.where(routed & (row < capacity), row, -1)
+    here = (row >= 0) & (safe // num_local == rank)
+    slot = jnp.cumsum(here.astype(jnp.int32)) - here
+    nowhere = jnp.full(capacity, -1, jnp.int32)
+    per_token = here.reshape(-1, case.top_k).sum(axis=1, dtype=jnp.int32)
+    own_end, own_offset = offset[rank] + padded[rank], offset[rank]
+    own = ids[rank]
+    num_recv = here.sum(dtype=jnp.int32)
+    counts = load.reshape(case.num_ranks, num_local)[rank]
+    return {
+        "send_row": row.reshape(ids.shape)[rank],
+        "recv_src": nowhere.at[jnp.where(here, row, capacity)].set(number, mode="drop"),
+        "recv_order": nowhere.at[jnp.where(here, slot, capacity)].set(row, mode="drop"),
+        "recv_offsets": jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(per_token)]),
+        "group_sizes": jnp.minimum(own_end, capacity) - jnp.minimum(own_offset, capacity),
+        "expert_counts": counts,
+        "expert_load": load,
+        "num_recv": num_recv,
+        "num_dropped": counts.sum(dtype=jnp.int32) - num_recv,
+        "num_invalid": ((own != -1) & ((own < 0) | (own >= case.num_experts))).sum(dtype=jnp.int32),
+    }
+
+
+# Ranks that come late -------------------------------------------------------------------------
+
+
+def stall(units: jax.Array, state: jax.Array) -> jax.Array:
+    """A new state, int32 in [0, 2**20), after so many turns of a loop on the device."""
+
+    def turn(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        left, state = carry
+        return left - 1, (state * 5 + 3) & 0xFFFFF
+
+    return lax.while_loop(lambda carry: carry[0] > 0, turn, (units, state))[1]
+
+
+def after(state: jax.Array, array: jax.Array) -> jax.Array:
+    """The array, which is not there before the state is. Only we know that this adds 0."""
+    return array + (state >> 20).astype(array.dtype)
+
+
+def lateness(case: Case, call: jax.Array, rank: jax.Array, stage: int) -> jax.Array:
+    """Turns: mostly none, sometimes a few, rarely so many that the other ranks stand and wait."""
+    bits = mix(call, rank, stage, 9)
+    few = jnp.where(below(bits, 4) == 0, below(bits >> 8, 4), 0)
+    return jnp.where(below(bits >> 16, 400) == 0, 100, few)
+
+
+# Programs -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def stress(case: Case, num_calls: int, late: bool, num_sms: int | None = None) -> Any:
+    """A function of one rank: (first call) -> wrong calls by check, first wrong call.
+
+    Layout, dispatch of int32 rows, combine of bfloat16, all random; with `late`, ranks come to each
+    of the three at different times, otherwise the calls are queued as fast as it goes.
+    """
+    capacity = case.default_capacity if case.capacity is None else case.capacity
+
+    def one_call(call: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        wrong, first_wrong, state = carry
+        rank = lax.axis_index(AXIS)
+        ids = all_ids(case, call)
+        expected = expected_layout(case, ids, rank)
+        flat_tokens = rank * case.num_tokens + jnp.arange(case.num_tokens, dtype=jnp.int32)
+        flat = flat_tokens[:, None] * case.top_k + jnp.arange(case.top_k, dtype=jnp.int32)
+        x, topk_weights = all_rows(case, call, flat_tokens), all_weights(call, flat)
+
+        own_ids = ids[rank]
+        if late:
+            state = stall(lateness(case, call, rank, 0), state)
+            own_ids = after(state, own_ids)
+        layout = jax_ep.make_layout(
+            own_ids,
+            num_experts=case.num_experts,
+            axis_name=AXIS,
+            capacity=capacity,
+            expert_alignment=case.expert_alignment,
+            **sms(num_sms, jax_ep.make_layout),
+        )
+        sent = x
+        if late:
+            state = stall(lateness(case, call, rank, 1), state)
+            sent = after(state, x)
+        recv = jax_ep.dispatch(sent, layout, topk_weights, **sms(num_sms, jax_ep.dispatch))
+
+        src, valid = expected["recv_src"], expected["recv_src"] >= 0
+        tokens = jnp.where(valid[:, None], all_rows(case, call, src // case.top_k), 0)
+        weights = jnp.where(valid, all_weights(call, src), 0)
+        y = jnp.where(valid[:, None], expert(recv.tokens, src), jnp.nan).astype(jnp.bfloat16)
+        if late:
+            state = stall(lateness(case, call, rank, 2), state)
+            y = after(state, y)
+        out = jax_ep.combine(y, layout, recv.weights, **sms(num_sms, jax_ep.combine))
+        each = expert(jnp.repeat(x[:, None], case.top_k, axis=1), flat)
+        kept = expected["send_row"] >= 0
+        expected_out = (jnp.where(kept, topk_weights, 0)[..., None] * each).sum(axis=1)
+
+        right = [jnp.all(getattr(layout, name) == expected[name]) for name in LAYOUT_CHECKS]
+        right += [
+            jnp.all(recv.tokens == tokens),
+            jnp.all(recv.weights == weights),
+            jnp.all(out.astype(jnp.float32) == expected_out),
+        ]
+        is_wrong = ~jnp.stack(right)
+        first_wrong = jnp.minimum(first_wrong, jnp.where(is_wrong.any(), call, NOT_YET))
+        return wrong + is_wrong, first_wrong, state
+
+    def function(first_call: jax.Array) -> dict[str, jax.Array]:
+        rank = lax.axis_index(AXIS)
+        # Zeros that may differ between ranks as far as JAX knows, as a loop's carry must at once.
+        zero = rank * 0
+        wrong, first_wrong, state = lax.fori_loop(
+            0,
+            num_calls,
+            lambda i, carry: one_call(first_call + i, carry),
+            (jnp.zeros(len(CHECKS), jnp.int32) + zero, NOT_YET + zero, zero),
+        )
+        return {"wrong": wrong, "first_wrong": first_wrong, "state": state}
+
+    return function
+
+
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """Sizes of the race: see `race`.
+
+    Attributes:
+        num_tokens: T.
+        hidden: H.
+    """
+
+    num_tokens: int
+    hidden: int
+
+
+@functools.cache
+def race(num_ranks: int, sizes: Race, num_calls: int) -> Any:
+    """A function of one rank: (rows, first call) -> rows for the next time, counts of wrong rows.
+
+    In each call all tokens of all ranks go to one rank, in turn, and they go twice, by the same
+    layout. In between one rank, in turn too, comes late with its new rows: without an order the
+    others would see those of the first time. After the second time the rows are rewritten at once,
+    in place (in the loop's buffer); ranks that receive nothing have no work of their own in
+    dispatch, so without an order they would do that while the receiving rank still reads, and it
+    would see numbers of the next call. Ids come late too, and the rows that combine brings back are
+    compared.
+    """
+    num_tokens, hidden = sizes.num_tokens, sizes.hidden
+    capacity = num_ranks * num_tokens
+
+    def rows(time: Any, flat_token: Any) -> jax.Array:
+        channel = jnp.arange(hidden, dtype=jnp.int32)
+        return time + 3 * channel + 64 * flat_token[:, None]
+
+    def one_call(i: Any, carry: Any, first_call: Any) -> Any:
+        x, wrong, state = carry
+        call = first_call + i
+        rank = lax.axis_index(AXIS)
+        turn = call % num_ranks
+        late = (call // num_ranks) % num_ranks
+        state = stall(jnp.where(rank == late, 2, 0), state)
+        ids = after(state, jnp.full((num_tokens, 1), turn, jnp.int32))
+        layout = jax_ep.make_layout(
+            ids, num_experts=num_ranks, axis_name=AXIS, capacity=capacity, zero_tail=False
+        )
+        first = jax_ep.dispatch(x, layout)
+        # Each time the new rows need the results of the old ones, so they are written after those,
+        # and can be written over them. No row has a -77.
+        state = stall(jnp.where(rank == late, 2, 0), state)
+        x = after(state, x + jnp.where(first.tokens[0, 0] == -77, 2, 1))
+        second = jax_ep.dispatch(x, layout)
+        x = x + jnp.where(second.tokens[0, 0] == -77, 2, 1)
+        out = jax_ep.combine(second.tokens.astype(jnp.float32), layout)
+
+        receives = rank == turn
+        row = jnp.arange(capacity, dtype=jnp.int32)
+        flat_tokens = rank * num_tokens + jnp.arange(num_tokens, dtype=jnp.int32)
+        bad = [
+            layout.recv_src != jnp.where(receives, row, -1),
+            receives & (first.tokens != rows(2 * call, row)).any(axis=1),
+            receives & (second.tokens != rows(2 * call + 1, row)).any(axis=1),
+            # Below 2**24, so exact in float32.
+            (out != rows(2 * call + 1, flat_tokens).astype(jnp.float32)).any(axis=1),
+        ]
+        return x, wrong + jnp.stack([b.sum(dtype=jnp.int32) for b in bad]), state
+
+    def function(x: jax.Array, first_call: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        zero = lax.axis_index(AXIS) * 0
+        carry: tuple[jax.Array, jax.Array, jax.Array] = lax.fori_loop(
+            0,
+            num_calls,
+            lambda i, carry: one_call(i, carry, first_call),
+            (x, jnp.zeros(len(RACE_CHECKS), jnp.int32) + zero, zero),
+        )
+        return carry
+
+    return function
+
+
+RACE_CHECKS = ("recv_src", "rows of the first time", "rows of the second time", "combined rows")
+
+
+def race_rows(num_ranks: int, sizes: Race) -> NDArray[np.int32]:
+    """int32 [R, T, H]: what the ranks begin with, before call 0."""
+    flat_token = np.arange(num_ranks * sizes.num_tokens, dtype=np.int32)[:, None]
+    rows = 3 * np.arange(sizes.hidden, dtype=np.int32) + 64 * flat_token
+    return rows.reshape(num_ranks, sizes.num_tokens, sizes.hidden)
