@@ -183,6 +183,9 @@ __device__ inline void run_messenger(const GroupView& g, OpKind kind, Mailbox& b
         least = min(least, units_of(seen_of(r), epoch));
       }
       least = __reduce_min_sync(0xffffffffu, least);
+#if defined(JAX_EP_BREAK_ORDER) && JAX_EP_BREAK_ORDER == 3
+      least = last;  // negative control of the race test
+#endif
       if (least > there) {
         fence_acq_rel_sys();  // [P2]
         fence_proxy_async();
