@@ -327,7 +327,7 @@ def moe(
         expert_alignment: as in ``make_layout``.
         zero_tail: as in ``make_layout``.
         num_sms: as in ``make_layout``.
-        fp8: as in ``dispatch``, with ``dequantize=True``: fp8 on the wire, x's type for the experts.
+        fp8: as in ``dispatch``, with ``dequantize=True``: fp8 on the wire, x's type for experts.
 
     Returns:
         out [T, H'], and the layout (for its loads, drops and statistics).
