@@ -63,18 +63,39 @@ GOOD_CALLS: dict[str, tuple[list[Any], list[Any], dict[str, Any]]] = {
     "jax_ep_layout": (
         [None, int32(4, 2)],
         [int32(4, 2), int32(8), int32(8), int32(9), int32(3), int32(3), int32(6), int32(3)],
-        {"members": [0, 1], "num_ranks": 2, "num_experts": 6, "capacity": 8, "expert_alignment": 2},
+        {
+            "members": [0, 1],
+            "num_ranks": 2,
+            "num_sms": 0,
+            "num_experts": 6,
+            "capacity": 8,
+            "expert_alignment": 2,
+        },
     ),
     "jax_ep_dispatch": (
         [None, f32(4, 8), int32(8), int32(8), int32(9), int32(3), f32(4, 2)],
         [f32(8, 8), f32(8)],
-        {"members": [0, 1], "num_ranks": 2, "num_tokens": 4, "top_k": 2, "has_weights": 1}
+        {
+            "members": [0, 1],
+            "num_ranks": 2,
+            "num_sms": 0,
+            "num_tokens": 4,
+            "top_k": 2,
+            "has_weights": 1,
+        }
         | {"zero_tail": 1, "quantization": 0, "dequantize": 0},
     ),
     "jax_ep_combine": (
         [None, f32(8, 8), int32(4, 2), int32(4, 2), int32(8), int32(8), int32(9), f32(8)],
         [f32(4, 8)],
-        {"members": [0, 1], "num_ranks": 2, "num_experts": 6, "has_weights": 1, "has_values": 0},
+        {
+            "members": [0, 1],
+            "num_ranks": 2,
+            "num_sms": 0,
+            "num_experts": 6,
+            "has_weights": 1,
+            "has_values": 0,
+        },
     ),
 }
 

@@ -34,9 +34,11 @@ __device__ inline bool is_broken(const GroupView& g) {
   return ld_acquire_gpu(&g.control->local.broken) != 0;
 }
 
-// How long a wait may take. Read across the bus, so only where a wait is long already.
-__device__ inline uint64_t timeout_ns(const GroupView& g) {
-  return ld_relaxed_sys(&g.error->timeout_ns);
+// Whether a wait has taken as long as it may. That lies in the host's memory, where a replayed
+// command buffer sees changes; reading it takes microseconds, so short waits do not.
+__device__ inline bool is_too_long(const GroupView& g, uint64_t nanoseconds) {
+  constexpr uint64_t kShort = 1000 * 1000;
+  return nanoseconds > kShort && nanoseconds > ld_relaxed_sys(&g.error->timeout_ns);
 }
 
 __device__ inline void report_timeout(const GroupView& g, OpKind kind, int peer, uint32_t phase,
@@ -73,7 +75,7 @@ __device__ inline bool wait_flag(const GroupView& g, OpKind kind, const uint64_t
     if (is_broken(g)) return false;
     const uint64_t now = globaltimer_ns();
     if (start == 0) start = now;
-    if (now - start > timeout_ns(g)) {
+    if (is_too_long(g, now - start)) {
       report_timeout(g, kind, peer, phase, expected, seen);
       return false;
     }
@@ -203,7 +205,8 @@ __device__ inline void run_messenger(const GroupView& g, OpKind kind, Mailbox& b
     bool broken = is_broken(g);
     const uint64_t now = globaltimer_ns();
     if (start == 0) start = now;
-    for (int r = lane; !broken && now - start > timeout_ns(g) && r < g.num_ranks; r += 32) {
+    const bool too_long = is_too_long(g, now - start);
+    for (int r = lane; !broken && too_long && r < g.num_ranks; r += 32) {
       if (r == g.rank) continue;
       const uint64_t epoch = g.control->local.epoch[g.peer[r].slot_here] + 1;
       const uint64_t expected = progress_of(epoch, static_cast<uint64_t>(last));
@@ -286,7 +289,7 @@ __device__ inline bool grid_barrier(const GroupView& g, OpKind kind) {
     for (uint32_t i = 0; ok && ld_relaxed_gpu(&g.control->local.barrier) < gridDim.x; ++i) {
       if ((i & 255u) != 255u) continue;
       ok = !is_broken(g);
-      if (ok && globaltimer_ns() - start > timeout_ns(g)) {
+      if (ok && is_too_long(g, globaltimer_ns() - start)) {
         report_timeout(g, kind, g.rank, 4, gridDim.x, ld_relaxed_gpu(&g.control->local.barrier));
         ok = false;
       }

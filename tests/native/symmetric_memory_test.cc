@@ -123,7 +123,8 @@ void OneProcess() {
   {
     GroupCall call;
     CHECK(EnterGroup(site, 0, nullptr, {{"x", pool, 100}}, &call).success());
-    CHECK(call.At(pool) == pool && call.operation == 7 && call.num_ranks == 2);
+    CHECK(call.At(pool) == pool && call.operation == 7u + jax_ep::NumSms(0, 0) &&
+          call.num_ranks == 2);
   }
   // A recorded error ends later calls, until a new beginning.
   second.error->kind = 1;
