@@ -52,6 +52,7 @@ struct DispatchArguments {
   int64_t num_channels, row_bytes;  // of a row of x
   RowType type;                     // of x, with fp8
   bool power_of_two_scales, zero_tail;
+  bool is_integer;  // x's type
 };
 
 inline constexpr int kScaleBlock = 128;              // channels that share an fp8 scale
@@ -66,7 +67,7 @@ struct CombineArguments {
   const float* weights;  // null: 1
   const float* values;   // null without
   const int32_t *topk_idx, *send_row, *recv_src, *recv_order, *recv_offsets;
-  void* partial;  // [R, T, H], scratch that peers write
+  void* partial;  // [R, T, H], scratch that peers read
   void* out;
   float* collected;  // with values
   int64_t num_tokens, top_k, capacity, num_local_experts, num_channels;

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep import compat
 from jax_ep.bench import cli, link, measure, operations, report, traffic
 from jax_ep.bench.traffic import Movement, Point
 
@@ -319,8 +319,10 @@ def _fake_clock(single: float, per_call: float, calls: int) -> Callable[..., flo
     def seconds(call: Callable[[], Any]) -> float:
         turn = next(turns)
         call()
-        # A repeat times the program with one call, then the long one; the machine gets slower.
-        return single + (per_call * calls if turn % 2 else 0.0) + 1e-3 * (turn // 2)
+        # A repeat times bursts of the program with one call, then of the long one; the machine gets
+        # slower.
+        once = single + (per_call * calls if turn % 2 else 0.0)
+        return measure._BURST * once + 1e-3 * (turn // 2)
 
     return seconds
 
@@ -513,36 +515,25 @@ def test_bad_arguments(arguments: str, told: str, capsys: pytest.CaptureFixture[
     assert told in capsys.readouterr().err
 
 
-def test_num_sms_is_passed_only_where_given(
-    mesh: Any,
-    prepared: Prepared,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    seen: list[dict[str, Any]] = []
-
-    def dispatch(x: Any, layout: Any, weights: Any, **options: Any) -> Any:
-        seen.append(options)
-        return x, weights, None, layout
-
-    monkeypatch.setattr(jax_ep, "dispatch", dispatch)
-    monkeypatch.setattr(jax_ep, "make_layout", lambda ids, **kw: compat.vary_over(ids, ("ep",)))
-    for num_sms, expected in ((None, {}), (24, {"num_sms": 24})):
-        todo = operations.jax_ep_operations(
-            dataclasses.replace(POINT, num_sms=num_sms),
-            mesh,
-            prepared.data,
-            prepared.traffic,
-            num_experts=EXPERTS,
-            capacity=None,
-            alignment=1,
-        )
-        _run(mesh, next(o for o in todo if o.name == "dispatch"))
-        assert seen.pop() == expected
-    monkeypatch.setattr(jax_ep, "dispatch", lambda x, layout: None)
-    with pytest.raises(SystemExit):
-        cli.main(["--num-sms", "24"])
-    assert "has no argument num_sms" in capsys.readouterr().err
+@pytest.mark.parametrize("num_sms", [None, 24])
+def test_num_sms_reaches_every_call(mesh: Any, prepared: Prepared, num_sms: int | None) -> None:
+    """Each operation's calls carry it: operations use the layout that they are given."""
+    point = dataclasses.replace(POINT, num_sms=num_sms)
+    ids = traffic.expert_ids(point, RANKS, EXPERTS, seed=3, zipf_exponent=1.0)
+    todo = operations.jax_ep_operations(
+        point,
+        mesh,
+        prepared.data,
+        prepared.traffic,
+        num_experts=EXPERTS,
+        capacity=traffic.row_capacity(point, ids, EXPERTS, ALIGNMENT),
+        alignment=ALIGNMENT,
+    )
+    for operation in todo:
+        sharded = jax.shard_map(operation.fn, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+        text = jax.jit(sharded).lower(*operation.args).as_text()
+        found = set(re.findall(r"num_sms = (\d+)", text))
+        assert found == {str(num_sms or 0)}, operation.name
 
 
 def test_a_negative_difference_is_shown_as_it_is() -> None:

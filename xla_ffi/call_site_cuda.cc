@@ -1,7 +1,5 @@
 #include "xla_ffi/call_site_cuda.h"
 
-#include "xla_ffi/hash.h"
-
 namespace jax_ep {
 namespace {
 

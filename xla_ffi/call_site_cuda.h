@@ -14,6 +14,7 @@
 
 #include "cuda/launch.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla_ffi/hash.h"
 #include "xla_ffi/symmetric_memory.h"
 
 namespace jax_ep {
@@ -57,6 +58,11 @@ class GroupCall : public gpu::GroupView {
       if (staged_[i].buffer.data == buffer) return static_cast<T*>(staged_[i].at);
     }
     return buffer;
+  }
+
+  // Ranks whose sizes differ find that they are in different calls.
+  void Distinguish(std::initializer_list<int64_t> sizes) {
+    for (int64_t size : sizes) operation = Mix(operation, static_cast<uint64_t>(size));
   }
 
   // After the kernel's launch, on the same stream: outputs go from the staging region to where they

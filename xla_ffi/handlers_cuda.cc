@@ -1,5 +1,5 @@
 // The CUDA handlers: decode, check, launch. Same targets and attributes as the CPU's; the scratch
-// of combine is one result more.
+// of combine and of fp8 dispatch is one result more.
 #include "xla_ffi/handlers_cuda.h"
 
 #include "xla_ffi/attributes.h"
@@ -27,6 +27,18 @@ bool RowTypeOf(ffi::DataType type, gpu::RowType* row_type) {
       return true;
     default:
       return false;
+  }
+}
+
+bool IsInteger(ffi::DataType type) {
+  switch (type) {
+    case ffi::F64:
+    case ffi::F32:
+    case ffi::F16:
+    case ffi::BF16:
+      return false;
+    default:
+      return true;
   }
 }
 
@@ -74,6 +86,7 @@ ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, La
       e.failure()) {
     return e;
   }
+  group.Distinguish({num_tokens, top_k});
   const gpu::LayoutArguments arguments{group.At(topk_idx.typed_data()),
                                        num_tokens,
                                        top_k,
@@ -159,6 +172,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
       e.failure()) {
     return e;
   }
+  group.Distinguish({num_channels, static_cast<int64_t>(x.element_type())});
   const gpu::DispatchArguments arguments{group.At(x.untyped_data()),
                                          group.At(topk_weights),
                                          recv_src.typed_data(),
@@ -177,7 +191,8 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
                                          row_bytes,
                                          type,
                                          a.quantization == 2,
-                                         a.zero_tail != 0};
+                                         a.zero_tail != 0,
+                                         IsInteger(x.element_type())};
   return CudaStatus(a.kOp,
                     gpu::LaunchDispatch(group, arguments, NumSms(ordinal, a.num_sms), stream));
 }
@@ -236,6 +251,7 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
       e.failure()) {
     return e;
   }
+  group.Distinguish({num_tokens, top_k, num_channels, static_cast<int64_t>(y.element_type())});
   const gpu::CombineArguments arguments{y.untyped_data(),
                                         weights,
                                         values,

@@ -458,13 +458,15 @@ void SymmetricMemory::Release(bool devices_have_ended) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (devices_.empty()) return;
   for (Device& device : devices_) {
-    if (devices_have_ended) {
-      const DeviceScope scope(device.ordinal);
-      // On a device that has failed it fails, and there is nothing left to tell.
+    CUcontext saved = nullptr;
+    Driver::Get().cuCtxGetCurrent(&saved);
+    // On a device that has failed it fails, and there is nothing left to tell.
+    if (devices_have_ended && cudaSetDevice(device.ordinal) == cudaSuccess) {
       cudaMemset(&device.control_block()->local.broken, 0xff, sizeof(uint32_t));
       cudaDeviceSynchronize();
-      cudaGetLastError();
     }
+    cudaGetLastError();
+    Driver::Get().cuCtxSetCurrent(saved);
     // A job of several processes numbers its devices anew, and maps its peers at other addresses.
     device.reusable = devices_have_ended && num_processes_ == 1;
     device.shared.clear();
@@ -605,17 +607,32 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
     const std::string peer = "rank " + std::to_string(record->peer);
     std::ostringstream out;
     out << kKinds[record->kind % 3] << ": ";
-    if (record->phase == 2) {
-      out << rank << " and " << peer << " are in different calls (operation " << std::hex
-          << record->expected_epoch << ", " << record->seen_epoch << ")";
-    } else if (record->phase == 4) {
-      out << "on " << rank << " only " << record->seen_epoch << " of " << record->expected_epoch
-          << " blocks got a streaming multiprocessor until the timeout: other work holds the rest; "
-             "pass a smaller num_sms to jax_ep.make_layout";
-    } else {
-      out << rank << " waited for " << peer << " to " << (record->phase == 0 ? "come" : "finish")
-          << " until the timeout (expected epoch " << record->expected_epoch << ", seen "
-          << record->seen_epoch << ")";
+    const uint64_t expected = record->expected_epoch, seen = record->seen_epoch;
+    switch (record->phase) {
+      case gpu::kOtherCall:
+        out << rank << " and " << peer << " are in different calls (operation " << std::hex
+            << expected << ", " << seen << ")";
+        break;
+      case gpu::kNotResident:
+        out << "on " << rank << " only " << seen << " of " << expected
+            << " blocks got a streaming multiprocessor until the timeout: other work holds the "
+               "rest; pass a smaller num_sms to jax_ep.make_layout";
+        break;
+      case gpu::kToldByPeer:
+        out << rank << " was told by " << peer << ", whose wait had timed out";
+        break;
+      case gpu::kProgress:
+        out << rank << " waited for " << peer << " to finish until the timeout (expected epoch "
+            << gpu::epoch_of(expected) << ", seen " << gpu::epoch_of(seen) << " with "
+            << gpu::units_of(seen, gpu::epoch_of(expected)) << " of "
+            << gpu::units_of(expected, gpu::epoch_of(expected))
+            << " steps; if other work holds SMs of that GPU, pass a smaller num_sms to "
+               "jax_ep.make_layout)";
+        break;
+      default:
+        out << rank << " waited for " << peer << " to "
+            << (record->phase == gpu::kStart ? "come" : "finish")
+            << " until the timeout (expected epoch " << expected << ", seen " << seen << ")";
     }
     out << "; the group is broken, and later calls fail at once. Once all ranks can come again, "
            "call jax_ep.finalize() and then jax_ep.initialize() in every process, or start the job "

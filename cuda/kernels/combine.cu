@@ -26,8 +26,10 @@
 //           result is written, [D] the copy engine has read it.
 // Reuse:    partial is the call's own scratch. Progress is epoch and count, so it only grows.
 // Progress: sums for peers wait only for [S2]; an own sum waits for peers' sums of the same unit,
-//           which wait for nothing of it. Blocks of a grid do not wait for each other.
-// Failure:  a timeout fills out and collected with NaN bits; see group_sync.cuh.
+//           which wait for nothing of it. Blocks of a grid do not wait for each other, and begin in
+//           order, so fewer SMs than blocks will do.
+// Failure:  a timeout fills out and collected with NaN; see group_sync.cuh. Stores of a peer that
+//           comes later still may reach collected.
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses; K <= 32; at most kMaxUnitsPerRing
 //           units a block; compiled without -ftz, -fmad=false.
 #include "cuda/kernels/kernels.cuh"
@@ -474,9 +476,9 @@ __global__ __launch_bounds__(kNumThreads,
     }
   }
   if (!is_last_block(g)) return;
-  if (is_broken(g)) {
-    fill_nan(a.out, a.num_tokens * a.num_channels * (16 / Vector::kCount));
-    if (a.values != nullptr) fill_nan(a.collected, a.num_tokens * a.top_k * 4);
+  if (is_broken(g, OpKind::kCombine)) {
+    fill(a.out, a.num_tokens * a.num_channels * (16 / Vector::kCount), kNan);
+    if (a.values != nullptr) fill(a.collected, a.num_tokens * a.top_k * 4, kNan);
   }
   end_call(g);
 }
@@ -499,7 +501,8 @@ cudaError_t Launch(const GroupView& group, const CombineArguments& a, int num_sm
   cut.num_stages = static_cast<int32_t>(stages < kMaxStages ? stages : kMaxStages);
   const int64_t num_units = a.num_tokens * cut.num_pieces;
   const auto num_blocks = static_cast<int>(num_units < num_sms ? num_units : num_sms);
-  if ((num_units + num_blocks - 1) / num_blocks > kMaxUnitsPerRing) return cudaErrorInvalidValue;
+  if ((num_units + num_blocks - 1) / num_blocks + 1 > kMaxUnitsPerRing)
+    return cudaErrorInvalidValue;
   combine_kernel<Vector>
       <<<num_blocks, kNumThreads, (cut.num_stages + kNumResults) * cut.piece_bytes, stream>>>(
           group, a, cut);

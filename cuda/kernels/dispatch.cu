@@ -21,9 +21,12 @@
 //           In a ring, token n uses stage n % S: [L] its load completes the stage's barrier (phase
 //           n / S), [F] its stores have read the stage before token n + S is loaded into it.
 // Reuse:    no memory outlives the call but the control block, whose progress only grows.
-// Progress: [S1] waits for nothing; quantising waits only for [S2]; rings wait for quantisers.
-// Failure:  a timeout fills tokens, scales and weights with NaN bits; see group_sync.cuh.
-// Limits:   rows are multiples of 16 bytes at 16-byte addresses; longer ones than a stage go in
+// Progress: [S1] waits for nothing; quantising waits only for [S2]; rings wait for quantisers, so
+// with
+//           fp8 all blocks of a grid must get an SM. Without it blocks wait for no other block.
+// Failure:  a timeout fills tokens, scales and weights with NaN, integers with 0; see
+// group_sync.cuh. Limits:   rows are multiples of 16 bytes at 16-byte addresses; longer ones than a
+// stage go in
 //           pieces, one after the other; with fp8 two rows must fit a ring.
 #include <cuda_fp8.h>
 
@@ -176,7 +179,7 @@ __device__ void run_ring(const GroupView& g, const TokenOrder& order, const Disp
           const int32_t slot = g.peer[src].slot_here;
           there = wait_flag(g, OpKind::kDispatch, &g.control->progress[slot][t % grid],
                             progress_of(g.control->local.epoch[slot] + 1, t / grid + 1), src,
-                            3);  // [P2]
+                            kProgress);  // [P2]
         }
       }
       left = __ballot_sync(0xffffffffu, num_rows > 0);
@@ -397,15 +400,16 @@ __global__ __launch_bounds__(kNumThreads,
     }
   }
   if (!is_last_block(g)) return;
-  if (!is_broken(g)) {
+  if (!is_broken(g, OpKind::kDispatch)) {
     send_end(g);                        // [E1]
     receive_end(g, OpKind::kDispatch);  // [E2]
   }
   __syncthreads();
-  if (is_broken(g)) {
-    fill_nan(a.tokens, a.capacity * tokens_row_bytes<kMode>(a));
-    if (kMode == Mode::kQuantize) fill_nan(a.scales, a.capacity * a.num_channels / kScaleBlock * 4);
-    if (a.weights != nullptr) fill_nan(a.weights, a.capacity * 4);
+  if (is_broken(g, OpKind::kDispatch)) {
+    fill(a.tokens, a.capacity * tokens_row_bytes<kMode>(a), a.is_integer ? 0 : kNan);
+    if (kMode == Mode::kQuantize)
+      fill(a.scales, a.capacity * a.num_channels / kScaleBlock * 4, kNan);
+    if (a.weights != nullptr) fill(a.weights, a.capacity * 4, kNan);
   }
   end_call(g);
 }

@@ -27,11 +27,12 @@ __device__ inline int32_t num_steps(int32_t num_units, uint32_t i, uint32_t n) {
   return num_units <= first ? 0 : (num_units - first + stride - 1) / stride;
 }
 
-// Sets all bits, NaN in every float type: by all threads of a block. `num_bytes` is a multiple
-// of 4.
-__device__ inline void fill_nan(void* buffer, int64_t num_bytes) {
+inline constexpr uint32_t kNan = ~0u;  // in every float type
+
+// Sets all words: by all threads of a block. `num_bytes` is a multiple of 4.
+__device__ inline void fill(void* buffer, int64_t num_bytes, uint32_t word) {
   auto* words = static_cast<uint32_t*>(buffer);
-  for (int64_t i = threadIdx.x; i < num_bytes / 4; i += blockDim.x) words[i] = ~0u;
+  for (int64_t i = threadIdx.x; i < num_bytes / 4; i += blockDim.x) words[i] = word;
 }
 
 }  // namespace jax_ep::gpu

@@ -44,6 +44,7 @@ struct alignas(kLine) EndMail {
 JAX_EP_HOST_DEVICE constexpr uint64_t progress_of(uint64_t epoch, uint64_t num_units) {
   return epoch << 24 | num_units;
 }
+JAX_EP_HOST_DEVICE constexpr uint64_t epoch_of(uint64_t progress) { return progress >> 24; }
 // The units that `progress` tells of in the call epoch: none if it is still about an earlier one.
 JAX_EP_HOST_DEVICE constexpr int32_t units_of(uint64_t progress, uint64_t epoch) {
   return progress >> 24 == epoch ? static_cast<int32_t>(progress & 0xffffff) : 0;
@@ -59,6 +60,7 @@ struct alignas(kLine) Local {
 };
 
 struct ControlBlock {
+  uint64_t given_up;  // by a peer whose wait has timed out: its rank + 1
   StartMail start[kMaxPeers];
   EndMail end[kMaxPeers];
   uint64_t progress[kMaxPeers][kMaxBlocks];  // by the peer's block, which writes it
@@ -68,17 +70,25 @@ struct ControlBlock {
 };
 static_assert(sizeof(ControlBlock) < 1 << 20, "control memory is at most 1 MB a device");
 
+// What a record is about.
+enum Phase : uint32_t {
+  kStart,        // the peer did not come
+  kEnd,          // the peer did not finish
+  kOtherCall,    // the peer is in another call: operations in place of epochs
+  kProgress,     // the peer did not finish: progress in place of epochs
+  kNotResident,  // own blocks found no SM: their numbers in place of epochs
+  kToldByPeer,   // the peer has given up
+};
+
 // What a device and its host tell each other: lies in host-mapped memory. The device writes a
 // timeout, once; the host writes how long to wait, which holds for replayed command buffers too.
 struct ErrorRecord {
   uint64_t valid;  // written last
   uint64_t operation;
-  uint32_t kind;  // 0 layout, 1 dispatch, 2 combine
-  int32_t rank;   // that waited
-  int32_t peer;   // that was waited for
-  // 0 start, 1 end, 2 other call (operations in place of epochs), 3 progress, 4 a grid's blocks are
-  // not all resident (their numbers in place of epochs)
-  uint32_t phase;
+  uint32_t kind;   // 0 layout, 1 dispatch, 2 combine
+  int32_t rank;    // that waited
+  int32_t peer;    // that was waited for
+  uint32_t phase;  // a Phase
   uint64_t expected_epoch;
   uint64_t seen_epoch;
   uint64_t timeout_ns;  // written by the host

@@ -10,15 +10,16 @@
 //   [E1] q releases e in p's end mail: q neither reads nor writes p's memory for this call any more
 //   [E2] p acquires it from all peers, and only then ends
 // Reuse:    p sends e + 1 only after it knows that q needs nothing of e any more ([E2], or the last
-//           [P2] where q only writes to p), so q has read the mail of e before it changes; flags
-//           only grow.
+//           [P2] of each block), so q has read the mail of e before it changes; flags only grow.
 // Progress: [S1], [P1] and [E1] wait for nothing but resident blocks of their own kernel, so no
 //           cycle.
-// Failure:  a wait that exceeds the timeout sets `broken` in this device's control block and writes
-//           the error record; every other wait of this device then ends at once, in this and all
-//           later calls, and the last block of each such call fills its outputs. Peers run into
-//           their own timeouts. The host sets `broken` too, when it leaves the group: a call that
-//           finds it set (a replayed command buffer) touches no memory of a peer.
+// Failure:  a wait that exceeds the timeout sets `broken` in this device's control block, writes
+// the
+//           error record and tells the peers (`given_up`), who break their groups in turn. Every
+//           other wait of a device then ends at once, in this and all later calls, and the last
+//           block of each such call fills its outputs. The host sets `broken` too, when it leaves
+//           the group: a call that finds it set (a replayed command buffer) touches no memory of a
+//           peer.
 #ifndef JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 #define JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 
@@ -30,10 +31,6 @@ namespace jax_ep::gpu {
 
 enum class OpKind : uint32_t { kLayout, kDispatch, kCombine };
 
-__device__ inline bool is_broken(const GroupView& g) {
-  return ld_acquire_gpu(&g.control->local.broken) != 0;
-}
-
 // Whether a wait has taken as long as it may. That lies in the host's memory, where a replayed
 // command buffer sees changes; reading it takes microseconds, so short waits do not.
 __device__ inline bool is_too_long(const GroupView& g, uint64_t nanoseconds) {
@@ -41,8 +38,10 @@ __device__ inline bool is_too_long(const GroupView& g, uint64_t nanoseconds) {
   return nanoseconds > kShort && nanoseconds > ld_relaxed_sys(&g.error->timeout_ns);
 }
 
-__device__ inline void report_timeout(const GroupView& g, OpKind kind, int peer, uint32_t phase,
-                                      uint64_t expected, uint64_t seen) {
+// Breaks the group on this device, once, and tells its host and its peers: they must not take for
+// good what they have read here, or will, once this device has given up.
+__device__ inline void report(const GroupView& g, OpKind kind, int peer, uint32_t phase,
+                              uint64_t expected, uint64_t seen) {
   if (atomicExch(&g.control->local.broken, 1u) != 0) return;
   g.error->operation = g.operation;
   g.error->kind = static_cast<uint32_t>(kind);
@@ -52,6 +51,20 @@ __device__ inline void report_timeout(const GroupView& g, OpKind kind, int peer,
   g.error->expected_epoch = expected;
   g.error->seen_epoch = seen;
   st_release_sys(&g.error->valid, 1);
+  if (phase == kToldByPeer) return;  // who knows more has told all
+  for (int r = 0; r < g.num_ranks; ++r) {
+    if (r != g.rank) {
+      st_release_sys(&g.peer[r].control->given_up, static_cast<uint64_t>(g.rank) + 1);
+    }
+  }
+}
+
+__device__ inline bool is_broken(const GroupView& g, OpKind kind) {
+  if (ld_acquire_gpu(&g.control->local.broken) != 0) return true;
+  const uint64_t given_up = ld_acquire_sys(&g.control->given_up);
+  if (given_up == 0) return false;
+  report(g, kind, static_cast<int>(given_up) - 1, kToldByPeer, 0, 0);
+  return true;
 }
 
 // Spins until *flag >= expected, then acquires. False after a timeout, or if the group is broken.
@@ -72,11 +85,11 @@ __device__ inline bool wait_flag(const GroupView& g, OpKind kind, const uint64_t
     }
     if (i > 32) __nanosleep(32);
     if ((i & 255u) != 255u) continue;
-    if (is_broken(g)) return false;
+    if (is_broken(g, kind)) return false;
     const uint64_t now = globaltimer_ns();
     if (start == 0) start = now;
     if (is_too_long(g, now - start)) {
-      report_timeout(g, kind, peer, phase, expected, seen);
+      report(g, kind, peer, phase, expected, seen);
       return false;
     }
   }
@@ -113,8 +126,9 @@ __device__ inline void send_start(const GroupView& g, const uint64_t (&address)[
 __device__ inline bool receive_start(const GroupView& g, OpKind kind,
                                      const uint64_t (&own)[kNumAddresses],
                                      uint64_t (*address)[kNumAddresses]) {
-  // Its latency passes while the first flag is fetched.
+  // Their latency passes while the first flag is fetched.
   const uint32_t broken = ld_relaxed_gpu(&g.control->local.broken);
+  const uint64_t given_up = ld_relaxed_sys(&g.control->given_up);
   bool ok = true;
   for (int r = static_cast<int>(threadIdx.x); r < g.num_ranks; r += static_cast<int>(blockDim.x)) {
     if (r == g.rank) {
@@ -124,16 +138,17 @@ __device__ inline bool receive_start(const GroupView& g, OpKind kind,
     const PeerView& peer = g.peer[r];
     const StartMail* mail = &g.control->start[peer.slot_here];
     const uint64_t epoch = g.control->local.epoch[peer.slot_here] + 1;
-    ok = ok && wait_flag(g, kind, &mail->epoch, epoch, r, 0);  // [S2]
+    ok = ok && wait_flag(g, kind, &mail->epoch, epoch, r, kStart);  // [S2]
     if (ok && ld_relaxed_sys(&mail->operation) != g.operation) {
-      report_timeout(g, kind, r, 2, g.operation, mail->operation);
+      report(g, kind, r, kOtherCall, g.operation, mail->operation);
       ok = false;
     }
     for (int i = 0; i < kNumAddresses; ++i) {
       address[r][i] = address_here(peer, ld_relaxed_sys(&mail->address[i]));
     }
   }
-  return __syncthreads_and(ok && broken == 0) != 0;
+  if (broken != 0 || given_up != 0) ok = !is_broken(g, kind) && ok;
+  return __syncthreads_and(ok) != 0;
 }
 
 // [P1], after fence_acq_rel_sys: block `block` has done `num_units` units for rank r.
@@ -169,6 +184,7 @@ __device__ inline void run_messenger(const GroupView& g, OpKind kind, Mailbox& b
   for (uint32_t round = 0; sent < last || there < last; ++round) {
     bool moved = false;
     const int32_t done = __shfl_sync(0xffffffffu, ld_acquire_cta_shared(&box.done), 0);
+    __syncwarp();  // what lane 0 has acquired holds for all
     if (done > sent) {
       fence_acq_rel_sys();
       for (int r = lane; r < g.num_ranks; r += 32) {
@@ -202,7 +218,7 @@ __device__ inline void run_messenger(const GroupView& g, OpKind kind, Mailbox& b
       continue;
     }
     if ((round & 63u) != 63u) continue;
-    bool broken = is_broken(g);
+    bool broken = is_broken(g, kind);
     const uint64_t now = globaltimer_ns();
     if (start == 0) start = now;
     const bool too_long = is_too_long(g, now - start);
@@ -212,7 +228,7 @@ __device__ inline void run_messenger(const GroupView& g, OpKind kind, Mailbox& b
       const uint64_t expected = progress_of(epoch, static_cast<uint64_t>(last));
       const uint64_t seen = seen_of(r);
       if (seen >= expected) continue;
-      report_timeout(g, kind, r, 3, expected, seen);
+      report(g, kind, r, kProgress, expected, seen);
       broken = true;
     }
     if (__any_sync(0xffffffffu, broken) == 0) continue;
@@ -223,7 +239,9 @@ __device__ inline void run_messenger(const GroupView& g, OpKind kind, Mailbox& b
 
 // By a warp: units that every peer has done for this rank, or kBroken.
 __device__ inline int32_t units_there(const Mailbox& box) {
-  return __shfl_sync(0xffffffffu, ld_acquire_cta_shared(&box.there), 0);
+  const int32_t there = __shfl_sync(0xffffffffu, ld_acquire_cta_shared(&box.there), 0);
+  __syncwarp();  // what lane 0 has acquired holds for all
+  return there;
 }
 // Likewise, once it exceeds `num_units`; the messenger sees to it that this ends.
 __device__ inline int32_t wait_for_more(const Mailbox& box, int32_t num_units) {
@@ -261,7 +279,7 @@ __device__ inline bool receive_end(const GroupView& g, OpKind kind) {
   if (r >= g.num_ranks || r == g.rank) return true;
   const PeerView& peer = g.peer[r];
   return wait_flag(g, kind, &g.control->end[peer.slot_here].epoch,
-                   g.control->local.epoch[peer.slot_here] + 1, r, 1);  // [E2]
+                   g.control->local.epoch[peer.slot_here] + 1, r, kEnd);  // [E2]
 }
 
 // The call is over for this device: by all threads of the last block, after all else. The next
@@ -288,9 +306,9 @@ __device__ inline bool grid_barrier(const GroupView& g, OpKind kind) {
     const uint64_t start = globaltimer_ns();
     for (uint32_t i = 0; ok && ld_relaxed_gpu(&g.control->local.barrier) < gridDim.x; ++i) {
       if ((i & 255u) != 255u) continue;
-      ok = !is_broken(g);
+      ok = !is_broken(g, kind);
       if (ok && is_too_long(g, globaltimer_ns() - start)) {
-        report_timeout(g, kind, g.rank, 4, gridDim.x, ld_relaxed_gpu(&g.control->local.barrier));
+        report(g, kind, g.rank, kNotResident, gridDim.x, ld_relaxed_gpu(&g.control->local.barrier));
         ok = false;
       }
     }

@@ -17,7 +17,6 @@ base, measured at every --tokens; every further value is measured with the other
 import argparse
 import dataclasses
 import importlib.util
-import inspect
 import itertools
 import json
 import os
@@ -353,8 +352,6 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
     args = parser.parse_args(argv)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
-    if args.num_sms and "num_sms" not in inspect.signature(jax_ep.dispatch).parameters:
-        parser.error("--num-sms: this version of jax_ep.dispatch has no argument num_sms")
     _set_up_virtual_devices(args.ranks or 8)
     try:
         devices = jax.local_devices(backend=args.platform)

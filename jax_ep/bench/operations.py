@@ -114,8 +114,6 @@ def jax_ep_operations(
     alignment: int,
 ) -> list[Operation]:
     """The verbs alone and together, as a user calls them."""
-    # Passed only where it is given: None is the verbs' own choice.
-    sms: dict[str, Any] = {} if point.num_sms is None else {"num_sms": point.num_sms}
     fp8: dict[str, Any] = {}
     if point.fp8 != "none":
         fp8 = {"fp8": point.fp8.removesuffix("+dequantize"), "dequantize": point.dequantizes}
@@ -127,7 +125,7 @@ def jax_ep_operations(
             axis_name=AXIS,
             capacity=capacity,
             expert_alignment=alignment,
-            **sms,
+            num_sms=point.num_sms,
         )
 
     def layout_only(ids: jax.Array) -> Any:
@@ -135,20 +133,20 @@ def jax_ep_operations(
         return layout.send_row, layout.recv_src
 
     def dispatch(layout: Any, x: jax.Array, weights: jax.Array) -> Any:
-        received = jax_ep.dispatch(x, _unpack(layout), weights, **fp8, **sms)
+        received = jax_ep.dispatch(x, _unpack(layout), weights, **fp8)
         return tuple(a for a in received[:3] if a is not None)
 
     def layout_dispatch(ids: jax.Array, x: jax.Array, weights: jax.Array) -> Any:
-        received = jax_ep.dispatch(x, make_layout(ids), weights, **fp8, **sms)
+        received = jax_ep.dispatch(x, make_layout(ids), weights, **fp8)
         return tuple(a for a in received[:3] if a is not None)
 
     def combine(layout: Any, y: jax.Array, weights: jax.Array) -> jax.Array:
-        return jax_ep.combine(y, _unpack(layout), weights, **sms)
+        return jax_ep.combine(y, _unpack(layout), weights)
 
     def forward(ids: jax.Array, x: jax.Array, weights: jax.Array) -> jax.Array:
         layout = make_layout(ids)
-        received = jax_ep.dispatch(x, layout, weights, **fp8, **sms)
-        return jax_ep.combine(received.tokens, layout, received.weights, **sms)
+        received = jax_ep.dispatch(x, layout, weights, **fp8)
+        return jax_ep.combine(received.tokens, layout, received.weights)
 
     def forward_backward(
         ids: jax.Array, x: jax.Array, weights: jax.Array, cotangent: jax.Array
