@@ -17,6 +17,9 @@ from backends import Backend, JaxBackend
 
 from jax_ep import _cpu
 
+# Its assertions say what they compared, as those in test files do.
+pytest.register_assert_rewrite("sharded_layers")
+
 
 def _backend(request: pytest.FixtureRequest) -> Backend:
     backend = backends.BACKENDS[request.param]

@@ -2,7 +2,8 @@
 
 `STATIC_SIZES` are few, because every static size is one compilation in the compiled backends.
 `topk_ids` makes the ids of a named kind, `capacities` finds the capacities that are interesting for
-given ids, and `routed_cases` is the hypothesis strategy over all of it.
+given ids, and `routed_cases` is the hypothesis strategy over all of it. `expert_rows` applies
+experts to rows as a user would.
 """
 
 import dataclasses
@@ -35,6 +36,9 @@ def examples(number: int) -> settings:
         suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
     )
 
+
+oracle_examples = settings(max_examples=60, deadline=None)
+"""Hypothesis' settings for tests of the oracle alone, which compile nothing."""
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 """The `draw` argument of a composite strategy."""
@@ -368,6 +372,27 @@ def random_weights(rng: np.random.Generator, case: Case) -> NDArray[np.float32]:
     weights = np.exp(logits)
     normalized: NDArray[np.float32] = (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
     return normalized
+
+
+def expert_rows(
+    layout: reference.ReferenceLayout,
+    tokens: NDArray[Any],
+    expert_fn: Callable[[int, NDArray[np.float64]], NDArray[Any]],
+    num_outputs: int,
+    dtype: DTypeLike,
+) -> NDArray[Any]:
+    """Applies the experts group by group, as a user would. Padding and tail become NaN."""
+    y = np.full((*tokens.shape[:2], num_outputs), np.nan, dtype)
+    num_local_experts = layout.num_experts // layout.num_ranks
+    for rank in range(layout.num_ranks):
+        start = 0
+        for local, size in enumerate(layout.group_sizes[rank].tolist()):
+            rows = tokens[rank, start : start + size].astype(np.float64)
+            expert = rank * num_local_experts + local
+            y[rank, start : start + size] = expert_fn(expert, rows).astype(dtype)
+            start += size
+    y[~layout.row_valid] = np.nan
+    return y
 
 
 def assert_same_bits(actual: NDArray[Any], expected: NDArray[Any]) -> None:

@@ -1,7 +1,7 @@
 """combine on every backend: the roundings of the contract to the bit, and nothing else read.
 
-`ROUNDINGS`, numbers written by hand, is in test_reference.py: each entry says what one token's rows
-are and what comes out.
+`ROUNDINGS`, numbers written by hand, is in roundings.py: each entry says what one token's rows are
+and what comes out.
 """
 
 from typing import Any
@@ -14,9 +14,10 @@ import routings
 from backends import BACKENDS, Backend, BackendLayout, JaxBackend
 from hypothesis import given
 from numpy.typing import DTypeLike, NDArray
+from roundings import ROUNDINGS
 from routings import Case, RoutedCase, assert_same_bits, routed_cases
 from test_layout import EXAMPLE
-from test_reference import EXAMPLE_DATA, EXAMPLE_IDS, ROUNDINGS
+from worked_example import EXAMPLE_DATA, EXAMPLE_IDS
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),

@@ -13,7 +13,7 @@ from hypothesis import given
 from numpy.typing import DTypeLike, NDArray
 from routings import Case, RoutedCase, assert_same_bits, routed_cases
 from test_layout import EXAMPLE
-from test_reference import EXAMPLE_DATA, EXAMPLE_IDS, EXAMPLE_WEIGHTS, EXAMPLE_X
+from worked_example import EXAMPLE_DATA, EXAMPLE_IDS, EXAMPLE_WEIGHTS, EXAMPLE_X
 
 from jax_ep import reference
 

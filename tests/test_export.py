@@ -23,7 +23,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from routings import assert_same_bits, random_rows, random_weights
-from test_transforms import (
+from sharded_layers import (
     DP_EP,
     EP,
     OPS,

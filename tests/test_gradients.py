@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike
 from routings import Case, RoutedCase, assert_same_bits, routed_cases
 from test_combine import as_example_rows, random_row_weights, random_y
 from test_layout import EXAMPLE
-from test_reference import EXAMPLE_DATA, EXAMPLE_IDS
+from worked_example import EXAMPLE_DATA, EXAMPLE_IDS
 
 import jax_ep
 from jax_ep import reference

@@ -1,6 +1,6 @@
 """make_layout on every backend: the worked example, and every field against the oracle.
 
-The worked example is drawn in test_reference.py.
+The worked example is drawn in worked_example.py.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import routings
 from backends import LAYOUT_ARRAYS, Backend, JaxBackend
 from hypothesis import given
 from routings import Case, RoutedCase, assert_same_bits, routed_cases
-from test_reference import EXAMPLE_IDS, EXAMPLE_LAYOUTS
+from worked_example import EXAMPLE_IDS, EXAMPLE_LAYOUTS
 
 import jax_ep
 from jax_ep import layout as layout_module

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_transforms import (
+from sharded_layers import (
     EP,
     OPS,
     PLACEMENTS,

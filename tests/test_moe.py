@@ -14,8 +14,7 @@ import routings
 from backends import AXIS, Backend, JaxBackend
 from hypothesis import given
 from numpy.typing import DTypeLike, NDArray
-from routings import Case, RoutedCase, assert_same_bits, routed_cases
-from test_reference import expert_rows
+from routings import Case, RoutedCase, assert_same_bits, expert_rows, routed_cases
 
 import jax_ep
 from jax_ep import reference
