@@ -184,8 +184,9 @@ def dispatch(
         topk_weights: [T, K], cast to float32; they travel with the rows.
         fp8: quantise rows to float8_e4m3fn on the way, with one float32 scale per 128 channels:
             "float32" scales are amax / 448, "power_of_two" ones are rounded up to a power of two.
-            amax is at least 2**-100; H must be a multiple of 128 (and at most 32768 on GPUs). Tokens and scales come out as
-            they are, for inference: differentiating through them raises TypeError.
+            amax is at least 2**-100; H must be a multiple of 128, on GPUs at most 32768. Tokens and
+            scales come out as they are, for inference: differentiating through them raises
+            TypeError.
         dequantize: with ``fp8``: tokens come out in x's type again, multiplied by their scales,
             and the gradient is that of the exact dispatch (straight through).
 

@@ -242,6 +242,16 @@ def test_fp8(
     check_dispatch(device_backend, case, routed.topk_idx, x, weights, **options)
 
 
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_fp8_with_many_long_rows(device_backend: JaxBackend, dequantize: bool) -> None:
+    """More tokens than a GPU's blocks take at a time, and rows longer than their buffers."""
+    case, rng = Case(2, 700, 4, 8, hidden=4224, expert_alignment=8), np.random.default_rng(7)
+    ids = routings.topk_ids(rng, case, "uniform")
+    x = routings.random_rows(rng, rows_shape(case), BF16, specials=False)
+    weights = routings.random_weights(rng, case)
+    check_dispatch(device_backend, case, ids, x, weights, fp8="float32", dequantize=dequantize)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("fp8", FP8_SCALES)
 @pytest.mark.parametrize("dequantize", [False, True])

@@ -227,3 +227,30 @@ def test_moe_is_the_three_verbs(device_backend: JaxBackend) -> None:
     tokens, weights = reference.dispatch(x, oracle, topk_weights)
     y = tokens[..., :16].astype(F32) * F32(3) + F32(1)  # times 3 is exact: fused or not
     assert_same_bits(out, reference.combine(y, oracle, weights))
+
+
+def test_moe_passes_its_options_on(device_backend: JaxBackend) -> None:
+    """num_sms reaches the layout, fp8 the dispatch: what is sent comes out dequantised."""
+    case, rng = Case(2, 7, 3, 6, hidden=128), np.random.default_rng(11)
+    ids = routings.topk_ids(rng, case, "uniform")
+    x = routings.random_rows(rng, (2, 7, 128), F32, specials=False)
+    topk_weights = routings.random_weights(rng, case)
+
+    def layer(x: Any, ids: Any, topk_weights: Any) -> Any:
+        return jax_ep.moe(
+            x,
+            ids,
+            topk_weights,
+            lambda tokens, group_sizes: tokens,
+            num_experts=case.num_experts,
+            axis_name=AXIS,
+            num_sms=3,
+            fp8="power_of_two",
+        )
+
+    out, layout = device_backend.run(2, layer, x, ids, topk_weights)
+    assert layout.num_sms == 3
+    sent = reference.dequantize(*reference.quantize(x, scale_format="power_of_two"))
+    oracle = case.reference_layout(ids)
+    tokens, weights = reference.dispatch(sent, oracle, topk_weights)
+    assert_same_bits(out, reference.combine(tokens, oracle, weights))
