@@ -1,6 +1,5 @@
-// combine: each rank sums its rows of every peer's token; the token's rank pulls those sums and
-// adds them to its own. After:    out[t] = round(sum over ranks r ascending of round(sum over the
-// kept rows of t on r, in
+// combine: each rank sums its rows of every peer's token; the token's rank pulls and adds the sums.
+// After:    out[t] = round(sum over ranks r ascending of round(sum over the kept rows of t on r, in
 //           k order, of weight * y)), sums and products f32, each rounded on its own, from +0.
 //           collected[t, k] = values[row of (t, k)], 0 if there is none.
 // Roles:    one block an SM, 17 warps. The loader (warp 0) decides what to add and fetches it by
@@ -9,21 +8,22 @@
 //           results by bulk copies; the messenger (warp 2) talks to the peers. A unit is a piece of
 //           a token's row. Block b has the same units on every rank, so it only ever meets the
 //           blocks b of the peers.
-// Buffers:  y, weights, values | XLA, own       | before the call    | loader
-//           partial [R, T, H]  | XLA, each rank | own storers        | peers' loaders, [P2]..[P3]
-//                                partial[r] is for rank r
-//           collected          | XLA, each rank | peers' loaders, [S2]..[P1], own | later kernels
-//           out                | XLA, own       | storer             | later kernels
-//           stages, results    | shared memory  | see [L] [F] [W] [D]
-// Protocol: 1. [S1] show partial and collected, [S2] wait for all. 2. Unit by unit, a block sums
-// its
-//           own rows of every peer's token into partial; in turn with that, as soon as all peers
-//           have done a unit, it adds up that unit of its own tokens, with what it pulls from them.
+// Buffers:  name                   | lives on       | written by              | read by
+//           y, weights, values     | XLA, own       | before the call         | loader
+//           partial [R, T, H]      | XLA, each rank | own storers             | peers' loaders,
+//             (partial[r] is for rank r)                                        [P2]..[P3]
+//           collected              | XLA, each rank | peers, [S2]..[P1]; own  | later kernels
+//           out                    | XLA, own       | storer                  | later kernels
+//           stages, results        | shared memory  | see [L] [F] [W] [D]
+// Protocol: 1. [S1] show partial and collected, [S2] wait for all.
+//           2. Unit by unit, a block sums its own rows of every peer's token into partial; in turn
+//           with that, as soon as all peers have done a unit, it adds up that unit of its own
+//           tokens, with what it pulls from them.
 //           3. [P1] when sums are stored, the block tells the peers' blocks how many units are
 //           there; [P2] a loader knows the count before it pulls; [P3] one more tells that the
-//           block has pulled all it needs, and a block ends when all its peers have told. In the
-//           block: [L] a stage is loaded (its barrier's phase), [F] all adders have read it, [W] a
-//           result is written, [D] the copy engine has read it.
+//           block has pulled all it needs, and a block ends when all its peers have told.
+//           In the block: [L] a stage is loaded (its barrier's phase), [F] all adders have read it,
+//           [W] a result is written, [D] the copy engine has read it.
 // Reuse:    partial is the call's own scratch. Progress is epoch and count, so it only grows.
 // Progress: sums for peers wait only for [S2]; an own sum waits for peers' sums of the same unit,
 //           which wait for nothing of it. Blocks of a grid do not wait for each other, and begin in

@@ -1,7 +1,6 @@
 // dispatch: each rank pulls the rows of its experts from where their tokens live.
 // After:    tokens[row] = x of rank src [t] for every kept row, (src, t, k) = recv_src[row];
-// padding
-//           is zero, the tail too if zero_tail; weights[row] = topk_weights of src [t, k], else 0.
+//           padding is zero, the tail too if zero_tail; weights[row] = topk_weights of src [t, k], else 0.
 //           With fp8, x crosses as float8_e4m3fn with a scale per 128 channels, as
 //           jax_ep/reference.py's quantize defines them: tokens and scales are those, or, with
 //           dequantize, tokens are their products in x's type.
@@ -10,23 +9,25 @@
 //           (bulk copies from shared memory). Warps 2..7, the helpers, first quantise this rank's
 //           tokens if that is asked for (block b has the tokens b, b + G, .. of G blocks), then
 //           fetch the weights and zero what holds no row.
-// Buffers:  x, topk_weights | XLA, each rank | before the call  | all ranks, [S2]..[E1]
-//           wire            | XLA, each rank | own helpers      | all ranks, [P2]..[E1]
-//           stages          | shared memory  | ring's loads     | ring's stores
-//           tokens, scales, weights | XLA, own | own blocks     | later kernels
-// Protocol: 1. [S1] show x (or wire) and topk_weights, [S2] wait for all. 2. [P1] the helpers of a
-//           block tell every rank, their own too, how many tokens they have quantised. 3. Rings
-//           work through the (token, source) pairs, handed out by a counter; with fp8, [P2] waits
-//           for the pair's token. 4. [E1], [E2].
+// Buffers:  name                    | lives on       | written by      | read by
+//           x, topk_weights         | XLA, each rank | before the call | all ranks, [S2]..[E1]
+//           wire                    | XLA, each rank | own helpers     | all ranks, [P2]..[E1]
+//           stages                  | shared memory  | ring's loads    | ring's stores
+//           tokens, scales, weights | XLA, own       | own blocks      | later kernels
+// Protocol: 1. [S1] show x (or wire) and topk_weights, [S2] wait for all.
+//           2. [P1] the helpers of a block tell every rank, their own too, how many tokens they
+//           have quantised.
+//           3. Rings work through the (token, source) pairs, handed out by a counter; with fp8,
+//           [P2] waits for the pair's token.
+//           4. [E1], [E2].
 //           In a ring, token n uses stage n % S: [L] its load completes the stage's barrier (phase
 //           n / S), [F] its stores have read the stage before token n + S is loaded into it.
 // Reuse:    no memory outlives the call but the control block, whose progress only grows.
 // Progress: [S1] waits for nothing; quantising waits only for [S2]; rings wait for quantisers, so
-// with
-//           fp8 all blocks of a grid must get an SM. Without it blocks wait for no other block.
+//           with fp8 all blocks of a grid must get an SM. Without it no block waits for another.
 // Failure:  a timeout fills tokens, scales and weights with NaN, integers with 0; see
-// group_sync.cuh. Limits:   rows are multiples of 16 bytes at 16-byte addresses; longer ones than a
-// stage go in
+//           group_sync.cuh.
+// Limits:   rows are multiples of 16 bytes at 16-byte addresses; longer ones than a stage go in
 //           pieces, one after the other; with fp8 two rows must fit a ring.
 #include <cuda_fp8.h>
 

@@ -3,16 +3,20 @@
 //           and counters are as jax_ep/reference.py defines them, for this rank.
 // Roles:    num_blocks blocks of 256 threads, all resident. Block b owns the flat ids
 //           [b * ids_per_block, ..), flat = (src * T + t) * K + k; its warp w owns a run of those.
-// Buffers:  topk_idx      | XLA, each rank | before the call    | all ranks, [S2]..[E1]
-//           layout_counts | control block  | each block its line | all own blocks, after [B]
-//           tables        | XLA, own       | own blocks         | later kernels
-// Protocol: 1. [S1] show topk_idx, [S2] wait for all. 2. Count own ids per expert into the block's
-//           line of layout_counts. 3. [B] grid barrier. 4. Each block sums all lines: totals give
-//           offsets, lines before its own give its first row per expert. 5. Warps walk their ids in
-//           order; equal ids in a step of 32 are ranked by match_any. 6. [E1], [E2].
+// Buffers:  name          | lives on       | written by           | read by
+//           topk_idx      | XLA, each rank | before the call      | all ranks, [S2]..[E1]
+//           layout_counts | control block  | each block its line  | all own blocks, after [B]
+//           tables        | XLA, own       | own blocks           | later kernels
+// Protocol: 1. [S1] show topk_idx, [S2] wait for all.
+//           2. Count own ids per expert into the block's line of layout_counts.
+//           3. [B] grid barrier.
+//           4. Each block sums all lines: totals give offsets, lines before its own give its first
+//           row per expert.
+//           5. Warps walk their ids in order; equal ids in a step of 32 are ranked by match_any.
+//           6. [E1], [E2].
 // Reuse:    layout_counts is rewritten before [B] of the next call, whose [S2] follows [E2] of
-// this. Progress: the grid is at most one block an SM; waits are for peers ([S1] waits for nothing)
-// and
+//           this.
+// Progress: the grid is at most one block an SM; waits are for peers ([S1] waits for nothing) and
 //           for resident blocks.
 // Failure:  a timeout fills the tables with -1 and the counts with 0; see group_sync.cuh.
 // Limits:   E <= 1024, R * T * K < 2^31, num_blocks <= kMaxLayoutBlocks.

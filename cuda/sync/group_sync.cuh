@@ -14,12 +14,11 @@
 // Progress: [S1], [P1] and [E1] wait for nothing but resident blocks of their own kernel, so no
 //           cycle.
 // Failure:  a wait that exceeds the timeout sets `broken` in this device's control block, writes
-// the
-//           error record and tells the peers (`given_up`), who break their groups in turn. Every
-//           other wait of a device then ends at once, in this and all later calls, and the last
-//           block of each such call fills its outputs. The host sets `broken` too, when it leaves
-//           the group: a call that finds it set (a replayed command buffer) touches no memory of a
-//           peer.
+//           the error record and tells the peers (`given_up`), who break their groups in turn.
+//           Every other wait of a device then ends at once, in this and all later calls, and the
+//           last block of each such call fills its outputs. The host sets `broken` too, when it
+//           leaves the group: a call that finds it set (a replayed command buffer) touches no
+//           memory of a peer.
 #ifndef JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 #define JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 
