@@ -1,6 +1,7 @@
 // dispatch: each rank pulls the rows of its experts from where their tokens live.
 // After:    tokens[row] = x of rank src [t] for every kept row, (src, t, k) = recv_src[row];
-//           padding is zero, the tail too if zero_tail; weights[row] = topk_weights of src [t, k], else 0.
+//           padding is zero, the tail too if zero_tail; weights[row] = topk_weights of src [t, k],
+//           else 0.
 //           With fp8, x crosses as float8_e4m3fn with a scale per 128 channels, as
 //           jax_ep/reference.py's quantize defines them: tokens and scales are those, or, with
 //           dequantize, tokens are their products in x's type.
