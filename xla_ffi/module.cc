@@ -11,45 +11,27 @@
 #include "xla_ffi/cpu/process_group.h"
 #include "xla_ffi/cpu/rendezvous.h"
 #include "xla_ffi/handlers.h"
+#include "xla_ffi/module_common.h"
 
 namespace nb = nanobind;
 
 namespace jax_ep {
 namespace {
 
-std::chrono::nanoseconds Nanoseconds(double seconds) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-      std::chrono::duration<double>(seconds));
-}
-
-nb::dict Handler(XLA_FFI_Handler* instantiate, XLA_FFI_Handler* execute) {
-  nb::dict stages;
-  stages["instantiate"] = nb::capsule(reinterpret_cast<void*>(instantiate));
-  stages["execute"] = nb::capsule(reinterpret_cast<void*>(execute));
-  return stages;
-}
-
 nb::dict Handlers() {
   nb::dict handlers;
-  handlers["jax_ep_layout"] = Handler(kInstantiateLayoutCpu, kLayoutCpu);
-  handlers["jax_ep_dispatch"] = Handler(kInstantiateDispatchCpu, kDispatchCpu);
-  handlers["jax_ep_combine"] = Handler(kInstantiateCombineCpu, kCombineCpu);
+  handlers["jax_ep_layout"] = Stages(kInstantiateLayoutCpu, kLayoutCpu);
+  handlers["jax_ep_dispatch"] = Stages(kInstantiateDispatchCpu, kDispatchCpu);
+  handlers["jax_ep_combine"] = Stages(kInstantiateCombineCpu, kCombineCpu);
   return handlers;
-}
-
-nb::dict StateType() {
-  static auto type_info = xla::ffi::MakeTypeInfo<CpuSiteState>();
-  nb::dict type;
-  type["type_id"] = nb::capsule(&CpuSiteState::id);
-  type["type_info"] = nb::capsule(&type_info);
-  return type;
 }
 
 }  // namespace
 
 NB_MODULE(_cpu, m) {
   m.def("handlers", &Handlers, "Stages of each target, as jax.ffi.register_ffi_target takes them.");
-  m.def("state_type", &StateType, "The call sites' state, as jax.ffi.register_ffi_type takes it.");
+  m.def("state_type", &StateType<CpuSiteState>,
+        "The call sites' state, as jax.ffi.register_ffi_type takes it.");
   m.def("begin_program", &BeginProgram,
         "The call sites that are instantiated from now on belong to a new program.");
   m.def(

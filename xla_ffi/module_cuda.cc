@@ -11,6 +11,7 @@
 #include "xla_ffi/call_site_cuda.h"
 #include "xla_ffi/handlers_cuda.h"
 #include "xla_ffi/link_probe_module.h"
+#include "xla_ffi/module_common.h"
 #include "xla_ffi/symmetric_memory.h"
 
 namespace nb = nanobind;
@@ -18,39 +19,20 @@ namespace nb = nanobind;
 namespace jax_ep {
 namespace {
 
-std::chrono::nanoseconds Nanoseconds(double seconds) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-      std::chrono::duration<double>(seconds));
-}
-
-nb::dict Handler(XLA_FFI_Handler* instantiate, XLA_FFI_Handler* execute) {
-  nb::dict stages;
-  stages["instantiate"] = nb::capsule(reinterpret_cast<void*>(instantiate));
-  stages["execute"] = nb::capsule(reinterpret_cast<void*>(execute));
-  return stages;
-}
-
 nb::dict Handlers() {
   nb::dict handlers;
-  handlers["jax_ep_layout"] = Handler(kInstantiateLayoutCuda, kLayoutCuda);
-  handlers["jax_ep_dispatch"] = Handler(kInstantiateDispatchCuda, kDispatchCuda);
-  handlers["jax_ep_combine"] = Handler(kInstantiateCombineCuda, kCombineCuda);
+  handlers["jax_ep_layout"] = Stages(kInstantiateLayoutCuda, kLayoutCuda);
+  handlers["jax_ep_dispatch"] = Stages(kInstantiateDispatchCuda, kDispatchCuda);
+  handlers["jax_ep_combine"] = Stages(kInstantiateCombineCuda, kCombineCuda);
   return handlers;
-}
-
-nb::dict StateType() {
-  static auto type_info = xla::ffi::MakeTypeInfo<CudaSiteState>();
-  nb::dict type;
-  type["type_id"] = nb::capsule(&CudaSiteState::id);
-  type["type_info"] = nb::capsule(&type_info);
-  return type;
 }
 
 }  // namespace
 
 NB_MODULE(_cuda, m) {
   m.def("handlers", &Handlers, "Stages of each target, as jax.ffi.register_ffi_target takes them.");
-  m.def("state_type", &StateType, "The call sites' state, as jax.ffi.register_ffi_type takes it.");
+  m.def("state_type", &StateType<CudaSiteState>,
+        "The call sites' state, as jax.ffi.register_ffi_type takes it.");
   m.def(
       "setup",
       [](int64_t process, int64_t num_processes, const std::vector<int>& ids,

@@ -278,10 +278,7 @@ SymmetricMemory::Device SymmetricMemory::MakeDevice(int ordinal, int64_t member,
       device.error = last->second.error;
     }
   }
-  if (device.control != nullptr) {
-    // All ranks are in this process and start at epoch 0: captured command buffers work again too.
-    Check(cudaMemset(device.control_block(), 0, sizeof(gpu::ControlBlock)), "control memory" + on);
-  } else {
+  if (device.control == nullptr) {
     device.control = Allocate(ordinal, sizeof(gpu::ControlBlock), ordinals, "control memory" + on);
     gpu::ErrorRecord* record = nullptr;
     Check(cudaHostAlloc(&record, sizeof *record, cudaHostAllocMapped), "error record" + on);
@@ -289,8 +286,6 @@ SymmetricMemory::Device SymmetricMemory::MakeDevice(int ordinal, int64_t member,
   }
   device.ordinal = ordinal;
   device.member = member;
-  std::memset(device.error.get(), 0, sizeof(gpu::ErrorRecord));
-  device.error->timeout_ns = timeout_ns_;
   Check(cudaHostGetDevicePointer(&device.error_on_device, device.error.get(), 0),
         "error record" + on);
   Check(gpu::PrepareKernels(), "loading the kernels" + on);
@@ -319,6 +314,18 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
     device.staging = std::move(staging);
     device.staging_bytes = staging_bytes;
     changed = true;
+  }
+  if (devices_.empty()) {
+    // Nothing fails from here on for want of anything. All ranks of a process that begins anew are
+    // in it and start at epoch 0: captured command buffers work again too.
+    for (const Device& device : devices) {
+      const DeviceScope scope(device.ordinal);
+      const std::string what = "control memory" + OnDevice(device.ordinal);
+      std::memset(device.error.get(), 0, sizeof(gpu::ErrorRecord));
+      device.error->timeout_ns = timeout_ns_;
+      Check(cudaMemset(device.control_block(), 0, sizeof(gpu::ControlBlock)), what);
+      Check(cudaDeviceSynchronize(), what);
+    }
   }
   staged_only_ = staged_only;
   if (!changed) return;
@@ -619,7 +626,8 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
                "rest; pass a smaller num_sms to jax_ep.make_layout";
         break;
       case gpu::kToldByPeer:
-        out << rank << " was told by " << peer << ", whose wait had timed out";
+        out << rank << " was told by " << peer << ", which had waited for rank " << seen
+            << " until the timeout";
         break;
       case gpu::kProgress:
         out << rank << " waited for " << peer << " to finish until the timeout (expected epoch "

@@ -42,13 +42,25 @@ struct alignas(kLine) EndMail {
 // "In the call epoch, a block of mine has done so many units for you", as one number that only
 // grows for 2^40 calls.
 JAX_EP_HOST_DEVICE constexpr uint64_t progress_of(uint64_t epoch, uint64_t num_units) {
-  return epoch << 24 | num_units;
+  return (epoch << 24) | num_units;
 }
 JAX_EP_HOST_DEVICE constexpr uint64_t epoch_of(uint64_t progress) { return progress >> 24; }
 // The units that `progress` tells of in the call epoch: none if it is still about an earlier one.
 JAX_EP_HOST_DEVICE constexpr int32_t units_of(uint64_t progress, uint64_t epoch) {
   return progress >> 24 == epoch ? static_cast<int32_t>(progress & 0xffffff) : 0;
 }
+
+// "I, rank `rank`, have waited for rank `peer` in vain": never 0.
+JAX_EP_HOST_DEVICE constexpr uint64_t given_up_of(int32_t rank, int32_t peer) {
+  return (static_cast<uint64_t>(rank) + 1) | (static_cast<uint64_t>(peer) << 32);
+}
+JAX_EP_HOST_DEVICE constexpr int32_t who_gave_up(uint64_t given_up) {
+  return static_cast<int32_t>(given_up & 0xffffffff) - 1;
+}
+JAX_EP_HOST_DEVICE constexpr int32_t waited_for(uint64_t given_up) {
+  return static_cast<int32_t>(given_up >> 32);
+}
+static_assert(who_gave_up(given_up_of(0, 71)) == 0 && waited_for(given_up_of(0, 71)) == 71);
 
 // Written by this device's kernels only.
 struct alignas(kLine) Local {
@@ -60,7 +72,7 @@ struct alignas(kLine) Local {
 };
 
 struct ControlBlock {
-  uint64_t given_up;  // by a peer whose wait has timed out: its rank + 1
+  uint64_t given_up;  // 0, or given_up_of(..): written by a peer whose wait has timed out
   StartMail start[kMaxPeers];
   EndMail end[kMaxPeers];
   uint64_t progress[kMaxPeers][kMaxBlocks];  // by the peer's block, which writes it
@@ -77,7 +89,7 @@ enum Phase : uint32_t {
   kOtherCall,    // the peer is in another call: operations in place of epochs
   kProgress,     // the peer did not finish: progress in place of epochs
   kNotResident,  // own blocks found no SM: their numbers in place of epochs
-  kToldByPeer,   // the peer has given up
+  kToldByPeer,   // the peer has given up: whom it has waited for in place of the epoch seen
 };
 
 // What a device and its host tell each other: lies in host-mapped memory. The device writes a

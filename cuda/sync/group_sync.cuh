@@ -52,9 +52,7 @@ __device__ inline void report(const GroupView& g, OpKind kind, int peer, uint32_
   st_release_sys(&g.error->valid, 1);
   if (phase == kToldByPeer) return;  // who knows more has told all
   for (int r = 0; r < g.num_ranks; ++r) {
-    if (r != g.rank) {
-      st_release_sys(&g.peer[r].control->given_up, static_cast<uint64_t>(g.rank) + 1);
-    }
+    if (r != g.rank) st_release_sys(&g.peer[r].control->given_up, given_up_of(g.rank, peer));
   }
 }
 
@@ -62,7 +60,8 @@ __device__ inline bool is_broken(const GroupView& g, OpKind kind) {
   if (ld_acquire_gpu(&g.control->local.broken) != 0) return true;
   const uint64_t given_up = ld_acquire_sys(&g.control->given_up);
   if (given_up == 0) return false;
-  report(g, kind, static_cast<int>(given_up) - 1, kToldByPeer, 0, 0);
+  report(g, kind, who_gave_up(given_up), kToldByPeer, 0,
+         static_cast<uint64_t>(waited_for(given_up)));
   return true;
 }
 

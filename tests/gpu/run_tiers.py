@@ -41,7 +41,10 @@ STRESS = "protocol/test_stress.py"
 COLLECTIVES = "protocol/test_collectives.py"
 ON_DEVICE = "stress or collectives"  # files
 # Programs take the longest to compile, so not every shape of job runs the whole suite.
-CORE = f"any_routing or any_number or default_capacity or vjp or moe_is or stale or {ON_DEVICE}"
+CORE = (
+    "any_routing or any_number or default_capacity or vjp or moe_is or stale or long_rows or "
+    f"{ON_DEVICE}"
+)
 RACE_PHASES = {"start": 0, "end": 1, "progress": 3}  # as cuda/sync/group_sync.cuh numbers them
 
 

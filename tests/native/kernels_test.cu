@@ -707,6 +707,8 @@ std::vector<Case> Cases(bool small) {
         {64, 32, 48, 1, 264, kF16, R::kUniform, 110, true, true},
         {33, 2, 128, 16, 20000, kBF16, R::kUniform, 100, false, true},
         {700, 8, 32, 1, 64, kBF16, R::kHoles, 100, true, false},
+        // A sum of more rows than combine has stages for.
+        {65, 32, 2, 1, 7168, kBF16, R::kOneExpert, 100, true, true},
         {1000, 1, 1, 128, 4, kF32, R::kOneExpert, 50, true, true},
     };
     cases.insert(cases.end(), more.begin(), more.end());

@@ -141,6 +141,20 @@ void OneProcess() {
     const auto error = EnterGroup(site, 0, nullptr, {}, &call);
     CHECK(error.errc() == xla::ffi::ErrorCode::kDeadlineExceeded && error.message() == recorded);
   }
+  const auto text_of = [&](jax_ep::gpu::Phase phase, uint64_t expected, uint64_t seen) {
+    second.error->phase = phase;
+    second.error->expected_epoch = expected;
+    second.error->seen_epoch = seen;
+    return Memory().RecordedError().value_or("");
+  };
+  using jax_ep::gpu::progress_of;
+  CHECK(Contains(text_of(jax_ep::gpu::kProgress, progress_of(3, 9), progress_of(3, 4)),
+                 "to finish until the timeout (expected epoch 3, seen 3 with 4 of 9 steps"));
+  CHECK(Contains(text_of(jax_ep::gpu::kProgress, progress_of(3, 9), progress_of(2, 7)),
+                 "(expected epoch 3, seen 2 with 0 of 9 steps"));
+  CHECK(Contains(text_of(jax_ep::gpu::kNotResident, 128, 96), "on rank 1 only 96 of 128 blocks"));
+  CHECK(Contains(text_of(jax_ep::gpu::kToldByPeer, 0, 5),
+                 "rank 1 was told by rank 0, which had waited for rank 5 until the timeout"));
   CHECK(Memory().Synchronize(std::chrono::seconds(10)));
   Memory().Release(true);
   Memory().Release(true);
