@@ -70,7 +70,7 @@ struct CombineArguments {
   void* partial;  // [R, T, H], scratch that peers read
   void* out;
   float* collected;  // with values
-  int64_t num_tokens, top_k, capacity, num_local_experts, num_channels;
+  int64_t num_tokens, top_k, num_local_experts, num_channels;
   RowType type;
 };
 

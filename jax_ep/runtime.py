@@ -260,7 +260,7 @@ class _Attempt:
         for process in range(self._num_processes):
             try:
                 offers.append(self._get(f"{_KEY_PREFIX}/join/{process}", deadline))
-            except Exception as error:  # the client's errors have no common type across versions
+            except TimeoutError as error:
                 missing = self._missing([process], error)
                 self._dismiss(f"!{missing}")
                 raise missing from error
@@ -284,11 +284,11 @@ class _Attempt:
         key = f"{_KEY_PREFIX}/roster/{self._name}"
         try:
             roster = self._get(key, time.monotonic() + self._timeout)
-        except Exception as error:
+        except TimeoutError as error:
             absent = set(range(self._num_processes)) - {self._process} - self._offers().keys()
             try:  # if process 0 gives up just now, it removes the offers and then says why
                 roster = self._get(key, time.monotonic() + 1)
-            except Exception:
+            except TimeoutError:
                 raise self._missing(sorted(absent) or [0], error) from error
         if roster.startswith("!"):
             raise RuntimeError(roster[1:])
@@ -315,7 +315,7 @@ class _Attempt:
         for process in range(self._num_processes):
             try:
                 got = self._get(f"{keys}/{process}", deadline)
-            except Exception as error:
+            except TimeoutError as error:
                 raise RuntimeError(
                     f"jax_ep.initialize: process {process} of {self._num_processes} did not get as "
                     f"far within {self._timeout} s: {error}"
@@ -339,7 +339,10 @@ class _Attempt:
 
     def _get(self, key: str, deadline: float) -> str:
         milliseconds = max(1, int((deadline - time.monotonic()) * 1000))
-        return str(self._client.blocking_key_value_get(key, milliseconds))
+        try:
+            return str(self._client.blocking_key_value_get(key, milliseconds))
+        except Exception as error:  # the client's errors have no common type across versions
+            raise TimeoutError(str(error)) from error
 
 
 def finalize() -> None:

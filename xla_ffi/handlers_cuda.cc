@@ -265,7 +265,6 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
                                         group.At(collected),
                                         num_tokens,
                                         top_k,
-                                        capacity,
                                         a.num_experts / a.num_ranks,
                                         num_channels,
                                         type};

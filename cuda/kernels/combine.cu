@@ -30,7 +30,7 @@
 //           order, so fewer SMs than blocks will do.
 // Failure:  a timeout fills out and collected with NaN; see group_sync.cuh. Stores of a peer that
 //           comes later still may reach collected.
-// Limits:   rows are multiples of 16 bytes at 16-byte addresses; K <= 32; at most kMaxUnitsPerRing
+// Limits:   rows are multiples of 16 bytes at 16-byte addresses; K <= 32; at most kMaxUnitsPerBlock
 //           units a block; compiled without -ftz, -fmad=false.
 #include "cuda/kernels/kernels.cuh"
 #include "cuda/kernels/row_types.cuh"
@@ -103,7 +103,7 @@ __device__ int32_t first_unit(int64_t num_units, uint32_t block) {
 // A sum of this rank's rows for one unit of a peer's tokens, or for one unit of its own. Lane k
 // looks after the k-th row. Metadata comes from chains of dependent loads; each link is loaded a
 // job before it is needed.
-struct Push {
+struct ForPeer {
   int32_t step = -1;  // none
   int32_t q = 0;      // which peer
   int32_t first_slot = 0, count = 0;
@@ -134,15 +134,15 @@ class Loader {
 
   // Ends with a stage that stops the others.
   __device__ void run() {
-    for (int i = 0; i < 3; ++i) advance_push();
+    for (int i = 0; i < 3; ++i) advance_for_peers();
     for (int i = 0; i < 2; ++i) advance_own();
     int32_t there = g_.num_ranks == 1 ? num_steps_ : 0;
     bool may_sum = false;  // in turn with the sums of a unit for the peers
-    while (push_[0].step >= 0 || own_[0].step >= 0) {
-      if (push_[0].step >= 0 && !(may_sum && own_[0].step < there)) {
-        const Push job = push_[0];
-        advance_push();
-        send(job);
+    while (for_peers_[0].step >= 0 || own_[0].step >= 0) {
+      if (for_peers_[0].step >= 0 && !(may_sum && own_[0].step < there)) {
+        const ForPeer job = for_peers_[0];
+        advance_for_peers();
+        sum(job);
         may_sum = job.q == g_.num_ranks - 2;
         if (may_sum) there = units_there(shared_.box);  // [P2]
         continue;
@@ -154,28 +154,30 @@ class Loader {
       sum(job);
       may_sum = false;
     }
-    emit_empty({0.0f, kStop, 0, static_cast<uint32_t>(num_steps_ + 1), 0});
+    emit_empty({0.0f, kStop, 0, static_cast<uint32_t>(num_steps_ + 1), 0});  // [P3]
   }
 
  private:
   // Moves on by one job and begins the loads that the ones to come need next.
-  __device__ void advance_push() {
-    push_[0] = push_[1];
-    if (push_[0].row != kNoRow && a_.weights != nullptr) {
-      push_[0].weight = a_.weights[push_[0].row];
+  __device__ void advance_for_peers() {
+    for_peers_[0] = for_peers_[1];
+    if (for_peers_[0].row != kNoRow && a_.weights != nullptr) {
+      for_peers_[0].weight = a_.weights[for_peers_[0].row];
     }
-    push_[1] = push_[2];
-    if (lane_ < push_[1].count) push_[1].row = a_.recv_order[push_[1].first_slot + lane_];
-    push_[2] = Push{};
-    if (next_push_.step == num_steps_ || g_.num_ranks == 1) return;
-    push_[2].step = next_push_.step;
-    push_[2].q = next_push_.q;
-    const int64_t flat_token = peer_of(push_[2].q) * a_.num_tokens + token_of(push_[2].step);
-    push_[2].first_slot = a_.recv_offsets[flat_token];
-    push_[2].count = a_.recv_offsets[flat_token + 1] - push_[2].first_slot;
-    if (++next_push_.q == g_.num_ranks - 1) {
-      next_push_.q = 0;
-      ++next_push_.step;
+    for_peers_[1] = for_peers_[2];
+    ForPeer& placed = for_peers_[1];
+    if (lane_ < placed.count) placed.row = a_.recv_order[placed.first_slot + lane_];
+    for_peers_[2] = ForPeer{};
+    if (next_for_peers_.step == num_steps_ || g_.num_ranks == 1) return;
+    for_peers_[2].step = next_for_peers_.step;
+    for_peers_[2].q = next_for_peers_.q;
+    const int64_t flat_token =
+        peer_of(for_peers_[2].q) * a_.num_tokens + token_of(for_peers_[2].step);
+    for_peers_[2].first_slot = a_.recv_offsets[flat_token];
+    for_peers_[2].count = a_.recv_offsets[flat_token + 1] - for_peers_[2].first_slot;
+    if (++next_for_peers_.q == g_.num_ranks - 1) {
+      next_for_peers_.q = 0;
+      ++next_for_peers_.step;
     }
   }
   __device__ void advance_own() {
@@ -258,7 +260,7 @@ class Loader {
     return static_cast<uint32_t>(min(int64_t{cut_.piece_bytes}, row_bytes_ - at));
   }
 
-  __device__ void send(const Push& job) {
+  __device__ void sum(const ForPeer& job) {
     const int32_t src = peer_of(job.q);
     const int64_t t = token_of(job.step), at = offset_of(job.step);
     if (a_.values != nullptr && at == 0 && lane_ < job.count) {
@@ -321,11 +323,11 @@ class Loader {
   const int32_t lane_;
   const int64_t row_bytes_;
   const int32_t first_unit_, num_steps_;
-  Push push_[3];
+  ForPeer for_peers_[3];
   Own own_[2];
   struct {
     int32_t step = 0, q = 0;
-  } next_push_;
+  } next_for_peers_;
   int32_t next_own_ = 0;
   int32_t stage_ = 0, use_ = 0;  // the next stage, and how often it has been used
 };
@@ -381,8 +383,9 @@ __device__ void run_adder(const Cut& cut, Shared& shared, const char* stages, ch
     auto* result = reinterpret_cast<uint4*>(results + slot * cut.piece_bytes);
 #pragma unroll
     for (int j = 0; j < kVectorsEach; ++j) {
-      if (adder + j * kNumAdders < num_vectors)
+      if (adder + j * kNumAdders < num_vectors) {
         result[adder + j * kNumAdders] = Vector::store(total[j]);
+      }
 #pragma unroll
       for (int c = 0; c < Vector::kCount; ++c) total[j][c] = 0.0f;
     }
@@ -404,7 +407,7 @@ __device__ void run_storer(const Cut& cut, Shared& shared, const char* results) 
   int age = 0;  // stores since `next`
   const auto tell = [&](uint32_t num_units) {
     told = num_units;
-    st_release_cta_shared(&shared.box.done, static_cast<int32_t>(num_units));
+    st_release_cta_shared(&shared.box.done, static_cast<int32_t>(num_units));  // then [P1]
   };
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kNumResults, use = n / kNumResults;
@@ -432,7 +435,7 @@ __device__ void run_storer(const Cut& cut, Shared& shared, const char* results) 
     }
     if (!result.stop) continue;
     bulk_wait_group<0>();
-    return tell(stored);
+    return tell(stored);  // [P3]: all that was pulled has been added up
   }
 }
 
@@ -476,7 +479,7 @@ __global__ __launch_bounds__(kNumThreads,
     }
   }
   if (!is_last_block(g)) return;
-  if (is_broken(g, OpKind::kCombine)) {
+  if (is_broken_for_all(g, OpKind::kCombine)) {
     fill(a.out, a.num_tokens * a.num_channels * (16 / Vector::kCount), kNan);
     if (a.values != nullptr) fill(a.collected, a.num_tokens * a.top_k * 4, kNan);
   }
@@ -501,8 +504,9 @@ cudaError_t Launch(const GroupView& group, const CombineArguments& a, int num_sm
   cut.num_stages = static_cast<int32_t>(stages < kMaxStages ? stages : kMaxStages);
   const int64_t num_units = a.num_tokens * cut.num_pieces;
   const auto num_blocks = static_cast<int>(num_units < num_sms ? num_units : num_sms);
-  if ((num_units + num_blocks - 1) / num_blocks + 1 > kMaxUnitsPerRing)
+  if ((num_units + num_blocks - 1) / num_blocks + 1 > kMaxUnitsPerBlock) {
     return cudaErrorInvalidValue;
+  }
   combine_kernel<Vector>
       <<<num_blocks, kNumThreads, (cut.num_stages + kNumResults) * cut.piece_bytes, stream>>>(
           group, a, cut);

@@ -402,15 +402,15 @@ __global__ __launch_bounds__(kNumThreads,
     }
   }
   if (!is_last_block(g)) return;
-  if (!is_broken(g, OpKind::kDispatch)) {
+  if (!is_broken_for_all(g, OpKind::kDispatch)) {
     send_end(g);                        // [E1]
     receive_end(g, OpKind::kDispatch);  // [E2]
   }
-  __syncthreads();
-  if (is_broken(g, OpKind::kDispatch)) {
+  if (is_broken_for_all(g, OpKind::kDispatch)) {
     fill(a.tokens, a.capacity * tokens_row_bytes<kMode>(a), a.is_integer ? 0 : kNan);
-    if (kMode == Mode::kQuantize)
+    if (kMode == Mode::kQuantize) {
       fill(a.scales, a.capacity * a.num_channels / kScaleBlock * 4, kNan);
+    }
     if (a.weights != nullptr) fill(a.weights, a.capacity * 4, kNan);
   }
   end_call(g);
@@ -434,7 +434,7 @@ cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_s
   }
   const int64_t num_stages = bytes / cut.stage_bytes;
   cut.num_stages = static_cast<int32_t>(num_stages < kMaxStages ? num_stages : kMaxStages);
-  if (cut.num_stages < 2 || a.num_tokens / num_sms >= kMaxUnitsPerRing) {
+  if (cut.num_stages < 2 || a.num_tokens / num_sms >= kMaxUnitsPerBlock) {
     return cudaErrorInvalidValue;
   }
   dispatch_kernel<kMode>

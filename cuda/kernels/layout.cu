@@ -269,12 +269,11 @@ __global__ __launch_bounds__(kNumThreads,
     make_tables(g, a, ids_per_block, num_cached, shared, address);
   }
   if (!is_last_block(g)) return;
-  if (!is_broken(g, OpKind::kLayout)) {
+  if (!is_broken_for_all(g, OpKind::kLayout)) {
     send_end(g);                      // [E1]
     receive_end(g, OpKind::kLayout);  // [E2]
   }
-  __syncthreads();
-  if (is_broken(g, OpKind::kLayout)) poison(a, g.num_ranks);
+  if (is_broken_for_all(g, OpKind::kLayout)) poison(a, g.num_ranks);
   end_call(g);
 }
 

@@ -19,8 +19,7 @@ inline constexpr int kMaxExperts = 1024;
 inline constexpr int kMaxTopK = 32;
 inline constexpr int kMaxLayoutBlocks = 128;
 inline constexpr int kMaxBlocks = 160;  // of a grid: more than any Hopper has SMs
-inline constexpr int kMaxRings = 4;     // of a block of dispatch
-inline constexpr int64_t kMaxUnitsPerRing = (int64_t{1} << 24) - 1;
+inline constexpr int64_t kMaxUnitsPerBlock = (int64_t{1} << 24) - 1;
 inline constexpr int kNumAddresses = 3;  // buffers a call shows its peers
 inline constexpr size_t kLine = 128;     // bytes; no two writers share one
 

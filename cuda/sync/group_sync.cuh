@@ -7,10 +7,11 @@
 //        buffers are done, and the addresses are p's for this call
 //   [P1] a block of p releases in q's progress, with e, how many units it has done for q
 //   [P2] q acquires the number it needs
+//   [P3] the last number told: q, or p, needs nothing of the other's memory for this call any more
 //   [E1] q releases e in p's end mail: q neither reads nor writes p's memory for this call any more
 //   [E2] p acquires it from all peers, and only then ends
-// Reuse:    p sends e + 1 only after it knows that q needs nothing of e any more ([E2], or the last
-//           [P2] of each block), so q has read the mail of e before it changes; flags only grow.
+// Reuse:    p sends e + 1 only after it knows that q needs nothing of e any more ([E2], or [P3]
+//           of each block), so q has read the mail of e before it changes; flags only grow.
 // Progress: [S1], [P1] and [E1] wait for nothing but resident blocks of their own kernel, so no
 //           cycle.
 // Failure:  a wait that exceeds the timeout sets `broken` in this device's control block, writes
@@ -166,7 +167,7 @@ struct Mailbox {
 inline constexpr int32_t kBroken = INT32_MAX;  // nothing more comes, nobody shall wait
 
 // [P1] and [P2] between this block and the blocks of the same number at the peers, until all is
-// told both ways. By a warp of its own: fences wait for much more than what they are needed for,
+// told both ways; the last unit told is one more than there are, [P3]: nothing more is needed. By a warp of its own: fences wait for much more than what they are needed for,
 // and must not hold up those who move data. What peers have written may be read, by the copy
 // engine too, after `there` has been acquired.
 __device__ inline void run_messenger(const GroupView& g, OpKind kind, Mailbox& box) {
@@ -259,6 +260,11 @@ __device__ inline bool is_last_block(const GroupView& g) {
   }
   __syncthreads();
   return last;
+}
+
+// By all threads of a block, and the same on all of them: a peer may give up between two looks.
+__device__ inline bool is_broken_for_all(const GroupView& g, OpKind kind) {
+  return __syncthreads_or(is_broken(g, kind)) != 0;
 }
 
 // [E1], by threads 0 .. num_ranks - 1 of the last block.

@@ -40,6 +40,9 @@ _DEVICE_KERNEL_FLAG = "--xla_gpu_experimental_ragged_all_to_all_use_device_kerne
 _CHILD_TIMEOUT = 900  # seconds
 _LINK_SMS = (8, 16, 24, 32)  # SM counts that W is measured on without --num-sms
 
+# Out of memory, refused by XLA, not built here: the other points are still worth measuring.
+_MEASUREMENT_ERRORS = (RuntimeError, MemoryError, ValueError)
+
 # By platform, what is measured unless the command line says otherwise.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -225,14 +228,14 @@ class _Bench:
             kind = "baselines"
             if with_baselines and self.wants_any(_BASELINE_NAMES):
                 todo += operations.baseline_operations(point, self.mesh, data, moved, **sizes)
-        except Exception as error:  # e.g. out of memory: the other points are still worth measuring
+        except _MEASUREMENT_ERRORS as error:
             emit(report.failed_row(kind, kind == "baselines", point, moved, error))
         for operation in todo:
             if not self.wanted(operation.name):
                 continue
             try:
                 emit(self._measure(operation, point, moved))
-            except Exception as error:
+            except _MEASUREMENT_ERRORS as error:
                 emit(report.failed_row(operation.name, operation.baseline, point, moved, error))
         return rows
 

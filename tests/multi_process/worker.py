@@ -255,12 +255,7 @@ def killed() -> None:
     except jax.errors.JaxRuntimeError as error:
         print("AGAIN", error)
     assert float(jax.jit(jnp.sum)(np.ones(4))) == 4
-    (OUT / f"pid_{os.getpid()}").touch()
-    if PROCESS == 0:
-        wait_for_files("pid", NUM_PROCESSES - 1)
-        others = {int(f.name.removeprefix("pid_")) for f in OUT.glob("pid_*")} - {os.getpid()}
-        while any(pathlib.Path(f"/proc/{pid}").exists() for pid in others):
-            time.sleep(0.02)
+    coordinator_leaves_last()
 
 
 def stalled() -> None:
@@ -389,11 +384,9 @@ def tear_down(how: str) -> None:
         except RuntimeError as error:
             print("AFTER", error)
     elif how == "in_turn":
-        time.sleep(0.3 * PROCESS)
-        jax_ep.finalize()
+        leave_as(PROCESS)
     elif how == "in_reverse":
-        time.sleep(0.3 * (NUM_PROCESSES - PROCESS))
-        jax_ep.finalize()
+        leave_as(NUM_PROCESSES - 1 - PROCESS)
     elif how == "shutdown_first":
         jax.distributed.shutdown()
         jax_ep.finalize()
@@ -432,6 +425,26 @@ def unreadable() -> None:
         print("ERROR", error)
     (OUT / f"done_{PROCESS}").touch()
     wait_for_files("done", NUM_PROCESSES)
+
+
+def leave_as(place: int) -> None:
+    """Calls finalize() when `place` processes have left before."""
+    wait_for_files("left", place)
+    jax_ep.finalize()
+    (OUT / f"left_{PROCESS}").touch()
+
+
+def coordinator_leaves_last(seconds: float = 60) -> None:
+    """Process 0 returns when the other survivors of a job that lost one process have ended."""
+    (OUT / f"pid_{os.getpid()}").touch()
+    if PROCESS != 0:
+        return
+    wait_for_files("pid", NUM_PROCESSES - 1)
+    others = {int(f.name.removeprefix("pid_")) for f in OUT.glob("pid_*")} - {os.getpid()}
+    deadline = time.monotonic() + seconds
+    while any(pathlib.Path(f"/proc/{pid}").exists() for pid in others):
+        assert time.monotonic() < deadline, "the other survivors do not end"
+        time.sleep(0.02)
 
 
 def wait_for_files(name: str, count: int, seconds: float = 60) -> None:

@@ -6,7 +6,6 @@ collectives. JAX_EP_TEST_STAGED names processes that take the staged path.
 
 import faulthandler
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -23,8 +22,10 @@ from worker import (
     NUM_TOKENS,
     OUT,
     PROCESS,
+    coordinator_leaves_last,
     example,
     join,
+    leave_as,
     local_parts,
     make_mesh,
     per_shard,
@@ -215,14 +216,7 @@ def killed() -> None:
     layer.print_error("AGAIN")
     assert float(jax.jit(lambda x: x.sum())(np.ones(4))) == 4
     jax_ep.finalize()
-    (OUT / f"pid_{os.getpid()}").touch()
-    if PROCESS == 0:
-        wait_for_files("pid", NUM_PROCESSES - 1)
-        others = {int(f.name.removeprefix("pid_")) for f in OUT.glob("pid_*")} - {os.getpid()}
-        deadline = time.monotonic() + 60
-        while any(pathlib.Path(f"/proc/{pid}").exists() for pid in others):
-            assert time.monotonic() < deadline, "the other survivors do not end"
-            time.sleep(0.02)
+    coordinator_leaves_last()
 
 
 def tear_down(how: str) -> None:
@@ -240,9 +234,7 @@ def tear_down(how: str) -> None:
             layer.check()
             jax_ep.finalize()
     elif how == "in_turn":
-        wait_for_files("left", PROCESS)
-        jax_ep.finalize()
-        (OUT / f"left_{PROCESS}").touch()
+        leave_as(PROCESS)
     elif how == "shutdown_first":
         jax.distributed.shutdown()
         jax_ep.finalize()

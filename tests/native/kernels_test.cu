@@ -475,7 +475,6 @@ struct Buffers {
     a.collected = d.weighted ? collected.get() : nullptr;
     a.num_tokens = d.num_tokens;
     a.top_k = d.top_k;
-    a.capacity = d.capacity;
     a.num_local_experts = d.num_local;
     a.num_channels = d.num_channels;
     a.type = d.type;
