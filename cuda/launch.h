@@ -40,17 +40,26 @@ struct LayoutArguments {
 
 enum class RowType : int32_t { kF32, kF16, kBF16 };
 
+enum class DispatchMode : int32_t {
+  kCopy,
+  kQuantize,    // tokens are float8_e4m3fn, with scales
+  kDequantize,  // rows cross as float8_e4m3fn; tokens are products with their scales
+};
+
 struct DispatchArguments {
   const void* x;
   const float* topk_weights;  // null without
-  const int32_t *recv_src, *recv_order, *recv_offsets, *group_sizes;
-  void* wire;  // with fp8: scratch [T, WireRowBytes] that peers read; else null
+  const int32_t *topk_idx, *send_row, *recv_src, *recv_order, *recv_offsets, *group_sizes;
   void* tokens;
-  float* scales;   // [C, H / 128] if tokens stay fp8, else null
+  float* scales;   // [C, H / 128] with kQuantize, else null
   float* weights;  // with topk_weights, else null
+  // Null if peers reach `tokens`. Else where they write rows in its place:
+  // [R, T, LandingRowBytes], by source.
+  void* landing;
   int64_t num_tokens, top_k, capacity, num_local_experts;
   int64_t num_channels, row_bytes;  // of a row of x
-  RowType type;                     // of x, with fp8
+  DispatchMode mode;
+  RowType type;  // of x, if not kCopy
   bool power_of_two_scales, zero_tail;
   bool is_integer;  // x's type
 };
@@ -61,13 +70,17 @@ inline constexpr int64_t kMaxFp8Channels = 1 << 15;  // of a row that fp8 dispat
 constexpr int64_t WireRowBytes(int64_t num_channels) {
   return num_channels + (num_channels / kScaleBlock * 4 + 15) / 16 * 16;
 }
+// A row in the landing area.
+constexpr int64_t LandingRowBytes(DispatchMode mode, int64_t num_channels, int64_t row_bytes) {
+  return mode == DispatchMode::kCopy ? row_bytes : WireRowBytes(num_channels);
+}
 
 struct CombineArguments {
   const void* y;
   const float* weights;  // null: 1
   const float* values;   // null without
   const int32_t *topk_idx, *send_row, *recv_src, *recv_order, *recv_offsets;
-  void* partial;  // [R, T, H], scratch that peers read
+  void* partial;  // [R, T, H], scratch that peers write
   void* out;
   float* collected;  // with values
   int64_t num_tokens, top_k, num_local_experts, num_channels;

@@ -1,35 +1,35 @@
-// combine: each rank sums its rows of every peer's token; the token's rank pulls and adds the sums.
+// combine: each rank sums its rows of every peer's token and writes the sum to the token's rank,
+//           which adds the sums.
 // After:    out[t] = round(sum over ranks r ascending of round(sum over the kept rows of t on r, in
 //           k order, of weight * y)), sums and products f32, each rounded on its own, from +0.
 //           collected[t, k] = values[row of (t, k)], 0 if there is none.
 // Roles:    one block an SM, 17 warps. The loader (warp 0) decides what to add and fetches it by
-//           bulk copies into a ring of stages; the adders (warps 3..16) add up stage after stage in
-//           registers and write each finished sum to a ring of results; the storer (warp 1) stores
-//           results by bulk copies; the messenger (warp 2) talks to the peers. A unit is a piece of
-//           a token's row. Block b has the same units on every rank, so it only ever meets the
-//           blocks b of the peers.
+//           bulk copies into a ring of stages, job by job; the adders (warps 3..16) add up job
+//           after job in registers and write each finished sum to a ring of results; the storer
+//           (warp 1) stores results by bulk copies; the messenger (warp 2) talks to the peers. A
+//           unit is a piece of a token's row. Block b has the same units on every rank, so it only
+//           ever meets the blocks b of the peers.
 // Buffers:  name                   | lives on       | written by              | read by
 //           y, weights, values     | XLA, own       | before the call         | loader
-//           partial [R, T, H]      | XLA, each rank | own storers             | peers' loaders,
-//             (partial[r] is for rank r)                                        [P2]..[P3]
+//           partial [R, T, H]      | XLA, each rank | storers of rank r,      | own loaders, [P2]
+//             (partial[r]: from r) |                | [S2]..[P1]              |
 //           collected              | XLA, each rank | peers, [S2]..[P1]; own  | later kernels
 //           out                    | XLA, own       | storer                  | later kernels
 //           stages, results        | shared memory  | see [L] [F] [W] [D]
 // Protocol: 1. [S1] show partial and collected, [S2] wait for all.
-//           2. Unit by unit, a block sums its own rows of every peer's token into partial; in turn
-//           with that, as soon as all peers have done a unit, it adds up that unit of its own
-//           tokens, with what it pulls from them.
+//           2. Unit by unit, a block sums its own rows of every peer's token into that peer's
+//           partial; in turn with that, as soon as all peers have done a unit, it adds up that unit
+//           of its own tokens, with what they have sent.
 //           3. [P1] when sums are stored, the block tells the peers' blocks how many units are
-//           there; [P2] a loader knows the count before it pulls; [P3] one more tells that the
-//           block has pulled all it needs, and a block ends when all its peers have told.
-//           In the block: [L] a stage is loaded (its barrier's phase), [F] all adders have read it,
-//           [W] a result is written, [D] the copy engine has read it.
+//           there; [P2] a loader knows the count before it reads them. A block ends when it has told
+//           all and knows all.
+//           In the block: [L] a job's rows are loaded (its barrier's phase), [F] all adders have
+//           read them, [W] a result is written, [D] the copy engine has read it.
 // Reuse:    partial is the call's own scratch. Progress is epoch and count, so it only grows.
 // Progress: sums for peers wait only for [S2]; an own sum waits for peers' sums of the same unit,
 //           which wait for nothing of it. Blocks of a grid do not wait for each other, and begin in
 //           order, so fewer SMs than blocks will do.
-// Failure:  a timeout fills out and collected with NaN; see group_sync.cuh. Stores of a peer that
-//           comes later still may reach collected.
+// Failure:  a timeout fills out and collected with NaN; see group_sync.cuh.
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses; K <= 32; at most kMaxUnitsPerBlock
 //           units a block; compiled without -ftz, -fmad=false.
 #include "cuda/kernels/kernels.cuh"
@@ -51,22 +51,25 @@ constexpr int64_t kMaxPieceBytes = kNumAdders * kVectorsEach * 16;
 constexpr int64_t kMinPieceBytes = 1024;
 constexpr int kNumResults = 4;
 constexpr int kMaxStages = 32;
+constexpr int kNumJobs = 16;                // in flight
+constexpr int kMaxJobRows = 4;
 constexpr int kPatience = 32;               // looks for a result before a pause is used
 constexpr int64_t kRingBytes = 216 * 1024;  // of shared memory, for stages and results
 
-// What a stage is for.
+// Rows in consecutive stages (the first follows the last) that the adders add up.
 enum : uint32_t {
-  kHasRow = 1,    // add weight * the stage's row
-  kEndsSum = 2,   // round the sum of a rank and add it to the unit's
-  kEndsUnit = 4,  // pass the sum on, to `to` if that is given, with `signal`
-  kStop = 8,
+  kEndsUnit = 1,  // pass the sum on, to `to` if that is given, with `signal`
+  kStop = 2,
 };
-struct Note {
-  float weight;
-  uint32_t flags;
-  uint32_t bytes;
-  uint32_t signal;  // 0, or so many units are done once this is stored: tell the peers
+struct Job {
+  float weight[kMaxJobRows];  // of each row
   uint64_t to;
+  uint32_t flags;
+  uint32_t bytes;       // of each row
+  uint32_t signal;      // 0, or so many units are done once this is stored: tell the peers
+  uint32_t ends;        // bit i: row i is the last one of a rank's sum, which is rounded and added
+  int32_t first_stage;
+  int32_t num_rows;
 };
 struct Result {
   uint64_t to;
@@ -77,9 +80,9 @@ struct Result {
 
 struct Shared {
   uint64_t address[kMaxPeers][kNumAddresses];
-  uint64_t full[kMaxStages], empty[kMaxStages];         // [L], [F]
+  uint64_t full[kNumJobs], empty[kNumJobs];             // [L], [F]
   uint64_t written[kNumResults], drained[kNumResults];  // [W], [D]
-  Note note[kMaxStages];
+  Job job[kNumJobs];
   Result result[kNumResults];
   Mailbox box;
 };
@@ -93,11 +96,6 @@ struct Cut {
 
 __device__ void wait_phase(uint64_t* barrier, uint32_t use) {
   mbarrier_wait_parity(barrier, use & 1);
-}
-
-// Blocks have equal shares of the units, in order: neighbours share metadata.
-__device__ int32_t first_unit(int64_t num_units, uint32_t block) {
-  return static_cast<int32_t>(num_units * block / gridDim.x);
 }
 
 // A sum of this rank's rows for one unit of a peer's tokens, or for one unit of its own. Lane k
@@ -130,9 +128,11 @@ class Loader {
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
         row_bytes_(a.num_channels * (a.type == RowType::kF32 ? 4 : 2)),
         first_unit_(first_unit(a.num_tokens * cut.num_pieces, blockIdx.x)),
-        num_steps_(shared.box.last - 1) {}
+        num_steps_(shared.box.num_units),
+        max_rows_(min(kMaxJobRows, cut.num_stages)),
+        free_stages_(cut.num_stages) {}
 
-  // Ends with a stage that stops the others.
+  // Ends with a job that stops the others.
   __device__ void run() {
     for (int i = 0; i < 3; ++i) advance_for_peers();
     for (int i = 0; i < 2; ++i) advance_own();
@@ -154,7 +154,7 @@ class Loader {
       sum(job);
       may_sum = false;
     }
-    emit_empty({0.0f, kStop, 0, static_cast<uint32_t>(num_steps_ + 1), 0});  // [P3]
+    emit(0, false, 0, 0, 0.0f, false, kStop, 0, 0, 0);
   }
 
  private:
@@ -214,43 +214,54 @@ class Loader {
     return r < g_.num_ranks ? r : r - g_.num_ranks;
   }
 
-  __device__ void leave_stages(int32_t count) {
-    stage_ += count;
-    if (stage_ >= cut_.num_stages) {
-      stage_ -= cut_.num_stages;
-      ++use_;
+  // A new job's slot, and `count` stages for it, as soon as the adders have left them. [F]
+  __device__ Job& reserve(int32_t count) {
+    while (free_stages_ < count || next_job_ - oldest_job_ == kNumJobs) {
+      const uint32_t slot = oldest_job_ % kNumJobs;
+      wait_phase(&shared_.empty[slot], oldest_job_ / kNumJobs);
+      free_stages_ += shared_.job[slot].num_rows;
+      ++oldest_job_;
     }
+    free_stages_ -= count;
+    return shared_.job[next_job_ % kNumJobs];
   }
 
-  // Loads `count` rows into the next stages, by the whole warp: lanes that have one load it into
-  // the stage at their `position` of [0, count), once the adders have left it.
-  __device__ void emit(int32_t count, bool has_row, int32_t position, uint64_t source,
-                       const Note& note) {
-    for (int32_t first = 0; first < count; first += cut_.num_stages) {
-      if (has_row && position >= first && position < first + cut_.num_stages) {
-        int32_t stage = stage_ + position - first, use = use_;
-        if (stage >= cut_.num_stages) {
-          stage -= cut_.num_stages;
-          ++use;
-        }
-        if (use > 0) wait_phase(&shared_.empty[stage], static_cast<uint32_t>(use - 1));  // [F]
-        shared_.note[stage] = note;
-        mbarrier_arrive_expect_tx(&shared_.full[stage], note.bytes);
-        bulk_load(stages_ + stage * cut_.piece_bytes, reinterpret_cast<const void*>(source),
-                  note.bytes, &shared_.full[stage]);  // [L]
+  // A sum of `count` rows, by the whole warp: a lane that has one gives its `position` in
+  // [0, count), its weight, and whether it ends the sum of a rank.
+  __device__ void emit(int32_t count, bool has_row, int32_t position, uint64_t source, float weight,
+                       bool ends, uint32_t flags, uint32_t bytes, uint32_t signal, uint64_t to) {
+    int32_t first = 0;
+    do {
+      const int32_t num_rows = min(count - first, max_rows_);
+      Job& job = reserve(num_rows);
+      const int32_t i = position - first;
+      const bool mine = has_row && i >= 0 && i < num_rows;
+      const uint32_t all_ends = __reduce_or_sync(0xffffffffu, mine && ends ? 1u << i : 0);
+      if (mine) job.weight[i] = weight;
+      const bool is_last = first + num_rows == count;
+      uint64_t* full = &shared_.full[next_job_ % kNumJobs];
+      if (lane_ == 0) {
+        job.to = to;
+        job.flags = is_last ? flags : 0;
+        job.bytes = bytes;
+        job.signal = signal;
+        job.ends = all_ends;
+        job.first_stage = stage_;
+        job.num_rows = num_rows;
       }
       __syncwarp();
-      leave_stages(min(count - first, cut_.num_stages));
-    }
-  }
-  __device__ void emit_empty(const Note& note) {
-    if (lane_ == 0) {
-      if (use_ > 0) wait_phase(&shared_.empty[stage_], static_cast<uint32_t>(use_ - 1));  // [F]
-      shared_.note[stage_] = note;
-      mbarrier_arrive(&shared_.full[stage_]);
-    }
-    __syncwarp();
-    leave_stages(1);
+      if (lane_ == 0) mbarrier_arrive_expect_tx(full, static_cast<uint32_t>(num_rows) * bytes);
+      if (mine) {
+        int32_t stage = stage_ + i;
+        if (stage >= cut_.num_stages) stage -= cut_.num_stages;
+        bulk_load(stages_ + stage * cut_.piece_bytes, reinterpret_cast<const void*>(source), bytes,
+                  full);  // [L]
+      }
+      ++next_job_;
+      stage_ += num_rows;
+      if (stage_ >= cut_.num_stages) stage_ -= cut_.num_stages;
+      first += num_rows;
+    } while (first < count);
   }
 
   __device__ uint64_t y_at(int64_t row, int64_t at) const {
@@ -269,13 +280,12 @@ class Loader {
     }
     __syncwarp();
     const uint64_t to =
-        reinterpret_cast<uint64_t>(a_.partial) + (src * a_.num_tokens + t) * row_bytes_ + at;
+        shared_.address[src][0] + (g_.rank * a_.num_tokens + t) * row_bytes_ + at;
     // The last sum of a step tells that the step is done.
     const uint32_t signal = job.q == g_.num_ranks - 2 ? job.step + 1 : 0;
-    const uint32_t flags = lane_ == job.count - 1 ? kHasRow | kEndsSum | kEndsUnit : kHasRow;
-    emit(job.count, lane_ < job.count, lane_, y_at(job.row, at),
-         {job.weight, flags, bytes_at(at), signal, to});
-    if (job.count == 0 && signal != 0) emit_empty({0.0f, kEndsUnit, 0, signal, 0});
+    if (job.count == 0 && signal == 0) return;
+    emit(job.count, lane_ < job.count, lane_, y_at(job.row, at), job.weight,
+         lane_ == job.count - 1, kEndsUnit, bytes_at(at), signal, job.count == 0 ? 0 : to);
   }
 
   __device__ void sum(const Own& job) {
@@ -298,21 +308,19 @@ class Loader {
     const uint32_t peers = __ballot_sync(0xffffffffu, is_peer);
     const int32_t num_own = __popc(own);
     const int32_t count = num_own + __popc(peers);
-    if (count == 0) return emit_empty({0.0f, kEndsUnit, bytes_at(at), 0, to});
     int32_t position = is_own ? __popc(own & lower) : job.rank > g_.rank ? num_own : 0;
     for (uint32_t left = peers; left != 0; left &= left - 1) {
       const int32_t rank = __shfl_sync(0xffffffffu, job.rank, __ffs(static_cast<int>(left)) - 1);
       position += rank < job.rank ? 1 : 0;
     }
-    uint32_t flags = kHasRow;
-    if (is_peer || (is_own && (own >> lane_) == 1)) flags |= kEndsSum;
-    if (position == count - 1) flags |= kEndsUnit;
+    const bool ends = is_peer || (is_own && (own >> lane_) == 1);
     uint64_t source = y_at(job.row, at);
     if (is_peer) {
-      source = shared_.address[job.rank][0] + (g_.rank * a_.num_tokens + t) * row_bytes_ + at;
+      source = reinterpret_cast<uint64_t>(a_.partial) +
+               (job.rank * a_.num_tokens + t) * row_bytes_ + at;
     }
-    emit(count, is_own || is_peer, position, source,
-         {is_own ? job.weight : 1.0f, flags, bytes_at(at), 0, to});
+    emit(count, is_own || is_peer, position, source, is_own ? job.weight : 1.0f, ends, kEndsUnit,
+         bytes_at(at), 0, to);
   }
 
   const GroupView& g_;
@@ -322,14 +330,15 @@ class Loader {
   char* const stages_;
   const int32_t lane_;
   const int64_t row_bytes_;
-  const int32_t first_unit_, num_steps_;
+  const int32_t first_unit_, num_steps_, max_rows_;
   ForPeer for_peers_[3];
   Own own_[2];
   struct {
     int32_t step = 0, q = 0;
   } next_for_peers_;
   int32_t next_own_ = 0;
-  int32_t stage_ = 0, use_ = 0;  // the next stage, and how often it has been used
+  int32_t stage_ = 0, free_stages_;  // the next one, and how many are free from there on
+  uint32_t next_job_ = 0, oldest_job_ = 0;  // in flight: [oldest, next)
 };
 
 // Adds up what the loader fetches, in the order in which it does.
@@ -339,30 +348,39 @@ __device__ void run_adder(const Cut& cut, Shared& shared, const char* stages, ch
   const int32_t lane = adder % 32;
   float sum[kVectorsEach][Vector::kCount] = {}, total[kVectorsEach][Vector::kCount] = {};
   uint32_t num_results = 0;
-  for (uint32_t n = 0, stage = 0, use = 0;; ++n) {
-    wait_phase(&shared.full[stage], use);  // [L]
-    const Note note = shared.note[stage];
-    const auto num_vectors = static_cast<int32_t>(note.bytes / 16);
-    if ((note.flags & kHasRow) != 0) {
-      const auto* row = reinterpret_cast<const uint4*>(stages + stage * cut.piece_bytes);
+  for (uint32_t n = 0;; ++n) {
+    const Job& job = shared.job[n % kNumJobs];
+    wait_phase(&shared.full[n % kNumJobs], n / kNumJobs);  // [L]
+    const auto num_vectors = static_cast<int32_t>(job.bytes / 16);
+    const int32_t num_rows = job.num_rows;
+    const uint32_t ends = job.ends, flags = job.flags, signal = job.signal;
+    const uint64_t to = job.to;
+    const auto load = [&](int32_t i, uint4(&row)[kVectorsEach]) {
+      int32_t stage = job.first_stage + i;
+      if (stage >= cut.num_stages) stage -= cut.num_stages;
+      const auto* vectors = reinterpret_cast<const uint4*>(stages + stage * cut.piece_bytes);
 #pragma unroll
       for (int j = 0; j < kVectorsEach; ++j) {
-        if (adder + j * kNumAdders >= num_vectors) continue;
+        if (adder + j * kNumAdders < num_vectors) row[j] = vectors[adder + j * kNumAdders];
+      }
+    };
+    uint4 row[kVectorsEach] = {};
+    if (num_rows > 0) load(0, row);
+    for (int32_t i = 0; i < num_rows; ++i) {
+      uint4 next[kVectorsEach] = {};
+      const float weight = job.weight[i];
+      if (i + 1 < num_rows) load(i + 1, next);  // under way while this row is added
+#pragma unroll
+      for (int j = 0; j < kVectorsEach; ++j) {
         float x[Vector::kCount];
-        Vector::load(row[adder + j * kNumAdders], x);
+        Vector::load(row[j], x);
 #pragma unroll
         for (int c = 0; c < Vector::kCount; ++c) {
-          sum[j][c] = __fadd_rn(sum[j][c], __fmul_rn(note.weight, x[c]));
+          sum[j][c] = __fadd_rn(sum[j][c], __fmul_rn(weight, x[c]));
         }
+        row[j] = next[j];
       }
-    }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.empty[stage]);  // [F]
-    if (++stage == static_cast<uint32_t>(cut.num_stages)) {
-      stage = 0;
-      ++use;
-    }
-    if ((note.flags & kEndsSum) != 0) {
+      if ((ends >> i & 1) == 0) continue;
 #pragma unroll
       for (int j = 0; j < kVectorsEach; ++j) {
         float x[Vector::kCount];
@@ -374,7 +392,9 @@ __device__ void run_adder(const Cut& cut, Shared& shared, const char* stages, ch
         }
       }
     }
-    if ((note.flags & (kEndsUnit | kStop)) == 0) continue;
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&shared.empty[n % kNumJobs]);  // [F]
+    if ((flags & (kEndsUnit | kStop)) == 0) continue;
     const uint32_t slot = num_results % kNumResults;
     if (num_results >= kNumResults) {
       wait_phase(&shared.drained[slot], num_results / kNumResults - 1);  // [D]
@@ -390,12 +410,13 @@ __device__ void run_adder(const Cut& cut, Shared& shared, const char* stages, ch
       for (int c = 0; c < Vector::kCount; ++c) total[j][c] = 0.0f;
     }
     if (adder == 0) {
-      shared.result[slot] = {note.to, note.bytes, note.signal, (note.flags & kStop) != 0};
+      shared.result[slot] = {to, static_cast<uint32_t>(num_vectors * 16), signal,
+                             (flags & kStop) != 0};
     }
     fence_proxy_async_shared();  // the copy engine reads what was written
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&shared.written[slot]);  // [W]
-    if ((note.flags & kStop) != 0) return;
+    if ((flags & kStop) != 0) return;
   }
 }
 
@@ -407,7 +428,7 @@ __device__ void run_storer(const Cut& cut, Shared& shared, const char* results) 
   int age = 0;  // stores since `next`
   const auto tell = [&](uint32_t num_units) {
     told = num_units;
-    st_release_cta_shared(&shared.box.done, static_cast<int32_t>(num_units));  // then [P1]
+    st_release_cta_shared(&shared.box.done[0], static_cast<int32_t>(num_units));  // then [P1]
   };
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kNumResults, use = n / kNumResults;
@@ -435,7 +456,7 @@ __device__ void run_storer(const Cut& cut, Shared& shared, const char* results) 
     }
     if (!result.stop) continue;
     bulk_wait_group<0>();
-    return tell(stored);  // [P3]: all that was pulled has been added up
+    return tell(stored);
   }
 }
 
@@ -447,7 +468,7 @@ __global__ __launch_bounds__(kNumThreads,
   extern __shared__ __align__(128) char ring[];
   __shared__ Shared shared;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < cut.num_stages; ++i) {
+    for (int i = 0; i < kNumJobs; ++i) {
       mbarrier_init(&shared.full[i], 1);
       mbarrier_init(&shared.empty[i], kNumAdderWarps);
     }
@@ -459,12 +480,13 @@ __global__ __launch_bounds__(kNumThreads,
     const int64_t num_units = a.num_tokens * cut.num_pieces;
     const int32_t num_steps =
         first_unit(num_units, blockIdx.x + 1) - first_unit(num_units, blockIdx.x);
-    shared.box = {0, 0, num_steps + 1};
+    shared.box = {{}, 1, num_steps, 0};
   }
   const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.partial),
-                                       reinterpret_cast<uint64_t>(a.collected), 0};
-  if (blockIdx.x == 0) send_start(g, own);                        // [S1]
-  if (receive_start(g, OpKind::kCombine, own, shared.address)) {  // [S2]
+                                       reinterpret_cast<uint64_t>(a.collected)};
+  if (blockIdx.x == 0) send_start(g, OpKind::kCombine, own);  // [S1]
+  bool ok = receive_start(g, OpKind::kCombine, own, shared.address);  // [S2]
+  if (ok) {
     char* results = ring + cut.num_stages * cut.piece_bytes;
     const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32;
     if (warp == 0) {
@@ -473,13 +495,14 @@ __global__ __launch_bounds__(kNumThreads,
     } else if (warp == 1) {
       if (threadIdx.x == 32) run_storer(cut, shared, results);
     } else if (warp == 2) {
-      run_messenger(g, OpKind::kCombine, shared.box);
+      ok = run_messenger(g, OpKind::kCombine, shared.box);
     } else {
       run_adder<Vector>(cut, shared, ring, results);
     }
   }
-  if (!is_last_block(g)) return;
-  if (is_broken_for_all(g, OpKind::kCombine)) {
+  const Finish finish = finish_block(g, ok);
+  if (finish == Finish::kNotLast) return;
+  if (finish == Finish::kFail) {
     fill(a.out, a.num_tokens * a.num_channels * (16 / Vector::kCount), kNan);
     if (a.values != nullptr) fill(a.collected, a.num_tokens * a.top_k * 4, kNan);
   }

@@ -27,6 +27,11 @@ __device__ inline int32_t num_steps(int32_t num_units, uint32_t i, uint32_t n) {
   return num_units <= first ? 0 : (num_units - first + stride - 1) / stride;
 }
 
+// Blocks have equal shares of the units, in order: neighbours share metadata.
+__device__ inline int32_t first_unit(int64_t num_units, uint32_t block) {
+  return static_cast<int32_t>(num_units * block / gridDim.x);
+}
+
 inline constexpr uint32_t kNan = ~0u;  // in every float type
 
 // Sets all words: by all threads of a block. `num_bytes` is a multiple of 4.

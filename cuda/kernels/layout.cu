@@ -1,7 +1,7 @@
 // layout: every rank reads all ranks' expert ids and computes its own tables from them.
 // After:    send_row, recv_src, recv_order, recv_offsets, group_sizes, expert_counts, expert_load
 //           and counters are as jax_ep/reference.py defines them, for this rank.
-// Roles:    num_blocks blocks of 256 threads, all resident. Block b owns the flat ids
+// Roles:    num_blocks blocks of 512 threads, all resident. Block b owns the flat ids
 //           [b * ids_per_block, ..), flat = (src * T + t) * K + k; its warp w owns a run of those.
 // Buffers:  name          | lives on       | written by           | read by
 //           topk_idx      | XLA, each rank | before the call      | all ranks, [S2]..[E1]
@@ -9,18 +9,17 @@
 //           tables        | XLA, own       | own blocks           | later kernels
 // Protocol: 1. [S1] show topk_idx, [S2] wait for all.
 //           2. Count own ids per expert into the block's line of layout_counts.
-//           3. [B] grid barrier.
+//           3. [B] grid barrier: no block reads peers' ids any more. Block 0 sends [E1].
 //           4. Each block sums all lines: totals give offsets, lines before its own give its first
 //           row per expert.
 //           5. Warps walk their ids in order; equal ids in a step of 32 are ranked by match_any.
-//           6. [E1], [E2].
+//           6. Block 0 waits for [E2], which has come long ago.
 // Reuse:    layout_counts is rewritten before [B] of the next call, whose [S2] follows [E2] of
 //           this.
 // Progress: the grid is at most one block an SM; waits are for peers ([S1] waits for nothing) and
 //           for resident blocks.
 // Failure:  a timeout fills the tables with -1 and the counts with 0; see group_sync.cuh.
 // Limits:   E <= 1024, R * T * K < 2^31, num_blocks <= kMaxLayoutBlocks.
-#include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
 #include "cuda/kernels/kernels.cuh"
@@ -30,12 +29,11 @@
 namespace jax_ep::gpu {
 namespace {
 
-constexpr int kNumThreads = 256;
+constexpr int kNumThreads = 512;
 constexpr int kNumWarps = kNumThreads / 32;
 constexpr int32_t kMaxCached = 32768;  // ids of a block that are kept in shared memory
 constexpr int kExpertsPerThread = kMaxExperts / kNumThreads;
 using BlockScan = cub::BlockScan<int32_t, kNumThreads>;
-using BlockReduce = cub::BlockReduce<int32_t, kNumThreads>;
 
 // By all blocks.
 __device__ void fill(int32_t* table, int64_t begin, int64_t end, int32_t value) {
@@ -60,8 +58,8 @@ __device__ void poison(const LayoutArguments& a, int num_ranks) {
   fill_all(a.counters, 3, 0);
 }
 
-// 2. to 5.; stops early if the group is broken.
-__device__ void make_tables(const GroupView& g, const LayoutArguments& a, int32_t ids_per_block,
+// 2. to 5. False if the group is broken.
+__device__ bool make_tables(const GroupView& g, const LayoutArguments& a, int32_t ids_per_block,
                             int32_t num_cached, int32_t* shared,
                             const uint64_t (*address)[kNumAddresses]) {
   const int32_t num_experts = static_cast<int32_t>(a.num_experts);
@@ -70,11 +68,8 @@ __device__ void make_tables(const GroupView& g, const LayoutArguments& a, int32_
   int32_t* total = first_row + num_experts;               // [E]
   int32_t* offset = total + num_experts;                  // [E]
   int32_t* cached = offset + num_experts;                 // [num_cached], the block's first ids
-  __shared__ union {
-    typename BlockScan::TempStorage scan;
-    typename BlockReduce::TempStorage reduce;
-  } temp;
-  __shared__ int32_t warp_invalid[kNumWarps], broadcast[2], warp_slot[kNumWarps];
+  __shared__ typename BlockScan::TempStorage scan;
+  __shared__ int32_t invalid_here, num_used, num_received, num_routed;
 
   const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t num_local = num_experts / g.num_ranks;
@@ -95,6 +90,8 @@ __device__ void make_tables(const GroupView& g, const LayoutArguments& a, int32_
 
   // 2. Counts per warp and expert.
   for (int32_t i = threadIdx.x; i < kNumWarps * num_experts; i += kNumThreads) warp_count[i] = 0;
+  for (int32_t e = threadIdx.x; e < num_experts; e += kNumThreads) first_row[e] = total[e] = 0;
+  if (threadIdx.x == 0) invalid_here = num_used = num_received = num_routed = 0;
   __syncthreads();
   int32_t num_invalid = 0;
 #pragma unroll 4
@@ -105,9 +102,9 @@ __device__ void make_tables(const GroupView& g, const LayoutArguments& a, int32_
     num_invalid += flat / ids_per_rank == g.rank && is_invalid(id, num_experts);
   }
   num_invalid = __reduce_add_sync(0xffffffffu, num_invalid);
-  if (lane == 0) warp_invalid[warp] = num_invalid;
+  if (lane == 0) atomicAdd(&invalid_here, num_invalid);
   __syncthreads();
-  int32_t* line = g.control->layout_counts + blockIdx.x * (kMaxExperts + 1);
+  int32_t* line = g.control->layout_counts[blockIdx.x];
   for (int32_t e = threadIdx.x; e < num_experts; e += kNumThreads) {
     int32_t sum = 0;
     for (int32_t w = 0; w < kNumWarps; ++w) {
@@ -117,27 +114,35 @@ __device__ void make_tables(const GroupView& g, const LayoutArguments& a, int32_
     }
     line[e] = sum;
   }
-  if (threadIdx.x == 0) {
-    int32_t sum = 0;
-    for (int32_t w = 0; w < kNumWarps; ++w) sum += warp_invalid[w];
-    line[kMaxExperts] = sum;
-  }
+  if (threadIdx.x == 0) line[kMaxExperts] = invalid_here;
 
   // 3.
-  if (!grid_barrier(g, OpKind::kLayout)) return;  // [B]
+  if (!grid_barrier(g, OpKind::kLayout)) return false;  // [B]
+  const bool ok = blockIdx.x != 0 || send_end(g, OpKind::kLayout);  // [E1]
 
-  // 4. Totals, offsets, first rows.
-  for (int32_t e = threadIdx.x; e < num_experts; e += kNumThreads) {
-    const int32_t* counts = g.control->layout_counts + e;
-    int32_t before = 0, sum = 0;
-#pragma unroll 8
-    for (uint32_t b = 0; b < gridDim.x; ++b) {
-      const int32_t count = __ldcg(counts + b * (kMaxExperts + 1));
-      if (b < blockIdx.x) before += count;
-      sum += count;
+  // 4. Totals, offsets, first rows. A thread sums four experts of every n-th line.
+  const int32_t num_quads = (num_experts + 3) / 4;
+  const int32_t num_parts = kNumThreads / num_quads, part = threadIdx.x / num_quads;
+  if (part < num_parts) {
+    const int32_t quad = threadIdx.x % num_quads;
+    int32_t before[4] = {}, sum[4] = {};
+#pragma unroll 16
+    for (auto b = static_cast<uint32_t>(part); b < gridDim.x; b += num_parts) {
+      const int4 four = __ldcg(reinterpret_cast<const int4*>(g.control->layout_counts[b]) + quad);
+      const int32_t count[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum[i] += count[i];
+        before[i] += b < blockIdx.x ? count[i] : 0;
+      }
     }
-    first_row[e] = before;
-    total[e] = sum;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int32_t e = 4 * quad + i;
+      if (e >= num_experts) break;
+      atomicAdd(&total[e], sum[i]);
+      atomicAdd(&first_row[e], before[i]);
+    }
   }
   __syncthreads();
   int32_t padded[kExpertsPerThread];
@@ -146,7 +151,7 @@ __device__ void make_tables(const GroupView& g, const LayoutArguments& a, int32_
     padded[i] =
         e < num_experts ? static_cast<int32_t>(padded_rows(total[e], a.expert_alignment)) : 0;
   }
-  BlockScan(temp.scan).ExclusiveSum(padded, padded);
+  BlockScan(scan).ExclusiveSum(padded, padded);
   for (int32_t i = 0; i < kExpertsPerThread; ++i) {
     const int32_t e = threadIdx.x * kExpertsPerThread + i;
     if (e < num_experts) offset[e] = padded[i];
@@ -173,18 +178,13 @@ __device__ void make_tables(const GroupView& g, const LayoutArguments& a, int32_
   const auto rows_before = [&](int32_t e, int32_t count) {
     return static_cast<int32_t>(rows_below(offset[e], count, a.capacity));
   };
-  for (int32_t w = warp; w < kNumWarps; w += kNumWarps) {
-    int32_t sum = 0;
-    for (int32_t e = first_local + lane; e < first_local + num_local; e += 32) {
-      sum += rows_before(e, first_row[e] - offset[e] + warp_count[w * num_experts + e]);
-    }
-    sum = __reduce_add_sync(0xffffffffu, sum);
-    if (lane == 0) warp_slot[w] = sum;
+  int32_t next_slot = 0;
+  for (int32_t e = first_local + lane; e < first_local + num_local; e += 32) {
+    next_slot += rows_before(e, first_row[e] - offset[e] + warp_count[warp * num_experts + e]);
   }
-  __syncthreads();
+  next_slot = __reduce_add_sync(0xffffffffu, next_slot);
 
   // 5. Rows.
-  int32_t next_slot = warp_slot[warp];
   for (int32_t step = begin; step < end; step += 32) {
     const int32_t flat = step + lane;
     int32_t id = kNotRouted;
@@ -230,31 +230,31 @@ __device__ void make_tables(const GroupView& g, const LayoutArguments& a, int32_
       for (int32_t i = offset[e] + total[e]; i < offset[e] + size; ++i) a.recv_src[i] = kNoSource;
     }
   }
-  used = BlockReduce(temp.reduce).Sum(used);
-  __syncthreads();
-  received = BlockReduce(temp.reduce).Sum(received);
-  __syncthreads();
-  routed_here = BlockReduce(temp.reduce).Sum(routed_here);
-  if (threadIdx.x == 0) {
-    broadcast[0] = used;
-    broadcast[1] = received;
+  used = __reduce_add_sync(0xffffffffu, used);
+  received = __reduce_add_sync(0xffffffffu, received);
+  routed_here = __reduce_add_sync(0xffffffffu, routed_here);
+  if (lane == 0 && routed_here != 0) {
+    atomicAdd(&num_used, used);
+    atomicAdd(&num_received, received);
+    atomicAdd(&num_routed, routed_here);
   }
   __syncthreads();
-  fill(a.recv_src, broadcast[0], a.capacity, kNoSource);
-  fill(a.recv_order, broadcast[1], a.capacity, kNoSource);
+  fill(a.recv_src, num_used, a.capacity, kNoSource);
+  fill(a.recv_order, num_received, a.capacity, kNoSource);
   if (blockIdx.x == 0) {
     for (int32_t e = threadIdx.x; e < num_experts; e += kNumThreads) a.expert_load[e] = total[e];
     if (threadIdx.x == 0) {
       int32_t invalid = 0;
       for (uint32_t b = 0; b < gridDim.x; ++b) {
-        invalid += g.control->layout_counts[b * (kMaxExperts + 1) + kMaxExperts];
+        invalid += __ldcg(&g.control->layout_counts[b][kMaxExperts]);
       }
-      a.recv_offsets[g.num_ranks * a.num_tokens] = received;
-      a.counters[0] = received;
-      a.counters[1] = routed_here - received;
+      a.recv_offsets[g.num_ranks * a.num_tokens] = num_received;
+      a.counters[0] = num_received;
+      a.counters[1] = num_routed - num_received;
       a.counters[2] = invalid;
     }
   }
+  return ok;
 }
 
 __global__ __launch_bounds__(kNumThreads,
@@ -263,17 +263,14 @@ __global__ __launch_bounds__(kNumThreads,
                                                    int32_t ids_per_block, int32_t num_cached) {
   extern __shared__ int32_t shared[];
   __shared__ uint64_t address[kMaxPeers][kNumAddresses];
-  const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.topk_idx), 0, 0};
-  if (blockIdx.x == 0) send_start(g, own);                // [S1]
-  if (receive_start(g, OpKind::kLayout, own, address)) {  // [S2]
-    make_tables(g, a, ids_per_block, num_cached, shared, address);
-  }
-  if (!is_last_block(g)) return;
-  if (!is_broken_for_all(g, OpKind::kLayout)) {
-    send_end(g);                      // [E1]
-    receive_end(g, OpKind::kLayout);  // [E2]
-  }
-  if (is_broken_for_all(g, OpKind::kLayout)) poison(a, g.num_ranks);
+  const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.topk_idx)};
+  if (blockIdx.x == 0) send_start(g, OpKind::kLayout, own);           // [S1]
+  bool ok = receive_start(g, OpKind::kLayout, own, address) &&        // [S2]
+            make_tables(g, a, ids_per_block, num_cached, shared, address);
+  if (blockIdx.x == 0) ok = receive_end(g, OpKind::kLayout) && ok;  // [E2]
+  const Finish finish = finish_block(g, ok);
+  if (finish == Finish::kNotLast) return;
+  if (finish == Finish::kFail) poison(a, g.num_ranks);
   end_call(g);
 }
 
@@ -286,9 +283,9 @@ int64_t SharedBytes(int64_t num_experts, int64_t num_cached) {
 cudaError_t LaunchLayout(const GroupView& group, const LayoutArguments& a, int num_sms,
                          cudaStream_t stream) {
   const int64_t num_ids = a.num_tokens * a.top_k * group.num_ranks;
-  // A block has at least two ids a thread: a smaller share only makes more lines to sum.
+  // A block has an id for each thread at least: a smaller share only makes more lines to sum.
   const int64_t most = num_sms < kMaxLayoutBlocks ? num_sms : kMaxLayoutBlocks;
-  int64_t num_blocks = (num_ids + 2 * kNumThreads - 1) / (2 * kNumThreads);
+  int64_t num_blocks = (num_ids + kNumThreads - 1) / kNumThreads;
   num_blocks = num_blocks < most ? num_blocks : most;
   const auto ids_per_block = static_cast<int32_t>((num_ids + num_blocks - 1) / num_blocks);
   const int32_t num_cached = ids_per_block < kMaxCached ? ids_per_block : kMaxCached;

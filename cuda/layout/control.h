@@ -20,17 +20,24 @@ inline constexpr int kMaxTopK = 32;
 inline constexpr int kMaxLayoutBlocks = 128;
 inline constexpr int kMaxBlocks = 160;  // of a grid: more than any Hopper has SMs
 inline constexpr int64_t kMaxUnitsPerBlock = (int64_t{1} << 24) - 1;
-inline constexpr int kNumAddresses = 3;  // buffers a call shows its peers
+inline constexpr int kNumAddresses = 4;  // buffers a call shows its peers
 inline constexpr size_t kLine = 128;     // bytes; no two writers share one
 
 // In an address of a start mail: the other bits are an offset in the sender's staging region.
 inline constexpr uint64_t kStagedAddress = uint64_t{1} << 63;
 
-// "From epoch on you may use my buffers at these addresses." Written by the slot's device.
+// Sixteen bytes that are written and read as one, so that a value comes with its epoch.
+struct alignas(16) Shown {
+  uint64_t value;
+  uint64_t epoch;
+};
+inline constexpr int kNumShown = kNumAddresses + 1;
+
+// "From epoch on you may use my buffers at these addresses": the sender's own, or kStagedAddress |
+// offset; then the operation, a hash of call and sizes that is the same on both sides. Written by
+// the slot's device.
 struct alignas(kLine) StartMail {
-  uint64_t epoch;                   // written last, released
-  uint64_t operation;               // hash of call and sizes, the same on both sides
-  uint64_t address[kNumAddresses];  // the sender's own, or kStagedAddress | offset
+  Shown shown[kNumShown];
 };
 
 // "I am done with your memory for epoch." Written by the slot's device.
@@ -65,8 +72,8 @@ static_assert(who_gave_up(given_up_of(0, 71)) == 0 && waited_for(given_up_of(0, 
 struct alignas(kLine) Local {
   uint64_t epoch[kMaxPeers];  // calls finished with each slot, its own included
   uint32_t num_blocks_done;   // of the running kernel; 0 between kernels
-  uint32_t next_unit;         // of dispatch's work; 0 between kernels
   uint32_t barrier;           // arrivals at the grid barrier of the running kernel; 0 between
+  uint32_t running;           // 1 while a kernel runs
   uint32_t broken;            // 1 after a timeout: later calls end at once
 };
 
@@ -77,7 +84,7 @@ struct ControlBlock {
   uint64_t progress[kMaxPeers][kMaxBlocks];  // by the peer's block, which writes it
   Local local;
   // Of the running layout: per block of ids its rows to each expert, then its invalid ids.
-  int32_t layout_counts[kMaxLayoutBlocks * (kMaxExperts + 1)];
+  alignas(16) int32_t layout_counts[kMaxLayoutBlocks][kMaxExperts + 4];
 };
 static_assert(sizeof(ControlBlock) < 1 << 20, "control memory is at most 1 MB a device");
 
@@ -89,6 +96,7 @@ enum Phase : uint32_t {
   kProgress,     // the peer did not finish: progress in place of epochs
   kNotResident,  // own blocks found no SM: their numbers in place of epochs
   kToldByPeer,   // the peer has given up: whom it has waited for in place of the epoch seen
+  kTwoAtOnce,    // another call was running on this device
 };
 
 // What a device and its host tell each other: lies in host-mapped memory. The device writes a

@@ -12,6 +12,24 @@ __device__ inline void st_release_sys(uint64_t* address, uint64_t value) {
 __device__ inline void st_relaxed_sys(uint64_t* address, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
+// Sixteen bytes as one access.
+__device__ inline void st_release_sys_b128(void* address, uint64_t low, uint64_t high) {
+  asm volatile(
+      "{\n.reg .b128 both;\n"
+      "mov.b128 both, {%1, %2};\n"
+      "st.release.sys.global.b128 [%0], both;\n}" ::"l"(address),
+      "l"(low), "l"(high)
+      : "memory");
+}
+__device__ inline void ld_acquire_sys_b128(const void* address, uint64_t& low, uint64_t& high) {
+  asm volatile(
+      "{\n.reg .b128 both;\n"
+      "ld.acquire.sys.global.b128 both, [%2];\n"
+      "mov.b128 {%0, %1}, both;\n}"
+      : "=l"(low), "=l"(high)
+      : "l"(address)
+      : "memory");
+}
 __device__ inline uint64_t ld_acquire_sys(const uint64_t* address) {
   uint64_t value;
   asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
@@ -20,6 +38,11 @@ __device__ inline uint64_t ld_acquire_sys(const uint64_t* address) {
 __device__ inline uint64_t ld_relaxed_sys(const uint64_t* address) {
   uint64_t value;
   asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+__device__ inline uint64_t ld_relaxed_gpu_u64(const uint64_t* address) {
+  uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
   return value;
 }
 __device__ inline uint32_t ld_acquire_gpu(const uint32_t* address) {

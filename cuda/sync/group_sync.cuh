@@ -2,24 +2,26 @@
 // out.
 //
 // Protocol of a call, per pair of ranks (epoch e = calls finished by the pair + 1):
-//   [S1] rank p writes its buffers' addresses to q's start mail, then releases e in it
-//   [S2] q acquires e from that mail: p's stream has come to the call, so earlier users of p's
+//   [S1] rank p releases its buffers' addresses, each with e, in q's start mail
+//   [S2] q acquires all of that mail: p's stream has come to the call, so earlier users of p's
 //        buffers are done, and the addresses are p's for this call
-//   [P1] a block of p releases in q's progress, with e, how many units it has done for q
+//   [P1] a block of p has written units of q's result, and releases in q's progress, with e, how
+//        many they are; the last number tells that p writes nothing of q's any more
 //   [P2] q acquires the number it needs
-//   [P3] the last number told: q, or p, needs nothing of the other's memory for this call any more
-//   [E1] q releases e in p's end mail: q neither reads nor writes p's memory for this call any more
+//   [E1] layout, where q reads p's memory: q releases e in p's end mail when it needs no more
 //   [E2] p acquires it from all peers, and only then ends
-// Reuse:    p sends e + 1 only after it knows that q needs nothing of e any more ([E2], or [P3]
-//           of each block), so q has read the mail of e before it changes; flags only grow.
+// Reuse:    p sends e + 1 only after it knows that every block of q that reads mails has read that
+//           of e: all of them have told their last number ([P2]), or q has sent [E1]. Flags only
+//           grow.
 // Progress: [S1], [P1] and [E1] wait for nothing but resident blocks of their own kernel, so no
-//           cycle.
+//           cycle. Calls of a device follow one another, in the same order on all ranks.
 // Failure:  a wait that exceeds the timeout sets `broken` in this device's control block, writes
 //           the error record and tells the peers (`given_up`), who break their groups in turn.
 //           Every other wait of a device then ends at once, in this and all later calls, and the
 //           last block of each such call fills its outputs. The host sets `broken` too, when it
 //           leaves the group: a call that finds it set (a replayed command buffer) touches no
-//           memory of a peer.
+//           memory of a peer. A rank that gives up does not know whether a peer still writes: such
+//           stores may reach its buffers later.
 #ifndef JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 #define JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 
@@ -58,40 +60,34 @@ __device__ inline void report(const GroupView& g, OpKind kind, int peer, uint32_
 }
 
 __device__ inline bool is_broken(const GroupView& g, OpKind kind) {
-  if (ld_acquire_gpu(&g.control->local.broken) != 0) return true;
-  const uint64_t given_up = ld_acquire_sys(&g.control->given_up);
+  const uint32_t broken = ld_relaxed_gpu(&g.control->local.broken);
+  const uint64_t given_up = ld_relaxed_sys(&g.control->given_up);
+  if (broken != 0) return true;
   if (given_up == 0) return false;
   report(g, kind, who_gave_up(given_up), kToldByPeer, 0,
          static_cast<uint64_t>(waited_for(given_up)));
   return true;
 }
 
-// Spins until *flag >= expected, then acquires. False after a timeout, or if the group is broken.
-// The spin itself is relaxed: an acquiring load empties the SM's cache each time, which starves the
-// warps that work beside it.
-__device__ inline bool wait_flag(const GroupView& g, OpKind kind, const uint64_t* flag,
-                                 uint64_t expected, int peer, uint32_t phase) {
-  uint64_t start = 0;
+// What a wait does now and then: false if it has to end, because the group is broken or because it
+// has taken too long, which this reports. `start` is 0 at first.
+__device__ inline bool may_wait_on(const GroupView& g, OpKind kind, int peer, uint32_t phase,
+                                   uint64_t expected, uint64_t seen, uint64_t& start) {
+  if (is_broken(g, kind)) return false;
+  const uint64_t now = globaltimer_ns();
+  if (start == 0) start = now;
+  if (!is_too_long(g, now - start)) return true;
+  report(g, kind, peer, phase, expected, seen);
+  return false;
+}
+
+// Calls whose waits of this phase are left out, as the race test's negative control.
+__device__ inline bool is_left_out([[maybe_unused]] uint32_t phase) {
 #ifdef JAX_EP_BREAK_ORDER
-  // Negative control of the race test: after a first call, which told addresses, do not wait.
-  if (phase == JAX_EP_BREAK_ORDER && ld_relaxed_sys(flag) > 0) expected = 0;
+  return phase == JAX_EP_BREAK_ORDER;
+#else
+  return false;
 #endif
-  for (uint32_t i = 0;; ++i) {
-    const uint64_t seen = ld_relaxed_sys(flag);
-    if (seen >= expected) {
-      ld_acquire_sys(flag);
-      return true;
-    }
-    if (i > 32) __nanosleep(32);
-    if ((i & 255u) != 255u) continue;
-    if (is_broken(g, kind)) return false;
-    const uint64_t now = globaltimer_ns();
-    if (start == 0) start = now;
-    if (is_too_long(g, now - start)) {
-      report(g, kind, peer, phase, expected, seen);
-      return false;
-    }
-  }
 }
 
 // An address of this device as its peers are shown it.
@@ -106,44 +102,55 @@ __device__ inline uint64_t address_here(const PeerView& peer, uint64_t shown) {
   return shown == 0 ? 0 : shown + static_cast<uint64_t>(peer.shift);
 }
 
-// [S1], by threads 0 .. num_ranks - 1 of one block.
-__device__ inline void send_start(const GroupView& g, const uint64_t (&address)[kNumAddresses]) {
-  const int r = static_cast<int>(threadIdx.x);
-  if (r >= g.num_ranks || r == g.rank) return;
-  if (ld_relaxed_gpu(&g.control->local.broken) != 0) return;
-  const PeerView& peer = g.peer[r];
-  StartMail* mail = &peer.control->start[peer.slot_there];
-  st_relaxed_sys(&mail->operation, g.operation);
-  for (int i = 0; i < kNumAddresses; ++i) {
-    st_relaxed_sys(&mail->address[i], shown_address(g, address[i]));
+// [S1], by all threads of one block.
+__device__ inline void send_start(const GroupView& g, OpKind kind,
+                                  const uint64_t (&address)[kNumAddresses]) {
+  if (threadIdx.x == blockDim.x - 1 && atomicExch(&g.control->local.running, 1u) != 0) {
+    report(g, kind, g.rank, kTwoAtOnce, 0, 0);
   }
-  st_release_sys(&mail->epoch, g.control->local.epoch[peer.slot_here] + 1);  // [S1]
+  for (int i = static_cast<int>(threadIdx.x); i < g.num_ranks * kNumShown;
+       i += static_cast<int>(blockDim.x)) {
+    const int r = i / kNumShown, what = i % kNumShown;
+    if (r == g.rank) continue;
+    const PeerView& peer = g.peer[r];
+    const uint32_t broken = ld_relaxed_gpu(&g.control->local.broken);
+    const uint64_t epoch = ld_relaxed_gpu_u64(&g.control->local.epoch[peer.slot_here]) + 1;
+    if (broken != 0) continue;
+    const uint64_t value = what == kNumAddresses ? g.operation : shown_address(g, address[what]);
+    st_release_sys_b128(&peer.control->start[peer.slot_there].shown[what], value, epoch);  // [S1]
+  }
 }
 
 // [S2], by all threads of a block: fills address[r][i] (in shared memory) for every rank, this one
-// included. False if the group is broken; the same on all threads.
+// included. False if the group is broken; the same on all threads. The loads that may all be needed
+// are under way at once.
 __device__ inline bool receive_start(const GroupView& g, OpKind kind,
                                      const uint64_t (&own)[kNumAddresses],
                                      uint64_t (*address)[kNumAddresses]) {
-  // Their latency passes while the first flag is fetched.
   const uint32_t broken = ld_relaxed_gpu(&g.control->local.broken);
   const uint64_t given_up = ld_relaxed_sys(&g.control->given_up);
   bool ok = true;
-  for (int r = static_cast<int>(threadIdx.x); r < g.num_ranks; r += static_cast<int>(blockDim.x)) {
+  for (int i = static_cast<int>(threadIdx.x); i < g.num_ranks * kNumShown;
+       i += static_cast<int>(blockDim.x)) {
+    const int r = i / kNumShown, what = i % kNumShown;
     if (r == g.rank) {
-      for (int i = 0; i < kNumAddresses; ++i) address[r][i] = own[i];
+      if (what < kNumAddresses) address[r][what] = own[what];
       continue;
     }
     const PeerView& peer = g.peer[r];
-    const StartMail* mail = &g.control->start[peer.slot_here];
-    const uint64_t epoch = g.control->local.epoch[peer.slot_here] + 1;
-    ok = ok && wait_flag(g, kind, &mail->epoch, epoch, r, kStart);  // [S2]
-    if (ok && ld_relaxed_sys(&mail->operation) != g.operation) {
-      report(g, kind, r, kOtherCall, g.operation, mail->operation);
-      ok = false;
+    const Shown* mail = &g.control->start[peer.slot_here].shown[what];
+    const uint64_t epoch = ld_relaxed_gpu_u64(&g.control->local.epoch[peer.slot_here]) + 1;
+    uint64_t value, seen, start = 0;
+    ld_acquire_sys_b128(mail, value, seen);
+    for (uint32_t n = 1; ok && seen < epoch && !(is_left_out(kStart) && seen > 0); ++n) {
+      if ((n & 255u) == 0) ok = may_wait_on(g, kind, r, kStart, epoch, seen, start);
+      ld_acquire_sys_b128(mail, value, seen);  // [S2]
     }
-    for (int i = 0; i < kNumAddresses; ++i) {
-      address[r][i] = address_here(peer, ld_relaxed_sys(&mail->address[i]));
+    if (what < kNumAddresses) {
+      address[r][what] = address_here(peer, value);
+    } else if (ok && value != g.operation && !is_left_out(kStart)) {
+      report(g, kind, r, kOtherCall, g.operation, value);
+      ok = false;
     }
   }
   if (broken != 0 || given_up != 0) ok = !is_broken(g, kind) && ok;
@@ -158,32 +165,37 @@ __device__ inline void send_progress(const GroupView& g, int r, int block, int n
                  progress_of(epoch, static_cast<uint64_t>(num_units)));
 }
 
-// What the data movers of a block and its messenger tell each other, in shared memory.
+// What the data movers of a block and its messenger tell each other, in shared memory. Mover m of n
+// looks after the units m, m + n, m + 2 n, .. of the block, in this order.
+inline constexpr int kMaxMovers = 8;
 struct Mailbox {
-  int32_t done;   // by the movers: units that are complete for the peers
-  int32_t there;  // by the messenger: units that every peer has done for this rank; kBroken
-  int32_t last;   // what both reach in the end
+  int32_t done[kMaxMovers];  // by each mover: how many of its units are complete for the peers
+  int32_t num_movers;
+  int32_t num_units;  // of the block
+  int32_t there;      // by the messenger: units that every peer has done for this rank; kBroken
 };
 inline constexpr int32_t kBroken = INT32_MAX;  // nothing more comes, nobody shall wait
 
 // [P1] and [P2] between this block and the blocks of the same number at the peers, until all is
-// told both ways; the last unit told is one more than there are, [P3]: nothing more is needed. By a warp of its own: fences wait for much more than what they are needed for,
-// and must not hold up those who move data. What peers have written may be read, by the copy
-// engine too, after `there` has been acquired.
-__device__ inline void run_messenger(const GroupView& g, OpKind kind, Mailbox& box) {
-  if (g.num_ranks == 1) return;
+// told both ways. By a warp of its own: fences wait for much more than what they are needed for,
+// and must not hold up those who move data. What peers have written may be read, by the copy engine
+// too, after `there` has been acquired. False if the group is broken.
+__device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& box) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto block = static_cast<int>(blockIdx.x);
-  const int32_t last = box.last;
+  const int32_t num_units = box.num_units;
   const auto seen_of = [&](int r) {
     return ld_relaxed_sys(&g.control->progress[g.peer[r].slot_here][block]);
   };
   int32_t sent = 0, there = 0;
   uint64_t start = 0;
-  for (uint32_t round = 0; sent < last || there < last; ++round) {
+  for (uint32_t round = 0; g.num_ranks > 1 && (sent < num_units || there < num_units); ++round) {
     bool moved = false;
-    const int32_t done = __shfl_sync(0xffffffffu, ld_acquire_cta_shared(&box.done), 0);
-    __syncwarp();  // what lane 0 has acquired holds for all
+    int32_t done = num_units;
+    if (lane < box.num_movers) {
+      done = min(done, ld_acquire_cta_shared(&box.done[lane]) * box.num_movers + lane);
+    }
+    done = __reduce_min_sync(0xffffffffu, done);  // and what one lane has acquired holds for all
     if (done > sent) {
       fence_acq_rel_sys();
       for (int r = lane; r < g.num_ranks; r += 32) {
@@ -192,17 +204,14 @@ __device__ inline void run_messenger(const GroupView& g, OpKind kind, Mailbox& b
       sent = done;
       moved = true;
     }
-    if (there < last) {
-      int32_t least = last;
+    if (there < num_units) {
+      int32_t least = num_units;
       for (int r = lane; r < g.num_ranks; r += 32) {
         if (r == g.rank) continue;
         const uint64_t epoch = g.control->local.epoch[g.peer[r].slot_here] + 1;
         least = min(least, units_of(seen_of(r), epoch));
       }
-      least = __reduce_min_sync(0xffffffffu, least);
-#if defined(JAX_EP_BREAK_ORDER) && JAX_EP_BREAK_ORDER == 3
-      least = last;  // negative control of the race test
-#endif
+      least = is_left_out(kProgress) ? num_units : __reduce_min_sync(0xffffffffu, least);
       if (least > there) {
         fence_acq_rel_sys();  // [P2]
         fence_proxy_async();
@@ -217,23 +226,25 @@ __device__ inline void run_messenger(const GroupView& g, OpKind kind, Mailbox& b
       continue;
     }
     if ((round & 63u) != 63u) continue;
-    bool broken = is_broken(g, kind);
-    const uint64_t now = globaltimer_ns();
-    if (start == 0) start = now;
-    const bool too_long = is_too_long(g, now - start);
-    for (int r = lane; !broken && too_long && r < g.num_ranks; r += 32) {
+    // The first peer that has not told all is the one that is waited for.
+    int peer = g.rank;
+    uint64_t expected = 0, seen = 0;
+    for (int r = g.num_ranks - 1; r >= 0; --r) {
       if (r == g.rank) continue;
-      const uint64_t epoch = g.control->local.epoch[g.peer[r].slot_here] + 1;
-      const uint64_t expected = progress_of(epoch, static_cast<uint64_t>(last));
-      const uint64_t seen = seen_of(r);
-      if (seen >= expected) continue;
-      report(g, kind, r, kProgress, expected, seen);
-      broken = true;
+      const uint64_t told = seen_of(r);
+      const uint64_t all = progress_of(g.control->local.epoch[g.peer[r].slot_here] + 1,
+                                       static_cast<uint64_t>(num_units));
+      if (told >= all) continue;
+      peer = r;
+      expected = all;
+      seen = told;
     }
-    if (__any_sync(0xffffffffu, broken) == 0) continue;
+    const bool may_wait = may_wait_on(g, kind, peer, kProgress, expected, seen, start);
+    if (__all_sync(0xffffffffu, may_wait) != 0) continue;
     if (lane == 0) st_release_cta_shared(&box.there, kBroken);
-    return;
+    return false;
   }
+  return true;
 }
 
 // By a warp: units that every peer has done for this rank, or kBroken.
@@ -251,30 +262,35 @@ __device__ inline int32_t wait_for_more(const Mailbox& box, int32_t num_units) {
   }
 }
 
-// By all threads of each block, after the block's work: true in the block that comes last.
-__device__ inline bool is_last_block(const GroupView& g) {
-  __shared__ bool last;
-  __syncthreads();
+// What the last block of a grid has to do.
+enum class Finish { kNotLast, kEnd, kFail };
+
+// By all threads of each block, after the block's work, which has gone well if `ok` on all of them.
+__device__ inline Finish finish_block(const GroupView& g, bool ok) {
+  constexpr uint32_t kFailed = 1u << 16;
+  __shared__ Finish finish;
+  const bool all_ok = __syncthreads_and(ok) != 0;
   if (threadIdx.x == 0) {
-    last = atom_add_acq_rel_gpu(&g.control->local.num_blocks_done, 1) == gridDim.x - 1;
+    const uint32_t one = all_ok ? 1 : 1 + kFailed;
+    const uint32_t sum = atom_add_acq_rel_gpu(&g.control->local.num_blocks_done, one) + one;
+    finish = sum % kFailed != gridDim.x ? Finish::kNotLast
+             : sum < kFailed            ? Finish::kEnd
+                                        : Finish::kFail;
   }
   __syncthreads();
-  return last;
+  return finish;
 }
 
-// By all threads of a block, and the same on all of them: a peer may give up between two looks.
-__device__ inline bool is_broken_for_all(const GroupView& g, OpKind kind) {
-  return __syncthreads_or(is_broken(g, kind)) != 0;
-}
-
-// [E1], by threads 0 .. num_ranks - 1 of the last block.
-__device__ inline void send_end(const GroupView& g) {
+// [E1], by all threads of one block, when no block reads peers' memory any more. False if a peer
+// has given up before: what was read may be anything.
+__device__ inline bool send_end(const GroupView& g, OpKind kind) {
+  const bool ok = !is_broken(g, kind);
   const int r = static_cast<int>(threadIdx.x);
-  if (r >= g.num_ranks || r == g.rank) return;
+  if (!ok || r >= g.num_ranks || r == g.rank) return ok;
   const PeerView& peer = g.peer[r];
-  __threadfence_system();
   st_release_sys(&peer.control->end[peer.slot_there].epoch,
                  g.control->local.epoch[peer.slot_here] + 1);  // [E1]
+  return true;
 }
 
 // [E2], likewise. False if the group is broken.
@@ -282,8 +298,14 @@ __device__ inline bool receive_end(const GroupView& g, OpKind kind) {
   const int r = static_cast<int>(threadIdx.x);
   if (r >= g.num_ranks || r == g.rank) return true;
   const PeerView& peer = g.peer[r];
-  return wait_flag(g, kind, &g.control->end[peer.slot_here].epoch,
-                   g.control->local.epoch[peer.slot_here] + 1, r, kEnd);  // [E2]
+  const uint64_t* flag = &g.control->end[peer.slot_here].epoch;
+  const uint64_t epoch = ld_relaxed_gpu_u64(&g.control->local.epoch[peer.slot_here]) + 1;
+  uint64_t start = 0, seen = ld_acquire_sys(flag);
+  for (uint32_t n = 1; seen < epoch && !is_left_out(kEnd); ++n) {
+    if ((n & 255u) == 0 && !may_wait_on(g, kind, r, kEnd, epoch, seen, start)) return false;
+    seen = ld_acquire_sys(flag);  // [E2]
+  }
+  return true;
 }
 
 // The call is over for this device: by all threads of the last block, after all else. The next
@@ -295,8 +317,8 @@ __device__ inline void end_call(const GroupView& g) {
   if (r < g.num_ranks) ++local.epoch[g.peer[r].slot_here];
   if (r == 0) {
     local.num_blocks_done = 0;
-    local.next_unit = 0;
     local.barrier = 0;
+    local.running = 0;
   }
 }
 
@@ -306,17 +328,15 @@ __device__ inline bool grid_barrier(const GroupView& g, OpKind kind) {
   __syncthreads();
   bool ok = true;
   if (threadIdx.x == 0) {
-    atom_add_acq_rel_gpu(&g.control->local.barrier, 1);
-    const uint64_t start = globaltimer_ns();
-    for (uint32_t i = 0; ok && ld_relaxed_gpu(&g.control->local.barrier) < gridDim.x; ++i) {
-      if ((i & 255u) != 255u) continue;
-      ok = !is_broken(g, kind);
-      if (ok && is_too_long(g, globaltimer_ns() - start)) {
-        report(g, kind, g.rank, kNotResident, gridDim.x, ld_relaxed_gpu(&g.control->local.barrier));
-        ok = false;
+    uint32_t* barrier = &g.control->local.barrier;
+    uint32_t come = atom_add_acq_rel_gpu(barrier, 1) + 1;
+    uint64_t start = 0;
+    for (uint32_t n = 1; ok && come < gridDim.x; ++n) {
+      come = ld_acquire_gpu(barrier);
+      if ((n & 255u) == 0) {
+        ok = may_wait_on(g, kind, g.rank, kNotResident, gridDim.x, come, start);
       }
     }
-    ld_acquire_gpu(&g.control->local.barrier);
   }
   return __syncthreads_and(ok) != 0;
 }
