@@ -5,32 +5,32 @@
 //           With fp8, x crosses as float8_e4m3fn with a scale per 128 channels, as
 //           jax_ep/reference.py's quantize defines them: tokens and scales are those, or, with
 //           kDequantize, tokens are their products in x's type.
-// Roles:    one block an SM, 8 warps. The first ones run a ring of stages each. They load (or
-//           quantise) each of the rank's own tokens once and store it to its rows here, and to one
-//           row at each other rank that has any: the first of them, or a row of the landing area.
-//           From there the rings of the receiver fetch it and store it to the token's other rows.
-//           Warp 7, the messenger, talks to the peers. The warps between, and the others when they
-//           are done, zero what holds no row. A unit is a piece of a token's row; ring m of n has
-//           the units m, m + n, .. of its block. Block b has the same units on every rank, so it
-//           only ever meets the blocks b of the peers.
+// Roles:    one block an SM, 8 warps. The first ones, senders and then receivers, run a ring of
+//           stages each. Senders load (or quantise) each of the rank's own tokens once and store it
+//           to its rows here, and to one row at each other rank that has any: the first of them, or
+//           a row of the landing area. From there a receiver of that rank fetches it and stores it
+//           to the token's other rows. Warp 7, the messenger, talks to the peers. The warps
+//           between, and the others when they are done, zero what holds no row. A unit is a piece of
+//           a token's row; sender m of n has the units m, m + n, .. of its block, receivers
+//           likewise. Block b has the same units on every rank, so it only ever meets the blocks b
+//           of the peers.
 // Buffers:  name            | lives on       | written by                     | read by
-//           x, topk_weights | XLA, own       | before the call                | own rings
-//           tokens, weights,| XLA, each rank | peers' rings, [S2]..[P1] (one  | own rings, [P2], the
-//             scales        |                | row a token, weights, scales); | rows that peers wrote;
-//                           |                | own rings and zeroing (rest)   | later kernels
-//           landing         | each rank      | peers' rings, [S2]..[P1]       | own rings, [P2]
+//           x, topk_weights | XLA, own       | before the call                | own senders
+//           tokens, weights,| XLA, each rank | peers' senders, [S2]..[P1]     | receivers, [P2], what
+//             scales        |                | (one row a token, weights,     | peers wrote; later
+//                           |                | scales); own warps (the rest)  | kernels
+//           landing         | each rank      | peers' senders, [S2]..[P1]     | receivers, [P2]
 //           stages          | shared memory  | ring's loads                   | ring's stores
 // Protocol: 1. [S1] show tokens, weights, scales, landing; [S2] wait for all.
-//           2. Rings store their own units, in turn with such received units as are there.
+//           2. Senders store their units, receivers those that are there.
 //           3. [P1] when units are written at the peers, the block tells the peers' blocks how many;
-//           [P2] a ring knows the count before it fetches a received unit. A block ends when it has
-//           told all and knows all.
+//           [P2] a receiver knows the count before it fetches a unit. A block ends when it has told
+//           all and knows all.
 //           In a ring, unit n uses stage n % S: [L] its load completes the stage's barrier (phase
 //           n / S), [F] its stores have read the stage before unit n + S - 1 is loaded.
 // Reuse:    no memory outlives the call but the control block, whose progress only grows.
-// Progress: own units wait only for [S2]; a ring waits for received units only when its own ones
-//           are told. Blocks of a grid do not wait for each other, and begin in order, so fewer SMs
-//           than blocks will do.
+// Progress: senders wait only for [S2], receivers for the senders of the same block. Blocks of a
+//           grid do not wait for each other, and begin in order, so fewer SMs than blocks will do.
 // Failure:  a timeout fills tokens, scales and weights with NaN, integers with 0; see
 //           group_sync.cuh.
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses; longer ones than a stage go in
@@ -51,20 +51,20 @@ using Mode = DispatchMode;
 constexpr int kNumWarps = 8;
 constexpr int kNumThreads = kNumWarps * 32;
 constexpr int kMessenger = kNumWarps - 1;
-constexpr int kMaxRings = 6;
-#ifndef JAX_EP_RINGS
-#define JAX_EP_RINGS 2
-#endif
-constexpr int kNumCopyRings = JAX_EP_RINGS;
+constexpr int kMaxRings = 6;  // half of them senders, half receivers
+constexpr int kNumCopyRings = 2;
 constexpr int kMaxStages = 32;  // of a block
-constexpr int kMinStages = 3;   // of a ring
+constexpr int kMinStages = 2;   // of a ring
 constexpr int64_t kMaxPieceBytes = 16384;
 constexpr int64_t kRingBytes = 204 * 1024;  // of shared memory, for all rings
 constexpr int kNumDequantized = 2;          // buffers of a ring
 constexpr int32_t kDequantizedBytes = 4096;
-constexpr int kInFlight = 4;  // newest units that are not yet told
+constexpr int kMostUntold = 8;              // of the newest units of a sender
+#ifndef JAX_EP_D
+#define JAX_EP_D 1
+#endif
 static_assert(kMaxRings <= kMaxMovers && kMaxRings < kMessenger);
-static_assert(kRingBytes - kNumDequantized * kDequantizedBytes >=
+static_assert(kRingBytes / 2 - kNumDequantized * kDequantizedBytes >=
               kMinStages * WireRowBytes(kMaxFp8Channels));
 static_assert(kRingBytes / kNumCopyRings >= kMinStages * kMaxPieceBytes);
 
@@ -80,7 +80,8 @@ struct Cut {
 struct Unit {
   int32_t bytes;     // to store
   int32_t num_own;   // own units up to this one
-  uint32_t lands;    // lanes that store the row to a landing area, as it crosses
+  uint32_t crosses;  // lanes that store the row to a peer
+  uint32_t lands;    // those that store it as it crosses, not as tokens are
 };
 
 struct Shared {
@@ -169,56 +170,30 @@ __device__ void quantize_row(const DispatchArguments& a, const char* x, char* wi
   }
 }
 
-// One warp's ring.
+// One warp's ring: what senders and receivers have in common.
 template <Mode kMode>
 class Ring {
- public:
+ protected:
+  // `index` of `count` of its kind; `slot` of all rings of the block.
   __device__ Ring(const GroupView& g, const DispatchArguments& a, const Cut& cut, Shared& shared,
-                  int32_t ring, int32_t first_unit, char* memory)
+                  int32_t index, int32_t slot, int32_t first_unit, char* memory)
       : g_(g),
         a_(a),
         cut_(cut),
         shared_(shared),
-        ring_(ring),
+        index_(index),
+        count_(cut.num_rings / 2),
+        first_slot_(slot * cut.num_stages),
         first_unit_(first_unit),
-        num_own_(num_steps(shared.box.num_units, ring, cut.num_rings)),
-        num_received_(num_own_ * (g.num_ranks - 1)),
+        num_units_(num_steps(shared.box.num_units, index, count_)),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
         num_scales_(kMode == Mode::kCopy ? 0
                                          : static_cast<int32_t>(a.num_channels / kScaleBlock)),
         stages_(memory),
         dequantized_(memory + cut.num_stages * cut.stage_bytes) {}
 
-  // False if the group is broken.
-  __device__ bool run() {
-    advance_own();
-    advance_own();
-    next_received();
-    while (true) {
-      while (num_loaded_ - num_stored_ < cut_.num_stages - 1 && load_next()) {
-      }
-      if (num_stored_ < num_loaded_) {
-        store_next();
-        continue;
-      }
-      bulk_wait_group<0>();  // nothing to do meanwhile
-      tell(num_own_issued_);
-      if (received_ == 0) return true;
-      there_ = wait_for_more(shared_.box, received_unit());  // [P2]
-      if (there_ == kBroken) return false;
-    }
-  }
-
- private:
-  // Of the ring's own units: a lane's (token, k). Loaded two units before they are needed.
-  struct Own {
-    int32_t row = kNoRow;
-    int32_t expert = 0;
-    float weight = 0.0f;
-  };
-
-  // Unit of the group of the ring's i-th unit.
-  __device__ int32_t unit_of(int32_t i) const { return first_unit_ + ring_ + i * cut_.num_rings; }
+  // Of the ring's i-th unit: its number in the group.
+  __device__ int32_t unit_of(int32_t i) const { return first_unit_ + index_ + i * count_; }
   __device__ int64_t token_of(int32_t unit) const {
     return cut_.num_pieces == 1 ? unit : unit / cut_.num_pieces;
   }
@@ -228,8 +203,8 @@ class Ring {
   }
   // How many bytes of a row a unit is, as it crosses.
   __device__ uint32_t bytes_at(int64_t at) const {
-    return static_cast<uint32_t>(
-        kMode == Mode::kCopy ? min(int64_t{cut_.stage_bytes}, a_.row_bytes - at) : cut_.stage_bytes);
+    if (kMode != Mode::kCopy) return static_cast<uint32_t>(cut_.stage_bytes);
+    return static_cast<uint32_t>(min(int64_t{cut_.stage_bytes}, a_.row_bytes - at));
   }
   __device__ uint64_t tokens_at(uint64_t tokens, int64_t row, int64_t at) const {
     return tokens + row * tokens_row_bytes<kMode>(a_) + at;
@@ -242,185 +217,51 @@ class Ring {
     return landing + (src * a_.num_tokens + t) * bytes + at;
   }
 
-  __device__ void advance_own() {
-    own_[0] = own_[1];
-    own_[1] = Own{};
-    if (num_own_fetched_ == num_own_) return;
-    const int64_t t = token_of(unit_of(num_own_fetched_++));
-    if (lane_ >= a_.top_k) return;
-    const int64_t i = t * a_.top_k + lane_;
-    own_[1].row = a_.send_row[i];
-    own_[1].expert = a_.topk_idx[i];
-    if (a_.weights != nullptr) own_[1].weight = a_.topk_weights[i];
+  __device__ bool has_stage() const { return num_loaded_ - num_stored_ < cut_.num_stages - 1; }
+  __device__ bool is_empty() const { return num_loaded_ == num_stored_; }
+  // Whether the oldest unit's load has come; does not wait.
+  __device__ bool is_loaded() const {
+    return !is_empty() && mbarrier_test_wait_parity(&shared_.full[store_slot()], parity_);
   }
-
-  // Unit within the block of the next received one.
-  __device__ int32_t received_unit() const {
-    const int32_t i = received_begin_ + __ffs(static_cast<int>(received_)) - 1;
-    return ring_ + i / (g_.num_ranks - 1) * cut_.num_rings;
-  }
-  __device__ int32_t received_src(int32_t i) const {
-    const int32_t r = g_.rank + 1 + i % (g_.num_ranks - 1);
-    return r < g_.num_ranks ? r : r - g_.num_ranks;
-  }
-  // Finds the next received units that have something to store: a lane looks at each.
-  __device__ void next_received() {
-    received_ &= received_ - 1;
-    const int32_t fewest = a_.landing != nullptr || kMode == Mode::kDequantize ? 1 : 2;
-    while (received_ == 0 && num_received_fetched_ < num_received_) {
-      received_begin_ = num_received_fetched_;
-      num_received_fetched_ += 32;
-      const int32_t i = received_begin_ + lane_;
-      count_ = 0;
-      if (i < num_received_) {
-        const int64_t t = token_of(unit_of(i / (g_.num_ranks - 1)));
-        const int64_t flat_token = received_src(i) * a_.num_tokens + t;
-        first_slot_ = a_.recv_offsets[flat_token];
-        count_ = a_.recv_offsets[flat_token + 1] - first_slot_;
-      }
-      received_ = __ballot_sync(0xffffffffu, count_ >= fewest);
-    }
-    if (received_ == 0) return;
-    const int32_t from = __ffs(static_cast<int>(received_)) - 1;
-    const int32_t slot = __shfl_sync(0xffffffffu, first_slot_, from);
-    num_rows_ = __shfl_sync(0xffffffffu, count_, from);
-    row_ = lane_ < num_rows_ ? a_.recv_order[slot + lane_] : kNoRow;
-  }
-
-  // Begins to load a unit: one of its own, or a received one that is there, in turn. False if there
-  // is none.
-  __device__ bool load_next() {
-    while (true) {
-      bool may_receive = received_ != 0;
-      if (may_receive && received_unit() >= there_) {
-        there_ = units_there(shared_.box);  // [P2]
-        may_receive = there_ != kBroken && received_unit() < there_;
-      }
-      if (num_own_issued_ < num_own_ && !(may_receive && in_turn_)) {
-        in_turn_ = true;
-        if (load_own()) return true;
-      } else if (may_receive) {
-        in_turn_ = false;
-        load_received();
-        return true;
-      } else {
-        return false;
-      }
-    }
-  }
-
-  // False if the token has no row.
-  __device__ bool load_own() {
-    const int32_t unit = unit_of(num_own_issued_++);
-    const Own own = own_[0];
-    advance_own();
-    const int64_t t = token_of(unit), at = offset_of(unit);
-    const bool has_row = own.row != kNoRow;
-    const int32_t rank =
-        has_row ? own.expert / static_cast<int32_t>(a_.num_local_experts) : kNotRouted;
-    const uint32_t same = __match_any_sync(0xffffffffu, rank);
-    const bool is_own = rank == g_.rank;
-    const bool crosses = has_row && !is_own && (same & ((1u << lane_) - 1)) == 0;
-    uint64_t to = 0, scales_to = 0;
-    bool lands = false;
-    if (has_row) {
-      const uint64_t* address = shared_.address[rank];
-      if (a_.weights != nullptr && at == 0) {
-        reinterpret_cast<float*>(address[1])[own.row] = own.weight;
-      }
-      lands = crosses && address[3] != 0;
-      if (lands) {
-        to = landing_at(address[3], g_.rank, t, at);
-      } else if (is_own || crosses) {
-        to = tokens_at(address[0], own.row, at);
-        if (kMode == Mode::kQuantize) scales_to = scales_at(address[2], own.row);
-        // The receiver finds numbers and scales where the products will be.
-        lands = crosses && kMode == Mode::kDequantize;
-      }
-    }
-    if (__any_sync(0xffffffffu, to != 0) == 0) return false;
-    const char* x = static_cast<const char*>(a_.x) + t * a_.row_bytes + at;
-    char* stage = note(to, scales_to, lands, bytes_at(at));
-    if (kMode == Mode::kCopy) {
-      if (lane_ == 0) load(x, bytes_at(at));
-    } else {
-      with_vector(a_.type, [&](auto vector) { quantize_row<decltype(vector)>(a_, x, stage); });
-      fence_proxy_async_shared();  // the copy engine reads what was written
-      __syncwarp();
-      if (lane_ == 0) mbarrier_arrive(&shared_.full[load_slot()]);  // [L]
-    }
-    leave_load_stage();
-    return true;
-  }
-
-  __device__ void load_received() {
-    const int32_t i = received_begin_ + __ffs(static_cast<int>(received_)) - 1;
-    const int32_t unit = unit_of(i / (g_.num_ranks - 1));
-    const int64_t t = token_of(unit), at = offset_of(unit);
-    const int32_t first_row = __shfl_sync(0xffffffffu, row_, 0);
-    const bool landed = a_.landing != nullptr;
-    const auto tokens = reinterpret_cast<uint64_t>(a_.tokens);
-    uint64_t source = tokens_at(tokens, first_row, at), to = 0, scales_to = 0;
-    uint32_t bytes = bytes_at(at);
-    if (landed) {
-      source = landing_at(reinterpret_cast<uint64_t>(a_.landing), received_src(i), t, at);
-    } else if (kMode == Mode::kQuantize) {
-      bytes = static_cast<uint32_t>(a_.num_channels);
-    }
-    const bool is_there = kMode != Mode::kDequantize && !landed && lane_ == 0;
-    if (lane_ < num_rows_ && !is_there) {
-      to = tokens_at(tokens, row_, at);
-      if (kMode == Mode::kQuantize) {
-        scales_to = scales_at(reinterpret_cast<uint64_t>(a_.scales), row_);
-      }
-    }
-    char* stage = note(to, scales_to, false, bytes);
-    if (kMode == Mode::kQuantize && !landed) {
-      const float* from = a_.scales + int64_t{first_row} * num_scales_;
-      auto* scales = reinterpret_cast<float*>(stage + a_.num_channels);
-      for (int32_t s = lane_; s < num_scales_; s += 32) scales[s] = __ldcg(from + s);
-    }
-    if (lane_ == 0) load(reinterpret_cast<const void*>(source), bytes);
-    leave_load_stage();
-    next_received();
-  }
-
-  __device__ int32_t load_slot() const { return ring_ * cut_.num_stages + load_stage_; }
-  __device__ int32_t store_slot() const { return ring_ * cut_.num_stages + store_stage_; }
+  __device__ int32_t load_slot() const { return first_slot_ + load_stage_; }
+  __device__ int32_t store_slot() const { return first_slot_ + store_stage_; }
+  __device__ char* load_stage() const { return stages_ + load_stage_ * cut_.stage_bytes; }
 
   // Writes down what the next stage is for.
-  __device__ char* note(uint64_t to, uint64_t scales_to, bool lands, uint32_t bytes) {
+  __device__ void note(uint64_t to, uint64_t scales_to, bool crosses, bool lands, uint32_t bytes,
+                       int32_t num_own) {
     shared_.to[load_slot()][lane_] = to;
     if (kMode == Mode::kQuantize) shared_.scales_to[load_slot()][lane_] = scales_to;
-    const uint32_t all_lands = __ballot_sync(0xffffffffu, lands);
+    const uint32_t all_cross = __ballot_sync(0xffffffffu, crosses);
+    const uint32_t all_land = __ballot_sync(0xffffffffu, lands);
     if (lane_ == 0) {
-      shared_.unit[load_slot()] = {static_cast<int32_t>(bytes), num_own_issued_, all_lands};
+      shared_.unit[load_slot()] = {static_cast<int32_t>(bytes), num_own, all_cross, all_land};
     }
-    return stages_ + load_stage_ * cut_.stage_bytes;
   }
+  // By lane 0.
   __device__ void load(const void* source, uint32_t bytes) {
     uint64_t* full = &shared_.full[load_slot()];
     mbarrier_arrive_expect_tx(full, bytes);
-    bulk_load(stages_ + load_stage_ * cut_.stage_bytes, source, bytes, full);  // [L]
+    bulk_load(load_stage(), source, bytes, full);  // [L]
   }
   __device__ void leave_load_stage() {
     ++num_loaded_;
     if (++load_stage_ == cut_.num_stages) load_stage_ = 0;
   }
 
-  __device__ void store_next() {
+  // Stores the oldest unit, and returns it.
+  __device__ Unit store_next() {
     mbarrier_wait_parity(&shared_.full[store_slot()], parity_);  // [L]
     __syncwarp();  // what the lanes noted
     const Unit unit = shared_.unit[store_slot()];
     const uint64_t to = shared_.to[store_slot()][lane_];
     const char* stage = stages_ + store_stage_ * cut_.stage_bytes;
     const bool lands = (unit.lands >> lane_ & 1) != 0;
-    if (kMode == Mode::kCopy) {
-      if (to != 0) bulk_store(reinterpret_cast<void*>(to), stage, static_cast<uint32_t>(unit.bytes));
-    } else if (lands) {
-      bulk_store(reinterpret_cast<void*>(to), stage, static_cast<uint32_t>(cut_.stage_bytes));
-    } else if (kMode == Mode::kQuantize && to != 0) {
-      bulk_store(reinterpret_cast<void*>(to), stage, static_cast<uint32_t>(a_.num_channels));
+    if (to != 0 && (kMode != Mode::kDequantize || lands)) {
+      const int64_t bytes = kMode == Mode::kCopy ? unit.bytes
+                            : lands              ? cut_.stage_bytes
+                                                 : a_.num_channels;
+      bulk_store(reinterpret_cast<void*>(to), stage, static_cast<uint32_t>(bytes));
     }
     bulk_commit_group();
     if (kMode == Mode::kQuantize) {
@@ -444,27 +285,15 @@ class Ring {
     }
     ++num_stored_;
     bulk_wait_group_read<1>();  // [F] of the unit before
-    bulk_wait_group<kInFlight>();
-    const int32_t written = num_own_at_[0];
-#pragma unroll
-    for (int i = 0; i + 1 < kInFlight; ++i) num_own_at_[i] = num_own_at_[i + 1];
-    num_own_at_[kInFlight - 1] = unit.num_own;
-    tell(written);
-  }
-
-  // Own units whose stores are written: for the messenger, [P1].
-  __device__ void tell(int32_t num_own) {
     __syncwarp();
-    if (num_own == num_told_) return;
-    num_told_ = num_own;
-    if (lane_ == 0) st_release_cta_shared(&shared_.box.done[ring_], num_own);
+    return unit;
   }
 
   // Stores a quantised row's products with its scales where the lanes want it.
   template <typename Vector>
   __device__ void store_dequantized(const char* quantized, uint64_t to) {
-    const auto* scales = reinterpret_cast<const float*>(quantized + a_.num_channels);
     if (__any_sync(0xffffffffu, to != 0) == 0) return;
+    const auto* scales = reinterpret_cast<const float*>(quantized + a_.num_channels);
     constexpr int kPiece = kDequantizedBytes / 16;  // vectors
     const auto num_vectors = static_cast<int32_t>(a_.num_channels / Vector::kCount);
     for (int32_t begin = 0; begin < num_vectors; begin += kPiece) {
@@ -502,27 +331,274 @@ class Ring {
   const DispatchArguments& a_;
   const Cut& cut_;
   Shared& shared_;
-  const int32_t ring_;
-  const int32_t first_unit_;               // of the block
-  const int32_t num_own_, num_received_;   // of the ring
+  const int32_t index_, count_, first_slot_;
+  const int32_t first_unit_;  // of the block
+  const int32_t num_units_;   // of the ring
   const int32_t lane_, num_scales_;
+
+ private:
   char* const stages_;       // [num_stages][stage_bytes]
   char* const dequantized_;  // [kNumDequantized][kDequantizedBytes]
-  // Own units: metadata is fetched, loads are issued, writes are told.
-  Own own_[2];
-  int32_t num_own_fetched_ = 0, num_own_issued_ = 0, num_told_ = 0;
-  int32_t num_own_at_[kInFlight] = {};  // issued up to each of the newest stored units
-  // Received units, 32 at a time, one a lane; bits of those to come, and the rows of the next.
-  int32_t num_received_fetched_ = 0, received_begin_ = 0;
-  uint32_t received_ = 0;
-  int32_t first_slot_ = 0, count_ = 0;
-  int32_t num_rows_ = 0, row_ = kNoRow;
-  int32_t there_ = 0;     // units that peers have written, as far as is known
-  bool in_turn_ = false;  // a received unit goes first
-  // The ring: units loaded and stored, the stages of the next ones, the phase to wait for.
+  // Units loaded and stored, the stages of the next ones, the phase to wait for.
   int32_t num_loaded_ = 0, num_stored_ = 0, load_stage_ = 0, store_stage_ = 0;
   uint32_t parity_ = 0;
   uint32_t num_dequantized_ = 0;
+};
+
+// Stores this rank's tokens to all ranks.
+template <Mode kMode>
+class Sender : Ring<kMode> {
+  using Base = Ring<kMode>;
+  using Base::a_, Base::cut_, Base::g_, Base::lane_, Base::num_units_, Base::shared_;
+
+ public:
+  __device__ Sender(const GroupView& g, const DispatchArguments& a, const Cut& cut, Shared& shared,
+                    int32_t index, int32_t first_unit, char* memory)
+      : Base(g, a, cut, shared, index, index, first_unit, memory),
+        top_k_(static_cast<int32_t>(a.top_k)),
+        batch_(32 / top_k_),
+        lane_unit_(lane_ / top_k_),
+        // Enough are under way to hide how long a store takes; no more, so that peers hear soon.
+        num_untold_(num_units_ >= 128 ? 8 : num_units_ >= 64 ? 4 : JAX_EP_D) {}
+
+  __device__ void run() {
+    fetch();
+    while (true) {
+      while (num_issued_ < num_units_ && this->has_stage()) {
+        load_next();
+        if (this->is_loaded()) break;
+      }
+      if (this->is_empty()) {
+        if (num_issued_ == num_units_) break;
+        continue;
+      }
+      tell(wait_written(this->store_next()));
+    }
+    bulk_wait_group<0>();
+    tell(num_units_);
+  }
+
+ private:
+  // Metadata of the next batch of units: a lane has one (token, k) of one of them.
+  __device__ void fetch() {
+    const int32_t i = num_fetched_ + lane_unit_;
+    num_fetched_ += batch_;
+    row_ = kNoRow;
+    if (lane_unit_ >= batch_ || i >= num_units_) return;
+    unit_ = this->unit_of(i);
+    const int64_t flat = this->token_of(unit_) * top_k_ + (lane_ - lane_unit_ * top_k_);
+    row_ = a_.send_row[flat];
+    expert_ = a_.topk_idx[flat];
+    if (a_.weights != nullptr) weight_ = a_.topk_weights[flat];
+  }
+
+  // Decides where the lanes' rows go, stores their weights, and fetches the next batch.
+  __device__ void begin_batch() {
+    const bool has_row = row_ != kNoRow;
+    const int32_t rank = has_row ? expert_ / static_cast<int32_t>(a_.num_local_experts) : 0;
+    const uint32_t same = __match_any_sync(0xffffffffu, has_row ? lane_unit_ << 8 | rank : -1);
+    const bool is_own = rank == g_.rank;
+    const bool crosses = has_row && !is_own && (same & ((1u << lane_) - 1)) == 0;
+    to_ = scales_to_ = 0;
+    crosses_ = lands_ = false;
+    if (has_row) {
+      const uint64_t* address = shared_.address[rank];
+      const int64_t t = this->token_of(unit_), at = this->offset_of(unit_);
+      if (a_.weights != nullptr && at == 0) {
+        reinterpret_cast<float*>(address[1])[row_] = weight_;
+      }
+      lands_ = crosses && address[3] != 0;
+      crosses_ = crosses;
+      if (lands_) {
+        to_ = this->landing_at(address[3], g_.rank, t, at);
+      } else if (is_own || crosses) {
+        to_ = this->tokens_at(address[0], row_, at);
+        if (kMode == Mode::kQuantize) scales_to_ = this->scales_at(address[2], row_);
+        // The receiver finds numbers and scales where the products will be.
+        lands_ = crosses && kMode == Mode::kDequantize;
+      }
+    }
+    fetch();
+  }
+
+  // Begins to load a unit, if its token has a row.
+  __device__ void load_next() {
+    const int32_t in_batch = num_issued_ % batch_;
+    if (in_batch == 0) begin_batch();
+    const int32_t unit = this->unit_of(num_issued_++);
+    const bool mine = lane_unit_ == in_batch && to_ != 0;
+    if (__any_sync(0xffffffffu, mine) == 0) return;
+    const int64_t at = this->offset_of(unit);
+    this->note(mine ? to_ : 0, mine ? scales_to_ : 0, mine && crosses_, mine && lands_,
+               this->bytes_at(at), num_issued_);
+    const char* x =
+        static_cast<const char*>(a_.x) + this->token_of(unit) * a_.row_bytes + at;
+    if (kMode == Mode::kCopy) {
+      if (lane_ == 0) this->load(x, this->bytes_at(at));
+    } else {
+      char* stage = this->load_stage();
+      with_vector(a_.type, [&](auto vector) { quantize_row<decltype(vector)>(a_, x, stage); });
+      fence_proxy_async_shared();  // the copy engine reads what was written
+      __syncwarp();
+      if (lane_ == 0) mbarrier_arrive(&shared_.full[this->load_slot()]);  // [L]
+    }
+    this->leave_load_stage();
+  }
+
+  // Waits until all but the newest units are written at the peers; returns how many own units there
+  // are up to the last written one. What a lane has stored here may take longer.
+  __device__ int32_t wait_written(const Unit& unit) {
+    crossed_ = crossed_ << 1 | (unit.crosses >> lane_ & 1);  // bit i: in the unit i before
+    if ((crossed_ >> num_untold_ & 1) != 0) {
+      switch (num_untold_) {
+        case 1:
+          bulk_wait_group<1>();
+          break;
+        case 2:
+          bulk_wait_group<2>();
+          break;
+        case 4:
+          bulk_wait_group<4>();
+          break;
+        default:
+          bulk_wait_group<kMostUntold>();
+      }
+    }
+    // Of the newest units, the newest last: a lane keeps each.
+    const int32_t written = __shfl_sync(0xffffffffu, num_own_up_to_, 32 - num_untold_);
+    const int32_t before = __shfl_down_sync(0xffffffffu, num_own_up_to_, 1);
+    num_own_up_to_ = lane_ == 31 ? unit.num_own : before;
+    return written;
+  }
+
+  // For the messenger, [P1].
+  __device__ void tell(int32_t num_own) {
+    __syncwarp();
+    if (num_own == num_told_) return;
+    num_told_ = num_own;
+    if (lane_ == 0) st_release_cta_shared(&shared_.box.done[this->index_], num_own);
+  }
+
+  const int32_t top_k_;
+  const int32_t batch_, lane_unit_;  // units whose metadata is fetched at once, and this lane's
+  const int32_t num_untold_;
+  int32_t num_fetched_ = 0, num_issued_ = 0, num_told_ = 0;  // of the ring's units
+  uint32_t crossed_ = 0;      // by this lane, in the newest stored units
+  int32_t num_own_up_to_ = 0;  // own units up to the stored unit 31 - lane before the newest
+  int32_t unit_ = 0, row_ = kNoRow, expert_ = 0;  // of the next batch
+  float weight_ = 0.0f;
+  uint64_t to_ = 0, scales_to_ = 0;  // of the batch
+  bool crosses_ = false, lands_ = false;
+};
+
+// Spreads what peers have written to the rows of their tokens.
+template <Mode kMode>
+class Receiver : Ring<kMode> {
+  using Base = Ring<kMode>;
+  using Base::a_, Base::g_, Base::lane_, Base::num_scales_, Base::shared_;
+
+ public:
+  __device__ Receiver(const GroupView& g, const DispatchArguments& a, const Cut& cut,
+                      Shared& shared, int32_t index, int32_t first_unit, char* memory)
+      : Base(g, a, cut, shared, index, cut.num_rings / 2 + index, first_unit, memory),
+        num_peers_(g.num_ranks - 1),
+        num_received_(this->num_units_ * num_peers_),
+        fewest_rows_(a.landing != nullptr || kMode == Mode::kDequantize ? 1 : 2) {}
+
+  // False if the group is broken.
+  __device__ bool run() {
+    find_next();
+    while (left_ != 0 || !this->is_empty()) {
+      while (left_ != 0 && this->has_stage() && is_there()) {
+        load_next();
+        if (this->is_loaded()) break;
+      }
+      if (!this->is_empty()) {
+        this->store_next();
+        continue;
+      }
+      there_ = wait_for_more(shared_.box, next_unit());  // [P2]
+      if (there_ == kBroken) return false;
+    }
+    bulk_wait_group<0>();
+    return true;
+  }
+
+ private:
+  // The ring's i-th received unit: (unit, peer), unit by unit, each beginning with another peer.
+  __device__ int32_t next() const { return begin_ + __ffs(static_cast<int>(left_)) - 1; }
+  __device__ int32_t src_of(int32_t i) const {
+    const int32_t r = g_.rank + 1 + (num_peers_ == 1 ? 0 : i % num_peers_);
+    return r < g_.num_ranks ? r : r - g_.num_ranks;
+  }
+  // The next one's unit, by its place in the block.
+  __device__ int32_t next_unit() const {
+    return this->index_ + next() / num_peers_ * this->count_;
+  }
+  __device__ bool is_there() {
+    if (next_unit() >= there_) there_ = units_there(shared_.box);  // [P2]
+    return there_ != kBroken && next_unit() < there_;
+  }
+
+  // Moves on to the next unit that has something to store. Lanes look at 32 at a time.
+  __device__ void find_next() {
+    left_ &= left_ - 1;
+    while (left_ == 0 && num_fetched_ < num_received_) {
+      begin_ = num_fetched_;
+      num_fetched_ += 32;
+      const int32_t i = begin_ + lane_;
+      num_rows_ = 0;
+      if (i < num_received_) {
+        const int64_t flat_token =
+            src_of(i) * a_.num_tokens + this->token_of(this->unit_of(i / num_peers_));
+        first_ = a_.recv_offsets[flat_token];
+        num_rows_ = a_.recv_offsets[flat_token + 1] - first_;
+      }
+      left_ = __ballot_sync(0xffffffffu, num_rows_ >= fewest_rows_);
+    }
+    if (left_ == 0) return;
+    const int32_t from = __ffs(static_cast<int>(left_)) - 1;
+    const int32_t first = __shfl_sync(0xffffffffu, first_, from);
+    row_ = lane_ < __shfl_sync(0xffffffffu, num_rows_, from) ? a_.recv_order[first + lane_] : kNoRow;
+  }
+
+  __device__ void load_next() {
+    const int32_t unit = this->unit_of(next() / num_peers_);
+    const int64_t t = this->token_of(unit), at = this->offset_of(unit);
+    const int32_t first_row = __shfl_sync(0xffffffffu, row_, 0);
+    const bool landed = a_.landing != nullptr;
+    const auto tokens = reinterpret_cast<uint64_t>(a_.tokens);
+    uint64_t source = this->tokens_at(tokens, first_row, at), to = 0, scales_to = 0;
+    uint32_t bytes = this->bytes_at(at);
+    if (landed) {
+      source = this->landing_at(reinterpret_cast<uint64_t>(a_.landing), src_of(next()), t, at);
+    } else if (kMode == Mode::kQuantize) {
+      bytes = static_cast<uint32_t>(a_.num_channels);
+    }
+    const bool is_final = kMode != Mode::kDequantize && !landed && lane_ == 0;
+    if (row_ != kNoRow && !is_final) {
+      to = this->tokens_at(tokens, row_, at);
+      if (kMode == Mode::kQuantize) {
+        scales_to = this->scales_at(reinterpret_cast<uint64_t>(a_.scales), row_);
+      }
+    }
+    this->note(to, scales_to, false, false, bytes, 0);
+    if (kMode == Mode::kQuantize && !landed) {
+      const float* from = a_.scales + int64_t{first_row} * num_scales_;
+      auto* scales = reinterpret_cast<float*>(this->load_stage() + a_.num_channels);
+      for (int32_t s = lane_; s < num_scales_; s += 32) scales[s] = __ldcg(from + s);
+    }
+    if (lane_ == 0) this->load(reinterpret_cast<const void*>(source), bytes);
+    this->leave_load_stage();
+    find_next();
+  }
+
+  const int32_t num_peers_, num_received_, fewest_rows_;
+  int32_t num_fetched_ = 0, begin_ = 0;
+  uint32_t left_ = 0;                  // of [begin, begin + 32): those to come, a bit each
+  int32_t first_ = 0, num_rows_ = 0;   // in recv_order, of this lane's
+  int32_t row_ = kNoRow;               // of the next one, lane by lane
+  int32_t there_ = 0;                  // units that all peers have written, as far as is known
 };
 
 // Zeros, by any warp; those of a block share its part.
@@ -571,7 +647,7 @@ __global__ __launch_bounds__(kNumThreads,
     for (int s = 0; s < cut.num_rings * cut.num_stages; ++s) mbarrier_init(&shared.full[s], 1);
     fence_mbarrier_init();
     shared.num_batches = 0;
-    shared.box = {{}, cut.num_rings, num_own, 0};
+    shared.box = {{}, cut.num_rings / 2, num_own, 0};
   }
   const bool lands = a.landing != nullptr;
   const auto tokens = reinterpret_cast<uint64_t>(a.tokens);
@@ -587,10 +663,12 @@ __global__ __launch_bounds__(kNumThreads,
   if (num_own > 0) ok = receive_start(g, OpKind::kDispatch, own, shared.address);  // [S2]
   if (num_own == 0) __syncthreads();
   if (ok && num_own > 0) {
-    if (warp < cut.num_rings) {
-      Ring<kMode> ring(g, a, cut, shared, warp, first,
-                       rings + warp * (kRingBytes / cut.num_rings / 128 * 128));
-      ok = ring.run();
+    const int32_t num_senders = cut.num_rings / 2;
+    char* memory = rings + warp * (kRingBytes / cut.num_rings / 128 * 128);
+    if (warp < num_senders) {
+      Sender<kMode>(g, a, cut, shared, warp, first, memory).run();
+    } else if (warp < cut.num_rings) {
+      ok = Receiver<kMode>(g, a, cut, shared, warp - num_senders, first, memory).run();
     } else if (warp == kMessenger) {
       ok = run_messenger(g, OpKind::kDispatch, shared.box);
     }
@@ -626,9 +704,9 @@ cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_s
     cut.num_pieces = 1;
     cut.stage_bytes = static_cast<int32_t>(WireRowBytes(a.num_channels));
     const int64_t buffers = kMode == Mode::kDequantize ? kNumDequantized * kDequantizedBytes : 0;
-    cut.num_rings = kMaxRings + 1;
+    cut.num_rings = kMaxRings + 2;
     do {
-      --cut.num_rings;
+      cut.num_rings -= 2;
       num_stages = (kRingBytes / cut.num_rings / 128 * 128 - buffers) / cut.stage_bytes;
     } while (num_stages < kMinStages);
   }
