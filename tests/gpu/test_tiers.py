@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import jobs
 import pytest
 from exchange import OutOfStepError, SocketExchange
 from thunks import recorded_thunks
+from tiers import RACECHECKED_KERNEL
 
 _HERE = pathlib.Path(__file__).parent
 _ROOT = _HERE.parents[1]
@@ -94,6 +96,14 @@ def _runs(pid: int) -> bool:
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_what_racecheck_looks_at_exists() -> None:
+    """A filter that no kernel matches would find no hazards."""
+    sources = [path.read_text() for path in (_ROOT / "cuda" / "kernels").glob("*.cu")]
+    found = [name for text in sources for name in re.findall(r"void (\w+_kernel)\(", text)]
+    assert len(found) >= 3
+    assert [name for name in found if RACECHECKED_KERNEL in name] == [RACECHECKED_KERNEL]
 
 
 def test_one_failure_ends_the_others(tmp_path: pathlib.Path) -> None:
