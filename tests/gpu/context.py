@@ -262,10 +262,18 @@ def run_suite(
 
 
 def read_report(path: pathlib.Path, tier: str) -> tuple[list[Line], list[str]]:
-    """What worker.py's pytest plugin left, if it came to that."""
+    """What worker.py's pytest plugin left, if it came to that.
+
+    A test in which the process was stopped, or died, has failed.
+    """
     if not path.exists():
         return [], []
     found, lines = json.loads(path.read_text()), []
+    if running := found["running"]:
+        found["failures"].append(f"{running} was running when the process ended")
+        file = pathlib.Path(running.split("::")[0]).name
+        nothing = {"passed": 0, "failed": 0, "seconds": 0.0, "skipped": {}, "notes": []}
+        found["files"].setdefault(file, nothing)["failed"] += 1
     for file, c in found["files"].items():
         skipped: dict[str, int] = {}
         for reason, count in c["skipped"].items():

@@ -1,10 +1,10 @@
 """Runs every test that a machine with one or two Hopper GPUs can run, tier by tier.
 
-    python tests/gpu/run_tiers.py                  # all tiers; under six minutes on two H200
+    python tests/gpu/run_tiers.py                  # all tiers; some ten minutes on two H200
     python tests/gpu/run_tiers.py --quick          # fewer tiers and calls; under two and a half
     python tests/gpu/run_tiers.py --tiers ep8 native
     python tests/gpu/run_tiers.py --tiers ep8 -k stress
-    python tests/gpu/run_tiers.py --pytest tests/multi_process/test_x.py    # one more tier
+    python tests/gpu/run_tiers.py --pytest tests/test_export.py    # one more tier
     python tests/gpu/run_tiers.py --list
 
 A tier is one or more processes with a time limit; nothing needs a network. At the end comes a

@@ -66,6 +66,19 @@ def test_a_failure_is_told(tmp_path: pathlib.Path) -> None:
     assert "process 0 exit code 1, expected 0" in done.stdout
 
 
+def test_a_test_that_hangs_is_named(tmp_path: pathlib.Path) -> None:
+    """Those before it are counted, also if the job has to be ended."""
+    test = tmp_path / "test_that_hangs.py"
+    test.write_text(
+        "import time\n\ndef test_right():\n    pass\n\ndef test_stuck():\n    time.sleep(600)\n"
+    )
+    done = _run_tiers("--platform=cpu", f"--pytest={test}", f"--out={tmp_path}", "--budget=10")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 passed, 1 failed" in done.stdout
+    assert "test_that_hangs.py::test_stuck was running when the process ended" in done.stdout
+    assert "did not end within its time" in done.stdout
+
+
 def test_a_job_that_hangs_is_ended_with_all_its_children(tmp_path: pathlib.Path) -> None:
     """The leader ignores TERM, has a child that does too, and the log says how far it came."""
     ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"

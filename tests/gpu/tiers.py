@@ -325,16 +325,27 @@ def example(ctx: Context) -> Result:
     return Result(lines, problems)
 
 
+def run_file(ctx: Context, name: str, path: pathlib.Path, limit: float) -> Result:
+    """Runs a file or folder by pytest in one process, which may start others."""
+    keyword = ["-k", ctx.keyword] if ctx.keyword else []
+    arguments = ["pytest", str(path), *keyword, "--tb=short"]
+    folder, problems = run_worker(ctx, name, Shape(1), arguments, limit)
+    lines, failed = read_report(folder / "report_0.json", name)
+    return Result(lines, failed + problems)
+
+
+def multi_process(ctx: Context) -> Result:
+    """Jobs of 1 to 4 processes: staging, memory that grew, stalled and killed ranks, tear-down."""
+    ctx.skip_without_gpu()
+    path = TESTS / "multi_process" / "test_multi_process_cuda.py"
+    return run_file(ctx, "multi-process", path, limit=300)
+
+
 def pytest_tier(path: str) -> Callable[[Context], Result]:
     """A further file or folder, run by pytest in one process, as its author meant it to run."""
 
     def tier(ctx: Context) -> Result:
-        name = "pytest-" + pathlib.Path(path).stem
-        keyword = ["-k", ctx.keyword] if ctx.keyword else []
-        arguments = ["pytest", path, *keyword, "--tb=short"]
-        folder, problems = run_worker(ctx, name, Shape(1), arguments, 150)
-        lines, failed = read_report(folder / "report_0.json", name)
-        return Result(lines, failed + problems)
+        return run_file(ctx, "pytest-" + pathlib.Path(path).stem, pathlib.Path(path), limit=150)
 
     return tier
 
@@ -362,6 +373,7 @@ TIERS = (
     Tier("ep8", several_on_a_gpu(8)),
     Tier("ep4", several_on_a_gpu(4), quick=False),
     Tier("ep2", several_on_a_gpu(2), quick=False),
+    Tier("multi-process", multi_process, quick=False),
     Tier("failures", failures),
     Tier("command-buffers", command_buffers, quick=False),
     Tier("race-control", race_control, needs=tuple(f"broken_{p}" for p in RACE_PHASES)),
