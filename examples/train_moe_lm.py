@@ -20,12 +20,12 @@ The model is plain JAX: functions over dictionaries of arrays. The part to copy 
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
 import sysconfig
 import time
-import zlib
 
 # Read when JAX starts, without effect on GPUs. A CPU stands for 8 devices (a count that is already
 # in XLA_FLAGS wins); jaxlib 0.10 needs two threads for each to keep several steps in flight.
@@ -89,6 +89,11 @@ def load_corpus() -> tuple[np.ndarray, np.ndarray]:
         raise SystemExit(f"found only {len(texts)} source files of the standard library in {root}")
     train = b"\n".join(text for i, text in enumerate(texts) if i % 20 != 10)
     return np.frombuffer(train, np.uint8), np.frombuffer(b"\n".join(texts[10::20]), np.uint8)
+
+
+def digest(text: np.ndarray) -> np.ndarray:
+    """SHA-256 of the text, as bytes: JAX would make a larger integer an int32."""
+    return np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
 
 
 def training_batch(text: np.ndarray, seed: int, step: int, batch: int, length: int) -> np.ndarray:
@@ -426,7 +431,7 @@ def train(args: argparse.Namespace) -> dict:
     # Data. The held-out batches are fixed windows, evenly spaced.
     corpus, heldout = load_corpus()
     if args.distributed:
-        multihost_utils.assert_equal(zlib.crc32(corpus), "the processes read different sources")
+        multihost_utils.assert_equal(digest(corpus), "the processes read different sources")
     frequency = np.bincount(corpus) / len(corpus)
     unigram = float(-np.sum(frequency * np.log(np.maximum(frequency, 1e-30))))
     length = args.seq_len + 1

@@ -7,6 +7,8 @@ import importlib.util
 import numbers
 import operator
 import os
+import pathlib
+import re
 import secrets
 import sys
 import threading
@@ -27,11 +29,14 @@ if importlib.util.find_spec("jax_ep._cuda") is not None:
 _TIMEOUT_VARIABLE = "JAX_EP_TIMEOUT"
 _PATH_VARIABLE = "JAX_EP_PATH"
 _PATHS = ("direct", "staged")
+_SCHEDULING_FLAG = "--xla_gpu_command_buffer_scheduling_mode"
+_ORDERED_MODES = ("LHS", "SERIALIZE")  # the first is XLA's default
 _LONGEST_TIMEOUT = 1e8  # seconds; fits 64-bit nanoseconds with room to add to a clock
 _KEY_PREFIX = "jax_ep"
 _WATCH_INTERVAL = 0.25  # seconds
 
 _path = "direct"
+_recordable = True  # whether XLA may record calls in command buffers; fixed at registration
 _connected = False
 _set_up_lock = threading.Lock()  # programs may be lowered by several threads
 _watcher: "_Watcher | None" = None  # None: no CUDA device is set up
@@ -396,6 +401,11 @@ def require_cuda(target: str) -> None:
             f"{target}: this installation of jax_ep has no CUDA kernels. Install the CUDA toolkit "
             "(nvcc 13.0 or newer) and build again: pip install . -C cmake.define.JAX_EP_CUDA=ON"
         )
+    if _recordable and not command_buffers_keep_order(_xla_flags()):
+        raise RuntimeError(
+            f"{target}: since jax_ep was imported, XLA_FLAGS was given a {_SCHEDULING_FLAG} in "
+            "which independent calls may run at once. Set XLA_FLAGS before the import"
+        )
     _set_up_cuda()
 
 
@@ -406,8 +416,11 @@ def describe() -> str:
 
 def register_cuda() -> None:
     """Registers the CUDA handlers, if they are built."""
+    global _recordable
     if _cuda is not None:
-        compat.register_cuda_targets("jax_ep_cuda_site", _cuda.state_type(), _cuda.handlers())
+        _recordable = command_buffers_keep_order(_xla_flags())
+        handlers = _cuda.handlers(recordable=_recordable)
+        compat.register_cuda_targets("jax_ep_cuda_site", _cuda.state_type(), handlers)
 
 
 def _set_up_cuda(staging_bytes: int = 0) -> None:
@@ -455,6 +468,28 @@ def _release_cuda(must_end: bool = False) -> None:
 
 
 # Environment --------------------------------------------------------------------------------------
+
+
+def command_buffers_keep_order(xla_flags: str) -> bool:
+    """Whether command buffers made under these flags run a device's calls one after the other.
+
+    The kernels need that, in the same order on all ranks: they wait for their peers, and share the
+    device's control memory. Outside command buffers a device's stream sees to it. A mode that is
+    not known to keep the order counts as one that does not.
+    """
+    modes = re.findall(rf"""(?:^|\s){_SCHEDULING_FLAG}=("[^"]*"|'[^']*'|\S*)""", xla_flags)
+    return not modes or modes[-1].strip("\"'") in _ORDERED_MODES
+
+
+def _xla_flags() -> str:
+    """What XLA takes as its flags: the variable's text, or that of the file which it names."""
+    text = os.environ.get("XLA_FLAGS", "")
+    if not text.strip() or text.lstrip().startswith("-"):
+        return text
+    try:
+        return pathlib.Path(text).read_text()
+    except OSError:
+        return ""  # XLA ends the process over it
 
 
 def _read_environment() -> None:

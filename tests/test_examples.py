@@ -1,11 +1,16 @@
 """The example runs as a user runs it: in processes of its own, which it sets up itself."""
 
+import contextlib
+import importlib
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import zlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,20 +41,52 @@ for flags in runs:
 """
 
 
+def _environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+    return kept | {"JAX_PLATFORMS": "cpu"} | more
+
+
 def _run(cwd: pathlib.Path, *runs: list[str]) -> None:
     """Runs the example in a fresh process, once per list of flags."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
-    environment |= {"JAX_PLATFORMS": "cpu"}
     arguments = [json.dumps(str(_EXAMPLES)), *(json.dumps([*_TINY, *flags]) for flags in runs)]
     process = subprocess.run(
         [sys.executable, "-c", _DRIVER, *arguments],
         cwd=cwd,
-        env=environment,
+        env=_environment(),
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert process.returncode == 0, process.stdout + process.stderr
+
+
+def _run_together(cwd: pathlib.Path, *flags: str) -> None:
+    """Runs the example in two processes of four devices each."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{s.getsockname()[1]}"
+    command = [sys.executable, str(_EXAMPLES / "train_moe_lm.py"), *_TINY, *flags]
+    command += ["--distributed", f"--coordinator={coordinator}", "--num-processes=2"]
+    devices = "--xla_force_host_platform_device_count=4"
+    with contextlib.ExitStack() as stack:
+        logs = [cwd / f"process_{i}.log" for i in range(2)]
+        processes = []
+        for i, log in enumerate(logs):
+            process = subprocess.Popen(
+                [*command, f"--process-id={i}"],
+                cwd=cwd,
+                env=_environment(XLA_FLAGS=devices),
+                stdout=stack.enter_context(log.open("w")),
+                stderr=subprocess.STDOUT,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            processes.append(process)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # seen below
+            for process in processes:
+                process.wait(timeout=120)
+    texts = "\n----\n".join(log.read_text() for log in logs)
+    assert [process.returncode for process in processes] == [0, 0], texts
 
 
 def _summary(out: pathlib.Path) -> dict:
@@ -111,3 +148,27 @@ def test_loss_curve_equals_the_dense_one_without_drops(runs: pathlib.Path) -> No
     whole = _summary(runs / "whole")
     assert whole["dropped"] > 0
     assert np.max(np.abs(np.divide(whole["losses"], dense["losses"]) - 1)) > 1e-3
+
+
+def test_several_processes_train_as_one_does(runs: pathlib.Path) -> None:
+    """Also that they read the same sources, which each of them checks at the start."""
+    _run_together(runs, "--out=together")
+    together, whole = _summary(runs / "together"), _summary(runs / "whole")
+    # XLA adds up over processes in another order; see above for what that may come to.
+    np.testing.assert_allclose(together["losses"][0], whole["losses"][0], rtol=1e-6)
+    np.testing.assert_allclose(together["losses"], whole["losses"], rtol=1e-4)
+
+
+def test_processes_can_compare_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do so in JAX, which has no integers above 2**31 - 1 by default."""
+    for name in ("XLA_FLAGS", "NPROC"):  # the example sets them; then they are put back
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.syspath_prepend(str(_EXAMPLES))
+    example = importlib.import_module("train_moe_lm")
+    text = np.frombuffer(b"a", np.uint8)
+    checksum = np.array([zlib.crc32(text)])
+    assert checksum[0] >= 2**31
+    assert np.asarray(jnp.asarray(checksum))[0] != checksum[0]  # so a checksum would not do
+    digest = example.digest(text)
+    np.testing.assert_array_equal(np.asarray(jnp.asarray(digest)), digest, strict=True)
+    assert np.any(digest != example.digest(np.frombuffer(b"b", np.uint8)))

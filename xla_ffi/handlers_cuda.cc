@@ -273,6 +273,61 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
   return CudaStatus(a.kOp, group.CopyOut(launched, stream));
 }
 
+// What XLA passes to each operation.
+
+auto LayoutBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .Ctx<ffi::DeviceOrdinal>()
+      .Ctx<ffi::State<CudaSiteState>>()
+      .Attrs<LayoutAttributes>()
+      .Arg<I32>()
+      .Arg<I32Matrix>()
+      .Ret<I32Matrix>()
+      .Ret<I32>()
+      .Ret<I32>()
+      .Ret<I32>()
+      .Ret<I32>()
+      .Ret<I32>()
+      .Ret<I32>()
+      .Ret<I32>();
+}
+
+auto DispatchBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .Ctx<ffi::DeviceOrdinal>()
+      .Ctx<ffi::State<CudaSiteState>>()
+      .Attrs<DispatchAttributes>()
+      .Arg<I32>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<I32>()
+      .Arg<I32>()
+      .Arg<I32>()
+      .Arg<I32>()
+      .RemainingArgs()
+      .Ret<ffi::AnyBuffer>()
+      .RemainingRets();
+}
+
+auto CombineBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .Ctx<ffi::DeviceOrdinal>()
+      .Ctx<ffi::State<CudaSiteState>>()
+      .Attrs<CombineAttributes>()
+      .Arg<I32>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<I32Matrix>()
+      .Arg<I32Matrix>()
+      .Arg<I32>()
+      .Arg<I32>()
+      .Arg<I32>()
+      .RemainingArgs()
+      .Ret<ffi::AnyBuffer>()
+      .RemainingRets();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kInstantiateLayoutCuda, InstantiateLayout,
@@ -282,57 +337,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kInstantiateDispatchCuda, InstantiateDispatch,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kInstantiateCombineCuda, InstantiateCombine,
                               ffi::Ffi::BindInstantiate().Attrs<CombineAttributes>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kLayoutCuda, Layout,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .Ctx<ffi::State<CudaSiteState>>()
-                                  .Attrs<LayoutAttributes>()
-                                  .Arg<I32>()
-                                  .Arg<I32Matrix>()
-                                  .Ret<I32Matrix>()
-                                  .Ret<I32>()
-                                  .Ret<I32>()
-                                  .Ret<I32>()
-                                  .Ret<I32>()
-                                  .Ret<I32>()
-                                  .Ret<I32>()
-                                  .Ret<I32>(),
+// Whether XLA may record a call in a command buffer is a trait of the handler itself: not every CUDA
+// plugin takes it at registration. So there are two of each; module_cuda.cc hands out either.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kLayoutCuda, Layout, LayoutBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kLayoutCudaRecordable, Layout, LayoutBinding(),
                               {ffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kDispatchCuda, Dispatch,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .Ctx<ffi::State<CudaSiteState>>()
-                                  .Attrs<DispatchAttributes>()
-                                  .Arg<I32>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<I32>()
-                                  .Arg<I32>()
-                                  .Arg<I32>()
-                                  .Arg<I32>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .RemainingRets(),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kDispatchCuda, Dispatch, DispatchBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kDispatchCudaRecordable, Dispatch, DispatchBinding(),
                               {ffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kCombineCuda, Combine,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .Ctx<ffi::State<CudaSiteState>>()
-                                  .Attrs<CombineAttributes>()
-                                  .Arg<I32>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<I32Matrix>()
-                                  .Arg<I32Matrix>()
-                                  .Arg<I32>()
-                                  .Arg<I32>()
-                                  .Arg<I32>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .RemainingRets(),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kCombineCuda, Combine, CombineBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kCombineCudaRecordable, Combine, CombineBinding(),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

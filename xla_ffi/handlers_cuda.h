@@ -14,6 +14,11 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(kLayoutCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kDispatchCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineCuda);
 
+// The same, with the trait that lets XLA record their calls in command buffers.
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kLayoutCudaRecordable);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kDispatchCudaRecordable);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineCudaRecordable);
+
 }  // namespace jax_ep
 
 #endif  // JAX_EP_XLA_FFI_HANDLERS_CUDA_H_

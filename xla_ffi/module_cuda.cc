@@ -19,18 +19,23 @@ namespace nb = nanobind;
 namespace jax_ep {
 namespace {
 
-nb::dict Handlers() {
+nb::dict Handlers(bool recordable) {
   nb::dict handlers;
-  handlers["jax_ep_layout"] = Stages(kInstantiateLayoutCuda, kLayoutCuda);
-  handlers["jax_ep_dispatch"] = Stages(kInstantiateDispatchCuda, kDispatchCuda);
-  handlers["jax_ep_combine"] = Stages(kInstantiateCombineCuda, kCombineCuda);
+  handlers["jax_ep_layout"] =
+      Stages(kInstantiateLayoutCuda, recordable ? kLayoutCudaRecordable : kLayoutCuda);
+  handlers["jax_ep_dispatch"] =
+      Stages(kInstantiateDispatchCuda, recordable ? kDispatchCudaRecordable : kDispatchCuda);
+  handlers["jax_ep_combine"] =
+      Stages(kInstantiateCombineCuda, recordable ? kCombineCudaRecordable : kCombineCuda);
   return handlers;
 }
 
 }  // namespace
 
 NB_MODULE(_cuda, m) {
-  m.def("handlers", &Handlers, "Stages of each target, as jax.ffi.register_ffi_target takes them.");
+  m.def("handlers", &Handlers, nb::arg("recordable"),
+        "Stages of each target, as jax.ffi.register_ffi_target takes them. Recordable: XLA may put "
+        "their calls into command buffers.");
   m.def("state_type", &StateType<CudaSiteState>,
         "The call sites' state, as jax.ffi.register_ffi_type takes it.");
   m.def(

@@ -210,7 +210,10 @@ def stalled() -> int:
 
 
 def command_buffers(expectation: str) -> int:
-    """Two independent layers in one program, called often, its buffers at changing addresses."""
+    """Two independent layers in one program, called often, its buffers at changing addresses.
+
+    The expectation is where the calls are: "inside" of command buffers or "outside".
+    """
     layer = Layer(num_layers=2)
     kept: list[Any] = []
     addresses = set()
@@ -234,10 +237,10 @@ def command_buffers(expectation: str) -> int:
         f"NOTE: {2 * num_calls} calls at {len(addresses)} sets of addresses; custom calls inside "
         f"command buffers: {inside}, outside: {outside}"
     )
-    if expectation == "on":
+    if expectation == "inside":
         assert inside > 0, "no call of ours is in a command buffer"
     else:
-        assert inside == 0, "command buffers are off, but there are some"
+        assert inside == 0, f"{inside} calls are in command buffers"
         assert outside >= 6, "the dump does not show our calls"
     return 0
 

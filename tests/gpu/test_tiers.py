@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import jobs
 import pytest
 from exchange import OutOfStepError, SocketExchange
 from thunks import recorded_thunks
+from tiers import RACECHECKED_KERNEL
 
 _HERE = pathlib.Path(__file__).parent
 _ROOT = _HERE.parents[1]
@@ -64,6 +66,19 @@ def test_a_failure_is_told(tmp_path: pathlib.Path) -> None:
     assert "process 0 exit code 1, expected 0" in done.stdout
 
 
+def test_a_test_that_hangs_is_named(tmp_path: pathlib.Path) -> None:
+    """Those before it are counted, also if the job has to be ended."""
+    test = tmp_path / "test_that_hangs.py"
+    test.write_text(
+        "import time\n\ndef test_right():\n    pass\n\ndef test_stuck():\n    time.sleep(600)\n"
+    )
+    done = _run_tiers("--platform=cpu", f"--pytest={test}", f"--out={tmp_path}", "--budget=10")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 passed, 1 failed" in done.stdout
+    assert "test_that_hangs.py::test_stuck was running when the process ended" in done.stdout
+    assert "did not end within its time" in done.stdout
+
+
 def test_a_job_that_hangs_is_ended_with_all_its_children(tmp_path: pathlib.Path) -> None:
     """The leader ignores TERM, has a child that does too, and the log says how far it came."""
     ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -94,6 +109,14 @@ def _runs(pid: int) -> bool:
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_what_racecheck_looks_at_exists() -> None:
+    """A filter that no kernel matches would find no hazards."""
+    sources = [path.read_text() for path in (_ROOT / "cuda" / "kernels").glob("*.cu")]
+    found = [name for text in sources for name in re.findall(r"void (\w+_kernel)\(", text)]
+    assert len(found) >= 3
+    assert [name for name in found if RACECHECKED_KERNEL in name] == [RACECHECKED_KERNEL]
 
 
 def test_one_failure_ends_the_others(tmp_path: pathlib.Path) -> None:

@@ -48,12 +48,21 @@ class Report:
         self.path = path
         self.files: dict[str, dict[str, Any]] = {}
         self.failures: list[str] = []
+        self.running: str | None = None  # the test that has begun and not ended
         self.compilations: list[float] = []  # seconds of each
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, seconds: float, **_: Any) -> None:
         if event.endswith("/backend_compile_duration"):
             self.compilations.append(seconds)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.running = nodeid
+        self._write()  # as far as it got, should this process be stopped
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.running = None
+        self._write()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         name = pathlib.Path(report.nodeid.split("::")[0]).name
@@ -72,8 +81,6 @@ class Report:
             self.failures.append(f"{report.nodeid} ({report.when})\n{report.longreprtext}")
         elif report.when == "call":
             file["passed"] += 1
-        if report.when == "teardown":
-            self._write()  # as far as it got, should this process be stopped
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
@@ -83,8 +90,15 @@ class Report:
         self._write()
 
     def _write(self) -> None:
-        found = {"files": self.files, "failures": self.failures, "compilations": self.compilations}
-        self.path.write_text(json.dumps(found))
+        found = {
+            "files": self.files,
+            "failures": self.failures,
+            "running": self.running,
+            "compilations": self.compilations,
+        }
+        beside = self.path.with_suffix(".new")
+        beside.write_text(json.dumps(found))
+        beside.replace(self.path)  # whole, whenever this process is stopped
 
 
 def run_pytest(*arguments: str) -> int:

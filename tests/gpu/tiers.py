@@ -1,0 +1,382 @@
+"""The tiers that run_tiers.py runs, each on a machine with its options."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+
+import jobs
+from context import (
+    ROOT,
+    TESTS,
+    Context,
+    Line,
+    Result,
+    Shape,
+    SkippedError,
+    package_folder,
+    read_report,
+    run_suite,
+    run_worker,
+)
+
+SUITE = [f"test_{name}.py" for name in ("layout", "dispatch", "combine", "gradients", "moe")]
+STRESS = "protocol/test_stress.py"
+COLLECTIVES = "protocol/test_collectives.py"
+ON_DEVICE = "stress or collectives"  # files
+# Programs take the longest to compile, so not every shape of job runs the whole suite.
+CORE = (
+    "any_routing or any_number or default_capacity or vjp or moe_is or stale or long_rows or "
+    f"{ON_DEVICE}"
+)
+RACECHECKED_KERNEL = "layout_kernel"
+RACECHECK_NOTE = (
+    f"{RACECHECKED_KERNEL} alone: the others hand over shared memory by bulk copies that complete "
+    "on mbarriers and by st.release / ld.acquire, which racecheck does not know"
+)
+RACE_PHASES = {"start": 0, "end": 1, "progress": 3}  # as cuda/sync/group_sync.cuh numbers them
+
+
+def one_process(ctx: Context) -> Result:
+    """All GPUs in one process: behaviour, CPU against CUDA, stress, race, XLA's collectives."""
+    files = [*SUITE, STRESS, COLLECTIVES]
+    if ctx.platform != "cpu":
+        files.insert(len(SUITE), "test_agreement.py")
+    return run_suite(
+        ctx,
+        "one-process",
+        Shape(1),
+        files,
+        limit=180,
+        calls=ctx.calls,
+        seconds=6,
+        keyword=f"{CORE} or test_cpu_and" if ctx.quick else "",
+        flags="--xla_gpu_enable_latency_hiding_scheduler=true",
+    )
+
+
+def process_per_gpu(ctx: Context) -> Result:
+    """One process for each GPU: the core of the suite, stress, race, XLA's collectives."""
+    if ctx.num_gpus < 2:
+        raise SkippedError("needs two GPUs")
+    return run_suite(
+        ctx,
+        "process-per-gpu",
+        Shape(ctx.num_gpus),
+        [*SUITE, STRESS, COLLECTIVES],
+        limit=120,
+        calls=ctx.calls,
+        seconds=6,
+        keyword=ON_DEVICE if ctx.quick else CORE,
+        flags="--xla_gpu_enable_latency_hiding_scheduler=true",
+    )
+
+
+def several_on_a_gpu(num_ranks: int) -> Callable[[Context], Result]:
+    """A tier of so many processes that they share GPUs, under MPS."""
+
+    def tier(ctx: Context) -> Result:
+        ranks_per_gpu = -(-num_ranks // max(1, ctx.num_gpus))
+        if ranks_per_gpu == 1:
+            raise SkippedError(f"{ctx.num_gpus} GPUs: {num_ranks} ranks are process-per-gpu")
+        # At EP8 in groups of 1 to 8; for the others, what is most about the group.
+        keyword = CORE if num_ranks == 8 else f"any_routing or every_rank or {ON_DEVICE}"
+        return run_suite(
+            ctx,
+            f"ep{num_ranks}",
+            Shape(num_ranks, ranks_per_gpu),
+            [*SUITE, STRESS] if num_ranks == 8 else [*SUITE[:3], STRESS],
+            limit=150,
+            calls=ctx.calls,
+            seconds=6 if num_ranks == 8 else 3,
+            keyword=keyword,
+        )
+
+    tier.__doc__ = f"EP{num_ranks}: as many processes, several on a GPU under MPS."
+    return tier
+
+
+def race_control(ctx: Context) -> Result:
+    """The race test must fail on kernels that were built with an ordering edge left out."""
+    ctx.skip_without_gpu()
+    phases = ["end"] if ctx.quick else list(RACE_PHASES)
+    shape = Shape(1) if ctx.num_gpus > 1 else Shape(2, 2)
+    lines, problems = [], []
+    packages = {}
+    if ctx.broken_package is not None:
+        packages["given"] = ctx.broken_package
+    else:
+        for phase in phases:
+            build = ctx.builds.wait(f"broken_{phase}")
+            packages[phase] = copy_package(ctx, build, ctx.out / f"package_{phase}")
+    for phase, package in packages.items():
+        start = time.monotonic()
+        backend = "processes" if shape.num_processes > 1 else ctx.platform
+        arguments = ["pytest", str(TESTS / STRESS), "-k", f"test_race and {backend}", "--tb=short"]
+        expected = dict.fromkeys(range(shape.num_processes), 1)
+        folder, found = run_worker(
+            ctx,
+            f"race-control-{phase}",
+            shape,
+            arguments,
+            60,
+            package=package,
+            expected=expected,
+            JAX_EP_TIMEOUT="5",
+        )
+        _, failures = read_report(folder / "report_0.json", "race-control")
+        seen = [f for f in failures if re.search("stale or early rows|jax_ep_[a-z]+: rank", f)]
+        line = Line("race-control", f"race test without the wait at the {phase}")
+        line.seconds = time.monotonic() - start
+        if seen and not found:
+            line.passed = 1
+            line.notes = [next(t for t in seen[0].splitlines() if re.search("stale|jax_ep_", t))]
+        else:
+            line.failed = 1
+            problems += found or [f"{phase}: the race test did not see what was left out"]
+            problems += failures
+        lines.append(line)
+    return Result(lines, problems)
+
+
+def copy_package(ctx: Context, build: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
+    """The package in use, with the CUDA module of a build folder."""
+    package = package_folder(ctx.package)
+    assert package is not None
+    if not list(package.glob("_cuda*.so")):
+        raise SkippedError("an editable installation cannot be replaced by an import path")
+    shutil.copytree(package, to / "jax_ep", ignore=shutil.ignore_patterns("_cuda*", "__pycache__"))
+    for module in build.glob("_cuda*.so"):
+        shutil.copy(module, to / "jax_ep")
+    return to
+
+
+def native(ctx: Context) -> Result:
+    """The kernels without JAX, ranks as streams of one process; also under compute-sanitizer."""
+    ctx.skip_without_gpu()
+    program = ctx.builds.wait("native") / "kernels_test"
+    folder = ctx.folder("native")
+    runs: list[tuple[str, list[str], int]] = [
+        ("plain", [str(program)], 60),
+        ("plain, wrong on purpose", [str(program), "--small", "--control"], 60),
+    ]
+    lines, problems = [], []
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        reason = {"compute-sanitizer is not installed": 1}
+        lines.append(Line("native", "compute-sanitizer", skipped=reason))
+    else:
+        tools = ["memcheck"] if ctx.quick else ["memcheck", "racecheck", "synccheck"]
+        for tool in tools:
+            # Blocks of racecheck and synccheck run many times slower.
+            ranks = [] if tool == "memcheck" else ["--ranks=1,2"]
+            only = ["--kernel-name", f"kernel_substring={RACECHECKED_KERNEL}"]
+            command = [sanitizer, f"--tool={tool}", "--error-exitcode=9"]
+            command += [*(only if tool == "racecheck" else []), str(program), "--small", *ranks]
+            runs.append((f"compute-sanitizer {tool}", command, 90))
+    for i, (what, command, limit) in enumerate(runs):
+        process = jobs.Process(command, os.environ, folder / f"run_{i}.log", 3 if i == 1 else 0)
+        ended = jobs.run([process], ctx.limit(limit))
+        found = ended.problems([process])
+        line = Line("native", what, seconds=ended.seconds)
+        line.passed, line.failed = (0, 1) if found else (1, 0)
+        text = process.log.read_text(errors="replace")
+        line.notes = re.findall(r"^(?:NOTE|OK): (.*)$", text, re.MULTILINE)
+        if what.endswith("racecheck"):
+            line.notes.append(RACECHECK_NOTE)
+        lines.append(line)
+        problems += found
+    return Result(lines, problems)
+
+
+def scenarios_tier(
+    tier: str, ctx: Context, runs: list[tuple[str, Shape, list[str], dict[int, int], str, str]]
+) -> Result:
+    """One job for each (name, shape, arguments, return codes, XLA's flags, JAX_EP_TIMEOUT)."""
+    lines, problems = [], []
+    for name, shape, arguments, expected, flags, timeout in runs:
+        start = time.monotonic()
+        _, found = run_worker(
+            ctx,
+            f"{tier}-{name}",
+            shape,
+            arguments,
+            75,
+            flags=flags,
+            expected=expected,
+            shared=True,
+            JAX_EP_TIMEOUT=timeout,
+            JAX_EP_TEST_DUMP=str(ctx.out / f"dump-{tier}-{name}"),
+        )
+        line = Line(tier, name, seconds=time.monotonic() - start)
+        line.passed, line.failed = (0, 1) if found else (1, 0)
+        log = ctx.out / f"{tier}-{name}" / "process_0.log"
+        line.notes = re.findall(r"^NOTE: (.*)$", log.read_text(errors="replace"), re.MULTILINE)
+        lines.append(line)
+        problems += found
+    return Result(lines, problems)
+
+
+def failures(ctx: Context) -> Result:
+    """A rank that is killed, and one that stalls: the other one's error names it, and soon."""
+    shape = Shape(2, 1 if ctx.num_gpus > 1 else 2)
+    return scenarios_tier(
+        "failures",
+        ctx,
+        [
+            ("killed", shape, ["killed"], {1: -9}, "", "3"),
+            ("stalled", shape, ["stalled"], {}, "", "3"),
+        ],
+    )
+
+
+def command_buffers(ctx: Context) -> Result:
+    """Calls recorded in command buffers (CUDA graphs) and replayed, or kept out of them."""
+    ctx.skip_without_gpu()
+    shape = Shape(1) if ctx.num_gpus > 1 else Shape(2, 2)
+    runs = []
+    for name, commands, mode, expectation in (
+        ("recorded", "FUSION,CUSTOM_CALL", "", "inside"),
+        # The library keeps its calls out of graphs that would run them at once.
+        ("concurrent", "FUSION,CUSTOM_CALL", "CONCURRENT", "outside"),
+        ("off", "", "", "outside"),  # the control: the dump shows calls that are not recorded
+    ):
+        if ctx.quick and name == "concurrent":
+            continue
+        flags = f"--xla_gpu_enable_command_buffer={commands} --xla_gpu_graph_min_graph_size=1"
+        flags += f" --xla_dump_to={ctx.out / f'dump-command-buffers-{name}'}"
+        flags += " --xla_dump_hlo_as_text"
+        if mode:
+            flags += f" --xla_gpu_command_buffer_scheduling_mode={mode}"
+        runs.append((name, shape, ["command_buffers", expectation], {}, flags, "10"))
+    return scenarios_tier("command-buffers", ctx, runs)
+
+
+def example(ctx: Context) -> Result:
+    """examples/train_moe_lm.py, unchanged: the losses are the CPU's, in one process and several."""
+    ctx.skip_without_gpu()
+    missing = [
+        name
+        for name in ("optax", "orbax", "matplotlib", "tqdm")
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise SkippedError(f"the example needs {', '.join(missing)}")
+    folder, ep = ctx.folder("example"), min(2, ctx.num_gpus)
+    flags = "--steps=8 --num-layers=1 --num-heads=2 --d-model=32 --d-expert=32 --seq-len=32"
+    flags += f" --learning-rate=1e-2 --eval-every=4 --sample-bytes=4 --dtype=float32 --ep={ep}"
+    flags += " --dp=1"
+
+    def process(name: str, *more: str, **environment: str) -> jobs.Process:
+        command = [sys.executable, str(ROOT / "examples" / "train_moe_lm.py"), *flags.split()]
+        command += [f"--out={folder / name.split('.')[0]}", *more]
+        precise = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # not TF32
+        return jobs.Process(
+            command, ctx.environment(None, **precise, **environment), folder / f"{name}.log"
+        )
+
+    devices = f"--xla_force_host_platform_device_count={ep}"
+    groups = {
+        "one process": [
+            process("cpu", JAX_PLATFORMS="cpu", XLA_FLAGS=devices, NPROC="8"),
+            process("one", XLA_PYTHON_CLIENT_MEM_FRACTION="0.4"),
+        ]
+    }
+    if ctx.num_gpus > 1 and not ctx.quick:
+        port, common = (
+            jobs.free_port(),
+            f"--distributed --num-processes={ep} --coordinator=127.0.0.1",
+        )
+        groups["a process per GPU"] = [
+            process(
+                f"several.{i}",
+                *f"{common}:{port} --process-id={i}".split(),
+                JAX_LOCAL_DEVICE_IDS=str(i),
+                XLA_PYTHON_CLIENT_MEM_FRACTION="0.4",
+            )
+            for i in range(ep)
+        ]
+    lines, problems = [], []
+    for (what, group), out in zip(groups.items(), ("one", "several"), strict=False):
+        ended = jobs.run(group, ctx.limit(100))
+        found = ended.problems(group)
+        line = Line("example", what, seconds=ended.seconds)
+        if not found:
+            losses = [
+                json.loads((folder / name / "summary.json").read_text())["losses"]
+                for name in ("cpu", out)
+            ]
+            # The first loss has seen no update: float32 sums in another order. After that Adam
+            # makes a full step of gradients that are all rounding, and near ties of the router may
+            # fall the other way, as in tests/test_examples.py (which sees 1e-4 on one platform).
+            differences = [abs(a / b - 1) for a, b in zip(*losses, strict=True)]
+            line.notes = [f"losses differ from the CPU's by up to {max(differences):.1e}"]
+            if differences[0] > 1e-5 or max(differences) > 2e-3 or len(differences) != 8:
+                found = [f"losses of {what}: {losses[1]}\non CPU: {losses[0]}"]
+        line.passed, line.failed = (0, 1) if found else (1, 0)
+        lines.append(line)
+        problems += found
+    return Result(lines, problems)
+
+
+def run_file(ctx: Context, name: str, path: pathlib.Path, limit: float) -> Result:
+    """Runs a file or folder by pytest in one process, which may start others."""
+    keyword = ["-k", ctx.keyword] if ctx.keyword else []
+    arguments = ["pytest", str(path), *keyword, "--tb=short"]
+    folder, problems = run_worker(ctx, name, Shape(1), arguments, limit)
+    lines, failed = read_report(folder / "report_0.json", name)
+    return Result(lines, failed + problems)
+
+
+def multi_process(ctx: Context) -> Result:
+    """Jobs of 1 to 4 processes: staging, memory that grew, stalled and killed ranks, tear-down."""
+    ctx.skip_without_gpu()
+    path = TESTS / "multi_process" / "test_multi_process_cuda.py"
+    return run_file(ctx, "multi-process", path, limit=300)
+
+
+def pytest_tier(path: str) -> Callable[[Context], Result]:
+    """A further file or folder, run by pytest in one process, as its author meant it to run."""
+
+    def tier(ctx: Context) -> Result:
+        return run_file(ctx, "pytest-" + pathlib.Path(path).stem, pathlib.Path(path), limit=150)
+
+    return tier
+
+
+@dataclasses.dataclass(frozen=True)
+class Tier:
+    """One tier.
+
+    Attributes:
+        name: for --tiers.
+        run: does it.
+        quick: whether --quick has it.
+        needs: names of builds.
+    """
+
+    name: str
+    run: Callable[[Context], Result]
+    quick: bool = True
+    needs: tuple[str, ...] = ()
+
+
+TIERS = (
+    Tier("one-process", one_process),
+    Tier("process-per-gpu", process_per_gpu),
+    Tier("ep8", several_on_a_gpu(8)),
+    Tier("ep4", several_on_a_gpu(4), quick=False),
+    Tier("ep2", several_on_a_gpu(2), quick=False),
+    Tier("multi-process", multi_process, quick=False),
+    Tier("failures", failures),
+    Tier("command-buffers", command_buffers, quick=False),
+    Tier("race-control", race_control, needs=tuple(f"broken_{p}" for p in RACE_PHASES)),
+    Tier("native", native, needs=("native",)),
+    Tier("example", example, quick=False),
+)
