@@ -3,31 +3,29 @@
 // After:    out[t] = round(sum over ranks r ascending of round(sum over the kept rows of t on r, in
 //           k order, of weight * y)), sums and products f32, each rounded on its own, from +0.
 //           collected[t, k] = values[row of (t, k)], 0 if there is none.
-// Roles:    one block an SM, 18 warps. The scout (warp 3) looks up rows and weights, 32 sums at a
-//           time, and writes values to where they are collected; the loader (warp 0) decides what
-//           to add and fetches it by bulk copies into a ring of stages, job by job; the adders
-//           (warps 4..17) add up job after job in registers and write each finished sum to a ring
-//           of results; the storer (warp 1) stores results by bulk copies; the messenger (warp 2)
-//           talks to the peers. A unit is a piece of a token's row. Block b has the same units on
-//           every rank, so it only ever meets the blocks b of the peers.
-// Buffers:  name                   | lives on       | written by              | read by
-//           y                      | XLA, own       | before the call         | loader
-//           weights, values        | XLA, own       | before the call         | scout
-//           partial [R, T, H]      | XLA, each rank | storers of rank r,      | own loaders, [P2]
-//             (partial[r]: from r) |                | [S2]..[P1]              |
-//           collected              | XLA, each rank | peers, [S2]..[P1]; own  | later kernels
-//           out                    | XLA, own       | storer                  | later kernels
-//           stages, results, tables| shared memory  | see [L] [F] [W] [D] [T] [U]
+// Roles:    one block an SM: adders, and two warps more. A unit is a piece of a token's row; adder m
+//           of n has the units m, m + n, .. of its block. Adders work on their own: each fetches
+//           what it adds by bulk copies into a ring of slots, job by job, adds in registers, and
+//           has its sums for peers stored by bulk copies. The messenger talks to the peers; the collector
+//           sends values to where they are collected. Block b has the same units on every rank, so
+//           it only ever meets the blocks b of the peers.
+// Buffers:  name                   | lives on       | written by             | read by
+//           y, weights             | XLA, own       | before the call        | own adders
+//           values                 | XLA, own       | before the call        | own collectors
+//           partial [R, T, H]      | XLA, each rank | adders of rank r,      | own adders, [P2]
+//             (partial[r]: from r) |                | [S2]..[P1]             |
+//           collected              | XLA, each rank | collectors, [S2]..[V]  | later kernels
+//           out                    | XLA, own       | own adders             | later kernels
+//           slots, results         | shared memory  | see [L] [F] [D]        |
 // Protocol: 1. [S1] show partial and collected, [S2] wait for all.
-//           2. Unit by unit, a block sums its own rows of every peer's token into that peer's
+//           2. Unit by unit, an adder sums its rank's rows of every peer's token into that peer's
 //           partial; in turn with that, as soon as all peers have done a unit, it adds up that unit
 //           of its own tokens, with what they have sent.
 //           3. [P1] when sums are stored, the block tells the peers' blocks how many units are
-//           there; [P2] a loader knows the count before it reads them. A block ends when it has told
-//           all and knows all.
-//           In the block: [T] a table is filled, [U] used up; [L] a job's rows are loaded (its
-//           barrier's phase), [F] all adders have read them; [W] a result is written, [D] the copy
-//           engine has read it.
+//           there; [P2] an adder knows the count before it fetches them. [V] are the values. A block
+//           ends when it has told all and knows all.
+//           In an adder: [L] a job's rows are loaded (its barrier's phase), [F] the warp has read
+//           them, so their slots are free; [D] the copy engine has read a result.
 // Reuse:    partial is the call's own scratch. Progress is epoch and count, so it only grows.
 // Progress: sums for peers wait only for [S2]; an own sum waits for peers' sums of the same unit,
 //           which wait for nothing of it. Blocks of a grid do not wait for each other, and begin in
@@ -44,530 +42,426 @@
 namespace jax_ep::gpu {
 namespace {
 
-constexpr int kNumWarps = 18;
-constexpr int kNumThreads = kNumWarps * 32;
-constexpr int kLoader = 0, kStorer = 1, kMessenger = 2, kScout = 3, kFirstAdder = 4;
-constexpr int kNumAdderWarps = kNumWarps - kFirstAdder;
-constexpr int kNumAdders = kNumAdderWarps * 32;
-constexpr int kVectorsEach = 2;  // of 16 bytes: what an adder has of a piece
-constexpr int64_t kMaxPieceBytes = kNumAdders * kVectorsEach * 16;
-constexpr int64_t kMinPieceBytes = 1024;
-#ifndef JAX_EP_DG
-#define JAX_EP_DG 4
+#ifndef JAX_EP_OW
+#define JAX_EP_OW 1
 #endif
-#ifndef JAX_EP_NR
-#define JAX_EP_NR 4
+#ifndef JAX_EP_CA
+#define JAX_EP_CA 10
 #endif
-constexpr int kNumResults = JAX_EP_NR;
-constexpr int kUnwritten = JAX_EP_DG;  // newest stores that peers have not been told of
-constexpr int kMaxStages = 32;
-constexpr int kNumJobs = 16;                // in flight
+#ifndef JAX_EP_CV
+#define JAX_EP_CV 4
+#endif
+constexpr int kNumAdders = JAX_EP_CA;
+constexpr int kMessenger = kNumAdders, kCollector = kNumAdders + 1;
+constexpr int kNumThreads = (kNumAdders + 2) * 32;
+constexpr int kVectorsEach = JAX_EP_CV;  // of 16 bytes: what a lane has of a piece
+constexpr int64_t kMaxPieceBytes = int64_t{32} * kVectorsEach * 16;
+constexpr int kNumResults = 2;  // of an adder
+constexpr int kNumJobs = 8;     // of an adder, in flight
 constexpr int kMaxJobRows = 4;
-constexpr int kPatience = 32;               // looks for a result before a pause is used
-constexpr int64_t kRingBytes = 221 * 1024;  // of shared memory, for stages, results and tables
+constexpr int kMaxSlots = 32;  // of an adder
+constexpr int64_t kSharedBytes = 212 * 1024;
+static_assert(kNumAdders <= kMaxMovers);
+static_assert(kSharedBytes / kNumAdders / kMaxPieceBytes - kNumResults >= kMaxJobRows);
 
-// Rows in consecutive stages (the first follows the last) that the adders add up.
-enum : uint32_t {
-  kEndsUnit = 1,  // pass the sum on, to `to` if that is given, with `signal`
-  kStop = 2,
+// How rows are cut, and the slots of an adder.
+struct Cut {
+  int32_t num_pieces;
+  int32_t piece_bytes;  // of all but the last
+  int32_t num_slots;
 };
+
+// Rows in consecutive slots (the first follows the last) that are added up.
 struct Job {
-  float weight[kMaxJobRows];  // of each row
-  uint64_t to;
-  uint32_t flags;
-  uint32_t bytes;       // of each row
-  uint32_t signal;      // 0, or so many units are done once this is stored: tell the peers
-  uint32_t ends;        // bit i: row i is the last one of a rank's sum, which is rounded and added
-  int32_t first_stage;
+  float weight[kMaxJobRows];
+  uint64_t to;         // of the sum, if this is its last job; else 0
+  int32_t first_slot;
   int32_t num_rows;
-};
-struct Result {
-  uint64_t to;
-  uint32_t bytes;
-  uint32_t signal;
-  bool stop;
-};
-
-// Rows and weights of 32 sums for peers, and of 32 of this rank's own units: what the scout finds
-// for the loader. Two of each, in turn.
-constexpr int kTableSums = 32;
-constexpr int kNumTables = 2;
-enum Kind { kForPeers, kOwn };
-struct Tables {
-  int32_t* row[2];    // by kind: [kNumTables][kTableSums][K]; kNoRow: none
-  float* weight[2];   // likewise, 1 without weights and for peers' rows
-  int32_t* rank;      // of own units' rows, likewise
-
-  static int64_t bytes(int64_t top_k) { return 5 * kNumTables * kTableSums * top_k * 4; }
-  __device__ Tables(void* memory, int32_t top_k) {
-    const int32_t size = kNumTables * kTableSums * top_k;
-    auto* at = static_cast<int32_t*>(memory);
-    for (int kind : {kForPeers, kOwn}) {
-      row[kind] = at + (2 * kind) * size;
-      weight[kind] = reinterpret_cast<float*>(at + (2 * kind + 1) * size);
-    }
-    rank = at + 4 * size;
-  }
+  int32_t num_vectors;  // of each row
+  uint32_t ends;        // bit i: row i is the last one of a rank's sum, which is rounded and added
+  int32_t done;         // once the sum is stored, so many of the adder's units are done for the peers
+  bool is_last;         // of its sum
+  bool crosses;         // the sum is for a peer
 };
 
 struct Shared {
   uint64_t address[kMaxPeers][kNumAddresses];
-  uint64_t filled[2][kNumTables], used[2][kNumTables];  // [T], [U], by kind
-  uint64_t full[kNumJobs], empty[kNumJobs];             // [L], [F]
-  uint64_t written[kNumResults], drained[kNumResults];  // [W], [D]
-  Job job[kNumJobs];
-  Result result[kNumResults];
+  uint64_t full[kNumAdders][kNumJobs];  // [L]
+  Job job[kNumAdders][kNumJobs];
   Mailbox box;
 };
 
-// How rows are cut, and the stages of the ring.
-struct Cut {
-  int32_t num_pieces;
-  int32_t piece_bytes;
-  int32_t num_stages;
-};
-
-__device__ void wait_phase(uint64_t* barrier, uint32_t use) {
-  mbarrier_wait_parity(barrier, use & 1);
-}
-
-// The units of a block, and the sums that they need.
-struct Work {
-  const GroupView& g;
-  const CombineArguments& a;
-  const Cut& cut;
-  const int32_t first_unit, num_steps;  // of the block: a step is a unit
-
-  __device__ int32_t num_sums(int kind) const {
-    return kind == kOwn ? num_steps : num_steps * (g.num_ranks - 1);
-  }
-  // Of a sum of that kind. For peers, step by step, each beginning with another peer.
-  __device__ int32_t step_of(int kind, int32_t sum) const {
-    return kind == kOwn || g.num_ranks == 2 ? sum : sum / (g.num_ranks - 1);
-  }
-  __device__ int32_t peer_of(int32_t sum) const {
-    const int32_t r = g.rank + 1 + (g.num_ranks == 2 ? 0 : sum % (g.num_ranks - 1));
-    return r < g.num_ranks ? r : r - g.num_ranks;
-  }
-  __device__ int64_t token_of(int32_t step) const {
-    const int32_t unit = first_unit + step;
-    return cut.num_pieces == 1 ? unit : unit / cut.num_pieces;
-  }
-  // Where a step's piece begins in the row.
-  __device__ int64_t offset_of(int32_t step) const {
-    return cut.num_pieces == 1 ? 0 : int64_t{(first_unit + step) % cut.num_pieces} * cut.piece_bytes;
-  }
-};
-
-// Fills the tables. Each lane looks after a sum, so that lookups, which depend on one another and
-// take long while memory is busy, are made for 32 sums at a time.
-class Scout {
-  static constexpr int kAtOnce = 8;  // lookups of a lane in flight
-
+template <typename Vector>
+class Adder {
  public:
-  __device__ Scout(const Work& work, Shared& shared, const Tables& tables)
-      : work_(work),
-        a_(work.a),
+  __device__ Adder(const GroupView& g, const CombineArguments& a, const Cut& cut, Shared& shared,
+                   int32_t first_unit, char* memory)
+      : g_(g),
+        a_(a),
+        cut_(cut),
         shared_(shared),
-        tables_(tables),
+        index_(static_cast<int32_t>(threadIdx.x) / 32),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
-        top_k_(static_cast<int32_t>(work.a.top_k)) {}
+        row_bytes_(a.num_channels * (16 / Vector::kCount)),
+        first_unit_(first_unit),
+        num_steps_(num_steps(shared.box.num_units, index_, kNumAdders)),
+        num_for_peers_(num_steps_ * (g.num_ranks - 1)),
+        top_k_(static_cast<int32_t>(a.top_k)),
+        batch_(32 / top_k_),
+        group_(lane_ / top_k_),
+        k_(lane_ - group_ * top_k_),
+        slots_(memory),
+        results_(memory + cut.num_slots * cut.piece_bytes),
+        free_slots_(cut.num_slots),
+        there_(g.num_ranks == 1 ? shared.box.num_units : 0) {}
 
-  // The first tables; needs nothing of the peers.
-  __device__ void begin() {
-    for (int kind : {kForPeers, kOwn}) {
-      if (work_.num_sums(kind) > 0) look_up(kind, 0);
-    }
-  }
-  __device__ void run() {
-    int32_t next[2] = {};
-    const auto is_left = [&](int kind) { return next[kind] * kTableSums < work_.num_sums(kind); };
-    while (is_left(kForPeers) || is_left(kOwn)) {
-      for (int kind : {kForPeers, kOwn}) {
-        const int32_t n = next[kind], slot = n % kNumTables, use = n / kNumTables;
-        if (!is_left(kind)) continue;
-        if (use > 0 && !mbarrier_test_wait_parity(&shared_.used[kind][slot], (use - 1) & 1)) {  // [U]
-          continue;  // the loader may need the other kind first
-        }
-        if (n > 0) look_up(kind, n);
-        if (a_.values != nullptr) send_values(kind, n);
-        __syncwarp();
-        if (lane_ == 0) mbarrier_arrive(&shared_.filled[kind][slot]);  // [T]
-        ++next[kind];
+  // False if the group is broken.
+  __device__ bool run() {
+    for (int i = 0; i < 3; ++i) fetch_for_peers();
+    for (int i = 0; i < 2; ++i) fetch_own();
+    while (true) {
+      while (has_room() && begin_job()) {
       }
-    }
-  }
-
- private:
-  __device__ int32_t at(int32_t table, int32_t sum, int32_t k) const {
-    return (table % kNumTables * kTableSums + sum) * top_k_ + k;
-  }
-
-  __device__ void look_up(int kind, int32_t table) {
-    const int32_t sum = table * kTableSums + lane_;
-    const bool is_any = sum < work_.num_sums(kind);
-    const int64_t t = is_any ? work_.token_of(work_.step_of(kind, sum)) : 0;
-    int32_t first = 0, count = 0;
-    if (is_any && kind == kForPeers) {
-      const int64_t flat_token = work_.peer_of(sum) * a_.num_tokens + t;
-      first = a_.recv_offsets[flat_token];
-      count = a_.recv_offsets[flat_token + 1] - first;
-    }
-    for (int32_t begin = 0; begin < top_k_; begin += kAtOnce) {
-      // First all loads of a kind, then what depends on them.
-      int32_t row[kAtOnce], rank[kAtOnce];
-      float weight[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int32_t k = begin + i;
-        row[i] = kNoRow;
-        rank[i] = 0;
-        if (kind == kForPeers) {
-          if (k < count) row[i] = a_.recv_order[first + k];
-        } else if (is_any && k < top_k_) {
-          row[i] = a_.send_row[t * top_k_ + k];
-          rank[i] = a_.topk_idx[t * top_k_ + k];
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (kind == kOwn) rank[i] /= static_cast<int32_t>(a_.num_local_experts);
-        if (row[i] == kNoRow) rank[i] = INT32_MAX;
-        weight[i] = 1.0f;
-        if (a_.weights == nullptr || row[i] == kNoRow) continue;
-        if (kind == kForPeers || rank[i] == work_.g.rank) weight[i] = a_.weights[row[i]];
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int32_t k = begin + i;
-        if (k >= top_k_) break;
-        tables_.row[kind][at(table, lane_, k)] = row[i];
-        tables_.weight[kind][at(table, lane_, k)] = weight[i];
-        if (kind == kOwn) tables_.rank[at(table, lane_, k)] = rank[i];
-      }
-    }
-  }
-
-  // Values of a table's rows, to where they are collected.
-  __device__ void send_values(int kind, int32_t table) {
-    const int32_t sum = table * kTableSums + lane_;
-    if (sum >= work_.num_sums(kind)) return;
-    const int32_t step = work_.step_of(kind, sum);
-    if (work_.offset_of(step) != 0) return;
-    const int64_t t = work_.token_of(step);
-    const int32_t src = kind == kOwn ? work_.g.rank : work_.peer_of(sum);
-    auto* collected = reinterpret_cast<float*>(shared_.address[src][1]) + t * top_k_;
-#pragma unroll 4
-    for (int32_t k = 0; k < top_k_; ++k) {
-      const int32_t row = tables_.row[kind][at(table, lane_, k)];
-      if (kind == kForPeers) {
-        if (row == kNoRow) continue;
-        collected[a_.recv_src[row] - (src * a_.num_tokens + t) * top_k_] = a_.values[row];
-      } else {
-        const int32_t rank = tables_.rank[at(table, lane_, k)];
-        if (rank == INT32_MAX) {
-          collected[k] = 0.0f;
-        } else if (rank == work_.g.rank) {
-          collected[k] = a_.values[row];
-        }
-      }
-    }
-  }
-
-  const Work& work_;
-  const CombineArguments& a_;
-  Shared& shared_;
-  const Tables& tables_;
-  const int32_t lane_, top_k_;
-};
-
-class Loader {
- public:
-  __device__ Loader(const Work& work, Shared& shared, const Tables& tables, char* stages)
-      : work_(work),
-        g_(work.g),
-        a_(work.a),
-        cut_(work.cut),
-        shared_(shared),
-        tables_(tables),
-        stages_(stages),
-        lane_(static_cast<int32_t>(threadIdx.x) % 32),
-        row_bytes_(a_.num_channels * (a_.type == RowType::kF32 ? 4 : 2)),
-        max_rows_(min(kMaxJobRows, cut_.num_stages)),
-        free_stages_(cut_.num_stages) {}
-
-  // Ends with a job that stops the others.
-  __device__ void run() {
-    const int32_t num_for_peers = work_.num_sums(kForPeers);
-    int32_t for_peers = 0, own = 0;  // next sums
-    int32_t there = g_.num_ranks == 1 ? work_.num_steps : 0;
-    bool may_sum = false;  // in turn with the sums of a unit for the peers
-    while (for_peers < num_for_peers || own < work_.num_steps) {
-      if (for_peers < num_for_peers && !(may_sum && own < there)) {
-        sum_for_peer(for_peers++);
-        may_sum = for_peers % (g_.num_ranks - 1) == 0;
-        if (may_sum) there = units_there(shared_.box);  // [P2]
+      if (oldest_job_ != next_job_) {
+        do_job();
         continue;
       }
-      if (own >= there) there = wait_for_more(shared_.box, own);
-      if (there == kBroken) break;
-      sum_own(own++);
-      may_sum = false;
+      bulk_wait_group<0>();  // nothing to do meanwhile
+      tell(done_);
+      if (own_ == num_steps_) return true;
+      there_ = wait_for_more(shared_.box, own_unit());  // [P2]
+      if (there_ == kBroken) return false;
     }
-    emit(0, false, 0, 0, 0.0f, false, kStop, 0, 0, 0);
   }
 
  private:
-  // What the scout has found for a sum: this lane's place in the tables.
-  __device__ int32_t enter(int kind, int32_t sum) {
-    const int32_t table = sum / kTableSums, slot = table % kNumTables;
-    if (sum % kTableSums == 0) wait_phase(&shared_.filled[kind][slot], table / kNumTables);  // [T]
-    return (slot * kTableSums + sum % kTableSums) * static_cast<int32_t>(a_.top_k) + lane_;
+  // Metadata comes from chains of dependent loads, which take long while memory is busy: they are
+  // made for a batch of sums at a time, a (sum, k) in each lane, and each link is loaded a batch
+  // before it is needed.
+  struct ForPeers {
+    int32_t first = 0, count = 0;       // in recv_order, of the batch after the next
+    int32_t next_row = kNoRow, next_count = 0;
+    int32_t row = kNoRow, row_count = 0;
+    float weight = 1.0f;
+  };
+  struct OwnUnits {
+    int32_t next_row = kNoRow, next_expert = 0;
+    int32_t row = kNoRow;
+    int32_t rank = INT32_MAX;
+    float weight = 1.0f;
+  };
+
+  __device__ void fetch_for_peers() {
+    ForPeers& m = meta_for_peers_;
+    m.row = m.next_row;
+    m.row_count = m.next_count;
+    m.weight = 1.0f;
+    if (m.row != kNoRow && a_.weights != nullptr) m.weight = a_.weights[m.row];
+    m.next_count = m.count;
+    m.next_row = k_ < m.count ? a_.recv_order[m.first + k_] : kNoRow;
+    const int32_t sum = for_peers_fetched_ + group_;
+    for_peers_fetched_ += batch_;
+    m.count = 0;
+    if (group_ >= batch_ || sum >= num_for_peers_) return;
+    const int64_t flat_token = peer_of(sum) * a_.num_tokens + token_of(step_of(sum));
+    m.first = a_.recv_offsets[flat_token];
+    m.count = a_.recv_offsets[flat_token + 1] - m.first;
   }
-  __device__ void leave(int kind, int32_t sum) {
-    __syncwarp();
-    if (sum % kTableSums == kTableSums - 1 && lane_ == 0) {
-      mbarrier_arrive(&shared_.used[kind][sum / kTableSums % kNumTables]);  // [U]
+  __device__ void fetch_own() {
+    OwnUnits& m = meta_own_;
+    m.row = m.next_row;
+    m.rank = INT32_MAX;
+    m.weight = 1.0f;
+    if (m.row != kNoRow) {
+      m.rank = m.next_expert / static_cast<int32_t>(a_.num_local_experts);
+      if (m.rank == g_.rank && a_.weights != nullptr) m.weight = a_.weights[m.row];
     }
+    const int32_t step = own_fetched_ + group_;
+    own_fetched_ += batch_;
+    m.next_row = kNoRow;
+    if (group_ >= batch_ || step >= num_steps_) return;
+    const int64_t i = token_of(step) * top_k_ + k_;
+    m.next_row = a_.send_row[i];
+    m.next_expert = a_.topk_idx[i];
   }
 
-  // A new job's slot, and `count` stages for it, as soon as the adders have left them. [F]
-  __device__ Job& reserve(int32_t count) {
-    while (free_stages_ < count || next_job_ - oldest_job_ == kNumJobs) {
-      const uint32_t slot = oldest_job_ % kNumJobs;
-      wait_phase(&shared_.empty[slot], oldest_job_ / kNumJobs);
-      free_stages_ += shared_.job[slot].num_rows;
-      ++oldest_job_;
-    }
-    free_stages_ -= count;
-    return shared_.job[next_job_ % kNumJobs];
+  // Of a sum for a peer: unit by unit, each beginning with another peer.
+  __device__ int32_t step_of(int32_t sum) const {
+    return g_.num_ranks == 2 ? sum : sum / (g_.num_ranks - 1);
   }
-
-  // A sum of `count` rows, by the whole warp: a lane that has one gives its `position` in
-  // [0, count), its weight, and whether it ends the sum of a rank.
-  __device__ void emit(int32_t count, bool has_row, int32_t position, uint64_t source, float weight,
-                       bool ends, uint32_t flags, uint32_t bytes, uint32_t signal, uint64_t to) {
-    int32_t first = 0;
-    do {
-      const int32_t num_rows = min(count - first, max_rows_);
-      Job& job = reserve(num_rows);
-      const int32_t i = position - first;
-      const bool mine = has_row && i >= 0 && i < num_rows;
-      const uint32_t all_ends = __reduce_or_sync(0xffffffffu, mine && ends ? 1u << i : 0);
-      if (mine) job.weight[i] = weight;
-      const bool is_last = first + num_rows == count;
-      uint64_t* full = &shared_.full[next_job_ % kNumJobs];
-      if (lane_ == 0) {
-        job.to = to;
-        job.flags = is_last ? flags : 0;
-        job.bytes = bytes;
-        job.signal = signal;
-        job.ends = all_ends;
-        job.first_stage = stage_;
-        job.num_rows = num_rows;
-      }
-      __syncwarp();
-      if (lane_ == 0) mbarrier_arrive_expect_tx(full, static_cast<uint32_t>(num_rows) * bytes);
-      if (mine) {
-        int32_t stage = stage_ + i;
-        if (stage >= cut_.num_stages) stage -= cut_.num_stages;
-        bulk_load(stages_ + stage * cut_.piece_bytes, reinterpret_cast<const void*>(source), bytes,
-                  full);  // [L]
-      }
-      ++next_job_;
-      stage_ += num_rows;
-      if (stage_ >= cut_.num_stages) stage_ -= cut_.num_stages;
-      first += num_rows;
-    } while (first < count);
+  __device__ int32_t peer_of(int32_t sum) const {
+    const int32_t r = g_.rank + 1 + (g_.num_ranks == 2 ? 0 : sum % (g_.num_ranks - 1));
+    return r < g_.num_ranks ? r : r - g_.num_ranks;
   }
-
+  __device__ int32_t unit_of(int32_t step) const {
+    return first_unit_ + index_ + step * kNumAdders;
+  }
+  __device__ int64_t token_of(int32_t step) const { return unit_of(step) / cut_.num_pieces; }
+  // Where a step's piece begins in the row.
+  __device__ int64_t offset_of(int32_t step) const {
+    return int64_t{unit_of(step) % cut_.num_pieces} * cut_.piece_bytes;
+  }
+  // The next own sum's unit, by its place in the block.
+  __device__ int32_t own_unit() const { return index_ + own_ * kNumAdders; }
   __device__ uint64_t y_at(int64_t row, int64_t at) const {
     return reinterpret_cast<uint64_t>(a_.y) + row * row_bytes_ + at;
   }
-  __device__ uint32_t bytes_at(int64_t at) const {
-    return static_cast<uint32_t>(min(int64_t{cut_.piece_bytes}, row_bytes_ - at));
+
+  __device__ bool has_room() const {
+    return next_job_ - oldest_job_ < kNumJobs && free_slots_ >= min(kMaxJobRows, cut_.num_slots);
   }
 
-  __device__ void sum_for_peer(int32_t sum) {
-    const int32_t at_table = enter(kForPeers, sum);
-    const int32_t row = lane_ < a_.top_k ? tables_.row[kForPeers][at_table] : kNoRow;
-    const float weight = row != kNoRow ? tables_.weight[kForPeers][at_table] : 0.0f;
-    leave(kForPeers, sum);
-    const int32_t count = __popc(__ballot_sync(0xffffffffu, row != kNoRow));
-    const int32_t src = work_.peer_of(sum), step = work_.step_of(kForPeers, sum);
-    const int64_t t = work_.token_of(step), at = work_.offset_of(step);
-    // The last sum of a step tells that the step is done.
-    const bool is_last = (sum + 1) % (g_.num_ranks - 1) == 0;
-    if (count == 0 && !is_last) return;
-    const uint64_t to =
-        shared_.address[src][0] + (g_.rank * a_.num_tokens + t) * row_bytes_ + at;
-    emit(count, row != kNoRow, lane_, y_at(row, at), weight, lane_ == count - 1, kEndsUnit,
-         bytes_at(at), is_last ? step + 1 : 0, count == 0 ? 0 : to);
-  }
-
-  __device__ void sum_own(int32_t step) {
-    const int32_t at_table = enter(kOwn, step);
-    int32_t row = kNoRow, rank = INT32_MAX;
-    float weight = 1.0f;
-    if (lane_ < a_.top_k) {
-      row = tables_.row[kOwn][at_table];
-      rank = tables_.rank[at_table];
-      weight = tables_.weight[kOwn][at_table];
+  // Begins the next job: more rows of the sum that is being fetched, or the first ones of another.
+  // False if there is none, or not yet.
+  __device__ bool begin_job() {
+    if (fetched_ == count_ && !next_sum()) return false;
+    const int32_t num_rows = min(count_ - fetched_, kMaxJobRows);
+    const int32_t i = position_ - fetched_;
+    const bool mine = i >= 0 && i < num_rows;  // lanes without a row are at -1
+    const uint32_t ends = __reduce_or_sync(0xffffffffu, mine && ends_ ? 1u << i : 0);
+    uint64_t* full = &shared_.full[index_][next_job_ % kNumJobs];
+    Job& job = shared_.job[index_][next_job_ % kNumJobs];
+    if (mine) job.weight[i] = weight_;
+    fetched_ += num_rows;
+    if (lane_ == 0) {
+      job.is_last = fetched_ == count_;
+      job.to = job.is_last ? to_ : 0;
+      job.first_slot = slot_;
+      job.num_rows = num_rows;
+      job.num_vectors = num_vectors_;
+      job.ends = ends;
+      job.done = job.is_last ? sum_done_ : 0;
+      job.crosses = crosses_;
+      mbarrier_arrive_expect_tx(full, static_cast<uint32_t>(num_rows * num_vectors_ * 16));
     }
-    leave(kOwn, step);
-    const int64_t t = work_.token_of(step), at = work_.offset_of(step);
-    const uint64_t to = reinterpret_cast<uint64_t>(a_.out) + t * row_bytes_ + at;
+    __syncwarp();
+    if (mine) {
+      int32_t slot = slot_ + i;
+      if (slot >= cut_.num_slots) slot -= cut_.num_slots;
+      bulk_load(slots_ + slot * cut_.piece_bytes, reinterpret_cast<const void*>(source_),
+                static_cast<uint32_t>(num_vectors_ * 16), full);  // [L]
+    }
+    slot_ += num_rows;
+    if (slot_ >= cut_.num_slots) slot_ -= cut_.num_slots;
+    free_slots_ -= num_rows;
+    ++next_job_;
+    return true;
+  }
+
+  // Turns to the next sum: one for a peer or an own one, in turn. False if there is none, or if the
+  // peers have not done their part of it.
+  __device__ bool next_sum() {
+    bool may_add = own_ < num_steps_;
+    if (may_add && own_unit() >= there_) {
+      there_ = units_there(shared_.box);  // [P2]
+      may_add = there_ != kBroken && own_unit() < there_;
+    }
+    if (for_peers_ < num_for_peers_ && !(may_add && own_in_turn_)) {
+      begin_for_peer(for_peers_++);
+      return true;
+    }
+    if (!may_add) return false;
+    begin_own(own_++);
+    own_in_turn_ = false;
+    return true;
+  }
+  __device__ void begin_for_peer(int32_t sum) {
+    const int32_t in_batch = sum % batch_;
+    if (in_batch == 0 && sum > 0) fetch_for_peers();
+    const ForPeers& m = meta_for_peers_;
+    const int32_t src = peer_of(sum), step = step_of(sum);
+    const int64_t t = token_of(step), at = offset_of(step);
+    begin_sum(__shfl_sync(0xffffffffu, m.row_count, in_batch * top_k_), at);
+    const bool mine = group_ == in_batch && k_ < count_;
+    position_ = mine ? k_ : -1;
+    source_ = y_at(m.row, at);
+    weight_ = m.weight;
+    ends_ = k_ == count_ - 1;
+    if (count_ > 0) to_ = shared_.address[src][0] + (g_.rank * a_.num_tokens + t) * row_bytes_ + at;
+    crosses_ = true;
+    own_in_turn_ = (sum + 1) % (g_.num_ranks - 1) == 0;  // the last peer's: the unit is done
+    sum_done_ = own_in_turn_ ? step + 1 : 0;
+  }
+  __device__ void begin_own(int32_t step) {
+    const int32_t in_batch = step % batch_;
+    if (in_batch == 0 && step > 0) fetch_own();
+    const OwnUnits& m = meta_own_;
+    const int32_t rank_of_lane = group_ == in_batch ? m.rank : INT32_MAX;
+    const int64_t t = token_of(step), at = offset_of(step);
     const uint32_t lower = (1u << lane_) - 1;
     // Own rows in k order, and one sum of each peer that has rows, by ascending rank.
-    const uint32_t own = __ballot_sync(0xffffffffu, rank == g_.rank);
-    const uint32_t same = __match_any_sync(0xffffffffu, rank);
-    const bool is_own = rank == g_.rank;
-    const bool is_peer = rank != INT32_MAX && !is_own && (same & lower) == 0;
+    const bool is_own = rank_of_lane == g_.rank;
+    const uint32_t own = __ballot_sync(0xffffffffu, is_own);
+    const uint32_t same = __match_any_sync(0xffffffffu, rank_of_lane);
+    const bool is_peer = rank_of_lane != INT32_MAX && !is_own && (same & lower) == 0;
     const uint32_t peers = __ballot_sync(0xffffffffu, is_peer);
     const int32_t num_own = __popc(own);
-    const int32_t count = num_own + __popc(peers);
-    int32_t position = is_own ? __popc(own & lower) : rank > g_.rank ? num_own : 0;
+    begin_sum(num_own + __popc(peers), at);
+    int32_t position = is_own ? __popc(own & lower) : rank_of_lane > g_.rank ? num_own : 0;
     for (uint32_t left = peers; left != 0; left &= left - 1) {
-      position += __shfl_sync(0xffffffffu, rank, __ffs(static_cast<int>(left)) - 1) < rank ? 1 : 0;
+      const int32_t rank = __shfl_sync(0xffffffffu, rank_of_lane, __ffs(static_cast<int>(left)) - 1);
+      position += rank < rank_of_lane ? 1 : 0;
     }
-    const bool ends = is_peer || (is_own && (own >> lane_) == 1);
-    uint64_t source = y_at(row, at);
-    if (is_peer) {
-      source = reinterpret_cast<uint64_t>(a_.partial) +
-               (rank * a_.num_tokens + t) * row_bytes_ + at;
-    }
-    emit(count, is_own || is_peer, position, source, weight, ends, kEndsUnit,
-         bytes_at(at), 0, to);
+    position_ = is_own || is_peer ? position : -1;
+    source_ = is_peer ? reinterpret_cast<uint64_t>(a_.partial) +
+                            (rank_of_lane * a_.num_tokens + t) * row_bytes_ + at
+                      : y_at(m.row, at);
+    weight_ = is_own ? m.weight : 1.0f;
+    ends_ = is_peer || (is_own && (own >> lane_) == 1);
+    to_ = reinterpret_cast<uint64_t>(a_.out) + t * row_bytes_ + at;
+    crosses_ = false;
+    sum_done_ = 0;
+  }
+  // A sum of nothing is a job without rows.
+  __device__ void begin_sum(int32_t count, int64_t at) {
+    fetched_ = 0;
+    count_ = count;
+    num_vectors_ = static_cast<int32_t>(min(int64_t{cut_.piece_bytes}, row_bytes_ - at) / 16);
+    to_ = 0;
   }
 
-  const Work& work_;
+  // Adds the oldest job's rows, and stores the sum if it is the last job of one.
+  __device__ void do_job() {
+    const Job& job = shared_.job[index_][oldest_job_ % kNumJobs];
+    mbarrier_wait_parity(&shared_.full[index_][oldest_job_ % kNumJobs],
+                         oldest_job_ / kNumJobs & 1);  // [L]
+    __syncwarp();
+    const int32_t num_rows = job.num_rows, num_vectors = job.num_vectors;
+    const uint32_t ends = job.ends;
+    int32_t slot = job.first_slot;
+    for (int32_t i = 0; i < num_rows; ++i) {
+      const auto* row = reinterpret_cast<const uint4*>(slots_ + slot * cut_.piece_bytes) + lane_;
+      const float weight = job.weight[i];
+#pragma unroll
+      for (int v = 0; v < kVectorsEach; ++v) {
+        float x[Vector::kCount];
+        Vector::load(row[32 * v], x);  // beyond the row's end: any numbers, which nobody stores
+#pragma unroll
+        for (int c = 0; c < Vector::kCount; ++c) {
+          sum_[v][c] = __fadd_rn(sum_[v][c], __fmul_rn(weight, x[c]));
+        }
+      }
+      if (++slot == cut_.num_slots) slot = 0;
+      if ((ends >> i & 1) == 0) continue;
+#pragma unroll
+      for (int v = 0; v < kVectorsEach; ++v) {
+        float x[Vector::kCount];
+        Vector::load(Vector::store(sum_[v]), x);  // rounded, as what crosses a link
+#pragma unroll
+        for (int c = 0; c < Vector::kCount; ++c) {
+          total_[v][c] = __fadd_rn(total_[v][c], x[c]);
+          sum_[v][c] = 0.0f;
+        }
+      }
+    }
+    const uint64_t to = job.to;
+    const int32_t done = job.done;
+    const bool is_last = job.is_last, crosses = job.crosses;
+    free_slots_ += num_rows;
+    ++oldest_job_;
+    __syncwarp();  // [F]
+    if (!is_last) return;
+    auto* result = reinterpret_cast<uint4*>(to);
+    if (crosses) {
+      result = reinterpret_cast<uint4*>(results_ + num_stored_++ % kNumResults * cut_.piece_bytes);
+    }
+#pragma unroll
+    for (int v = 0; v < kVectorsEach; ++v) {
+      if (to != 0 && lane_ + 32 * v < num_vectors) {
+        result[lane_ + 32 * v] = Vector::store(total_[v]);
+      }
+#pragma unroll
+      for (int c = 0; c < Vector::kCount; ++c) total_[v][c] = 0.0f;
+    }
+    if (crosses) {
+      fence_proxy_async_shared();  // the copy engine reads what was written
+      __syncwarp();
+      if (lane_ == 0) {
+        if (to != 0) {
+          bulk_store(reinterpret_cast<void*>(to), result, static_cast<uint32_t>(num_vectors * 16));
+        }
+        bulk_commit_group();
+        bulk_wait_group<1>();  // the sum before is written, and its memory free: [D]
+      }
+      tell(done_);
+      if (done != 0) done_ = done;
+    } else if (JAX_EP_OW && done_ != told_) {
+      bulk_wait_group<0>();  // long written
+      tell(done_);
+    }
+  }
+
+  // Units whose sums for the peers are written: for the messenger, [P1].
+  __device__ void tell(int32_t num_units) {
+    __syncwarp();
+    if (num_units == told_) return;
+    told_ = num_units;
+    if (lane_ == 0) st_release_cta_shared(&shared_.box.done[index_], num_units);
+  }
+
   const GroupView& g_;
   const CombineArguments& a_;
   const Cut& cut_;
   Shared& shared_;
-  const Tables& tables_;
-  char* const stages_;
-  const int32_t lane_;
+  const int32_t index_, lane_;
   const int64_t row_bytes_;
-  const int32_t max_rows_;
-  int32_t stage_ = 0, free_stages_;  // the next one, and how many are free from there on
-  uint32_t next_job_ = 0, oldest_job_ = 0;  // in flight: [oldest, next)
+  const int32_t first_unit_;  // of the block
+  const int32_t num_steps_;   // units of this adder
+  const int32_t num_for_peers_;
+  const int32_t top_k_, batch_, group_, k_;  // sums of a batch; this lane's, and its row of it
+  char* const slots_;         // [num_slots][piece_bytes]
+  char* const results_;       // [kNumResults][piece_bytes]
+  ForPeers meta_for_peers_;
+  OwnUnits meta_own_;
+  int32_t for_peers_fetched_ = 0, own_fetched_ = 0;
+  int32_t for_peers_ = 0, own_ = 0;  // the next sums
+  bool own_in_turn_ = false;
+  // The sum that is being fetched, and this lane's row of it.
+  int32_t count_ = 0, fetched_ = 0;  // rows
+  int32_t num_vectors_ = 0, sum_done_ = 0;
+  uint64_t to_ = 0;
+  int32_t position_ = -1;
+  uint64_t source_ = 0;
+  float weight_ = 0.0f;
+  bool ends_ = false, crosses_ = false;
+  // Jobs in flight: [oldest, next); the next slot, and how many are free from there on.
+  uint32_t next_job_ = 0, oldest_job_ = 0;
+  int32_t slot_ = 0, free_slots_;
+  // The sum that is being added.
+  float sum_[kVectorsEach][Vector::kCount] = {}, total_[kVectorsEach][Vector::kCount] = {};
+  uint32_t num_stored_ = 0;
+  int32_t done_ = 0, told_ = 0;  // units with their sums for the peers stored, and told
+  int32_t there_;                // units that all peers have done, as far as is known
 };
 
-// Adds up what the loader fetches, in the order in which it does.
-template <typename Vector>
-__device__ void run_adder(const Cut& cut, Shared& shared, const char* stages, char* results) {
-  const int32_t adder = static_cast<int32_t>(threadIdx.x) - kFirstAdder * 32;
-  const int32_t lane = adder % 32;
-  float sum[kVectorsEach][Vector::kCount] = {}, total[kVectorsEach][Vector::kCount] = {};
-  uint32_t num_results = 0;
-  for (uint32_t n = 0;; ++n) {
-    const Job& job = shared.job[n % kNumJobs];
-    wait_phase(&shared.full[n % kNumJobs], n / kNumJobs);  // [L]
-    const auto num_vectors = static_cast<int32_t>(job.bytes / 16);
-    const int32_t num_rows = job.num_rows;
-    const uint32_t ends = job.ends, flags = job.flags, signal = job.signal;
-    const uint64_t to = job.to;
-    const auto load = [&](int32_t i, uint4(&row)[kVectorsEach]) {
-      int32_t stage = job.first_stage + i;
-      if (stage >= cut.num_stages) stage -= cut.num_stages;
-      const auto* vectors = reinterpret_cast<const uint4*>(stages + stage * cut.piece_bytes);
-#pragma unroll
-      for (int j = 0; j < kVectorsEach; ++j) {
-        if (adder + j * kNumAdders < num_vectors) row[j] = vectors[adder + j * kNumAdders];
-      }
-    };
-    uint4 row[kVectorsEach] = {};
-    if (num_rows > 0) load(0, row);
-    for (int32_t i = 0; i < num_rows; ++i) {
-      uint4 next[kVectorsEach] = {};
-      const float weight = job.weight[i];
-      if (i + 1 < num_rows) load(i + 1, next);  // under way while this row is added
-#pragma unroll
-      for (int j = 0; j < kVectorsEach; ++j) {
-        float x[Vector::kCount];
-        Vector::load(row[j], x);
-#pragma unroll
-        for (int c = 0; c < Vector::kCount; ++c) {
-          sum[j][c] = __fadd_rn(sum[j][c], __fmul_rn(weight, x[c]));
-        }
-        row[j] = next[j];
-      }
-      if ((ends >> i & 1) == 0) continue;
-#pragma unroll
-      for (int j = 0; j < kVectorsEach; ++j) {
-        float x[Vector::kCount];
-        Vector::load(Vector::store(sum[j]), x);  // rounded, as what crosses a link
-#pragma unroll
-        for (int c = 0; c < Vector::kCount; ++c) {
-          total[j][c] = __fadd_rn(total[j][c], x[c]);
-          sum[j][c] = 0.0f;
-        }
-      }
+// Sends values of rows to their tokens, by a warp: what belongs to a block's units that begin a
+// token.
+__device__ void collect_values(const GroupView& g, const CombineArguments& a, const Cut& cut,
+                               Shared& shared, int32_t first_unit) {
+  const int64_t end_unit = first_unit + shared.box.num_units;
+  const int64_t begin = (first_unit + cut.num_pieces - 1) / cut.num_pieces;  // tokens
+  const int64_t end = (end_unit + cut.num_pieces - 1) / cut.num_pieces;
+  const auto lane = static_cast<int64_t>(threadIdx.x) % 32;
+  for (int r = 0; r < g.num_ranks && begin < end; ++r) {
+    if (r == g.rank) continue;
+    auto* collected = reinterpret_cast<float*>(shared.address[r][1]);
+    const int64_t last = a.recv_offsets[r * a.num_tokens + end];
+#pragma unroll 4
+    for (int64_t i = a.recv_offsets[r * a.num_tokens + begin] + lane; i < last; i += 32) {
+      const int32_t row = a.recv_order[i];
+      collected[a.recv_src[row] - r * a.num_tokens * a.top_k] = a.values[row];
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.empty[n % kNumJobs]);  // [F]
-    if ((flags & (kEndsUnit | kStop)) == 0) continue;
-    const uint32_t slot = num_results % kNumResults;
-    if (num_results >= kNumResults) {
-      wait_phase(&shared.drained[slot], num_results / kNumResults - 1);  // [D]
-    }
-    ++num_results;
-    auto* result = reinterpret_cast<uint4*>(results + slot * cut.piece_bytes);
-#pragma unroll
-    for (int j = 0; j < kVectorsEach; ++j) {
-      if (adder + j * kNumAdders < num_vectors) {
-        result[adder + j * kNumAdders] = Vector::store(total[j]);
-      }
-#pragma unroll
-      for (int c = 0; c < Vector::kCount; ++c) total[j][c] = 0.0f;
-    }
-    if (adder == 0) {
-      shared.result[slot] = {to, static_cast<uint32_t>(num_vectors * 16), signal,
-                             (flags & kStop) != 0};
-    }
-    fence_proxy_async_shared();  // the copy engine reads what was written
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.written[slot]);  // [W]
-    if ((flags & kStop) != 0) return;
   }
-}
-
-// By one thread: stores results, and says so.
-__device__ void run_storer(const Cut& cut, Shared& shared, const char* results) {
-  constexpr int kUnread = kNumResults - 2;  // newest stores whose results may still be read
-  uint32_t signal[kUnwritten] = {};         // of the newest stores: units that are done with them
-  uint32_t stored = 0, told = 0;
-  const auto tell = [&](uint32_t num_units) {
-    if (num_units <= told) return;
-    told = num_units;
-    st_release_cta_shared(&shared.box.done[0], static_cast<int32_t>(num_units));  // then [P1]
-  };
-  for (uint32_t n = 0;; ++n) {
-    const uint32_t slot = n % kNumResults, use = n / kNumResults;
-    for (int i = 0; !mbarrier_test_wait_parity(&shared.written[slot], use & 1); ++i) {  // [W]
-      if (i < kPatience || stored == told) continue;
-      bulk_wait_group<0>();  // nothing to do meanwhile
-      tell(stored);
+  const auto num_local = static_cast<int32_t>(a.num_local_experts);
+  for (int64_t i = begin * a.top_k + lane; i < end * a.top_k; i += 32) {
+    const int32_t row = a.send_row[i];
+    if (row == kNoRow) {
+      a.collected[i] = 0.0f;
+    } else if (a.topk_idx[i] / num_local == g.rank) {
+      a.collected[i] = a.values[row];
     }
-    const Result result = shared.result[slot];
-    if (result.to != 0) {
-      bulk_store(reinterpret_cast<void*>(result.to), results + slot * cut.piece_bytes,
-                 result.bytes);
-    }
-    bulk_commit_group();
-    if (result.signal != 0) stored = result.signal;
-    bulk_wait_group_read<kUnread>();
-    if (n >= kUnread) mbarrier_arrive(&shared.drained[(n - kUnread) % kNumResults]);  // [D]
-    if (signal[0] > told) bulk_wait_group<kUnwritten>();
-    tell(signal[0]);
-#pragma unroll
-    for (int i = 0; i + 1 < kUnwritten; ++i) signal[i] = signal[i + 1];
-    signal[kUnwritten - 1] = stored;
-    if (!result.stop) continue;
-    bulk_wait_group<0>();
-    return tell(stored);
   }
+  release_values(shared.box);
 }
 
 template <typename Vector>
@@ -575,50 +469,31 @@ __global__ __launch_bounds__(kNumThreads,
                              1) void combine_kernel(const __grid_constant__ GroupView g,
                                                     const __grid_constant__ CombineArguments a,
                                                     const __grid_constant__ Cut cut) {
-  extern __shared__ __align__(128) char ring[];
+  extern __shared__ __align__(128) char memory[];
   __shared__ Shared shared;
   const auto warp = static_cast<int32_t>(threadIdx.x) / 32;
   const int64_t num_units = a.num_tokens * cut.num_pieces;
   const int32_t first = first_unit(num_units, blockIdx.x);
-  const Work work{g, a, cut, first, first_unit(num_units, blockIdx.x + 1) - first};
-  char* results = ring + cut.num_stages * cut.piece_bytes;
-  const Tables tables(results + kNumResults * cut.piece_bytes, static_cast<int32_t>(a.top_k));
-  Scout scout(work, shared, tables);
   if (threadIdx.x == 0) {
-    for (int kind : {kForPeers, kOwn}) {
-      for (int i = 0; i < kNumTables; ++i) {
-        mbarrier_init(&shared.filled[kind][i], 1);
-        mbarrier_init(&shared.used[kind][i], 1);
-      }
-    }
-    for (int i = 0; i < kNumJobs; ++i) {
-      mbarrier_init(&shared.full[i], 1);
-      mbarrier_init(&shared.empty[i], kNumAdderWarps);
-    }
-    for (int i = 0; i < kNumResults; ++i) {
-      mbarrier_init(&shared.written[i], kNumAdderWarps);
-      mbarrier_init(&shared.drained[i], 1);
+    for (int m = 0; m < kNumAdders; ++m) {
+      for (int i = 0; i < kNumJobs; ++i) mbarrier_init(&shared.full[m][i], 1);
     }
     fence_mbarrier_init();
-    shared.box = {{}, 1, work.num_steps, 0};
+    const int32_t num_here = first_unit(num_units, blockIdx.x + 1) - first;
+    shared.box = {{}, kNumAdders, num_here, 0, a.values == nullptr};
   }
-  if (warp == kScout) scout.begin();
   const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.partial),
                                        reinterpret_cast<uint64_t>(a.collected)};
-  if (blockIdx.x == 0) send_start(g, OpKind::kCombine, own);  // [S1]
+  if (blockIdx.x == 0) send_start(g, OpKind::kCombine, own);          // [S1]
   bool ok = receive_start(g, OpKind::kCombine, own, shared.address);  // [S2]
   if (ok) {
-    if (warp == kLoader) {
-      Loader loader(work, shared, tables, ring);
-      loader.run();
-    } else if (warp == kScout) {
-      scout.run();
-    } else if (warp == kStorer) {
-      if (threadIdx.x == 32 * kStorer) run_storer(cut, shared, results);
-    } else if (warp == kMessenger) {
+    if (warp == kMessenger) {
       ok = run_messenger(g, OpKind::kCombine, shared.box);
+    } else if (warp == kCollector) {
+      if (a.values != nullptr) collect_values(g, a, cut, shared, first);
     } else {
-      run_adder<Vector>(cut, shared, ring, results);
+      char* own_memory = memory + warp * (cut.num_slots + kNumResults) * cut.piece_bytes;
+      ok = Adder<Vector>(g, a, cut, shared, first, own_memory).run();
     }
   }
   const Finish finish = finish_block(g, ok);
@@ -634,27 +509,22 @@ template <typename Vector>
 cudaError_t Launch(const GroupView& group, const CombineArguments& a, int num_sms,
                    cudaStream_t stream) {
   const int64_t row_bytes = a.num_channels * (16 / Vector::kCount);
-  // Few tokens are cut so that every block has some; equal pieces, multiples of 16 bytes.
-  const int64_t fewest = (row_bytes + kMaxPieceBytes - 1) / kMaxPieceBytes;
-  const int64_t most = row_bytes < kMinPieceBytes ? 1 : row_bytes / kMinPieceBytes;
-  int64_t num_pieces = num_sms / a.num_tokens;
-  if (num_pieces > most) num_pieces = most;
-  if (num_pieces < fewest) num_pieces = fewest;
+  // Equal pieces, multiples of 16 bytes.
+  const int64_t num_pieces = (row_bytes + kMaxPieceBytes - 1) / kMaxPieceBytes;
   Cut cut;
+  cut.num_pieces = static_cast<int32_t>(num_pieces);
   cut.piece_bytes =
       static_cast<int32_t>(((row_bytes + num_pieces - 1) / num_pieces + 15) / 16 * 16);
-  cut.num_pieces = static_cast<int32_t>((row_bytes + cut.piece_bytes - 1) / cut.piece_bytes);
-  const int64_t tables = Tables::bytes(a.top_k);
-  const int64_t stages = (kRingBytes - tables) / cut.piece_bytes - kNumResults;
-  cut.num_stages = static_cast<int32_t>(stages < kMaxStages ? stages : kMaxStages);
+  // Lanes read as far as the longest piece goes, wherever their slot is.
+  const int64_t shared_bytes = kSharedBytes - kMaxPieceBytes;
+  const int64_t num_slots = shared_bytes / kNumAdders / cut.piece_bytes - kNumResults;
+  cut.num_slots = static_cast<int32_t>(num_slots < kMaxSlots ? num_slots : kMaxSlots);
   const int64_t num_units = a.num_tokens * cut.num_pieces;
   const auto num_blocks = static_cast<int>(num_units < num_sms ? num_units : num_sms);
-  if ((num_units + num_blocks - 1) / num_blocks + 1 > kMaxUnitsPerBlock) {
+  if ((num_units + num_blocks - 1) / num_blocks > kMaxUnitsPerBlock || num_units > INT32_MAX) {
     return cudaErrorInvalidValue;
   }
-  combine_kernel<Vector>
-      <<<num_blocks, kNumThreads, (cut.num_stages + kNumResults) * cut.piece_bytes + tables,
-         stream>>>(group, a, cut);
+  combine_kernel<Vector><<<num_blocks, kNumThreads, kSharedBytes, stream>>>(group, a, cut);
   return cudaGetLastError();
 }
 
@@ -674,13 +544,11 @@ cudaError_t LaunchCombine(const GroupView& group, const CombineArguments& a, int
 }
 
 cudaError_t PrepareCombine() {
-  if (cudaError_t e = PrepareKernel(combine_kernel<F32Vector>, kRingBytes); e != cudaSuccess) {
-    return e;
+  for (auto* kernel :
+       {combine_kernel<F32Vector>, combine_kernel<F16Vector>, combine_kernel<Bf16Vector>}) {
+    if (cudaError_t e = PrepareKernel(kernel, kSharedBytes); e != cudaSuccess) return e;
   }
-  if (cudaError_t e = PrepareKernel(combine_kernel<F16Vector>, kRingBytes); e != cudaSuccess) {
-    return e;
-  }
-  return PrepareKernel(combine_kernel<Bf16Vector>, kRingBytes);
+  return cudaSuccess;
 }
 
 cudaError_t PrepareKernels() {

@@ -9,8 +9,9 @@
 //           stages each. Senders load (or quantise) each of the rank's own tokens once and store it
 //           to its rows here, and to one row at each other rank that has any: the first of them, or
 //           a row of the landing area. From there a receiver of that rank fetches it and stores it
-//           to the token's other rows. Warp 7, the messenger, talks to the peers. The warps
-//           between, and the others when they are done, zero what holds no row. A unit is a piece of
+//           to the token's other rows. Warp 7, the messenger, talks to the peers. Warp 6 sends the
+//           weights. All but the messenger, when they have nothing else to do, zero what holds no
+//           row. A unit is a piece of
 //           a token's row; sender m of n has the units m, m + n, .. of its block, receivers
 //           likewise. Block b has the same units on every rank, so it only ever meets the blocks b
 //           of the peers.
@@ -22,7 +23,8 @@
 //           landing         | each rank      | peers' senders, [S2]..[P1]     | receivers, [P2]
 //           stages          | shared memory  | ring's loads                   | ring's stores
 // Protocol: 1. [S1] show tokens, weights, scales, landing; [S2] wait for all.
-//           2. Senders store their units, receivers those that are there.
+//           2. Senders store their units, receivers those that are there. [V] are the weights, and
+//           with them scales that are no multiples of 16 bytes, for which see store_next.
 //           3. [P1] when units are written at the peers, the block tells the peers' blocks how many;
 //           [P2] a receiver knows the count before it fetches a unit. A block ends when it has told
 //           all and knows all.
@@ -51,22 +53,26 @@ using Mode = DispatchMode;
 constexpr int kNumWarps = 8;
 constexpr int kNumThreads = kNumWarps * 32;
 constexpr int kMessenger = kNumWarps - 1;
+constexpr int kWeigher = kNumWarps - 2;
 constexpr int kMaxRings = 6;  // half of them senders, half receivers
-constexpr int kNumCopyRings = 2;
+constexpr int kFewUnits = 64;  // of a block: a sender and a receiver do; with more, two of each
 constexpr int kMaxStages = 32;  // of a block
 constexpr int kMinStages = 2;   // of a ring
 constexpr int64_t kMaxPieceBytes = 16384;
 constexpr int64_t kRingBytes = 204 * 1024;  // of shared memory, for all rings
 constexpr int kNumDequantized = 2;          // buffers of a ring
 constexpr int32_t kDequantizedBytes = 4096;
+#ifndef JAX_EP_UR
+#define JAX_EP_UR 1
+#endif
 constexpr int kMostUntold = 8;              // of the newest units of a sender
 #ifndef JAX_EP_D
 #define JAX_EP_D 1
 #endif
-static_assert(kMaxRings <= kMaxMovers && kMaxRings < kMessenger);
+static_assert(kMaxRings <= kMaxMovers && kMaxRings <= kWeigher);
 static_assert(kRingBytes / 2 - kNumDequantized * kDequantizedBytes >=
               kMinStages * WireRowBytes(kMaxFp8Channels));
-static_assert(kRingBytes / kNumCopyRings >= kMinStages * kMaxPieceBytes);
+static_assert(kRingBytes / 4 >= 3 * kMaxPieceBytes);
 
 // How rows are cut, the rings of a block, and the stages of a ring.
 struct Cut {
@@ -100,6 +106,10 @@ __device__ int64_t tokens_row_bytes(const DispatchArguments& a) {
   return kMode == Mode::kQuantize ? a.num_channels : a.row_bytes;
 }
 
+// Of a ring's newest units: their stores may still read their stages.
+template <Mode kMode>
+constexpr int kUnread = kMode == Mode::kCopy ? JAX_EP_UR : 1;
+
 template <typename Body>
 __device__ void with_vector(RowType type, const Body& body) {
   switch (type) {
@@ -112,61 +122,81 @@ __device__ void with_vector(RowType type, const Body& body) {
   }
 }
 
-// Quantises 32 vectors of a row, one a lane; `i` is the lane's, which may lie beyond the row.
-template <typename Vector>
-__device__ void quantize_vectors(const DispatchArguments& a, uint4 vector, int32_t i,
-                                 int32_t num_vectors, char* wire) {
-  constexpr int kLanes = kScaleBlock / Vector::kCount;  // that share a scale
+// The scale of 128 channels whose largest magnitude is `amax`, and what they are multiplied with.
+__device__ float2 scale_and_inverse(float amax, bool power_of_two) {
   constexpr float kLargest = 448.0f;
-  float value[Vector::kCount];
-  Vector::load(vector, value);
-  float amax = 0x1p-100f;
-#pragma unroll
-  for (int c = 0; c < Vector::kCount; ++c) amax = fmaxf(amax, fabsf(value[c]));  // without NaN
-#pragma unroll
-  for (int m = 1; m < kLanes; m *= 2) {
-    amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, m));
-  }
   float scale = __fdiv_rn(amax, kLargest);
-  float inverse = __fdiv_rn(kLargest, amax);
-  if (a.power_of_two_scales) {
-    uint32_t bits = __float_as_uint(scale);
-    if ((bits & 0x007fffff) != 0) bits = (bits & 0x7f800000) + 0x00800000;
-    scale = __uint_as_float(bits);
-    inverse = __fdiv_rn(1.0f, scale);
-  }
-  if (i >= num_vectors) return;
-  struct alignas(Vector::kCount) {
-    __nv_fp8x2_storage_t pair[Vector::kCount / 2];
-  } quantized;
-#pragma unroll
-  for (int c = 0; c < Vector::kCount; c += 2) {
-    const float2 two{__fmul_rn(value[c], inverse), __fmul_rn(value[c + 1], inverse)};
-    // The conversion clamps to the largest number and keeps NaN.
-    quantized.pair[c / 2] = __nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3);
-  }
-  *reinterpret_cast<decltype(quantized)*>(wire + i * Vector::kCount) = quantized;
-  if (i % kLanes == 0) reinterpret_cast<float*>(wire + a.num_channels)[i / kLanes] = scale;
+  if (!power_of_two) return {scale, __fdiv_rn(kLargest, amax)};
+  uint32_t bits = __float_as_uint(scale);
+  if ((bits & 0x007fffff) != 0) bits = (bits & 0x7f800000) + 0x00800000;
+  scale = __uint_as_float(bits);
+  return {scale, __fdiv_rn(1.0f, scale)};
 }
 
-// Quantises a row of x into a row of wire, by a warp.
+// Quantises a row of x into a row as it crosses, by a warp: kAtOnce vectors of each lane at a time.
 template <typename Vector>
 __device__ void quantize_row(const DispatchArguments& a, const char* x, char* wire) {
-  constexpr int kAtOnce = 8;  // vectors of a lane in flight
-  const int32_t lane = threadIdx.x % 32;
+  constexpr int kAtOnce = 8;
+  constexpr int kLanes = kScaleBlock / Vector::kCount;  // that share a scale
+  constexpr int kGroups = 32 / kLanes;                  // of lanes
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
   const auto num_vectors = static_cast<int32_t>(a.num_channels / Vector::kCount);
-  for (int32_t begin = 0; begin < num_vectors; begin += 32 * kAtOnce) {
-    uint4 loaded[kAtOnce] = {};
+  const auto num_scales = static_cast<int32_t>(a.num_channels / kScaleBlock);
+  const auto load = [&](int32_t begin, uint4(&vector)[kAtOnce]) {
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int32_t i = begin + 32 * j + lane;
-      if (i < num_vectors) loaded[j] = __ldcs(reinterpret_cast<const uint4*>(x) + i);
+      vector[j] =
+          i < num_vectors ? __ldcs(reinterpret_cast<const uint4*>(x) + i) : uint4{0, 0, 0, 0};
+    }
+  };
+  uint4 vector[kAtOnce];
+  load(0, vector);
+  for (int32_t begin = 0; begin < num_vectors; begin += 32 * kAtOnce) {
+    uint4 next[kAtOnce];
+    load(begin + 32 * kAtOnce, next);  // under way meanwhile
+    // The scales: lane s of the first kAtOnce * kGroups computes the s-th.
+    float largest = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      float value[Vector::kCount];
+      Vector::load(vector[j], value);
+      float amax = 0x1p-100f;
+#pragma unroll
+      for (int c = 0; c < Vector::kCount; ++c) amax = fmaxf(amax, fabsf(value[c]));  // without NaN
+#pragma unroll
+      for (int m = 1; m < kLanes; m *= 2) {
+        amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, m));
+      }
+      const float of_group = __shfl_sync(0xffffffffu, amax, lane % kGroups * kLanes);
+      if (lane / kGroups == j) largest = of_group;
+    }
+    const float2 scale = scale_and_inverse(largest, a.power_of_two_scales);
+    const int32_t s = begin / 32 * kGroups + lane;
+    if (lane < kAtOnce * kGroups && s < num_scales) {
+      reinterpret_cast<float*>(wire + a.num_channels)[s] = scale.x;
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      if (begin + 32 * j >= num_vectors) break;
-      quantize_vectors<Vector>(a, loaded[j], begin + 32 * j + lane, num_vectors, wire);
+      const int32_t i = begin + 32 * j + lane;
+      const float inverse = __shfl_sync(0xffffffffu, scale.y, j * kGroups + lane / kLanes);
+      float value[Vector::kCount];
+      Vector::load(vector[j], value);
+      struct alignas(Vector::kCount) {
+        __nv_fp8x2_storage_t pair[Vector::kCount / 2];
+      } quantized;
+#pragma unroll
+      for (int c = 0; c < Vector::kCount; c += 2) {
+        const float2 two{__fmul_rn(value[c], inverse), __fmul_rn(value[c + 1], inverse)};
+        // The conversion clamps to the largest number and keeps NaN.
+        quantized.pair[c / 2] = __nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3);
+      }
+      if (i < num_vectors) {
+        *reinterpret_cast<decltype(quantized)*>(wire + i * Vector::kCount) = quantized;
+      }
     }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) vector[j] = next[j];
   }
 }
 
@@ -217,7 +247,7 @@ class Ring {
     return landing + (src * a_.num_tokens + t) * bytes + at;
   }
 
-  __device__ bool has_stage() const { return num_loaded_ - num_stored_ < cut_.num_stages - 1; }
+  __device__ bool has_stage() const { return num_loaded_ - num_stored_ < cut_.num_stages - kUnread<kMode>; }
   __device__ bool is_empty() const { return num_loaded_ == num_stored_; }
   // Whether the oldest unit's load has come; does not wait.
   __device__ bool is_loaded() const {
@@ -263,17 +293,8 @@ class Ring {
                                                  : a_.num_channels;
       bulk_store(reinterpret_cast<void*>(to), stage, static_cast<uint32_t>(bytes));
     }
+    if (kMode == Mode::kQuantize) store_scales(stage, unit.crosses);
     bulk_commit_group();
-    if (kMode == Mode::kQuantize) {
-      const uint64_t scales_to = shared_.scales_to[store_slot()][lane_];
-      const auto* scales = reinterpret_cast<const float*>(stage + a_.num_channels);
-      uint32_t left = __ballot_sync(0xffffffffu, scales_to != 0);
-      for (; left != 0; left &= left - 1) {
-        auto* at = reinterpret_cast<float*>(
-            __shfl_sync(0xffffffffu, scales_to, __ffs(static_cast<int>(left)) - 1));
-        for (int32_t s = lane_; s < num_scales_; s += 32) at[s] = scales[s];
-      }
-    }
     if (kMode == Mode::kDequantize) {
       with_vector(a_.type, [&](auto vector) {
         store_dequantized<decltype(vector)>(stage, lands ? 0 : to);
@@ -284,9 +305,30 @@ class Ring {
       parity_ ^= 1;
     }
     ++num_stored_;
-    bulk_wait_group_read<1>();  // [F] of the unit before
+    bulk_wait_group_read<kUnread<kMode>>();  // [F] of the units before
     __syncwarp();
     return unit;
+  }
+
+  // Stores a quantised row's scales where the lanes want them.
+  __device__ void store_scales(const char* stage, uint32_t crosses) {
+    const uint64_t to = shared_.scales_to[store_slot()][lane_];
+    const char* scales = stage + a_.num_channels;
+    if (num_scales_ % 4 == 0) {
+      if (to != 0) {
+        bulk_store(reinterpret_cast<void*>(to), scales, static_cast<uint32_t>(num_scales_ * 4));
+      }
+      return;
+    }
+    // Not for the copy engine; what crosses is released at once, for [P1].
+    for (uint32_t left = __ballot_sync(0xffffffffu, to != 0); left != 0; left &= left - 1) {
+      auto* at = reinterpret_cast<float*>(
+          __shfl_sync(0xffffffffu, to, __ffs(static_cast<int>(left)) - 1));
+      for (int32_t s = lane_; s < num_scales_; s += 32) {
+        at[s] = reinterpret_cast<const float*>(scales)[s];
+      }
+    }
+    if (crosses != 0) fence_acq_rel_sys();
   }
 
   // Stores a quantised row's products with its scales where the lanes want it.
@@ -359,7 +401,7 @@ class Sender : Ring<kMode> {
         batch_(32 / top_k_),
         lane_unit_(lane_ / top_k_),
         // Enough are under way to hide how long a store takes; no more, so that peers hear soon.
-        num_untold_(num_units_ >= 128 ? 8 : num_units_ >= 64 ? 4 : JAX_EP_D) {}
+        num_untold_(num_units_ >= 64 ? 4 : num_units_ >= 40 ? 2 : 1) {}
 
   __device__ void run() {
     fetch();
@@ -389,10 +431,9 @@ class Sender : Ring<kMode> {
     const int64_t flat = this->token_of(unit_) * top_k_ + (lane_ - lane_unit_ * top_k_);
     row_ = a_.send_row[flat];
     expert_ = a_.topk_idx[flat];
-    if (a_.weights != nullptr) weight_ = a_.topk_weights[flat];
   }
 
-  // Decides where the lanes' rows go, stores their weights, and fetches the next batch.
+  // Decides where the lanes' rows go, and fetches the next batch.
   __device__ void begin_batch() {
     const bool has_row = row_ != kNoRow;
     const int32_t rank = has_row ? expert_ / static_cast<int32_t>(a_.num_local_experts) : 0;
@@ -404,9 +445,6 @@ class Sender : Ring<kMode> {
     if (has_row) {
       const uint64_t* address = shared_.address[rank];
       const int64_t t = this->token_of(unit_), at = this->offset_of(unit_);
-      if (a_.weights != nullptr && at == 0) {
-        reinterpret_cast<float*>(address[1])[row_] = weight_;
-      }
       lands_ = crosses && address[3] != 0;
       crosses_ = crosses;
       if (lands_) {
@@ -486,7 +524,6 @@ class Sender : Ring<kMode> {
   uint32_t crossed_ = 0;      // by this lane, in the newest stored units
   int32_t num_own_up_to_ = 0;  // own units up to the stored unit 31 - lane before the newest
   int32_t unit_ = 0, row_ = kNoRow, expert_ = 0;  // of the next batch
-  float weight_ = 0.0f;
   uint64_t to_ = 0, scales_to_ = 0;  // of the batch
   bool crosses_ = false, lands_ = false;
 };
@@ -601,6 +638,22 @@ class Receiver : Ring<kMode> {
   int32_t there_ = 0;                  // units that all peers have written, as far as is known
 };
 
+// Stores the weights of a block's tokens, at the units that begin them; by a warp.
+__device__ void send_weights(const GroupView& g, const DispatchArguments& a, const Cut& cut,
+                             Shared& shared, int32_t first_unit) {
+  const int64_t end_unit = first_unit + shared.box.num_units;
+  const int64_t begin = (first_unit + cut.num_pieces - 1) / cut.num_pieces * a.top_k;
+  const int64_t end = (end_unit + cut.num_pieces - 1) / cut.num_pieces * a.top_k;
+  const auto num_local = static_cast<int32_t>(a.num_local_experts);
+#pragma unroll 4
+  for (int64_t i = begin + static_cast<int64_t>(threadIdx.x) % 32; i < end; i += 32) {
+    const int32_t row = a.send_row[i], expert = a.topk_idx[i];
+    const float weight = a.topk_weights[i];
+    if (row != kNoRow) reinterpret_cast<float*>(shared.address[expert / num_local][1])[row] = weight;
+  }
+  release_values(shared.box);
+}
+
 // Zeros, by any warp; those of a block share its part.
 template <Mode kMode>
 __device__ void zero_rest(const DispatchArguments& a, Shared& shared) {
@@ -647,7 +700,7 @@ __global__ __launch_bounds__(kNumThreads,
     for (int s = 0; s < cut.num_rings * cut.num_stages; ++s) mbarrier_init(&shared.full[s], 1);
     fence_mbarrier_init();
     shared.num_batches = 0;
-    shared.box = {{}, cut.num_rings / 2, num_own, 0};
+    shared.box = {{}, cut.num_rings / 2, num_own, 0, a.weights == nullptr};
   }
   const bool lands = a.landing != nullptr;
   const auto tokens = reinterpret_cast<uint64_t>(a.tokens);
@@ -671,9 +724,11 @@ __global__ __launch_bounds__(kNumThreads,
       ok = Receiver<kMode>(g, a, cut, shared, warp - num_senders, first, memory).run();
     } else if (warp == kMessenger) {
       ok = run_messenger(g, OpKind::kDispatch, shared.box);
+    } else if (warp == kWeigher && a.weights != nullptr) {
+      send_weights(g, a, cut, shared, first);
     }
   }
-  zero_rest<kMode>(a, shared);
+  if (warp != kMessenger) zero_rest<kMode>(a, shared);
   const Finish finish = finish_block(g, ok);
   if (finish == Finish::kNotLast) return;
   if (finish == Finish::kFail) {
@@ -697,7 +752,7 @@ cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_s
     cut.num_pieces = static_cast<int32_t>(num_pieces);
     cut.stage_bytes =
         static_cast<int32_t>(((a.row_bytes + num_pieces - 1) / num_pieces + 15) / 16 * 16);
-    cut.num_rings = kNumCopyRings;
+    cut.num_rings = a.num_tokens * num_pieces <= int64_t{kFewUnits} * num_sms ? 2 : 4;
     num_stages = kRingBytes / cut.num_rings / cut.stage_bytes;
   } else {
     if (a.num_channels > kMaxFp8Channels) return cudaErrorInvalidValue;

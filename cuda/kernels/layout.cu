@@ -118,7 +118,7 @@ __device__ bool make_tables(const GroupView& g, const LayoutArguments& a, int32_
 
   // 3.
   if (!grid_barrier(g, OpKind::kLayout)) return false;  // [B]
-  const bool ok = blockIdx.x != 0 || send_end(g, OpKind::kLayout);  // [E1]
+  if (blockIdx.x == 0) send_end(g);                        // [E1]
 
   // 4. Totals, offsets, first rows. A thread sums four experts of every n-th line.
   const int32_t num_quads = (num_experts + 3) / 4;
@@ -254,7 +254,7 @@ __device__ bool make_tables(const GroupView& g, const LayoutArguments& a, int32_
       a.counters[2] = invalid;
     }
   }
-  return ok;
+  return true;
 }
 
 __global__ __launch_bounds__(kNumThreads,

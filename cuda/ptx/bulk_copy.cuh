@@ -83,12 +83,14 @@ template <int kPending>
 __device__ inline void bulk_wait_group() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
-// Orders generic accesses of this thread with copies of the copy engine: all, or those of shared
-// memory alone, which is much cheaper.
+// Orders generic accesses of this thread with copies of the copy engine: those of shared memory, or
+// those of global memory. (Both at once would wait for all that the device has under way.)
 __device__ inline void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-__device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ inline void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
 
 }  // namespace jax_ep::gpu
 

@@ -5,10 +5,14 @@
 //   [S1] rank p releases its buffers' addresses, each with e, in q's start mail
 //   [S2] q acquires all of that mail: p's stream has come to the call, so earlier users of p's
 //        buffers are done, and the addresses are p's for this call
-//   [P1] a block of p has written units of q's result, and releases in q's progress, with e, how
-//        many they are; the last number tells that p writes nothing of q's any more
+//   [P1] a block of p has written units of q's result, and stores in q's progress, with e, how many
+//        they are; the last number tells that p writes nothing of q's any more. What the copy engine
+//        has written is complete before (bulk_wait_group: the peer's memory has it), so that no
+//        fence has to follow, which would take 5 to 10 us while the links and the memory are busy:
+//        it waits for all that the SM has on the way. What threads have written, [V], they release
+//        themselves, before the last number.
 //   [P2] q acquires the number it needs
-//   [E1] layout, where q reads p's memory: q releases e in p's end mail when it needs no more
+//   [E1] layout, where q reads p's memory: q stores e in p's end mail when it needs no more
 //   [E2] p acquires it from all peers, and only then ends
 // Reuse:    p sends e + 1 only after it knows that every block of q that reads mails has read that
 //           of e: all of them have told their last number ([P2]), or q has sent [E1]. Flags only
@@ -157,64 +161,58 @@ __device__ inline bool receive_start(const GroupView& g, OpKind kind,
   return __syncthreads_and(ok) != 0;
 }
 
-// [P1], after fence_acq_rel_sys: block `block` has done `num_units` units for rank r.
-__device__ inline void send_progress(const GroupView& g, int r, int block, int num_units) {
-  const PeerView& peer = g.peer[r];
-  const uint64_t epoch = g.control->local.epoch[peer.slot_here] + 1;
-  st_relaxed_sys(&peer.control->progress[peer.slot_there][block],
-                 progress_of(epoch, static_cast<uint64_t>(num_units)));
-}
-
 // What the data movers of a block and its messenger tell each other, in shared memory. Mover m of n
 // looks after the units m, m + n, m + 2 n, .. of the block, in this order.
-inline constexpr int kMaxMovers = 8;
+inline constexpr int kMaxMovers = 16;
 struct Mailbox {
   int32_t done[kMaxMovers];  // by each mover: how many of its units are complete for the peers
   int32_t num_movers;
   int32_t num_units;  // of the block
   int32_t there;      // by the messenger: units that every peer has done for this rank; kBroken
+  int32_t released;   // 1 when [V] has been released
 };
 inline constexpr int32_t kBroken = INT32_MAX;  // nothing more comes, nobody shall wait
 
-// [P1] and [P2] between this block and the blocks of the same number at the peers, until all is
-// told both ways. By a warp of its own: fences wait for much more than what they are needed for,
-// and must not hold up those who move data. What peers have written may be read, by the copy engine
-// too, after `there` has been acquired. False if the group is broken.
+// [P1] and [P2] between this block and the blocks of the same number at the peers, by a warp of its
+// own, until all is told both ways. What peers have written may be read, by the copy engine too,
+// after `there` has been acquired. False if the group is broken.
 __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& box) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto block = static_cast<int>(blockIdx.x);
   const int32_t num_units = box.num_units;
-  const auto seen_of = [&](int r) {
-    return ld_relaxed_sys(&g.control->progress[g.peer[r].slot_here][block]);
-  };
+  const auto epoch_with = [&](int r) { return g.control->local.epoch[g.peer[r].slot_here] + 1; };
+  const auto flag_of = [&](int r) { return &g.control->progress[g.peer[r].slot_here][block]; };
   int32_t sent = 0, there = 0;
   uint64_t start = 0;
   for (uint32_t round = 0; g.num_ranks > 1 && (sent < num_units || there < num_units); ++round) {
     bool moved = false;
-    int32_t done = num_units;
-    if (lane < box.num_movers) {
-      done = min(done, ld_acquire_cta_shared(&box.done[lane]) * box.num_movers + lane);
-    }
-    done = __reduce_min_sync(0xffffffffu, done);  // and what one lane has acquired holds for all
-    if (done > sent) {
-      fence_acq_rel_sys();
-      for (int r = lane; r < g.num_ranks; r += 32) {
-        if (r != g.rank) send_progress(g, r, block, done);  // [P1]
+    if (sent < num_units) {
+      int32_t done = num_units;
+      if (lane < box.num_movers) {
+        done = min(done, ld_acquire_cta_shared(&box.done[lane]) * box.num_movers + lane);
       }
-      sent = done;
-      moved = true;
+      done = __reduce_min_sync(0xffffffffu, done);
+      if (done == num_units && ld_acquire_cta_shared(&box.released) == 0) --done;  // [V]
+      if (done > sent) {
+        for (int r = lane; r < g.num_ranks; r += 32) {
+          if (r == g.rank) continue;
+          const PeerView& peer = g.peer[r];
+          st_relaxed_sys(&peer.control->progress[peer.slot_there][block],
+                         progress_of(epoch_with(r), static_cast<uint64_t>(done)));  // [P1]
+        }
+        sent = done;
+        moved = true;
+      }
     }
     if (there < num_units) {
       int32_t least = num_units;
       for (int r = lane; r < g.num_ranks; r += 32) {
         if (r == g.rank) continue;
-        const uint64_t epoch = g.control->local.epoch[g.peer[r].slot_here] + 1;
-        least = min(least, units_of(seen_of(r), epoch));
+        least = min(least, units_of(ld_acquire_sys(flag_of(r)), epoch_with(r)));  // [P2]
       }
       least = is_left_out(kProgress) ? num_units : __reduce_min_sync(0xffffffffu, least);
       if (least > there) {
-        fence_acq_rel_sys();  // [P2]
-        fence_proxy_async();
+        fence_proxy_async_global();
         __syncwarp();
         if (lane == 0) st_release_cta_shared(&box.there, least);
         there = least;
@@ -231,9 +229,8 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
     uint64_t expected = 0, seen = 0;
     for (int r = g.num_ranks - 1; r >= 0; --r) {
       if (r == g.rank) continue;
-      const uint64_t told = seen_of(r);
-      const uint64_t all = progress_of(g.control->local.epoch[g.peer[r].slot_here] + 1,
-                                       static_cast<uint64_t>(num_units));
+      const uint64_t told = ld_relaxed_sys(flag_of(r));
+      const uint64_t all = progress_of(epoch_with(r), static_cast<uint64_t>(num_units));
       if (told >= all) continue;
       peer = r;
       expected = all;
@@ -245,6 +242,13 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
     return false;
   }
   return true;
+}
+
+// By the warp that has stored all of [V].
+__device__ inline void release_values(Mailbox& box) {
+  fence_acq_rel_sys();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) st_release_cta_shared(&box.released, 1);
 }
 
 // By a warp: units that every peer has done for this rank, or kBroken.
@@ -281,31 +285,31 @@ __device__ inline Finish finish_block(const GroupView& g, bool ok) {
   return finish;
 }
 
-// [E1], by all threads of one block, when no block reads peers' memory any more. False if a peer
-// has given up before: what was read may be anything.
-__device__ inline bool send_end(const GroupView& g, OpKind kind) {
-  const bool ok = !is_broken(g, kind);
+// [E1], by all threads of one block, when no block reads peers' memory any more: what it has read
+// is there, so nothing has to be released.
+__device__ inline void send_end(const GroupView& g) {
   const int r = static_cast<int>(threadIdx.x);
-  if (!ok || r >= g.num_ranks || r == g.rank) return ok;
+  if (r >= g.num_ranks || r == g.rank) return;
   const PeerView& peer = g.peer[r];
-  st_release_sys(&peer.control->end[peer.slot_there].epoch,
+  st_relaxed_sys(&peer.control->end[peer.slot_there].epoch,
                  g.control->local.epoch[peer.slot_here] + 1);  // [E1]
-  return true;
 }
 
-// [E2], likewise. False if the group is broken.
+// [E2], likewise. False if the group is broken: a peer that has given up before [E1] may have left
+// anything to be read.
 __device__ inline bool receive_end(const GroupView& g, OpKind kind) {
   const int r = static_cast<int>(threadIdx.x);
   if (r >= g.num_ranks || r == g.rank) return true;
   const PeerView& peer = g.peer[r];
   const uint64_t* flag = &g.control->end[peer.slot_here].epoch;
   const uint64_t epoch = ld_relaxed_gpu_u64(&g.control->local.epoch[peer.slot_here]) + 1;
+  const uint64_t given_up = ld_relaxed_sys(&g.control->given_up);
   uint64_t start = 0, seen = ld_acquire_sys(flag);
   for (uint32_t n = 1; seen < epoch && !is_left_out(kEnd); ++n) {
     if ((n & 255u) == 0 && !may_wait_on(g, kind, r, kEnd, epoch, seen, start)) return false;
     seen = ld_acquire_sys(flag);  // [E2]
   }
-  return true;
+  return given_up == 0 || !is_broken(g, kind);
 }
 
 // The call is over for this device: by all threads of the last block, after all else. The next
