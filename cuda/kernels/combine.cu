@@ -3,20 +3,23 @@
 // After:    out[t] = round(sum over ranks r ascending of round(sum over the kept rows of t on r, in
 //           k order, of weight * y)), sums and products f32, each rounded on its own, from +0.
 //           collected[t, k] = values[row of (t, k)], 0 if there is none.
-// Roles:    one block an SM: adders, and two warps more. A unit is a piece of a token's row; adder m
-//           of n has the units m, m + n, .. of its block. Adders work on their own: each fetches
-//           what it adds by bulk copies into a ring of slots, job by job, adds in registers, and
-//           has its sums for peers stored by bulk copies. The messenger talks to the peers; the collector
-//           sends values to where they are collected. Block b has the same units on every rank, so
-//           it only ever meets the blocks b of the peers.
+// Roles:    one block an SM: adders, and three warps more. A unit is a piece of a token's row; adder
+//           m of n has the units m, m + n, .. of its block. Adders work on their own: each fetches
+//           what it adds by bulk copies into a ring of slots, job by job, adds in registers, and has
+//           its sums stored by bulk copies. They access no other global memory, because the copy
+//           engine's fences would wait for that. The scout looks up rows and weights, 32 sums at a
+//           time; the messenger talks to the peers; the collector sends values to where they are
+//           collected. Block b has the same units on every rank, so it only ever meets the blocks b
+//           of the peers.
 // Buffers:  name                   | lives on       | written by             | read by
-//           y, weights             | XLA, own       | before the call        | own adders
+//           y                      | XLA, own       | before the call        | own adders
+//           weights                | XLA, own       | before the call        | own scouts
 //           values                 | XLA, own       | before the call        | own collectors
 //           partial [R, T, H]      | XLA, each rank | adders of rank r,      | own adders, [P2]
 //             (partial[r]: from r) |                | [S2]..[P1]             |
 //           collected              | XLA, each rank | collectors, [S2]..[V]  | later kernels
 //           out                    | XLA, own       | own adders             | later kernels
-//           slots, results         | shared memory  | see [L] [F] [D]        |
+//           slots, results, tables | shared memory  | see [L] [F] [D] [T] [U]|
 // Protocol: 1. [S1] show partial and collected, [S2] wait for all.
 //           2. Unit by unit, an adder sums its rank's rows of every peer's token into that peer's
 //           partial; in turn with that, as soon as all peers have done a unit, it adds up that unit
@@ -24,8 +27,9 @@
 //           3. [P1] when sums are stored, the block tells the peers' blocks how many units are
 //           there; [P2] an adder knows the count before it fetches them. [V] are the values. A block
 //           ends when it has told all and knows all.
-//           In an adder: [L] a job's rows are loaded (its barrier's phase), [F] the warp has read
-//           them, so their slots are free; [D] the copy engine has read a result.
+//           In a block: [T] a table is filled, [U] no adder needs it any more. In an adder: [L] a
+//           job's rows are loaded (its barrier's phase), [F] the warp has read them, so their slots
+//           are free; [D] the copy engine has read a result.
 // Reuse:    partial is the call's own scratch. Progress is epoch and count, so it only grows.
 // Progress: sums for peers wait only for [S2]; an own sum waits for peers' sums of the same unit,
 //           which wait for nothing of it. Blocks of a grid do not wait for each other, and begin in
@@ -42,8 +46,8 @@
 namespace jax_ep::gpu {
 namespace {
 
-#ifndef JAX_EP_OW
-#define JAX_EP_OW 1
+#ifndef JAX_EP_DT
+#define JAX_EP_DT 2
 #endif
 #ifndef JAX_EP_CA
 #define JAX_EP_CA 10
@@ -52,17 +56,16 @@ namespace {
 #define JAX_EP_CV 4
 #endif
 constexpr int kNumAdders = JAX_EP_CA;
-constexpr int kMessenger = kNumAdders, kCollector = kNumAdders + 1;
-constexpr int kNumThreads = (kNumAdders + 2) * 32;
+constexpr int kMessenger = kNumAdders, kCollector = kNumAdders + 1, kScout = kNumAdders + 2;
+constexpr int kNumThreads = (kNumAdders + 3) * 32;
 constexpr int kVectorsEach = JAX_EP_CV;  // of 16 bytes: what a lane has of a piece
 constexpr int64_t kMaxPieceBytes = int64_t{32} * kVectorsEach * 16;
-constexpr int kNumResults = 2;  // of an adder
+constexpr int kNumResults = 3;  // of an adder
 constexpr int kNumJobs = 8;     // of an adder, in flight
 constexpr int kMaxJobRows = 4;
 constexpr int kMaxSlots = 32;  // of an adder
 constexpr int64_t kSharedBytes = 212 * 1024;
 static_assert(kNumAdders <= kMaxMovers);
-static_assert(kSharedBytes / kNumAdders / kMaxPieceBytes - kNumResults >= kMaxJobRows);
 
 // How rows are cut, and the slots of an adder.
 struct Cut {
@@ -81,44 +84,168 @@ struct Job {
   uint32_t ends;        // bit i: row i is the last one of a rank's sum, which is rounded and added
   int32_t done;         // once the sum is stored, so many of the adder's units are done for the peers
   bool is_last;         // of its sum
-  bool crosses;         // the sum is for a peer
+};
+
+// Rows and weights of 32 sums for peers, and of 32 of this rank's own tokens: what the scout finds
+// for the adders. Two of each, in turn.
+constexpr int kTableSums = 32;
+constexpr int kNumTables = 2;
+enum Kind { kForPeers, kOwn };
+struct Tables {
+  int32_t* row[2];   // by kind: [kNumTables][kTableSums][K]; kNoRow: none
+  float* weight[2];  // likewise, 1 without weights and for peers' rows
+  int32_t* rank;     // of own tokens' rows, likewise
+
+  __host__ __device__ static constexpr int64_t bytes(int64_t top_k) { return 5 * kNumTables * kTableSums * top_k * 4; }
+  __device__ Tables(void* memory, int32_t top_k) {
+    const int32_t size = kNumTables * kTableSums * top_k;
+    auto* at = static_cast<int32_t*>(memory);
+    for (int kind = 0; kind < 2; ++kind) {
+      row[kind] = at + 2 * kind * size;
+      weight[kind] = reinterpret_cast<float*>(at + (2 * kind + 1) * size);
+    }
+    rank = at + 4 * size;
+  }
 };
 
 struct Shared {
   uint64_t address[kMaxPeers][kNumAddresses];
+  uint64_t filled[2][kNumTables], used[2][kNumTables];  // [T], [U], by kind
   uint64_t full[kNumAdders][kNumJobs];  // [L]
   Job job[kNumAdders][kNumJobs];
   Mailbox box;
 };
 
+// The tokens of a block, and their sums: for peers, token by token, each beginning with another
+// peer; and own ones.
+struct Work {
+  const GroupView& g;
+  const CombineArguments& a;
+  int32_t first_token, num_tokens;
+
+  __device__ int32_t num_sums(int kind) const {
+    return kind == kOwn ? num_tokens : num_tokens * (g.num_ranks - 1);
+  }
+  __device__ int32_t token_of(int kind, int32_t sum) const {
+    return first_token + (kind == kOwn || g.num_ranks == 2 ? sum : sum / (g.num_ranks - 1));
+  }
+  __device__ int32_t peer_of(int32_t sum) const {
+    const int32_t r = g.rank + 1 + (g.num_ranks == 2 ? 0 : sum % (g.num_ranks - 1));
+    return r < g.num_ranks ? r : r - g.num_ranks;
+  }
+};
+
+// Fills the tables. Each lane looks after a sum, because lookups depend on one another and take long
+// while memory is busy.
+class Scout {
+  static constexpr int kAtOnce = 8;  // lookups of a lane under way
+
+ public:
+  __device__ Scout(const Work& work, Shared& shared, const Tables& tables)
+      : work_(work),
+        a_(work.a),
+        shared_(shared),
+        tables_(tables),
+        lane_(static_cast<int32_t>(threadIdx.x) % 32),
+        top_k_(static_cast<int32_t>(work.a.top_k)) {}
+
+  __device__ void run() {
+    int32_t next[2] = {};
+    const auto is_left = [&](int kind) { return next[kind] * kTableSums < work_.num_sums(kind); };
+    while (is_left(kForPeers) || is_left(kOwn)) {
+      for (const Kind kind : {kForPeers, kOwn}) {
+        const int32_t slot = next[kind] % kNumTables, use = next[kind] / kNumTables;
+        if (!is_left(kind)) continue;
+        if (use > 0 && !mbarrier_test_wait_parity(&shared_.used[kind][slot], (use - 1) & 1)) {  // [U]
+          continue;  // the other kind may be wanted first
+        }
+        fill_table(kind, next[kind]++);
+        __syncwarp();
+        if (lane_ == 0) mbarrier_arrive(&shared_.filled[kind][slot]);  // [T]
+      }
+    }
+  }
+
+ private:
+  __device__ void fill_table(Kind kind, int32_t table) {
+    const int32_t sum = table * kTableSums + lane_;
+    const bool is_any = sum < work_.num_sums(kind);
+    const int64_t t = is_any ? work_.token_of(kind, sum) : 0;
+    const int32_t at = (table % kNumTables * kTableSums + lane_) * top_k_;
+    int32_t first = 0, count = 0;
+    if (is_any && kind == kForPeers) {
+      const int64_t flat_token = work_.peer_of(sum) * a_.num_tokens + t;
+      first = a_.recv_offsets[flat_token];
+      count = a_.recv_offsets[flat_token + 1] - first;
+    }
+    for (int32_t begin = 0; begin < top_k_; begin += kAtOnce) {
+      // First all loads of a kind, then what depends on them.
+      int32_t row[kAtOnce], rank[kAtOnce];
+      float weight[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int32_t k = begin + i;
+        row[i] = kNoRow;
+        rank[i] = 0;
+        if (kind == kForPeers) {
+          if (k < count) row[i] = a_.recv_order[first + k];
+        } else if (is_any && k < top_k_) {
+          row[i] = a_.send_row[t * top_k_ + k];
+          rank[i] = a_.topk_idx[t * top_k_ + k];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (kind == kOwn) rank[i] /= static_cast<int32_t>(a_.num_local_experts);
+        if (row[i] == kNoRow) rank[i] = INT32_MAX;
+        weight[i] = 1.0f;
+        if (a_.weights == nullptr || row[i] == kNoRow) continue;
+        if (kind == kForPeers || rank[i] == work_.g.rank) weight[i] = a_.weights[row[i]];
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int32_t k = begin + i;
+        if (k >= top_k_) break;
+        tables_.row[kind][at + k] = row[i];
+        tables_.weight[kind][at + k] = weight[i];
+        if (kind == kOwn) tables_.rank[at + k] = rank[i];
+      }
+    }
+  }
+
+  const Work& work_;
+  const CombineArguments& a_;
+  Shared& shared_;
+  const Tables& tables_;
+  const int32_t lane_, top_k_;
+};
+
 template <typename Vector>
 class Adder {
  public:
-  __device__ Adder(const GroupView& g, const CombineArguments& a, const Cut& cut, Shared& shared,
+  __device__ Adder(const Work& work, const Cut& cut, Shared& shared, const Tables& tables,
                    int32_t first_unit, char* memory)
-      : g_(g),
-        a_(a),
+      : work_(work),
+        g_(work.g),
+        a_(work.a),
         cut_(cut),
         shared_(shared),
+        tables_(tables),
         index_(static_cast<int32_t>(threadIdx.x) / 32),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
-        row_bytes_(a.num_channels * (16 / Vector::kCount)),
+        row_bytes_(a_.num_channels * (16 / Vector::kCount)),
         first_unit_(first_unit),
         num_steps_(num_steps(shared.box.num_units, index_, kNumAdders)),
-        num_for_peers_(num_steps_ * (g.num_ranks - 1)),
-        top_k_(static_cast<int32_t>(a.top_k)),
-        batch_(32 / top_k_),
-        group_(lane_ / top_k_),
-        k_(lane_ - group_ * top_k_),
+        num_for_peers_(num_steps_ * (g_.num_ranks - 1)),
         slots_(memory),
         results_(memory + cut.num_slots * cut.piece_bytes),
         free_slots_(cut.num_slots),
-        there_(g.num_ranks == 1 ? shared.box.num_units : 0) {}
+        // Enough are under way to hide how long a store takes; no more, so that peers hear soon.
+        num_untold_(num_steps_ >= 64 ? 8 : num_steps_ >= 32 ? 4 : JAX_EP_DT),
+        there_(g_.num_ranks == 1 ? shared.box.num_units : 0) {}
 
   // False if the group is broken.
   __device__ bool run() {
-    for (int i = 0; i < 3; ++i) fetch_for_peers();
-    for (int i = 0; i < 2; ++i) fetch_own();
     while (true) {
       while (has_room() && begin_job()) {
       }
@@ -128,75 +255,21 @@ class Adder {
       }
       bulk_wait_group<0>();  // nothing to do meanwhile
       tell(done_);
-      if (own_ == num_steps_) return true;
+      if (own_ == num_steps_) break;
       there_ = wait_for_more(shared_.box, own_unit());  // [P2]
       if (there_ == kBroken) return false;
     }
+    leave_tables(kOwn, INT32_MAX);
+    return true;
   }
 
  private:
-  // Metadata comes from chains of dependent loads, which take long while memory is busy: they are
-  // made for a batch of sums at a time, a (sum, k) in each lane, and each link is loaded a batch
-  // before it is needed.
-  struct ForPeers {
-    int32_t first = 0, count = 0;       // in recv_order, of the batch after the next
-    int32_t next_row = kNoRow, next_count = 0;
-    int32_t row = kNoRow, row_count = 0;
-    float weight = 1.0f;
-  };
-  struct OwnUnits {
-    int32_t next_row = kNoRow, next_expert = 0;
-    int32_t row = kNoRow;
-    int32_t rank = INT32_MAX;
-    float weight = 1.0f;
-  };
-
-  __device__ void fetch_for_peers() {
-    ForPeers& m = meta_for_peers_;
-    m.row = m.next_row;
-    m.row_count = m.next_count;
-    m.weight = 1.0f;
-    if (m.row != kNoRow && a_.weights != nullptr) m.weight = a_.weights[m.row];
-    m.next_count = m.count;
-    m.next_row = k_ < m.count ? a_.recv_order[m.first + k_] : kNoRow;
-    const int32_t sum = for_peers_fetched_ + group_;
-    for_peers_fetched_ += batch_;
-    m.count = 0;
-    if (group_ >= batch_ || sum >= num_for_peers_) return;
-    const int64_t flat_token = peer_of(sum) * a_.num_tokens + token_of(step_of(sum));
-    m.first = a_.recv_offsets[flat_token];
-    m.count = a_.recv_offsets[flat_token + 1] - m.first;
-  }
-  __device__ void fetch_own() {
-    OwnUnits& m = meta_own_;
-    m.row = m.next_row;
-    m.rank = INT32_MAX;
-    m.weight = 1.0f;
-    if (m.row != kNoRow) {
-      m.rank = m.next_expert / static_cast<int32_t>(a_.num_local_experts);
-      if (m.rank == g_.rank && a_.weights != nullptr) m.weight = a_.weights[m.row];
-    }
-    const int32_t step = own_fetched_ + group_;
-    own_fetched_ += batch_;
-    m.next_row = kNoRow;
-    if (group_ >= batch_ || step >= num_steps_) return;
-    const int64_t i = token_of(step) * top_k_ + k_;
-    m.next_row = a_.send_row[i];
-    m.next_expert = a_.topk_idx[i];
-  }
-
-  // Of a sum for a peer: unit by unit, each beginning with another peer.
-  __device__ int32_t step_of(int32_t sum) const {
-    return g_.num_ranks == 2 ? sum : sum / (g_.num_ranks - 1);
-  }
-  __device__ int32_t peer_of(int32_t sum) const {
-    const int32_t r = g_.rank + 1 + (g_.num_ranks == 2 ? 0 : sum % (g_.num_ranks - 1));
-    return r < g_.num_ranks ? r : r - g_.num_ranks;
-  }
   __device__ int32_t unit_of(int32_t step) const {
     return first_unit_ + index_ + step * kNumAdders;
   }
-  __device__ int64_t token_of(int32_t step) const { return unit_of(step) / cut_.num_pieces; }
+  // Of the tokens of the group, and of the block.
+  __device__ int32_t token_of(int32_t step) const { return unit_of(step) / cut_.num_pieces; }
+  __device__ int32_t token_here(int32_t step) const { return token_of(step) - work_.first_token; }
   // Where a step's piece begins in the row.
   __device__ int64_t offset_of(int32_t step) const {
     return int64_t{unit_of(step) % cut_.num_pieces} * cut_.piece_bytes;
@@ -231,7 +304,6 @@ class Adder {
       job.num_vectors = num_vectors_;
       job.ends = ends;
       job.done = job.is_last ? sum_done_ : 0;
-      job.crosses = crosses_;
       mbarrier_arrive_expect_tx(full, static_cast<uint32_t>(num_rows * num_vectors_ * 16));
     }
     __syncwarp();
@@ -265,29 +337,62 @@ class Adder {
     own_in_turn_ = false;
     return true;
   }
-  __device__ void begin_for_peer(int32_t sum) {
-    const int32_t in_batch = sum % batch_;
-    if (in_batch == 0 && sum > 0) fetch_for_peers();
-    const ForPeers& m = meta_for_peers_;
-    const int32_t src = peer_of(sum), step = step_of(sum);
+
+  // This lane's place in the tables for a sum.
+  __device__ int32_t enter_table(Kind kind, int32_t sum) {
+    const int32_t table = sum / kTableSums;
+    leave_tables(kind, table);
+    if (!is_filled_[kind]) {
+      wait_table(kind);
+      is_filled_[kind] = true;
+    }
+    return (table % kNumTables * kTableSums + sum % kTableSums) * static_cast<int32_t>(a_.top_k) +
+           lane_;
+  }
+  // Leaves the tables before `table`, one after the other, as every adder does with each.
+  __device__ void leave_tables(Kind kind, int32_t table) {
+    const int32_t num_tables = (work_.num_sums(kind) + kTableSums - 1) / kTableSums;
+    for (; table_[kind] < min(table, num_tables); ++table_[kind]) {
+      if (!is_filled_[kind]) wait_table(kind);
+      is_filled_[kind] = false;
+      __syncwarp();
+      if (lane_ == 0) mbarrier_arrive(&shared_.used[kind][table_[kind] % kNumTables]);  // [U]
+    }
+  }
+  __device__ void wait_table(Kind kind) {
+    mbarrier_wait_parity(&shared_.filled[kind][table_[kind] % kNumTables],
+                         table_[kind] / kNumTables & 1);  // [T]
+    __syncwarp();
+  }
+
+  __device__ void begin_for_peer(int32_t number) {
+    const int32_t num_peers = g_.num_ranks - 1;
+    const int32_t step = num_peers == 1 ? number : number / num_peers;
+    const int32_t sum = token_here(step) * num_peers + (num_peers == 1 ? 0 : number % num_peers);
+    const int32_t src = work_.peer_of(sum);
     const int64_t t = token_of(step), at = offset_of(step);
-    begin_sum(__shfl_sync(0xffffffffu, m.row_count, in_batch * top_k_), at);
-    const bool mine = group_ == in_batch && k_ < count_;
-    position_ = mine ? k_ : -1;
-    source_ = y_at(m.row, at);
-    weight_ = m.weight;
-    ends_ = k_ == count_ - 1;
+    const int32_t entry = enter_table(kForPeers, sum);
+    const int32_t row = lane_ < a_.top_k ? tables_.row[kForPeers][entry] : kNoRow;
+    weight_ = row != kNoRow ? tables_.weight[kForPeers][entry] : 0.0f;
+    begin_sum(__popc(__ballot_sync(0xffffffffu, row != kNoRow)), at);
+    position_ = row != kNoRow ? lane_ : -1;
+    source_ = y_at(row, at);
+    ends_ = lane_ == count_ - 1;
     if (count_ > 0) to_ = shared_.address[src][0] + (g_.rank * a_.num_tokens + t) * row_bytes_ + at;
-    crosses_ = true;
-    own_in_turn_ = (sum + 1) % (g_.num_ranks - 1) == 0;  // the last peer's: the unit is done
+    own_in_turn_ = (number + 1) % num_peers == 0;  // the last peer's: the unit is done
     sum_done_ = own_in_turn_ ? step + 1 : 0;
+    if (number + 1 == num_for_peers_) leave_tables(kForPeers, INT32_MAX);
   }
   __device__ void begin_own(int32_t step) {
-    const int32_t in_batch = step % batch_;
-    if (in_batch == 0 && step > 0) fetch_own();
-    const OwnUnits& m = meta_own_;
-    const int32_t rank_of_lane = group_ == in_batch ? m.rank : INT32_MAX;
     const int64_t t = token_of(step), at = offset_of(step);
+    const int32_t entry = enter_table(kOwn, token_here(step));
+    int32_t row = kNoRow, rank_of_lane = INT32_MAX;
+    float weight = 1.0f;
+    if (lane_ < a_.top_k) {
+      row = tables_.row[kOwn][entry];
+      rank_of_lane = tables_.rank[entry];
+      weight = tables_.weight[kOwn][entry];
+    }
     const uint32_t lower = (1u << lane_) - 1;
     // Own rows in k order, and one sum of each peer that has rows, by ascending rank.
     const bool is_own = rank_of_lane == g_.rank;
@@ -305,11 +410,10 @@ class Adder {
     position_ = is_own || is_peer ? position : -1;
     source_ = is_peer ? reinterpret_cast<uint64_t>(a_.partial) +
                             (rank_of_lane * a_.num_tokens + t) * row_bytes_ + at
-                      : y_at(m.row, at);
-    weight_ = is_own ? m.weight : 1.0f;
+                      : y_at(row, at);
+    weight_ = weight;
     ends_ = is_peer || (is_own && (own >> lane_) == 1);
     to_ = reinterpret_cast<uint64_t>(a_.out) + t * row_bytes_ + at;
-    crosses_ = false;
     sum_done_ = 0;
   }
   // A sum of nothing is a job without rows.
@@ -356,40 +460,54 @@ class Adder {
     }
     const uint64_t to = job.to;
     const int32_t done = job.done;
-    const bool is_last = job.is_last, crosses = job.crosses;
+    const bool is_last = job.is_last;
     free_slots_ += num_rows;
     ++oldest_job_;
     __syncwarp();  // [F]
     if (!is_last) return;
-    auto* result = reinterpret_cast<uint4*>(to);
-    if (crosses) {
-      result = reinterpret_cast<uint4*>(results_ + num_stored_++ % kNumResults * cut_.piece_bytes);
-    }
+    char* result = results_ + num_stored_++ % kNumResults * cut_.piece_bytes;
 #pragma unroll
     for (int v = 0; v < kVectorsEach; ++v) {
       if (to != 0 && lane_ + 32 * v < num_vectors) {
-        result[lane_ + 32 * v] = Vector::store(total_[v]);
+        reinterpret_cast<uint4*>(result)[lane_ + 32 * v] = Vector::store(total_[v]);
       }
 #pragma unroll
       for (int c = 0; c < Vector::kCount; ++c) total_[v][c] = 0.0f;
     }
-    if (crosses) {
-      fence_proxy_async_shared();  // the copy engine reads what was written
-      __syncwarp();
-      if (lane_ == 0) {
-        if (to != 0) {
-          bulk_store(reinterpret_cast<void*>(to), result, static_cast<uint32_t>(num_vectors * 16));
-        }
-        bulk_commit_group();
-        bulk_wait_group<1>();  // the sum before is written, and its memory free: [D]
+    fence_proxy_async_shared();  // the copy engine reads what was written
+    __syncwarp();
+    if (lane_ == 0) {
+      if (to != 0) {
+        bulk_store(reinterpret_cast<void*>(to), result, static_cast<uint32_t>(num_vectors * 16));
       }
-      tell(done_);
-      if (done != 0) done_ = done;
-    } else if (JAX_EP_OW && done_ != told_) {
-      bulk_wait_group<0>();  // long written
-      tell(done_);
+      bulk_commit_group();
+      bulk_wait_group_read<kNumResults - 1>();  // [D] of the one whose memory is next
     }
+    if (done != 0) done_ = done;
+    tell(wait_written());
   }
+
+  // Waits until all but the newest results are written; returns how many units are done for the
+  // peers up to the last written one.
+  __device__ int32_t wait_written() {
+    // Of the newest results, the newest last: a lane keeps each.
+    const int32_t written = __shfl_sync(0xffffffffu, done_up_to_, 32 - num_untold_);
+    const int32_t before = __shfl_down_sync(0xffffffffu, done_up_to_, 1);
+    done_up_to_ = lane_ == 31 ? done_ : before;
+    if (written == told_) return told_;
+    switch (num_untold_) {
+      case 2:
+        bulk_wait_group<2>();
+        break;
+      case 4:
+        bulk_wait_group<4>();
+        break;
+      default:
+        bulk_wait_group<8>();
+    }
+    return written;
+  }
+
 
   // Units whose sums for the peers are written: for the messenger, [P1].
   __device__ void tell(int32_t num_units) {
@@ -399,23 +517,22 @@ class Adder {
     if (lane_ == 0) st_release_cta_shared(&shared_.box.done[index_], num_units);
   }
 
+  const Work& work_;
   const GroupView& g_;
   const CombineArguments& a_;
   const Cut& cut_;
   Shared& shared_;
+  const Tables& tables_;
   const int32_t index_, lane_;
   const int64_t row_bytes_;
-  const int32_t first_unit_;  // of the block
-  const int32_t num_steps_;   // units of this adder
-  const int32_t num_for_peers_;
-  const int32_t top_k_, batch_, group_, k_;  // sums of a batch; this lane's, and its row of it
-  char* const slots_;         // [num_slots][piece_bytes]
-  char* const results_;       // [kNumResults][piece_bytes]
-  ForPeers meta_for_peers_;
-  OwnUnits meta_own_;
-  int32_t for_peers_fetched_ = 0, own_fetched_ = 0;
-  int32_t for_peers_ = 0, own_ = 0;  // the next sums
+  const int32_t first_unit_;                // of the block
+  const int32_t num_steps_, num_for_peers_;  // of this adder: units, and sums for peers
+  char* const slots_;                       // [num_slots][piece_bytes]
+  char* const results_;                     // [kNumResults][piece_bytes]
+  int32_t for_peers_ = 0, own_ = 0;         // the next sums
   bool own_in_turn_ = false;
+  int32_t table_[2] = {};  // by kind: the one in use, and whether it is known to be filled
+  bool is_filled_[2] = {};
   // The sum that is being fetched, and this lane's row of it.
   int32_t count_ = 0, fetched_ = 0;  // rows
   int32_t num_vectors_ = 0, sum_done_ = 0;
@@ -423,14 +540,17 @@ class Adder {
   int32_t position_ = -1;
   uint64_t source_ = 0;
   float weight_ = 0.0f;
-  bool ends_ = false, crosses_ = false;
+  bool ends_ = false;
   // Jobs in flight: [oldest, next); the next slot, and how many are free from there on.
   uint32_t next_job_ = 0, oldest_job_ = 0;
   int32_t slot_ = 0, free_slots_;
   // The sum that is being added.
   float sum_[kVectorsEach][Vector::kCount] = {}, total_[kVectorsEach][Vector::kCount] = {};
   uint32_t num_stored_ = 0;
-  int32_t done_ = 0, told_ = 0;  // units with their sums for the peers stored, and told
+  const int32_t num_untold_;
+  // Units whose sums for the peers are stored, and told; those up to the result 31 - lane before
+  // the newest.
+  int32_t done_ = 0, told_ = 0, done_up_to_ = 0;
   int32_t there_;                // units that all peers have done, as far as is known
 };
 
@@ -470,16 +590,26 @@ __global__ __launch_bounds__(kNumThreads,
                                                     const __grid_constant__ CombineArguments a,
                                                     const __grid_constant__ Cut cut) {
   extern __shared__ __align__(128) char memory[];
+  // Lanes read as far as the longest piece goes, wherever their slot is: the tables come last.
   __shared__ Shared shared;
   const auto warp = static_cast<int32_t>(threadIdx.x) / 32;
   const int64_t num_units = a.num_tokens * cut.num_pieces;
   const int32_t first = first_unit(num_units, blockIdx.x);
+  const int32_t num_here = first_unit(num_units, blockIdx.x + 1) - first;
+  const int32_t first_token = first / cut.num_pieces;
+  const Work work{g, a, first_token, (first + num_here - 1) / cut.num_pieces + 1 - first_token};
+  const Tables tables(memory + kSharedBytes - Tables::bytes(a.top_k), static_cast<int32_t>(a.top_k));
   if (threadIdx.x == 0) {
+    for (const Kind kind : {kForPeers, kOwn}) {
+      for (int i = 0; i < kNumTables; ++i) {
+        mbarrier_init(&shared.filled[kind][i], 1);
+        mbarrier_init(&shared.used[kind][i], kNumAdders);
+      }
+    }
     for (int m = 0; m < kNumAdders; ++m) {
       for (int i = 0; i < kNumJobs; ++i) mbarrier_init(&shared.full[m][i], 1);
     }
     fence_mbarrier_init();
-    const int32_t num_here = first_unit(num_units, blockIdx.x + 1) - first;
     shared.box = {{}, kNumAdders, num_here, 0, a.values == nullptr};
   }
   const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.partial),
@@ -491,9 +621,11 @@ __global__ __launch_bounds__(kNumThreads,
       ok = run_messenger(g, OpKind::kCombine, shared.box);
     } else if (warp == kCollector) {
       if (a.values != nullptr) collect_values(g, a, cut, shared, first);
+    } else if (warp == kScout) {
+      Scout(work, shared, tables).run();
     } else {
       char* own_memory = memory + warp * (cut.num_slots + kNumResults) * cut.piece_bytes;
-      ok = Adder<Vector>(g, a, cut, shared, first, own_memory).run();
+      ok = Adder<Vector>(work, cut, shared, tables, first, own_memory).run();
     }
   }
   const Finish finish = finish_block(g, ok);
@@ -515,8 +647,7 @@ cudaError_t Launch(const GroupView& group, const CombineArguments& a, int num_sm
   cut.num_pieces = static_cast<int32_t>(num_pieces);
   cut.piece_bytes =
       static_cast<int32_t>(((row_bytes + num_pieces - 1) / num_pieces + 15) / 16 * 16);
-  // Lanes read as far as the longest piece goes, wherever their slot is.
-  const int64_t shared_bytes = kSharedBytes - kMaxPieceBytes;
+  const int64_t shared_bytes = kSharedBytes - Tables::bytes(a.top_k) - kMaxPieceBytes;
   const int64_t num_slots = shared_bytes / kNumAdders / cut.piece_bytes - kNumResults;
   cut.num_slots = static_cast<int32_t>(num_slots < kMaxSlots ? num_slots : kMaxSlots);
   const int64_t num_units = a.num_tokens * cut.num_pieces;
