@@ -62,13 +62,7 @@ constexpr int64_t kMaxPieceBytes = 16384;
 constexpr int64_t kRingBytes = 204 * 1024;  // of shared memory, for all rings
 constexpr int kNumDequantized = 2;          // buffers of a ring
 constexpr int32_t kDequantizedBytes = 4096;
-#ifndef JAX_EP_UR
-#define JAX_EP_UR 1
-#endif
 constexpr int kMostUntold = 8;              // of the newest units of a sender
-#ifndef JAX_EP_D
-#define JAX_EP_D 1
-#endif
 static_assert(kMaxRings <= kMaxMovers && kMaxRings <= kWeigher);
 static_assert(kRingBytes / 2 - kNumDequantized * kDequantizedBytes >=
               kMinStages * WireRowBytes(kMaxFp8Channels));
@@ -105,10 +99,6 @@ template <Mode kMode>
 __device__ int64_t tokens_row_bytes(const DispatchArguments& a) {
   return kMode == Mode::kQuantize ? a.num_channels : a.row_bytes;
 }
-
-// Of a ring's newest units: their stores may still read their stages.
-template <Mode kMode>
-constexpr int kUnread = kMode == Mode::kCopy ? JAX_EP_UR : 1;
 
 template <typename Body>
 __device__ void with_vector(RowType type, const Body& body) {
@@ -247,7 +237,7 @@ class Ring {
     return landing + (src * a_.num_tokens + t) * bytes + at;
   }
 
-  __device__ bool has_stage() const { return num_loaded_ - num_stored_ < cut_.num_stages - kUnread<kMode>; }
+  __device__ bool has_stage() const { return num_loaded_ - num_stored_ < cut_.num_stages - 1; }
   __device__ bool is_empty() const { return num_loaded_ == num_stored_; }
   // Whether the oldest unit's load has come; does not wait.
   __device__ bool is_loaded() const {
@@ -305,7 +295,7 @@ class Ring {
       parity_ ^= 1;
     }
     ++num_stored_;
-    bulk_wait_group_read<kUnread<kMode>>();  // [F] of the units before
+    bulk_wait_group_read<1>();  // [F] of the unit before
     __syncwarp();
     return unit;
   }
