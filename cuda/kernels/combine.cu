@@ -3,7 +3,7 @@
 // After:    out[t] = round(sum over ranks r ascending of round(sum over the kept rows of t on r, in
 //           k order, of weight * y)), sums and products f32, each rounded on its own, from +0.
 //           collected[t, k] = values[row of (t, k)], 0 if there is none.
-// Roles:    one block an SM, 18 warps in two pipelines: one sums for the peers, one adds up this
+// Roles:    one block an SM, 19 warps in two pipelines: one sums for the peers, one adds up this
 //           rank's own tokens. Each has a loader, which fetches what is to be added by bulk copies
 //           into a ring of stages, job by job, and seven warps of adders, which add job after job in
 //           registers. Own results go straight to memory; sums for peers go to a ring of results,
@@ -101,11 +101,13 @@ struct Result {
 constexpr int kTableSums = 32;
 constexpr int kNumTables = 2;
 struct Tables {
-  int32_t* row[2];    // by kind: [kNumTables][kTableSums][K]; kNoRow: none
-  float* weight[2];   // likewise, 1 without weights and for peers' rows
-  int32_t* rank;      // of own units' rows, likewise
+  int32_t* row[2];   // by kind: [kNumTables][kTableSums][K]; kNoRow: none
+  float* weight[2];  // likewise, 1 without weights and for peers' rows
+  int32_t* rank;     // of own units' rows, likewise
 
-  __host__ __device__ static constexpr int64_t bytes(int64_t top_k) { return 5 * kNumTables * kTableSums * top_k * 4; }
+  __host__ __device__ static constexpr int64_t bytes(int64_t top_k) {
+    return 5 * kNumTables * kTableSums * top_k * 4;
+  }
   __device__ Tables(void* memory, int32_t top_k) {
     const int32_t size = kNumTables * kTableSums * top_k;
     auto* at = static_cast<int32_t*>(memory);
@@ -159,7 +161,8 @@ struct Work {
   }
   // Where a step's piece begins in the row.
   __device__ int64_t offset_of(int32_t step) const {
-    return cut.num_pieces == 1 ? 0 : int64_t{(first_unit + step) % cut.num_pieces} * cut.piece_bytes;
+    return cut.num_pieces == 1 ? 0
+                               : int64_t{(first_unit + step) % cut.num_pieces} * cut.piece_bytes;
   }
 };
 
@@ -192,7 +195,8 @@ class Scout {
       for (const int kind : {kForPeers, kOwn}) {
         const int32_t slot = next[kind] % kNumTables, use = next[kind] / kNumTables;
         if (!is_left(kind)) continue;
-        if (use > 0 && !mbarrier_test_wait_parity(&shared_.used[kind][slot], (use - 1) & 1)) {  // [U]
+        if (use > 0 &&
+            !mbarrier_test_wait_parity(&shared_.used[kind][slot], (use - 1) & 1)) {  // [U]
           continue;  // the other loader may be waiting
         }
         fill_table(kind, next[kind]++);
@@ -458,8 +462,8 @@ class Loader {
     row.position = is_own ? __popc(own & lower) : __popc(own) + num_lower;
     row.source = y_at(y_row, at);
     if (row.is_sum) {
-      row.source = reinterpret_cast<uint64_t>(a_.partial) +
-                   (rank * a_.num_tokens + t) * row_bytes_ + at;
+      row.source =
+          reinterpret_cast<uint64_t>(a_.partial) + (rank * a_.num_tokens + t) * row_bytes_ + at;
     }
     const uint32_t adds_own = own != 0 && num_before == __popc(peers) ? kAddsOwn : 0;
     emit(row, {kEndsUnit | adds_own, bytes_at(at), 0,
@@ -478,7 +482,7 @@ class Loader {
   const int32_t lane_;
   const int64_t row_bytes_;
   const int32_t num_stages_, max_rows_;
-  int32_t stage_ = 0, free_stages_;  // the next one, and how many are free from there on
+  int32_t stage_ = 0, free_stages_;         // the next one, and how many are free from there on
   uint32_t next_job_ = 0, oldest_job_ = 0;  // in flight: [oldest, next)
 };
 
@@ -492,7 +496,7 @@ __device__ void run_adder(const Cut& cut, Shared& shared, const char* stages, ch
   float sum[kVectorsEach][kCount] = {};    // of this rank's rows
   float total[kVectorsEach][kCount] = {};  // of ranks, for own units
   uint4 own[kVectorsEach] = {};            // the rounded sum of this rank's rows, for own units
-  const auto add = [&](uint4 vector, float(&to)[kCount]) {
+  const auto add = [&](uint4 vector, float (&to)[kCount]) {
     float x[kCount];
     Vector::load(vector, x);
 #pragma unroll
@@ -577,7 +581,7 @@ __device__ void run_adder(const Cut& cut, Shared& shared, const char* stages, ch
 // By one thread: has sums for peers copied to them, and says so, but for the newest kUntold ones.
 template <int kUntold>
 __device__ void run_storer(const Cut& cut, Shared& shared, const char* results) {
-  uint32_t signal[kUntold] = {};         // of the newest: units that are done with them
+  uint32_t signal[kUntold] = {};  // of the newest: units that are done with them
   uint32_t stored = 0, told = 0;
   const auto tell = [&](uint32_t num_units) {
     if (num_units <= told) return;

@@ -9,12 +9,11 @@
 //           stages each. Senders load (or quantise) each of the rank's own tokens once and store it
 //           to its rows here, and to one row at each other rank that has any: the first of them, or
 //           a row of the landing area. From there a receiver of that rank fetches it and stores it
-//           to the token's other rows. Warp 7, the messenger, talks to the peers. Warp 6 sends the
-//           weights. All but the messenger, when they have nothing else to do, zero what holds no
-//           row. A unit is a piece of
-//           a token's row; sender m of n has the units m, m + n, .. of its block, receivers
-//           likewise. Block b has the same units on every rank, so it only ever meets the blocks b
-//           of the peers.
+//           to the token's other rows. Warp 6 sends the weights; warp 7, the messenger, talks to the
+//           peers. All others, when they have nothing else to do, zero what holds no row. A unit is
+//           a piece of a token's row; sender m of n has the units m, m + n, .. of its block,
+//           receivers likewise. Block b has the same units on every rank, so it only ever meets the
+//           blocks b of the peers.
 // Buffers:  name            | lives on       | written by                     | read by
 //           x, topk_weights | XLA, own       | before the call                | own senders
 //           tokens, weights,| XLA, each rank | peers' senders, [S2]..[P1]     | receivers, [P2], what
@@ -23,8 +22,7 @@
 //           landing         | each rank      | peers' senders, [S2]..[P1]     | receivers, [P2]
 //           stages          | shared memory  | ring's loads                   | ring's stores
 // Protocol: 1. [S1] show tokens, weights, scales, landing; [S2] wait for all.
-//           2. Senders store their units, receivers those that are there. [V] are the weights, and
-//           with them scales that are no multiples of 16 bytes, for which see store_next.
+//           2. Senders store their units, receivers those that are there. [V] are the weights.
 //           3. [P1] when units are written at the peers, the block tells the peers' blocks how many;
 //           [P2] a receiver knows the count before it fetches a unit. A block ends when it has told
 //           all and knows all.
@@ -54,15 +52,14 @@ constexpr int kNumWarps = 8;
 constexpr int kNumThreads = kNumWarps * 32;
 constexpr int kMessenger = kNumWarps - 1;
 constexpr int kWeigher = kNumWarps - 2;
-constexpr int kMaxRings = 6;  // half of them senders, half receivers
-constexpr int kFewUnits = 64;  // of a block: a sender and a receiver do; with more, two of each
+constexpr int kMaxRings = 6;    // half of them senders, half receivers
+constexpr int kFewUnits = 64;   // of a block: a sender and a receiver do; with more, two of each
 constexpr int kMaxStages = 32;  // of a block
 constexpr int kMinStages = 2;   // of a ring
 constexpr int64_t kMaxPieceBytes = 16384;
 constexpr int64_t kRingBytes = 204 * 1024;  // of shared memory, for all rings
 constexpr int kNumDequantized = 2;          // buffers of a ring
 constexpr int32_t kDequantizedBytes = 4096;
-constexpr int kMostUntold = 8;              // of the newest units of a sender
 static_assert(kMaxRings <= kMaxMovers && kMaxRings <= kWeigher);
 static_assert(kRingBytes / 2 - kNumDequantized * kDequantizedBytes >=
               kMinStages * WireRowBytes(kMaxFp8Channels));
@@ -207,8 +204,7 @@ class Ring {
         first_unit_(first_unit),
         num_units_(num_steps(shared.box.num_units, index, count_)),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
-        num_scales_(kMode == Mode::kCopy ? 0
-                                         : static_cast<int32_t>(a.num_channels / kScaleBlock)),
+        num_scales_(kMode == Mode::kCopy ? 0 : static_cast<int32_t>(a.num_channels / kScaleBlock)),
         stages_(memory),
         dequantized_(memory + cut.num_stages * cut.stage_bytes) {}
 
@@ -272,7 +268,7 @@ class Ring {
   // Stores the oldest unit, and returns it.
   __device__ Unit store_next() {
     mbarrier_wait_parity(&shared_.full[store_slot()], parity_);  // [L]
-    __syncwarp();  // what the lanes noted
+    __syncwarp();                                                // what the lanes noted
     const Unit unit = shared_.unit[store_slot()];
     const uint64_t to = shared_.to[store_slot()][lane_];
     const char* stage = stages_ + store_stage_ * cut_.stage_bytes;
@@ -286,9 +282,8 @@ class Ring {
     if (kMode == Mode::kQuantize) store_scales(stage, unit.crosses);
     bulk_commit_group();
     if (kMode == Mode::kDequantize) {
-      with_vector(a_.type, [&](auto vector) {
-        store_dequantized<decltype(vector)>(stage, lands ? 0 : to);
-      });
+      with_vector(a_.type,
+                  [&](auto vector) { store_dequantized<decltype(vector)>(stage, lands ? 0 : to); });
     }
     if (++store_stage_ == cut_.num_stages) {
       store_stage_ = 0;
@@ -312,8 +307,8 @@ class Ring {
     }
     // Not for the copy engine; what crosses is released at once, for [P1].
     for (uint32_t left = __ballot_sync(0xffffffffu, to != 0); left != 0; left &= left - 1) {
-      auto* at = reinterpret_cast<float*>(
-          __shfl_sync(0xffffffffu, to, __ffs(static_cast<int>(left)) - 1));
+      auto* at =
+          reinterpret_cast<float*>(__shfl_sync(0xffffffffu, to, __ffs(static_cast<int>(left)) - 1));
       for (int32_t s = lane_; s < num_scales_; s += 32) {
         at[s] = reinterpret_cast<const float*>(scales)[s];
       }
@@ -391,7 +386,9 @@ class Sender : Ring<kMode> {
         batch_(32 / top_k_),
         lane_unit_(lane_ / top_k_),
         // Enough are under way to hide how long a store takes; no more, so that peers hear soon.
-        num_untold_(num_units_ >= 64 ? 4 : num_units_ >= 40 ? 2 : 1) {}
+        num_untold_(num_units_ >= 64   ? 4
+                    : num_units_ >= 40 ? 2
+                                       : 1) {}
 
   __device__ void run() {
     fetch();
@@ -459,8 +456,7 @@ class Sender : Ring<kMode> {
     const int64_t at = this->offset_of(unit);
     this->note(mine ? to_ : 0, mine ? scales_to_ : 0, mine && crosses_, mine && lands_,
                this->bytes_at(at), num_issued_);
-    const char* x =
-        static_cast<const char*>(a_.x) + this->token_of(unit) * a_.row_bytes + at;
+    const char* x = static_cast<const char*>(a_.x) + this->token_of(unit) * a_.row_bytes + at;
     if (kMode == Mode::kCopy) {
       if (lane_ == 0) this->load(x, this->bytes_at(at));
     } else {
@@ -478,18 +474,12 @@ class Sender : Ring<kMode> {
   __device__ int32_t wait_written(const Unit& unit) {
     crossed_ = crossed_ << 1 | (unit.crosses >> lane_ & 1);  // bit i: in the unit i before
     if ((crossed_ >> num_untold_ & 1) != 0) {
-      switch (num_untold_) {
-        case 1:
-          bulk_wait_group<1>();
-          break;
-        case 2:
-          bulk_wait_group<2>();
-          break;
-        case 4:
-          bulk_wait_group<4>();
-          break;
-        default:
-          bulk_wait_group<kMostUntold>();
+      if (num_untold_ == 1) {
+        bulk_wait_group<1>();
+      } else if (num_untold_ == 2) {
+        bulk_wait_group<2>();
+      } else {
+        bulk_wait_group<4>();
       }
     }
     // Of the newest units, the newest last: a lane keeps each.
@@ -511,10 +501,10 @@ class Sender : Ring<kMode> {
   const int32_t batch_, lane_unit_;  // units whose metadata is fetched at once, and this lane's
   const int32_t num_untold_;
   int32_t num_fetched_ = 0, num_issued_ = 0, num_told_ = 0;  // of the ring's units
-  uint32_t crossed_ = 0;      // by this lane, in the newest stored units
+  uint32_t crossed_ = 0;       // by this lane, in the newest stored units
   int32_t num_own_up_to_ = 0;  // own units up to the stored unit 31 - lane before the newest
   int32_t unit_ = 0, row_ = kNoRow, expert_ = 0;  // of the next batch
-  uint64_t to_ = 0, scales_to_ = 0;  // of the batch
+  uint64_t to_ = 0, scales_to_ = 0;               // of the batch
   bool crosses_ = false, lands_ = false;
 };
 
@@ -559,9 +549,7 @@ class Receiver : Ring<kMode> {
     return r < g_.num_ranks ? r : r - g_.num_ranks;
   }
   // The next one's unit, by its place in the block.
-  __device__ int32_t next_unit() const {
-    return this->index_ + next() / num_peers_ * this->count_;
-  }
+  __device__ int32_t next_unit() const { return this->index_ + next() / num_peers_ * this->count_; }
   __device__ bool is_there() {
     if (next_unit() >= there_) there_ = units_there(shared_.box);  // [P2]
     return there_ != kBroken && next_unit() < there_;
@@ -586,7 +574,8 @@ class Receiver : Ring<kMode> {
     if (left_ == 0) return;
     const int32_t from = __ffs(static_cast<int>(left_)) - 1;
     const int32_t first = __shfl_sync(0xffffffffu, first_, from);
-    row_ = lane_ < __shfl_sync(0xffffffffu, num_rows_, from) ? a_.recv_order[first + lane_] : kNoRow;
+    row_ =
+        lane_ < __shfl_sync(0xffffffffu, num_rows_, from) ? a_.recv_order[first + lane_] : kNoRow;
   }
 
   __device__ void load_next() {
@@ -622,10 +611,10 @@ class Receiver : Ring<kMode> {
 
   const int32_t num_peers_, num_received_, fewest_rows_;
   int32_t num_fetched_ = 0, begin_ = 0;
-  uint32_t left_ = 0;                  // of [begin, begin + 32): those to come, a bit each
-  int32_t first_ = 0, num_rows_ = 0;   // in recv_order, of this lane's
-  int32_t row_ = kNoRow;               // of the next one, lane by lane
-  int32_t there_ = 0;                  // units that all peers have written, as far as is known
+  uint32_t left_ = 0;                 // of [begin, begin + 32): those to come, a bit each
+  int32_t first_ = 0, num_rows_ = 0;  // in recv_order, of this lane's
+  int32_t row_ = kNoRow;              // of the next one, lane by lane
+  int32_t there_ = 0;                 // units that all peers have written, as far as is known
 };
 
 // Stores the weights of a block's tokens, at the units that begin them; by a warp.
@@ -639,7 +628,8 @@ __device__ void send_weights(const GroupView& g, const DispatchArguments& a, con
   for (int64_t i = begin + static_cast<int64_t>(threadIdx.x) % 32; i < end; i += 32) {
     const int32_t row = a.send_row[i], expert = a.topk_idx[i];
     const float weight = a.topk_weights[i];
-    if (row != kNoRow) reinterpret_cast<float*>(shared.address[expert / num_local][1])[row] = weight;
+    if (row != kNoRow)
+      reinterpret_cast<float*>(shared.address[expert / num_local][1])[row] = weight;
   }
   release_values(shared.box);
 }

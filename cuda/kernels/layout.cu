@@ -118,7 +118,7 @@ __device__ bool make_tables(const GroupView& g, const LayoutArguments& a, int32_
 
   // 3.
   if (!grid_barrier(g, OpKind::kLayout)) return false;  // [B]
-  if (blockIdx.x == 0) send_end(g);                        // [E1]
+  if (blockIdx.x == 0) send_end(g);                     // [E1]
 
   // 4. Totals, offsets, first rows. A thread sums four experts of every n-th line.
   const int32_t num_quads = (num_experts + 3) / 4;
@@ -264,8 +264,8 @@ __global__ __launch_bounds__(kNumThreads,
   extern __shared__ int32_t shared[];
   __shared__ uint64_t address[kMaxPeers][kNumAddresses];
   const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.topk_idx)};
-  if (blockIdx.x == 0) send_start(g, OpKind::kLayout, own);           // [S1]
-  bool ok = receive_start(g, OpKind::kLayout, own, address) &&        // [S2]
+  if (blockIdx.x == 0) send_start(g, OpKind::kLayout, own);     // [S1]
+  bool ok = receive_start(g, OpKind::kLayout, own, address) &&  // [S2]
             make_tables(g, a, ids_per_block, num_cached, shared, address);
   if (blockIdx.x == 0) ok = receive_end(g, OpKind::kLayout) && ok;  // [E2]
   const Finish finish = finish_block(g, ok);
