@@ -44,6 +44,7 @@ enum class DispatchMode : int32_t {
   kCopy,
   kQuantize,    // tokens are float8_e4m3fn, with scales
   kDequantize,  // rows cross as float8_e4m3fn; tokens are products with their scales
+  kWeighted,    // tokens are products with row_weights; their products with y are summed to dots
 };
 
 struct DispatchArguments {
@@ -53,6 +54,10 @@ struct DispatchArguments {
   void* tokens;
   float* scales;   // [C, H / 128] with kQuantize, else null
   float* weights;  // with topk_weights, else null
+  // With kWeighted, else null: [C, row], [C], [C].
+  const void* y;
+  const float* row_weights;
+  float* dots;
   // Null if peers reach `tokens`. Else where they write rows in its place:
   // [R, T, LandingRowBytes], by source.
   void* landing;
@@ -64,15 +69,18 @@ struct DispatchArguments {
   bool is_integer;  // x's type
 };
 
-inline constexpr int kScaleBlock = 128;              // channels that share an fp8 scale
-inline constexpr int64_t kMaxFp8Channels = 1 << 15;  // of a row that fp8 dispatch takes
+inline constexpr int kScaleBlock = 128;                     // channels that share an fp8 scale
+inline constexpr int64_t kMaxFp8Channels = 1 << 15;         // of a row that fp8 dispatch takes
+inline constexpr int64_t kMaxWeightedRowBytes = 40 * 1024;  // that kWeighted takes
 // A quantised row as it crosses a link: the numbers, then the scales, then up to 12 bytes unused.
 constexpr int64_t WireRowBytes(int64_t num_channels) {
   return num_channels + (num_channels / kScaleBlock * 4 + 15) / 16 * 16;
 }
 // A row in the landing area.
 constexpr int64_t LandingRowBytes(DispatchMode mode, int64_t num_channels, int64_t row_bytes) {
-  return mode == DispatchMode::kCopy ? row_bytes : WireRowBytes(num_channels);
+  return mode == DispatchMode::kQuantize || mode == DispatchMode::kDequantize
+             ? WireRowBytes(num_channels)
+             : row_bytes;
 }
 
 struct CombineArguments {

@@ -5,11 +5,14 @@
 //           With fp8, x crosses as float8_e4m3fn with a scale per 128 channels, as
 //           jax_ep/reference.py's quantize defines them: tokens and scales are those, or, with
 //           kDequantize, tokens are their products in x's type.
+//           With kWeighted, which is the gradient of combine: tokens[row] = round(row_weights[row] *
+//           x of src [t]), dots[row] = sum over channels of y[row] * x of src [t], 0 if it holds no
+//           row; all in f32.
 // Roles:    one block an SM, 8 warps. The first ones, senders and then receivers, run a ring of
 //           stages each. Senders load (or quantise) each of the rank's own tokens once and store it
 //           to its rows here, and to one row at each other rank that has any: the first of them, or
 //           a row of the landing area. From there a receiver of that rank fetches it and stores it
-//           to the token's other rows. Warp 6 sends the weights; warp 7, the messenger, talks to the
+//           to the token's other rows (to all, if they differ from what has crossed). Warp 6 sends the weights; warp 7, the messenger, talks to the
 //           peers. All others, when they have nothing else to do, zero what holds no row. A unit is
 //           a piece of a token's row; sender m of n has the units m, m + n, .. of its block,
 //           receivers likewise. Block b has the same units on every rank, so it only ever meets the
@@ -58,12 +61,18 @@ constexpr int kMaxStages = 32;  // of a block
 constexpr int kMinStages = 2;   // of a ring
 constexpr int64_t kMaxPieceBytes = 16384;
 constexpr int64_t kRingBytes = 204 * 1024;  // of shared memory, for all rings
-constexpr int kNumDequantized = 2;          // buffers of a ring
-constexpr int32_t kDequantizedBytes = 4096;
+constexpr int kNumBuffers = 2;              // of a ring, for products
+constexpr int32_t kBufferBytes = 4096;
 static_assert(kMaxRings <= kMaxMovers && kMaxRings <= kWeigher);
-static_assert(kRingBytes / 2 - kNumDequantized * kDequantizedBytes >=
+static_assert(kRingBytes / 2 - kNumBuffers * kBufferBytes >=
               kMinStages * WireRowBytes(kMaxFp8Channels));
-static_assert(kRingBytes / 4 >= 3 * kMaxPieceBytes);
+static_assert(kRingBytes / 2 >= kMinStages * kMaxWeightedRowBytes);
+
+// Whether tokens are rows as they cross.
+template <Mode kMode>
+constexpr bool kIsCopied = kMode == Mode::kCopy || kMode == Mode::kQuantize;
+template <Mode kMode>
+constexpr bool kIsQuantized = kMode == Mode::kQuantize || kMode == Mode::kDequantize;
 
 // How rows are cut, the rings of a block, and the stages of a ring.
 struct Cut {
@@ -87,7 +96,7 @@ struct Shared {
   uint64_t full[kMaxStages];  // [L]
   Unit unit[kMaxStages];
   uint64_t to[kMaxStages][kMaxTopK];         // where each lane stores the row; 0: nowhere
-  uint64_t scales_to[kMaxStages][kMaxTopK];  // and its scales
+  uint64_t scales_to[kMaxStages][kMaxTopK];  // and its scales; with kWeighted, the row's number
   uint32_t num_batches;                      // of rows that have been looked at for zeroing
   Mailbox box;
 };
@@ -206,7 +215,7 @@ class Ring {
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
         num_scales_(kMode == Mode::kCopy ? 0 : static_cast<int32_t>(a.num_channels / kScaleBlock)),
         stages_(memory),
-        dequantized_(memory + cut.num_stages * cut.stage_bytes) {}
+        buffers_(memory + cut.num_stages * cut.stage_bytes) {}
 
   // Of the ring's i-th unit: its number in the group.
   __device__ int32_t unit_of(int32_t i) const { return first_unit_ + index_ + i * count_; }
@@ -219,7 +228,7 @@ class Ring {
   }
   // How many bytes of a row a unit is, as it crosses.
   __device__ uint32_t bytes_at(int64_t at) const {
-    if (kMode != Mode::kCopy) return static_cast<uint32_t>(cut_.stage_bytes);
+    if (kIsQuantized<kMode>) return static_cast<uint32_t>(cut_.stage_bytes);
     return static_cast<uint32_t>(min(int64_t{cut_.stage_bytes}, a_.row_bytes - at));
   }
   __device__ uint64_t tokens_at(uint64_t tokens, int64_t row, int64_t at) const {
@@ -229,7 +238,7 @@ class Ring {
     return scales + row * num_scales_ * 4;
   }
   __device__ uint64_t landing_at(uint64_t landing, int64_t src, int64_t t, int64_t at) const {
-    const int64_t bytes = kMode == Mode::kCopy ? a_.row_bytes : cut_.stage_bytes;
+    const int64_t bytes = kIsQuantized<kMode> ? cut_.stage_bytes : a_.row_bytes;
     return landing + (src * a_.num_tokens + t) * bytes + at;
   }
 
@@ -247,7 +256,9 @@ class Ring {
   __device__ void note(uint64_t to, uint64_t scales_to, bool crosses, bool lands, uint32_t bytes,
                        int32_t num_own) {
     shared_.to[load_slot()][lane_] = to;
-    if (kMode == Mode::kQuantize) shared_.scales_to[load_slot()][lane_] = scales_to;
+    if (kMode == Mode::kQuantize || kMode == Mode::kWeighted) {
+      shared_.scales_to[load_slot()][lane_] = scales_to;
+    }
     const uint32_t all_cross = __ballot_sync(0xffffffffu, crosses);
     const uint32_t all_land = __ballot_sync(0xffffffffu, lands);
     if (lane_ == 0) {
@@ -273,10 +284,9 @@ class Ring {
     const uint64_t to = shared_.to[store_slot()][lane_];
     const char* stage = stages_ + store_stage_ * cut_.stage_bytes;
     const bool lands = (unit.lands >> lane_ & 1) != 0;
-    if (to != 0 && (kMode != Mode::kDequantize || lands)) {
-      const int64_t bytes = kMode == Mode::kCopy ? unit.bytes
-                            : lands              ? cut_.stage_bytes
-                                                 : a_.num_channels;
+    if (to != 0 && (kIsCopied<kMode> || lands)) {
+      const bool is_whole = kMode != Mode::kQuantize || lands;
+      const int64_t bytes = is_whole ? unit.bytes : a_.num_channels;
       bulk_store(reinterpret_cast<void*>(to), stage, static_cast<uint32_t>(bytes));
     }
     if (kMode == Mode::kQuantize) store_scales(stage, unit.crosses);
@@ -284,6 +294,13 @@ class Ring {
     if (kMode == Mode::kDequantize) {
       with_vector(a_.type,
                   [&](auto vector) { store_dequantized<decltype(vector)>(stage, lands ? 0 : to); });
+    }
+    if (kMode == Mode::kWeighted) {
+      const auto row = static_cast<int32_t>(shared_.scales_to[store_slot()][lane_]);
+      with_vector(a_.type, [&](auto vector) {
+        store_weighted<decltype(vector)>(stage, lands ? 0 : to, row);
+      });
+      __syncwarp();  // all lanes have read the stage
     }
     if (++store_stage_ == cut_.num_stages) {
       store_stage_ = 0;
@@ -321,11 +338,11 @@ class Ring {
   __device__ void store_dequantized(const char* quantized, uint64_t to) {
     if (__any_sync(0xffffffffu, to != 0) == 0) return;
     const auto* scales = reinterpret_cast<const float*>(quantized + a_.num_channels);
-    constexpr int kPiece = kDequantizedBytes / 16;  // vectors
+    constexpr int kPiece = kBufferBytes / 16;  // vectors
     const auto num_vectors = static_cast<int32_t>(a_.num_channels / Vector::kCount);
     for (int32_t begin = 0; begin < num_vectors; begin += kPiece) {
-      char* buffer = dequantized_ + num_dequantized_++ % kNumDequantized * kDequantizedBytes;
-      bulk_wait_group_read<kNumDequantized - 1>();  // each lane of its own stores
+      char* buffer = buffers_ + num_buffered_++ % kNumBuffers * kBufferBytes;
+      bulk_wait_group_read<kNumBuffers - 1>();  // each lane of its own stores
       __syncwarp();
       const int32_t size = min(kPiece, num_vectors - begin);
 #pragma unroll 4
@@ -354,6 +371,77 @@ class Ring {
     }
   }
 
+  // Stores the products of x's row with the weights of the lanes' rows, and its dot products with
+  // the rows of y.
+  template <typename Vector>
+  __device__ void store_weighted(const char* x, uint64_t to, int32_t row) {
+    constexpr int kAtOnce = 14;  // vectors of a lane
+    const uint32_t rows = __ballot_sync(0xffffffffu, to != 0);
+    if (rows == 0) return;
+    const float weight = to != 0 ? a_.row_weights[row] : 0.0f;
+    const auto num_vectors = static_cast<int32_t>(a_.row_bytes / 16);
+    // Row by row, so many vectors at once; what is next of y is loaded meanwhile. Products are not
+    // for the copy engine: its fences would wait for those loads.
+    struct Place {
+      uint32_t left;  // rows from this one on
+      int32_t begin = 0;
+    };
+    Place next{rows};
+    const auto advance = [&](Place& place) {
+      place.begin += 32 * kAtOnce;
+      if (place.begin < num_vectors) return;
+      place.begin = 0;
+      place.left &= place.left - 1;
+    };
+    uint4 y_next[kAtOnce] = {};
+    const auto load = [&] {
+      if (next.left == 0) return;
+      const int32_t at = __shfl_sync(0xffffffffu, row, __ffs(static_cast<int>(next.left)) - 1);
+      const auto* y =
+          reinterpret_cast<const uint4*>(static_cast<const char*>(a_.y) + at * a_.row_bytes) +
+          next.begin + lane_;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        y_next[j] =
+            next.begin + 32 * j + lane_ < num_vectors ? __ldcs(y + 32 * j) : uint4{0, 0, 0, 0};
+      }
+      advance(next);
+    };
+    load();
+    float dot = 0.0f;
+    for (Place place{rows}; place.left != 0;) {
+      uint4 y_here[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) y_here[j] = y_next[j];
+      load();
+      const int32_t from = __ffs(static_cast<int>(place.left)) - 1;
+      const float w = __shfl_sync(0xffffffffu, weight, from);
+      auto* products = reinterpret_cast<uint4*>(__shfl_sync(0xffffffffu, to, from));
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int32_t i = place.begin + 32 * j + lane_;
+        if (i >= num_vectors) break;
+        float value[Vector::kCount], y[Vector::kCount];
+        Vector::load(reinterpret_cast<const uint4*>(x)[i], value);
+        Vector::load(y_here[j], y);
+#pragma unroll
+        for (int c = 0; c < Vector::kCount; ++c) {
+          dot = __fmaf_rn(y[c], value[c], dot);
+          value[c] = __fmul_rn(w, value[c]);
+        }
+        __stcs(products + i, Vector::store(value));
+      }
+      const bool ends_row = place.begin + 32 * kAtOnce >= num_vectors;
+      if (ends_row) {
+#pragma unroll
+        for (int m = 16; m > 0; m /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, m);
+        if (lane_ == from) a_.dots[row] = dot;
+        dot = 0.0f;
+      }
+      advance(place);
+    }
+  }
+
   const GroupView& g_;
   const DispatchArguments& a_;
   const Cut& cut_;
@@ -364,12 +452,12 @@ class Ring {
   const int32_t lane_, num_scales_;
 
  private:
-  char* const stages_;       // [num_stages][stage_bytes]
-  char* const dequantized_;  // [kNumDequantized][kDequantizedBytes]
+  char* const stages_;   // [num_stages][stage_bytes]
+  char* const buffers_;  // [kNumBuffers][kBufferBytes]
   // Units loaded and stored, the stages of the next ones, the phase to wait for.
   int32_t num_loaded_ = 0, num_stored_ = 0, load_stage_ = 0, store_stage_ = 0;
   uint32_t parity_ = 0;
-  uint32_t num_dequantized_ = 0;
+  uint32_t num_buffered_ = 0;
 };
 
 // Stores this rank's tokens to all ranks.
@@ -439,8 +527,9 @@ class Sender : Ring<kMode> {
       } else if (is_own || crosses) {
         to_ = this->tokens_at(address[0], row_, at);
         if (kMode == Mode::kQuantize) scales_to_ = this->scales_at(address[2], row_);
-        // The receiver finds numbers and scales where the products will be.
-        lands_ = crosses && kMode == Mode::kDequantize;
+        if (kMode == Mode::kWeighted) scales_to_ = static_cast<uint64_t>(row_);
+        // The receiver finds what has crossed where its products will be.
+        lands_ = crosses && !kIsCopied<kMode>;
       }
     }
     fetch();
@@ -457,7 +546,7 @@ class Sender : Ring<kMode> {
     this->note(mine ? to_ : 0, mine ? scales_to_ : 0, mine && crosses_, mine && lands_,
                this->bytes_at(at), num_issued_);
     const char* x = static_cast<const char*>(a_.x) + this->token_of(unit) * a_.row_bytes + at;
-    if (kMode == Mode::kCopy) {
+    if (!kIsQuantized<kMode>) {
       if (lane_ == 0) this->load(x, this->bytes_at(at));
     } else {
       char* stage = this->load_stage();
@@ -520,7 +609,7 @@ class Receiver : Ring<kMode> {
       : Base(g, a, cut, shared, index, cut.num_rings / 2 + index, first_unit, memory),
         num_peers_(g.num_ranks - 1),
         num_received_(this->num_units_ * num_peers_),
-        fewest_rows_(a.landing != nullptr || kMode == Mode::kDequantize ? 1 : 2) {}
+        fewest_rows_(a.landing != nullptr || !kIsCopied<kMode> ? 1 : 2) {}
 
   // False if the group is broken.
   __device__ bool run() {
@@ -591,12 +680,13 @@ class Receiver : Ring<kMode> {
     } else if (kMode == Mode::kQuantize) {
       bytes = static_cast<uint32_t>(a_.num_channels);
     }
-    const bool is_final = kMode != Mode::kDequantize && !landed && lane_ == 0;
+    const bool is_final = kIsCopied<kMode> && !landed && lane_ == 0;
     if (row_ != kNoRow && !is_final) {
       to = this->tokens_at(tokens, row_, at);
       if (kMode == Mode::kQuantize) {
         scales_to = this->scales_at(reinterpret_cast<uint64_t>(a_.scales), row_);
       }
+      if (kMode == Mode::kWeighted) scales_to = static_cast<uint64_t>(row_);
     }
     this->note(to, scales_to, false, false, bytes, 0);
     if (kMode == Mode::kQuantize && !landed) {
@@ -646,16 +736,18 @@ __device__ void zero_rest(const DispatchArguments& a, Shared& shared) {
     used = __reduce_add_sync(0xffffffffu, used);
   }
   const int64_t end = a.zero_tail ? a.capacity : used;
+  const int64_t last = a.dots != nullptr ? a.capacity : end;
   while (true) {
     uint32_t taken = 0;
     if (lane == 0) taken = atomicAdd(&shared.num_batches, 1);
     taken = __shfl_sync(0xffffffffu, taken, 0);
     const int64_t batch = (int64_t{taken} * gridDim.x + blockIdx.x) * 32;
-    if (batch >= end) return;
+    if (batch >= last) return;
     const int64_t row = batch + lane;
-    const bool is_empty = row < end && a.recv_src[row] == kNoSource;
-    if (is_empty && a.weights != nullptr) a.weights[row] = 0.0f;
-    uint32_t empty = __ballot_sync(0xffffffffu, is_empty);
+    const bool is_empty = row < last && a.recv_src[row] == kNoSource;
+    if (is_empty && a.dots != nullptr) a.dots[row] = 0.0f;
+    if (is_empty && row < end && a.weights != nullptr) a.weights[row] = 0.0f;
+    uint32_t empty = __ballot_sync(0xffffffffu, is_empty && row < end);
     for (; empty != 0; empty &= empty - 1) {
       const int64_t zero_row = batch + __ffs(static_cast<int>(empty)) - 1;
       auto* at = reinterpret_cast<uint4*>(static_cast<char*>(a.tokens) + zero_row * row_bytes);
@@ -717,6 +809,7 @@ __global__ __launch_bounds__(kNumThreads,
       fill(a.scales, a.capacity * a.num_channels / kScaleBlock * 4, kNan);
     }
     if (a.weights != nullptr) fill(a.weights, a.capacity * 4, kNan);
+    if (a.dots != nullptr) fill(a.dots, a.capacity * 4, kNan);
   }
   end_call(g);
 }
@@ -735,10 +828,13 @@ cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_s
     cut.num_rings = a.num_tokens * num_pieces <= int64_t{kFewUnits} * num_sms ? 2 : 4;
     num_stages = kRingBytes / cut.num_rings / cut.stage_bytes;
   } else {
-    if (a.num_channels > kMaxFp8Channels) return cudaErrorInvalidValue;
+    if (kIsQuantized<kMode> ? a.num_channels > kMaxFp8Channels
+                            : a.row_bytes > kMaxWeightedRowBytes) {
+      return cudaErrorInvalidValue;
+    }
     cut.num_pieces = 1;
-    cut.stage_bytes = static_cast<int32_t>(WireRowBytes(a.num_channels));
-    const int64_t buffers = kMode == Mode::kDequantize ? kNumDequantized * kDequantizedBytes : 0;
+    cut.stage_bytes = static_cast<int32_t>(LandingRowBytes(a.mode, a.num_channels, a.row_bytes));
+    const int64_t buffers = kMode == Mode::kDequantize ? kNumBuffers * kBufferBytes : 0;
     cut.num_rings = kMaxRings + 2;
     do {
       cut.num_rings -= 2;
@@ -764,13 +860,15 @@ cudaError_t LaunchDispatch(const GroupView& group, const DispatchArguments& a, i
       return Launch<Mode::kQuantize>(group, a, num_sms, stream);
     case Mode::kDequantize:
       return Launch<Mode::kDequantize>(group, a, num_sms, stream);
+    case Mode::kWeighted:
+      return Launch<Mode::kWeighted>(group, a, num_sms, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 cudaError_t PrepareDispatch() {
   for (auto* kernel : {dispatch_kernel<Mode::kCopy>, dispatch_kernel<Mode::kQuantize>,
-                       dispatch_kernel<Mode::kDequantize>}) {
+                       dispatch_kernel<Mode::kDequantize>, dispatch_kernel<Mode::kWeighted>}) {
     if (cudaError_t e = PrepareKernel(kernel, kRingBytes); e != cudaSuccess) return e;
   }
   return cudaSuccess;
