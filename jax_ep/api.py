@@ -232,6 +232,8 @@ def dispatch(
         else:
             tokens, scales, weights = ffi.bind_dispatch(
                 x,
+                layout.topk_idx,
+                layout.send_row,
                 layout.recv_src,
                 layout.recv_order,
                 layout.recv_offsets,

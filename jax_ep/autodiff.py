@@ -28,6 +28,8 @@ def spread(quantization: int, layout: Layout, x: Array, weights: Array | None) -
     """Rows and weights into expert order; ``quantization`` says how rows travel."""
     tokens, _, recv_weights = ffi.bind_dispatch(
         x,
+        layout.topk_idx,
+        layout.send_row,
         layout.recv_src,
         layout.recv_order,
         layout.recv_offsets,

@@ -1,8 +1,10 @@
 """The three custom calls as JAX primitives: result shapes, attributes, lowering.
 
 Each primitive is one target on every platform: ``jax_ep_layout``, ``jax_ep_dispatch``,
-``jax_ep_combine``. Operand and result order is the handlers' (xla_ffi/<op>_cpu.cc). Result types
-derive from the operands' types, so that shardings and varying axes carry over.
+``jax_ep_combine``. Operand and result order is the CUDA handlers' (xla_ffi/handlers_cuda.cc), but
+for the coordinates, which handlers take first. The CPU handlers (xla_ffi/<op>_cpu.cc) do with less:
+dispatch without topk_idx and send_row, combine without scratch. Result types derive from the
+operands' types, so that shardings and varying axes carry over.
 """
 
 import functools
@@ -66,6 +68,8 @@ def bind_layout(
 
 def bind_dispatch(
     x: jax.Array,
+    topk_idx: jax.Array,
+    send_row: jax.Array,
     recv_src: jax.Array,
     recv_order: jax.Array,
     recv_offsets: jax.Array,
@@ -85,6 +89,8 @@ def bind_dispatch(
     results = _dispatch_p.bind(
         x,
         group.coordinates(axis_name),
+        topk_idx,
+        send_row,
         recv_src,
         recv_order,
         recv_offsets,
@@ -164,6 +170,8 @@ def _layout_shapes(
 def _dispatch_shapes(
     x: Any,
     coordinates: Any,
+    topk_idx: Any,
+    send_row: Any,
     recv_src: Any,
     *_operands: Any,
     has_weights: bool,
@@ -196,46 +204,39 @@ def _combine_shapes(
 _lowered_program: object = None  # whose call sites are being counted
 
 
-def _lower(
-    target: str, platform: str, ctx: Any, first: Any, *rest: Any, **params: Any
-) -> Sequence[Any]:
+def _lower(target: str, platform: str, ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:
     axis_name = params.pop("axis_name")
     members = group.members(ctx, axis_name)
+    # The primitives take the typed operand first, the handlers take the coordinates first.
+    order = [1, 0, *range(2, len(operands))]
+    results = list(ctx.avals_out)
     if platform == "cpu":
         runtime.require_cpu(target, members)
         global _lowered_program
         if _lowered_program is not compat.program_identity(ctx):
             _lowered_program = compat.program_identity(ctx)
             _cpu.begin_program()
+        if target == "jax_ep_dispatch":
+            # topk_idx and send_row say where a sender's rows go. There the receiver fetches them.
+            del order[2:4]
     else:
         runtime.require_cuda(target)
+        results += _scratch(target, ctx.avals_in, params)
     attributes = {name: np.int64(value) for name, value in params.items()}
     rule = jax.ffi.ffi_lowering(target)
-    # The primitives take the typed operand first, the handlers take the coordinates first.
-    results = list(ctx.avals_out)
-    if platform == "cuda":
-        results += _scratch(target, ctx.avals_in, params)
-    handler_ctx = ctx.replace(
-        avals_in=[ctx.avals_in[1], ctx.avals_in[0], *ctx.avals_in[2:]], avals_out=results
-    )
+    handler_ctx = ctx.replace(avals_in=[ctx.avals_in[i] for i in order], avals_out=results)
     values: Sequence[Any] = rule(
-        handler_ctx, rest[0], first, *rest[1:], members=members, **attributes
+        handler_ctx, *(operands[i] for i in order), members=members, **attributes
     )
     return values[: len(ctx.avals_out)]
 
 
 def _scratch(target: str, avals: Sequence[Any], params: dict[str, Any]) -> list[Any]:
-    """Memory that the CUDA kernels want XLA to find for the time of the call."""
-    first = avals[0]
-    if target == "jax_ep_combine":  # a row per (rank, token)
-        num_tokens = avals[2].shape[0]
-        return [first.update(shape=(params["num_ranks"], num_tokens, first.shape[1]))]
-    if target == "jax_ep_dispatch" and params["quantization"] != NO_QUANTIZATION:
-        # Quantised rows as they cross a link: WireRowBytes in cuda/launch.h.
-        num_tokens, num_channels = first.shape
-        row_bytes = num_channels + -(-num_channels // SCALE_BLOCK * 4 // 16) * 16
-        return [first.update(shape=(num_tokens, row_bytes), dtype=jnp.dtype(jnp.uint8))]
-    return []
+    """Memory that a CUDA kernel wants XLA to find for the time of the call."""
+    if target != "jax_ep_combine":
+        return []
+    y, num_tokens = avals[0], avals[2].shape[0]  # a row per (rank, token)
+    return [y.update(shape=(params["num_ranks"], num_tokens, y.shape[1]))]
 
 
 def _refuse_vmap(target: str, *_: Any, **__: Any) -> Any:

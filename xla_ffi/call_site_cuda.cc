@@ -36,10 +36,10 @@ ffi::ErrorOr<std::unique_ptr<CudaSiteState>> MakeCudaSite(
 // That is right because calls of a device follow one another on its stream, and a peer touches the
 // region only between two mails (group_sync.cuh). It begins after [S2], which observes this call's
 // own [S1], so never before what stands on the stream before the kernel: the copies in. It ends
-// before the kernel does: [E2] says that peers read no more; in combine, where peers write, [P2]
-// of the last chunk says that they write no more. So what the stream does after the kernel, the
-// copies out and the next call's copies in, meets nobody. A replayed command buffer repeats copies
-// and kernel in the same order.
+// before the kernel does: a peer writes nothing after its last [P1], which the kernel waits for
+// ([P2]), and reads nothing, which it does in layout alone, after [E1] ([E2]). So what the stream
+// does after the kernel, the copies out and the next call's copies in, meets nobody. A replayed
+// command buffer repeats copies and kernel in the same order.
 //
 // After a timeout that no longer holds, here as for XLA's buffers; then the group is broken, and
 // the region is used again only when every rank's device has come to an end.
@@ -82,7 +82,7 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t 
     if (!problem) continue;
     if (call->num_staged_ == gpu::kNumAddresses) return fail("too many shared buffers");
     call->staged_[call->num_staged_++] = {buffer, reinterpret_cast<void*>(call->staging + used)};
-    used += (buffer.bytes + kStagingAlignment - 1) / kStagingAlignment * kStagingAlignment;
+    used += (buffer.staged_bytes() + kStagingAlignment - 1) / kStagingAlignment * kStagingAlignment;
     names += (names.empty() ? "" : ", ") + std::string(buffer.name);
     reason = std::move(*problem);
   }

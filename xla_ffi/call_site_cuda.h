@@ -35,8 +35,10 @@ xla::ffi::ErrorOr<std::unique_ptr<CudaSiteState>> MakeCudaSite(
 // What happens to a shared buffer during the call.
 enum class Use {
   kInput,    // peers read it
-  kScratch,  // this device writes it and peers read it; nobody needs it after the call
-  kOutput,   // this device and peers write it
+  kScratch,  // peers write it; nobody needs it after the call
+  kOutput,   // peers and this device write it
+  kLanding,  // likewise; if peers cannot reach it, they write a landing area in its place, from which
+             // this device moves on what it finds
 };
 
 // A buffer that peers read or write during the call.
@@ -45,6 +47,9 @@ struct SharedBuffer {
   const void* data;
   size_t bytes;
   Use use = Use::kInput;
+  size_t landing_bytes = 0;  // of the landing area
+
+  size_t staged_bytes() const { return use == Use::kLanding ? landing_bytes : bytes; }
 };
 
 // A call of one device: its view of the group, and where its shared buffers are.
@@ -54,10 +59,15 @@ class GroupCall : public gpu::GroupView {
   // region.
   template <typename T>
   T* At(T* buffer) const {
-    for (int i = 0; i < num_staged_; ++i) {
-      if (staged_[i].buffer.data == buffer) return static_cast<T*>(staged_[i].at);
-    }
-    return buffer;
+    const Staged* staged = Find(buffer);
+    const bool moves = staged != nullptr && staged->buffer.use != Use::kLanding;
+    return moves ? static_cast<T*>(staged->at) : buffer;
+  }
+
+  // The landing area of a buffer; null if peers reach the buffer.
+  void* LandingOf(const void* buffer) const {
+    const Staged* staged = Find(buffer);
+    return staged != nullptr && staged->buffer.use == Use::kLanding ? staged->at : nullptr;
   }
 
   // Ranks whose sizes differ find that they are in different calls.
@@ -76,6 +86,12 @@ class GroupCall : public gpu::GroupView {
     SharedBuffer buffer;
     void* at;
   };
+  const Staged* Find(const void* buffer) const {
+    for (int i = 0; i < num_staged_; ++i) {
+      if (staged_[i].buffer.data == buffer) return &staged_[i];
+    }
+    return nullptr;
+  }
   Staged staged_[gpu::kNumAddresses];
   int num_staged_ = 0;
 };

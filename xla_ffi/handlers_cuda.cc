@@ -1,5 +1,5 @@
-// The CUDA handlers: decode, check, launch. Same targets and attributes as the CPU's; the scratch
-// of combine and of fp8 dispatch is one result more.
+// The CUDA handlers: decode, check, launch. Same targets and attributes as the CPU's; dispatch takes
+// topk_idx and send_row too, and the scratch of combine is one result more.
 #include "xla_ffi/handlers_cuda.h"
 
 #include "xla_ffi/attributes.h"
@@ -105,22 +105,27 @@ ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, La
 }
 
 ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
-                    DispatchAttributes a, I32 /*coordinates*/, ffi::AnyBuffer x, I32 recv_src,
-                    I32 recv_order, I32 recv_offsets, I32 group_sizes,
-                    ffi::RemainingArgs optional_in, ffi::Result<ffi::AnyBuffer> tokens,
-                    ffi::RemainingRets optional_out) {
+                    DispatchAttributes a, I32 /*coordinates*/, ffi::AnyBuffer x, I32Matrix topk_idx,
+                    I32Matrix send_row, I32 recv_src, I32 recv_order, I32 recv_offsets,
+                    I32 group_sizes, ffi::RemainingArgs optional_in,
+                    ffi::Result<ffi::AnyBuffer> tokens, ffi::RemainingRets optional_out) {
   const int64_t capacity = recv_src.dimensions()[0];
   const bool is_fp8 = a.quantization != 0;
   const bool keeps_fp8 = is_fp8 && a.dequantize == 0;
-  // Results after tokens: scales, weights; then the quantised rows, which are scratch.
+  const gpu::DispatchMode mode = !is_fp8     ? gpu::DispatchMode::kCopy
+                                 : keeps_fp8 ? gpu::DispatchMode::kQuantize
+                                             : gpu::DispatchMode::kDequantize;
+  // Results after tokens: scales, weights.
   const size_t num_out = (keeps_fp8 ? 1 : 0) + (a.has_weights ? 1 : 0);
   Checks checks(a.kOp);
   checks.Shape("x", x, {a.num_tokens, -1});
+  checks.Shape("topk_idx", topk_idx, {a.num_tokens, a.top_k});
+  checks.Shape("send_row", send_row, {a.num_tokens, a.top_k});
   checks.Shape("recv_order", recv_order, {capacity});
   checks.Shape("recv_offsets", recv_offsets, {a.num_ranks * a.num_tokens + 1});
   checks.Require(a.top_k <= gpu::kMaxTopK, "k must be at most " + std::to_string(gpu::kMaxTopK));
-  checks.Require(optional_in.size() == (a.has_weights ? 1u : 0u) &&
-                     optional_out.size() == num_out + (is_fp8 ? 1 : 0),
+  checks.Require(group_sizes.dimensions()[0] > 0, "group_sizes must not be empty");
+  checks.Require(optional_in.size() == (a.has_weights ? 1u : 0u) && optional_out.size() == num_out,
                  "the number of operands or results disagrees with the attributes");
   if (!checks.ok()) return checks.error();
   const int64_t num_channels = x.dimensions()[1];
@@ -136,20 +141,14 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
                        std::to_string(gpu::kScaleBlock) + " and at most " +
                        std::to_string(gpu::kMaxFp8Channels));
   }
-  SharedBuffer shown{"x", x.untyped_data(), x.size_bytes()};
-  void* wire = nullptr;
-  if (is_fp8) {
-    auto out = *optional_out.get<ffi::AnyBuffer>(num_out);
-    checks.Shape("wire", *out, {a.num_tokens, gpu::WireRowBytes(num_channels)});
-    wire = out->untyped_data();
-    shown = {"wire", wire, out->size_bytes(), Use::kScratch};
-  }
   float* scales = nullptr;
+  size_t scales_bytes = 0;
   if (keeps_fp8) {
     auto out = *optional_out.get<ffi::AnyBuffer>(0);
     checks.Type("scales", *out, ffi::F32);
     checks.Shape("scales", *out, {capacity, num_channels / gpu::kScaleBlock});
     scales = static_cast<float*>(out->untyped_data());
+    scales_bytes = out->size_bytes();
   }
   const float* topk_weights = nullptr;
   float* weights = nullptr;
@@ -163,38 +162,51 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
     checks.Shape("weights", *out, {capacity});
     topk_weights = static_cast<const float*>(in.untyped_data());
     weights = static_cast<float*>(out->untyped_data());
-    weights_bytes = in.size_bytes();
+    weights_bytes = out->size_bytes();
   }
   if (!checks.ok()) return checks.error();
+  const auto landing_bytes = static_cast<size_t>(
+      a.num_ranks * a.num_tokens * gpu::LandingRowBytes(mode, num_channels, row_bytes));
   GroupCall group;
-  if (ffi::Error e = EnterGroup(*state, ordinal, stream,
-                                {shown, {"topk_weights", topk_weights, weights_bytes}}, &group);
+  if (ffi::Error e = EnterGroup(
+          *state, ordinal, stream,
+          {{"tokens", tokens->untyped_data(), tokens->size_bytes(), Use::kLanding, landing_bytes},
+           {"weights", weights, weights_bytes, Use::kOutput},
+           {"scales", scales, scales_bytes, Use::kOutput}},
+          &group);
       e.failure()) {
     return e;
   }
-  group.Distinguish({num_channels, static_cast<int64_t>(x.element_type())});
-  const gpu::DispatchArguments arguments{group.At(x.untyped_data()),
-                                         group.At(topk_weights),
+  const int64_t num_local_experts = group_sizes.dimensions()[0];
+  // Peers write rows of this rank by their own numbers for it, so all sizes must agree.
+  group.Distinguish(
+      {num_channels, static_cast<int64_t>(x.element_type()), capacity, num_local_experts});
+  const gpu::DispatchArguments arguments{x.untyped_data(),
+                                         topk_weights,
+                                         topk_idx.typed_data(),
+                                         send_row.typed_data(),
                                          recv_src.typed_data(),
                                          recv_order.typed_data(),
                                          recv_offsets.typed_data(),
                                          group_sizes.typed_data(),
-                                         group.At(wire),
                                          tokens->untyped_data(),
-                                         scales,
-                                         weights,
+                                         group.At(scales),
+                                         group.At(weights),
+                                         group.LandingOf(tokens->untyped_data()),
                                          a.num_tokens,
                                          a.top_k,
                                          capacity,
-                                         group_sizes.dimensions()[0],
+                                         num_local_experts,
                                          num_channels,
                                          row_bytes,
+                                         mode,
                                          type,
                                          a.quantization == 2,
                                          a.zero_tail != 0,
                                          IsInteger(x.element_type())};
-  return CudaStatus(a.kOp,
-                    gpu::LaunchDispatch(group, arguments, NumSms(ordinal, a.num_sms), stream));
+  const cudaError_t launched =
+      gpu::LaunchDispatch(group, arguments, NumSms(ordinal, a.num_sms), stream);
+  return CudaStatus(a.kOp, group.CopyOut(launched, stream));
 }
 
 ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, CombineAttributes a,
@@ -301,6 +313,8 @@ auto DispatchBinding() {
       .Attrs<DispatchAttributes>()
       .Arg<I32>()
       .Arg<ffi::AnyBuffer>()
+      .Arg<I32Matrix>()
+      .Arg<I32Matrix>()
       .Arg<I32>()
       .Arg<I32>()
       .Arg<I32>()
