@@ -387,9 +387,9 @@ std::string SymmetricMemory::Export(const std::vector<uint64_t>& pool_pointers) 
     if (device.staging == nullptr && !pool_problem_.empty()) {
       Throw("other processes cannot map XLA's memory (" + pool_problem_ +
             "), so rows have to go through a staging region. Pass "
-            "jax_ep.initialize(staging_bytes=...) in every process: a call needs up to num_ranks * "
-            "tokens * row bytes, and says so if that is too little. Or let XLA use its default "
-            "allocator (unset XLA_PYTHON_CLIENT_ALLOCATOR)");
+            "jax_ep.initialize(staging_bytes=...) in every process: a call needs about num_ranks * "
+            "tokens * row bytes, and says how much if that is too little. Or let XLA use its "
+            "default allocator (unset XLA_PYTHON_CLIENT_ALLOCATOR)");
     }
     if (device.staging == nullptr) {
       show_none();
@@ -626,16 +626,23 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
                "rest; pass a smaller num_sms to jax_ep.make_layout";
         break;
       case gpu::kToldByPeer:
-        out << rank << " was told by " << peer << ", which had waited for rank " << seen
-            << " until the timeout";
+        out << rank << " was told by " << peer << ", which has given up";
+        if (seen != static_cast<uint64_t>(record->peer)) out << " on rank " << seen;
+        out << " and says why";
         break;
       case gpu::kProgress:
         out << rank << " waited for " << peer << " to finish until the timeout (expected epoch "
             << gpu::epoch_of(expected) << ", seen " << gpu::epoch_of(seen) << " with "
             << gpu::units_of(seen, gpu::epoch_of(expected)) << " of "
             << gpu::units_of(expected, gpu::epoch_of(expected))
-            << " steps; if other work holds SMs of that GPU, pass a smaller num_sms to "
+            << " steps; if several processes share that GPU, pass a smaller num_sms to "
                "jax_ep.make_layout)";
+        break;
+      case gpu::kTwoAtOnce:
+        out << rank
+            << " found another call running on its device, where calls must follow one another. A "
+               "program with a compiler option xla_gpu_command_buffer_scheduling_mode of its own "
+               "may run them at once: set that in XLA_FLAGS instead, before jax_ep is imported";
         break;
       default:
         out << rank << " waited for " << peer << " to "

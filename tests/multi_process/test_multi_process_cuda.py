@@ -159,7 +159,7 @@ def test_one_process(job: Job) -> None:
 
 
 _WAITED = r"waited for rank 2 to come until the timeout \(expected epoch \d+, seen \d+\)"
-_TOLD = r"was told by rank [01], which had waited for rank 2 until the timeout"
+_TOLD = r"was told by rank [01], which has given up on rank 2 and says why"
 
 
 @pytest.mark.parametrize("environment", [_POOL, _STAGED], ids=["direct", "staged"])

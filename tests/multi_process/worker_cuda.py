@@ -56,8 +56,8 @@ def connect(**options: Any) -> None:
 class Layer:
     """A layer and a part of its gradient, compiled once, with data and what the oracle makes of it.
 
-    It has every kind of buffer that peers touch: ids, rows, weights, partial sums, and values that
-    are collected.
+    It has every kind of buffer that peers touch: ids, rows (as they are, quantised, dequantised),
+    weights, scales, partial sums, and values that are collected.
     """
 
     def __init__(self, num_tokens: int = NUM_TOKENS) -> None:
@@ -68,9 +68,13 @@ class Layer:
             layout = jax_ep.make_layout(ids, num_experts=self.num_experts, axis_name="ep")
             recv, pull = jax.vjp(lambda x, w: jax_ep.dispatch(x, layout, w)[:2], x, weights)
             out = jax_ep.combine(recv[0], layout, recv[1])
+            quantized = jax_ep.dispatch(x, layout, weights, fp8="float32")
+            dequantized = jax_ep.dispatch(x, layout, fp8="float32", dequantize=True)
             return {
                 "recv_src": layout.recv_src,
                 "received": recv,
+                "quantized": (quantized.tokens, quantized.scales, quantized.weights),
+                "dequantized": dequantized.tokens,
                 "out": out,
                 "gradients": pull((recv[0], recv[1] * 2)),
             }
@@ -82,9 +86,13 @@ class Layer:
         oracle = reference.make_layout(ids, num_experts=self.num_experts)
         recv = reference.dispatch(x, oracle, weights)
         assert recv[1] is not None
+        quantized = reference.quantize(x, scale_format="float32")
+        dequantized = reference.dequantize(*quantized, x.dtype)
         self.expected = {
             "recv_src": oracle.recv_src,
             "received": recv,
+            "quantized": (*(reference.dispatch(part, oracle)[0] for part in quantized), recv[1]),
+            "dequantized": reference.dispatch(dequantized, oracle)[0],
             "out": reference.combine(recv[0], oracle, recv[1]),
             "gradients": reference.dispatch_vjp(oracle, recv[0], recv[1] * 2),
         }
@@ -129,7 +137,7 @@ def grown() -> None:
     """XLA's memory has grown since initialize(): an error without a staging region."""
     join_with_gpu()
     connect()
-    layer = Layer(2**14)  # rows of 4 MB a rank, which do not fit what there was
+    layer = Layer(2**14)  # a rank receives rows of 16 MB, which do not fit what there was
     layer.print_error("GROWN")
     jax_ep.finalize()
     connect(staging_bytes=1 << 27)
@@ -172,8 +180,13 @@ def stalled() -> None:
         jax.block_until_ready(results)
         print(f"SECONDS {time.monotonic() - start:.2f}")
         floats = [p for n, _, p in local_parts(results) if n != "['recv_src']"]
-        # Rows are bfloat16, seen as uint16 here.
-        nan = [np.isnan(p) if p.dtype == np.float32 else (p & 0x7FFF) > 0x7F80 for p in floats]
+        # bfloat16 and float8 are seen as uint16 and uint8 here.
+        is_nan: dict[Any, Callable[[Any], Any]] = {
+            np.dtype(np.float32): np.isnan,
+            np.dtype(np.uint16): lambda p: (p & 0x7FFF) > 0x7F80,
+            np.dtype(np.uint8): lambda p: (p & 0x7F) == 0x7F,
+        }
+        nan = [is_nan[p.dtype](p) for p in floats]
         print("POISONED", all(part.all() for part in nan))
         try:
             jax_ep.check()

@@ -122,7 +122,10 @@ void OneProcess() {
   const auto site = Site({0, 1}, 2);
   {
     GroupCall call;
-    CHECK(EnterGroup(site, 0, nullptr, {{"x", pool, 100}}, &call).success());
+    CHECK(EnterGroup(site, 0, nullptr,
+                     {{"x", pool, 100}, {"rows", pool + 128, 100, Use::kLanding, 200}}, &call)
+              .success());
+    CHECK(call.LandingOf(pool + 128) == nullptr);
     CHECK(call.At(pool) == pool && call.operation == 7u + jax_ep::NumSms(0, 0) &&
           call.num_ranks == 2);
   }
@@ -154,7 +157,14 @@ void OneProcess() {
                  "(expected epoch 3, seen 2 with 0 of 9 steps"));
   CHECK(Contains(text_of(jax_ep::gpu::kNotResident, 128, 96), "on rank 1 only 96 of 128 blocks"));
   CHECK(Contains(text_of(jax_ep::gpu::kToldByPeer, 0, 5),
-                 "rank 1 was told by rank 0, which had waited for rank 5 until the timeout"));
+                 "rank 1 was told by rank 0, which has given up on rank 5 and says why;"));
+  CHECK(Contains(text_of(jax_ep::gpu::kToldByPeer, 0, 0),
+                 "rank 1 was told by rank 0, which has given up and says why;"));
+  CHECK(Contains(text_of(jax_ep::gpu::kTwoAtOnce, 0, 0),
+                 "rank 1 found another call running on its device"));
+  CHECK(Contains(text_of(jax_ep::gpu::kOtherCall, 10, 11),
+                 "rank 1 and rank 0 are in different calls (operation a, b)"));
+  CHECK(Contains(text_of(jax_ep::gpu::kEnd, 3, 2), "rank 1 waited for rank 0 to finish until"));
   CHECK(Memory().Synchronize(std::chrono::seconds(10)));
   Memory().Release(true);
   Memory().Release(true);
@@ -212,33 +222,43 @@ void Staging() {
   const GroupView view = View({0, 1}, 0);
   CHECK(View({0, 1}, 1).peer[0].staging == view.staging);
   const auto site = Site({0, 1}, 2);
-  std::vector<int> in(50, 3), scratch(64, 4), out(20, 5);
+  std::vector<int> in(50, 3), scratch(64, 4), out(20, 5), rows(1000, 6);
   GroupCall call;
   CHECK(EnterGroup(site, 0, nullptr,
                    {{"in", in.data(), 200},
                     {"absent", nullptr, 0},
                     {"scratch", scratch.data(), 256, Use::kScratch},
+                    {"rows", rows.data(), 4000, Use::kLanding, 200},
                     {"out", out.data(), 80, Use::kOutput}},
                    &call)
             .success());
   CHECK(Address(call.At(in.data())) == view.staging);
   CHECK(Address(call.At(scratch.data())) == view.staging + 256);
-  CHECK(Address(call.At(out.data())) == view.staging + 512);
+  CHECK(Address(call.LandingOf(rows.data())) == view.staging + 512);  // of less than 4000 bytes
+  CHECK(Address(call.At(out.data())) == view.staging + 768);
+  CHECK(call.At(rows.data()) == rows.data());
+  CHECK(call.LandingOf(out.data()) == nullptr && call.LandingOf(nullptr) == nullptr);
   CHECK(call.At(static_cast<int*>(nullptr)) == nullptr);
   CHECK(std::memcmp(call.At(in.data()), in.data(), 200) == 0);
   CHECK(call.At(scratch.data())[0] == 0);  // not copied
+  CHECK(*static_cast<int*>(call.LandingOf(rows.data())) == 0);
   std::memset(call.At(out.data()), 1, 80);
   std::memset(call.At(scratch.data()), 1, 256);
+  std::memset(call.LandingOf(rows.data()), 1, 200);
   CHECK(call.CopyOut(cudaErrorInvalidValue, nullptr) == cudaErrorInvalidValue && out[0] == 5);
   CHECK(call.CopyOut(cudaSuccess, nullptr) == cudaSuccess);
   CHECK(out[19] == 0x01010101 && scratch[0] == 4 && in[0] == 3);
+  CHECK(rows[0] == 6);  // what has landed is the kernel's to move
 
   GroupCall large;
-  const auto error = EnterGroup(
-      site, 0, nullptr, {{"a", in.data(), 600}, {"b", out.data(), 300, Use::kOutput}}, &large);
+  const auto error = EnterGroup(site, 0, nullptr,
+                                {{"a", in.data(), 200, Use::kLanding, 600},
+                                 {"b", out.data(), 80, Use::kOutput},
+                                 {"c", scratch.data(), 200, Use::kScratch}},
+                                &large);
   CHECK(error.errc() == xla::ffi::ErrorCode::kFailedPrecondition);
   CHECK(Contains(error.message(),
-                 "jax_ep_test: the other ranks cannot reach the memory of a, b "
+                 "jax_ep_test: the other ranks cannot reach the memory of a, b, c "
                  "(JAX_EP_PATH=staged), so the call needs 1280 bytes of staging "
                  "region, but device 0 has 1024"));
 
@@ -399,7 +419,7 @@ void Death(const Link& link) {
   char byte;
   CHECK(read(link.fd, &byte, 1) == 0);
   const GroupView view = View(kMembers, 0);
-  view.peer[2].control->start[0].epoch = 1;
+  view.peer[2].control->start[0].shown[0].epoch = 1;
   *reinterpret_cast<uint64_t*>(view.peer[2].staging) = 1;
   *reinterpret_cast<uint64_t*>(Address(pool) + static_cast<uint64_t>(view.peer[2].shift)) = 1;
   Memory().Release(true);
