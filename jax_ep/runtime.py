@@ -151,10 +151,12 @@ def initialize(*, timeout: float = 60.0, staging_bytes: int = 0) -> None:
 
     On CUDA peers read and write XLA's buffers directly, where they can map them. They cannot with
     ``XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async``, nor where XLA's memory grew after this call
-    (``XLA_PYTHON_CLIENT_PREALLOCATE=false``). Such buffers go through a staging region: a fixed
-    part of each device's memory, for one copy more. A call needs up to ``T * (num_ranks * row
-    bytes + 4 * K)`` of it, and fails with the number if that is not there. With the environment
-    variable ``JAX_EP_PATH=staged`` all buffers take this way.
+    (``XLA_PYTHON_CLIENT_PREALLOCATE=false``). What they would write there goes through a staging
+    region: a fixed part of each device's memory, for one copy more. A call needs up to ``num_ranks
+    * T * row bytes + 4 * max(capacity, T * K)`` of it, for rows and weights, and fp8 dispatch
+    without ``dequantize`` ``capacity * H / 32`` for scales, each rounded up to 256 bytes. If that
+    is not there the call fails with the number. With the environment variable
+    ``JAX_EP_PATH=staged`` all buffers take this way.
 
     If it fails, in one process or in all, it leaves nothing behind: once the cause is gone every
     process may call it again (one in which it succeeded calls ``finalize()`` before).
