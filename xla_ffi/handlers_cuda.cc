@@ -181,29 +181,30 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
   // Peers write rows of this rank by their own numbers for it, so all sizes must agree.
   group.Distinguish(
       {num_channels, static_cast<int64_t>(x.element_type()), capacity, num_local_experts});
-  const gpu::DispatchArguments arguments{x.untyped_data(),
-                                         topk_weights,
-                                         topk_idx.typed_data(),
-                                         send_row.typed_data(),
-                                         recv_src.typed_data(),
-                                         recv_order.typed_data(),
-                                         recv_offsets.typed_data(),
-                                         group_sizes.typed_data(),
-                                         tokens->untyped_data(),
-                                         group.At(scales),
-                                         group.At(weights),
-                                         group.LandingOf(tokens->untyped_data()),
-                                         a.num_tokens,
-                                         a.top_k,
-                                         capacity,
-                                         num_local_experts,
-                                         num_channels,
-                                         row_bytes,
-                                         mode,
-                                         type,
-                                         a.quantization == 2,
-                                         a.zero_tail != 0,
-                                         IsInteger(x.element_type())};
+  gpu::DispatchArguments arguments{};
+  arguments.x = x.untyped_data();
+  arguments.topk_weights = topk_weights;
+  arguments.topk_idx = topk_idx.typed_data();
+  arguments.send_row = send_row.typed_data();
+  arguments.recv_src = recv_src.typed_data();
+  arguments.recv_order = recv_order.typed_data();
+  arguments.recv_offsets = recv_offsets.typed_data();
+  arguments.group_sizes = group_sizes.typed_data();
+  arguments.tokens = tokens->untyped_data();
+  arguments.scales = group.At(scales);
+  arguments.weights = group.At(weights);
+  arguments.landing = group.LandingOf(tokens->untyped_data());
+  arguments.num_tokens = a.num_tokens;
+  arguments.top_k = a.top_k;
+  arguments.capacity = capacity;
+  arguments.num_local_experts = num_local_experts;
+  arguments.num_channels = num_channels;
+  arguments.row_bytes = row_bytes;
+  arguments.mode = mode;
+  arguments.type = type;
+  arguments.power_of_two_scales = a.quantization == 2;
+  arguments.zero_tail = a.zero_tail != 0;
+  arguments.is_integer = IsInteger(x.element_type());
   const cudaError_t launched =
       gpu::LaunchDispatch(group, arguments, NumSms(ordinal, a.num_sms), stream);
   return CudaStatus(a.kOp, group.CopyOut(launched, stream));
