@@ -16,7 +16,7 @@
 //           weights, values        | XLA, own       | before the call         | scout
 //           partial [R, T, H]      | XLA, each rank | storers of rank r,      | own loaders, [P2]
 //             (partial[r]: from r) |                | [S2]..[P1]              |
-//           collected              | XLA, each rank | scouts, [S2]..[V]       | later kernels
+//           collected              | XLA, each rank | scouts, [S2]..[P1]      | later kernels
 //           out                    | XLA, own       | own adders              | later kernels
 //           stages, results, tables| shared memory  | see [L] [F] [W] [D] [T] [U]
 // Protocol: 1. [S1] show partial and collected, [S2] wait for all.
@@ -24,8 +24,8 @@
 //           partial; beside that, as soon as all peers have done a unit, it adds up that unit of its
 //           own tokens, with what they have sent.
 //           3. [P1] when sums are stored, the block tells the peers' blocks how many units are
-//           there; [P2] a loader knows the count before it fetches them. [V] are the values. A block
-//           ends when it has told all and knows all.
+//           there, the last one when values are too; [P2] a loader knows the count before it fetches
+//           them. A block ends when it has told all and knows all.
 //           In the block: [T] a table is filled, [U] used up; [L] a job's rows are loaded (its
 //           barrier's phase), [F] all adders have read them; [W] a result is written, [D] the copy
 //           engine has read it.
@@ -280,7 +280,7 @@ class Scout {
         a_.collected[i] = a_.values[row];
       }
     }
-    release_values(shared_.box);
+    tell_values(shared_.box);
   }
 
   const Work& work_;

@@ -12,11 +12,11 @@
 //           stages each. Senders load (or quantise) each of the rank's own tokens once and store it
 //           to its rows here, and to one row at each other rank that has any: the first of them, or
 //           a row of the landing area. From there a receiver of that rank fetches it and stores it
-//           to the token's other rows (to all, if they differ from what has crossed). Warp 6 sends the weights; warp 7, the messenger, talks to the
-//           peers. All others, when they have nothing else to do, zero what holds no row. A unit is
-//           a piece of a token's row; sender m of n has the units m, m + n, .. of its block,
-//           receivers likewise. Block b has the same units on every rank, so it only ever meets the
-//           blocks b of the peers.
+//           to the token's other rows (to all, if they differ from what has crossed). Warp 6 sends
+//           the weights; warp 7, the messenger, talks to the peers. All others, when they have
+//           nothing else to do, zero what holds no row. A unit is a piece of a token's row; sender m
+//           of n has the units m, m + n, .. of its block, receivers likewise. Block b has the same
+//           units on every rank, so it only ever meets the blocks b of the peers.
 // Buffers:  name            | lives on       | written by                     | read by
 //           x, topk_weights | XLA, own       | before the call                | own senders
 //           tokens, weights,| XLA, each rank | peers' senders, [S2]..[P1]     | receivers, [P2], what
@@ -25,10 +25,10 @@
 //           landing         | each rank      | peers' senders, [S2]..[P1]     | receivers, [P2]
 //           stages          | shared memory  | ring's loads                   | ring's stores
 // Protocol: 1. [S1] show tokens, weights, scales, landing; [S2] wait for all.
-//           2. Senders store their units, receivers those that are there. [V] are the weights.
-//           3. [P1] when units are written at the peers, the block tells the peers' blocks how many;
-//           [P2] a receiver knows the count before it fetches a unit. A block ends when it has told
-//           all and knows all.
+//           2. Senders store their units, receivers those that are there.
+//           3. [P1] when units are written at the peers, the block tells the peers' blocks how many,
+//           the last one when the weights are; [P2] a receiver knows the count before it fetches a
+//           unit. A block ends when it has told all and knows all.
 //           In a ring, unit n uses stage n % S: [L] its load completes the stage's barrier (phase
 //           n / S), [F] its stores have read the stage before unit n + S - 1 is loaded.
 // Reuse:    no memory outlives the call but the control block, whose progress only grows.
@@ -289,7 +289,7 @@ class Ring {
       const int64_t bytes = is_whole ? unit.bytes : a_.num_channels;
       bulk_store(reinterpret_cast<void*>(to), stage, static_cast<uint32_t>(bytes));
     }
-    if (kMode == Mode::kQuantize) store_scales(stage, unit.crosses);
+    if (kMode == Mode::kQuantize) store_scales(stage);
     bulk_commit_group();
     if (kMode == Mode::kDequantize) {
       with_vector(a_.type,
@@ -313,7 +313,7 @@ class Ring {
   }
 
   // Stores a quantised row's scales where the lanes want them.
-  __device__ void store_scales(const char* stage, uint32_t crosses) {
+  __device__ void store_scales(const char* stage) {
     const uint64_t to = shared_.scales_to[store_slot()][lane_];
     const char* scales = stage + a_.num_channels;
     if (num_scales_ % 4 == 0) {
@@ -322,7 +322,7 @@ class Ring {
       }
       return;
     }
-    // Not for the copy engine; what crosses is released at once, for [P1].
+    // Not for the copy engine.
     for (uint32_t left = __ballot_sync(0xffffffffu, to != 0); left != 0; left &= left - 1) {
       auto* at =
           reinterpret_cast<float*>(__shfl_sync(0xffffffffu, to, __ffs(static_cast<int>(left)) - 1));
@@ -330,7 +330,6 @@ class Ring {
         at[s] = reinterpret_cast<const float*>(scales)[s];
       }
     }
-    if (crosses != 0) fence_acq_rel_sys();
   }
 
   // Stores a quantised row's products with its scales where the lanes want it.
@@ -721,7 +720,7 @@ __device__ void send_weights(const GroupView& g, const DispatchArguments& a, con
     if (row != kNoRow)
       reinterpret_cast<float*>(shared.address[expert / num_local][1])[row] = weight;
   }
-  release_values(shared.box);
+  tell_values(shared.box);
 }
 
 // Zeros, by any warp; those of a block share its part.

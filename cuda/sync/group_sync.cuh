@@ -5,12 +5,10 @@
 //   [S1] rank p releases its buffers' addresses, each with e, in q's start mail
 //   [S2] q acquires all of that mail: p's stream has come to the call, so earlier users of p's
 //        buffers are done, and the addresses are p's for this call
-//   [P1] a block of p has written units of q's result, and stores in q's progress, with e, how many
-//        they are; the last number tells that p writes nothing of q's any more. What the copy engine
-//        has written is complete before (bulk_wait_group: the peer's memory has it), so that no
-//        fence has to follow, which would take 5 to 10 us while the links and the memory are busy:
-//        it waits for all that the SM has on the way. What threads have written, [V], they release
-//        themselves, before the last number.
+//   [P1] a block of p has written units of q's result, and releases in q's progress, with e, how
+//        many they are; the last number tells that p writes nothing of q's any more. That a bulk
+//        store's group is complete does not replace the release: without its fence the race test
+//        sees stale rows.
 //   [P2] q acquires the number it needs
 //   [E1] layout, where q reads p's memory: q stores e in p's end mail when it needs no more
 //   [E2] p acquires it from all peers, and only then ends
@@ -167,15 +165,17 @@ inline constexpr int kMaxMovers = 16;
 struct Mailbox {
   int32_t done[kMaxMovers];  // by each mover: how many of its units are complete for the peers
   int32_t num_movers;
-  int32_t num_units;  // of the block
-  int32_t there;      // by the messenger: units that every peer has done for this rank; kBroken
-  int32_t released;   // 1 when [V] has been released
+  int32_t num_units;   // of the block
+  int32_t there;       // by the messenger: units that every peer has done for this rank; kBroken
+  int32_t has_values;  // 1 when what goes beside the rows is written: the last unit waits for it
 };
 inline constexpr int32_t kBroken = INT32_MAX;  // nothing more comes, nobody shall wait
 
-// [P1] and [P2] between this block and the blocks of the same number at the peers, by a warp of its
-// own, until all is told both ways. What peers have written may be read, by the copy engine too,
-// after `there` has been acquired. False if the group is broken.
+// [P1] and [P2] between this block and the blocks of the same number at the peers, until all is told
+// both ways. By a warp of its own: the fence waits for all that the SM has on the way, 5 to 10 us
+// while links and memory are busy, and must not hold up those who move data. What peers have written
+// may be read, by the copy engine too, after `there` has been acquired. False if the group is
+// broken.
 __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& box) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto block = static_cast<int>(blockIdx.x);
@@ -192,8 +192,10 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
         done = min(done, ld_acquire_cta_shared(&box.done[lane]) * box.num_movers + lane);
       }
       done = __reduce_min_sync(0xffffffffu, done);
-      if (done == num_units && ld_acquire_cta_shared(&box.released) == 0) --done;  // [V]
+      if (done == num_units && ld_acquire_cta_shared(&box.has_values) == 0) --done;
       if (done > sent) {
+        __syncwarp();  // what one lane has acquired holds for all
+        fence_acq_rel_sys();
         for (int r = lane; r < g.num_ranks; r += 32) {
           if (r == g.rank) continue;
           const PeerView& peer = g.peer[r];
@@ -244,11 +246,10 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
   return true;
 }
 
-// By the warp that has stored all of [V].
-__device__ inline void release_values(Mailbox& box) {
-  fence_acq_rel_sys();
+// By the warp that has written all of a block's values.
+__device__ inline void tell_values(Mailbox& box) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) st_release_cta_shared(&box.released, 1);
+  if (threadIdx.x % 32 == 0) st_release_cta_shared(&box.has_values, 1);  // then [P1]
 }
 
 // By a warp: units that every peer has done for this rank, or kBroken.

@@ -108,11 +108,12 @@ def run(processes: Sequence[Process], limit: float, grace: float = 10.0) -> Ende
                     )
                 )
                 _started.append(running[-1])
-        while any(p.poll() is None for p in running) and time.monotonic() < deadline:
+        # All are polled each time: a failure of any of them ends the wait for the others.
+        while None in (codes := [p.poll() for p in running]) and time.monotonic() < deadline:
             wrong = [
                 i
-                for i, (p, process) in enumerate(zip(running, processes, strict=True))
-                if p.returncode not in (None, process.expected)
+                for i, (code, process) in enumerate(zip(codes, processes, strict=True))
+                if code not in (None, process.expected)
             ]
             if wrong and not failed:
                 failed = True

@@ -163,7 +163,7 @@ def native(ctx: Context) -> Result:
     program = ctx.builds.wait("native") / "kernels_test"
     folder = ctx.folder("native")
     runs: list[tuple[str, list[str], int]] = [
-        ("plain", [str(program)], 60),
+        ("plain", [str(program)], 180),
         ("plain, wrong on purpose", [str(program), "--small", "--control"], 60),
     ]
     lines, problems = [], []

@@ -94,8 +94,9 @@ def run(
                         stderr=subprocess.STDOUT,
                     )
                 )
-        while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-            if any(p.returncode not in (None, expected[i]) for i, p in enumerate(processes)):
+        # All are polled each time: one that has ended would stay a zombie, which others may wait for.
+        while None in (codes := [p.poll() for p in processes]) and time.monotonic() < deadline:
+            if any(code not in (None, expected[i]) for i, code in enumerate(codes)):
                 deadline = min(deadline, time.monotonic() + 10)
             time.sleep(0.02)
     finally:

@@ -82,6 +82,9 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
 
   void Fill(int byte) { CHECK_CUDA(cudaMemset(data_, byte, size_ * sizeof(T))); }
+  void Fill(int byte, cudaStream_t stream) {
+    CHECK_CUDA(cudaMemsetAsync(data_, byte, size_ * sizeof(T), stream));
+  }
   T* get() { return data_; }
   std::vector<T> Read() const {
     std::vector<T> values(size_);
@@ -488,6 +491,16 @@ struct Buffers {
     return a;
   }
 
+  // Everything that a round writes, in the order of the stream.
+  void Poison(cudaStream_t stream) {
+    tokens.Fill(0xff, stream);
+    landing.Fill(0xff, stream);
+    partial.Fill(0xff, stream);
+    out.Fill(0xff, stream);
+    weights.Fill(0xff, stream);
+    collected.Fill(0xff, stream);
+  }
+
   Buffer<int32_t> ids, send_row, recv_src, recv_order, recv_offsets, group_sizes, expert_counts,
       expert_load, counters;
   Buffer<uint8_t> x, tokens, landing, y, partial, out;
@@ -549,6 +562,8 @@ void RunCase(const Group& group, const Case& c, const Data& d, int num_sms, uint
   CHECK_CUDA(cudaDeviceSynchronize());
   for (int round = 0; round < 2; ++round) {
     for (int r = 0; r < num_ranks; ++r) {
+      buffers[r]->Poison(
+          group.stream(r));  // so that rows of the first time are no rows of the second
       const GroupView view = group.View(r, num_ranks, seed * 8 + 1, 60 * kSecond);
       CHECK_CUDA(jax_ep::gpu::LaunchLayout(view, buffers[r]->Layout(d), num_sms, group.stream(r)));
     }
