@@ -94,7 +94,7 @@ def run(
                         stderr=subprocess.STDOUT,
                     )
                 )
-        # All are polled each time: one that has ended would stay a zombie, which others may wait for.
+        # All are polled each time: one that has ended would stay a zombie, for which others wait.
         while None in (codes := [p.poll() for p in processes]) and time.monotonic() < deadline:
             if any(code not in (None, expected[i]) for i, code in enumerate(codes)):
                 deadline = min(deadline, time.monotonic() + 10)

@@ -40,7 +40,7 @@ pytestmark = [
     ),
 ]
 
-# What XLA replays from a command buffer runs no host code: it raises nothing, and gives NaN where it
+# What XLA replays from a command buffer runs no host code: it raises nothing, and gives NaN if it
 # was recorded before finalize().
 _NO_REPLAY = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer="}
 
