@@ -261,10 +261,11 @@ def combine(y: Array, layout: Layout, weights: Array | None = None) -> Array:
     a link once per (token, rank), and results are the same bits on every backend.
 
     Gradients: dy[row] = weights[row] * g[t(row)]; d weights[row] = <y[row], g[t(row)]> in float32,
-    both 0 on padding. They are XLA's own arithmetic, which on CPU flushes subnormal products to
-    zero. Without weights y is not kept for the backward pass. Works under jit, grad
-    (of any order), scan and checkpoint (the result carries the name ``jax_ep_combine``). vmap
-    raises NotImplementedError.
+    both 0 on padding. On GPUs one call forms both while rows arrive. On CPU, and where a row of y
+    is longer than 40 KiB, they are XLA's own arithmetic, which on CPU flushes subnormal products to
+    zero. Without weights y is not kept for the backward pass. Works under jit, grad (of any order),
+    scan and checkpoint (the result carries the name ``jax_ep_combine``). vmap raises
+    NotImplementedError.
 
     Args:
         y: [C, H'], bfloat16, float16 or float32; its type and width may differ from x's. A row must

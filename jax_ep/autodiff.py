@@ -6,7 +6,10 @@ Moving rows is linear, and the transpose of spreading rows is collecting them:
     collect:  y [C, H], v [C]     ->  out [T, H], v at (t, k)     (combine without weights)
 
 Each is the other's backward rule, so gradients of any order exist and no backward pass exchanges
-metadata. The weighted combine adds its own rule; forward mode raises JAX's own error.
+metadata. The weighted combine has a rule of its own: its cotangent's rows, spread, times weights
+and times y. On CUDA that is one call, which does it while rows arrive; the backward rule of that
+call is the one of the same in two steps, spread and arithmetic. Forward mode raises JAX's own
+error.
 """
 
 import functools
@@ -129,13 +132,55 @@ def _combine_weighted_bwd(
     residuals: tuple[Layout, Array, Array], g: Array
 ) -> tuple[None, Array, Array]:
     layout, y, weights = residuals
-    rows, _ = spread(ffi.NO_QUANTIZATION, layout, g, None)
-    rows = rows.astype(jnp.float32)
-    valid = layout.row_valid
-    # Padding and tail are masked, not multiplied: y and weights may hold anything there.
-    d_y = jnp.where(valid[:, None], weights[:, None] * rows, 0).astype(y.dtype)
-    d_weights = jnp.where(valid, jnp.sum(y.astype(jnp.float32) * rows, axis=1), 0)
-    return None, d_y, d_weights
+    row_bytes = y.shape[1] * y.dtype.itemsize
+    fits = row_bytes <= ffi.MAX_GRADIENT_ROW_BYTES
+    rule = combine_gradient if fits else _combine_gradient_in_steps
+    return None, *rule(layout, y, weights, g)
 
 
 combine_weighted.defvjp(_combine_weighted_fwd, _combine_weighted_bwd)
+
+
+@jax.custom_vjp
+def combine_gradient(layout: Layout, y: Array, weights: Array, g: Array) -> tuple[Array, Array]:
+    """Cotangents of y and weights in ``combine_weighted``, from its result's."""
+    return ffi.bind_combine_gradient(
+        g,
+        layout.topk_idx,
+        layout.send_row,
+        layout.recv_src,
+        layout.recv_order,
+        layout.recv_offsets,
+        layout.group_sizes,
+        y,
+        weights,
+        axis_name=layout.axis_name,
+        num_ranks=layout.num_ranks,
+        top_k=layout.topk_idx.shape[1],
+        zero_tail=layout.zero_tail,
+        num_sms=layout.num_sms,
+    )
+
+
+def _combine_gradient_in_steps(
+    layout: Layout, y: Array, weights: Array, g: Array
+) -> tuple[Array, Array]:
+    rows, _ = spread(ffi.NO_QUANTIZATION, layout, g, None)
+    return ffi.weigh_rows(rows, layout.recv_src, y, weights)
+
+
+def _combine_gradient_fwd(
+    layout: Layout, y: Array, weights: Array, g: Array
+) -> tuple[tuple[Array, Array], tuple[Layout, Array, Array, Array]]:
+    return combine_gradient(layout, y, weights, g), (layout, y, weights, g)
+
+
+def _combine_gradient_bwd(
+    residuals: tuple[Layout, Array, Array, Array], cotangents: tuple[Array, Array]
+) -> tuple[None, Array, Array, Array]:
+    layout, *operands = residuals
+    _, pull = jax.vjp(functools.partial(_combine_gradient_in_steps, layout), *operands)
+    return None, *pull(cotangents)
+
+
+combine_gradient.defvjp(_combine_gradient_fwd, _combine_gradient_bwd)

@@ -1,8 +1,9 @@
-"""The three custom calls as JAX primitives: result shapes, attributes, lowering.
+"""The custom calls as JAX primitives: result shapes, attributes, lowering.
 
-Each primitive is one target on every platform: ``jax_ep_layout``, ``jax_ep_dispatch``,
-``jax_ep_combine``. Operand and result order is the CUDA handlers' (xla_ffi/handlers_cuda.cc), but
-for the coordinates, which handlers take first. The CPU handlers (xla_ffi/<op>_cpu.cc) do with less:
+Each primitive is one target: ``jax_ep_layout``, ``jax_ep_dispatch`` and ``jax_ep_combine`` on every
+platform, ``jax_ep_combine_gradient`` on CUDA, in whose place CPU has a dispatch and XLA's
+arithmetic. Operand and result order is the CUDA handlers' (xla_ffi/handlers_cuda.cc), but for the
+coordinates, which handlers take first. The CPU handlers (xla_ffi/<op>_cpu.cc) do with less:
 dispatch without topk_idx and send_row, combine without scratch. Result types derive from the
 operands' types, so that shardings and varying axes carry over.
 """
@@ -21,6 +22,9 @@ from jax_ep import _cpu, compat, group, runtime
 
 FP8 = jnp.float8_e4m3fn
 SCALE_BLOCK = 128  # channels that share one fp8 scale
+
+# Of a row of y, for ``bind_combine_gradient``: kMaxWeightedRowBytes in cuda/launch.h.
+MAX_GRADIENT_ROW_BYTES = 40 * 1024
 
 # Values of the attribute `quantization`.
 NO_QUANTIZATION = 0
@@ -150,6 +154,61 @@ def bind_combine(
     return results[0], results[1] if values is not None else None
 
 
+def bind_combine_gradient(
+    g: jax.Array,
+    topk_idx: jax.Array,
+    send_row: jax.Array,
+    recv_src: jax.Array,
+    recv_order: jax.Array,
+    recv_offsets: jax.Array,
+    group_sizes: jax.Array,
+    y: jax.Array,
+    weights: jax.Array,
+    *,
+    axis_name: tuple[str, ...],
+    num_ranks: int,
+    top_k: int,
+    zero_tail: bool,
+    num_sms: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Calls ``jax_ep_combine_gradient``; returns d_y [C, H] and d_weights [C] of ``combine``.
+
+    A row of y has at most ``MAX_GRADIENT_ROW_BYTES`` bytes. With ``zero_tail=False`` the tail of
+    d_y may be anything; d_weights is 0 there.
+    """
+    d_y, d_weights = _combine_gradient_p.bind(
+        g,
+        group.coordinates(axis_name),
+        topk_idx,
+        send_row,
+        recv_src,
+        recv_order,
+        recv_offsets,
+        group_sizes,
+        y,
+        weights,
+        axis_name=axis_name,
+        num_ranks=num_ranks,
+        num_tokens=g.shape[0],
+        top_k=top_k,
+        zero_tail=zero_tail,
+        num_sms=num_sms,
+    )
+    return d_y, d_weights
+
+
+def weigh_rows(
+    rows: jax.Array, recv_src: jax.Array, y: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of ``combine`` from its cotangent's rows [C, H]: XLA's arithmetic."""
+    rows = rows.astype(jnp.float32)
+    valid = recv_src >= 0
+    # Padding and tail are masked, not multiplied: y and weights may hold anything there.
+    d_y = jnp.where(valid[:, None], weights[:, None] * rows, 0).astype(y.dtype)
+    d_weights = jnp.where(valid, jnp.sum(y.astype(jnp.float32) * rows, axis=1), 0)
+    return d_y, d_weights
+
+
 def _layout_shapes(
     topk_idx: Any, coordinates: Any, *, num_ranks: int, num_experts: int, capacity: int, **_: Any
 ) -> Sequence[Any]:
@@ -199,6 +258,21 @@ def _combine_shapes(
         f32 = jnp.dtype(jnp.float32)
         results.append(y.update(shape=topk_idx.shape, dtype=f32, weak_type=False))
     return results
+
+
+def _combine_gradient_shapes(g: Any, *operands: Any, **_: Any) -> Sequence[Any]:
+    y, weights = operands[-2:]
+    return [y.update(weak_type=False), weights.update(weak_type=False)]
+
+
+def _combine_gradient_on_cpu(
+    g: jax.Array, *operands: jax.Array, **params: Any
+) -> tuple[jax.Array, jax.Array]:
+    *tables, y, weights = operands  # the coordinates, topk_idx, send_row, recv_src, ..
+    (rows,) = _dispatch_p.bind(
+        g, *tables, has_weights=False, quantization=NO_QUANTIZATION, dequantize=False, **params
+    )
+    return weigh_rows(rows, tables[3], y, weights)
 
 
 _lowered_program: object = None  # whose call sites are being counted
@@ -254,16 +328,22 @@ def _refuse_jvp(target: str, *_: Any, **__: Any) -> Any:
     )
 
 
-def _make_primitive(target: str, shapes: Callable[..., Sequence[Any]]) -> Primitive:
+def _make_primitive(
+    target: str,
+    shapes: Callable[..., Sequence[Any]],
+    on_cpu: Callable[..., Sequence[jax.Array]] | None = None,
+) -> Primitive:
+    """A primitive that is a custom call; on CPU ``on_cpu``, if it is given."""
     primitive = Primitive(target)
     primitive.multiple_results = True
     primitive.def_abstract_eval(shapes)
     # Outside jit (an eager shard_map) the primitive is compiled on its own.
     primitive.def_impl(lambda *args, **params: _compiled(primitive, tuple(params.items()))(*args))
     for platform in ("cpu", "cuda"):
-        mlir.register_lowering(
-            primitive, functools.partial(_lower, target, platform), platform=platform
-        )
+        rule: Callable[..., Any] = functools.partial(_lower, target, platform)
+        if platform == "cpu" and on_cpu is not None:
+            rule = mlir.lower_fun(on_cpu, multiple_results=True)
+        mlir.register_lowering(primitive, rule, platform=platform)
     batching.primitive_batchers[primitive] = functools.partial(_refuse_vmap, target)
     ad.primitive_jvps[primitive] = functools.partial(_refuse_jvp, target)
     return primitive
@@ -277,5 +357,8 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Call
 _layout_p = _make_primitive("jax_ep_layout", _layout_shapes)
 _dispatch_p = _make_primitive("jax_ep_dispatch", _dispatch_shapes)
 _combine_p = _make_primitive("jax_ep_combine", _combine_shapes)
+_combine_gradient_p = _make_primitive(
+    "jax_ep_combine_gradient", _combine_gradient_shapes, _combine_gradient_on_cpu
+)
 runtime.register_cuda()
 compat.register_cpu_targets("jax_ep_cpu_site", _cpu.state_type(), _cpu.handlers())

@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from routings import assert_same_bits, random_rows, random_weights
 from sharded_layers import (
+    CUDA_OPS,
     DP_EP,
     EP,
     OPS,
@@ -42,7 +43,7 @@ from sharded_layers import (
 import jax_ep
 from jax_ep import reference
 
-DISABLED_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{op}") for op in OPS]
+DISABLED_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{op}") for op in CUDA_OPS]
 ORDERS = {"ascending": range(8), "reversed": range(7, -1, -1), "mixed": (3, 6, 0, 7, 1, 5, 2, 4)}
 
 # Runs all programs of a directory: nothing of what made them is imported.
@@ -200,18 +201,35 @@ def test_loaded_in_a_fresh_process(results: Any, name: str, order: str) -> None:
             np.testing.assert_array_equal(a, e)
 
 
-def test_only_our_three_checks_need_to_be_disabled() -> None:
-    """Each is needed and together they are enough."""
+def test_only_our_checks_need_to_be_disabled() -> None:
+    """Each is needed and together they are enough: on CPU three, its gradients have no other."""
     mesh, case = EP.mesh(), sizes(EP)
     f = jax.jit(sharded_layer(EP, mesh, case))
     args = make_problem(EP, case).inputs
+    checks = DISABLED_CHECKS[: len(OPS)]
     for i, op in enumerate(OPS):
         with pytest.raises(ValueError, match=rf"(?s)compatibility guarantees.*jax_ep_{op}"):
-            jax.export.export(f, disabled_checks=DISABLED_CHECKS[:i] + DISABLED_CHECKS[i + 1 :])(
-                *args
-            )
-    exported = jax.export.export(f, disabled_checks=DISABLED_CHECKS)(*args)
+            jax.export.export(f, disabled_checks=checks[:i] + checks[i + 1 :])(*args)
+    gradient = jax.jit(jax.grad(lambda *a: jnp.sum(f(*a)), argnums=(0, 2, 3)))
+    jax.export.export(gradient, disabled_checks=checks)(*args)
+    exported = jax.export.export(f, disabled_checks=checks)(*args)
     assert exported.nr_devices == 8
+
+
+def test_gradients_for_both_platforms() -> None:
+    """One program for CPU and CUDA runs on CPU, where the gradient of combine is another."""
+    mesh, case = EP.mesh(), sizes(EP)
+    problem = make_problem(EP, case)
+    args = place(mesh, (*in_specs(EP), EP.tokens), (*problem.inputs, problem.target))
+    exported = jax.export.export(
+        jax.jit(value_and_gradients(sharded_layer(EP, mesh, case), EP, mesh)),
+        platforms=["cpu", "cuda"],
+        disabled_checks=DISABLED_CHECKS,
+    )(*args)
+    (_, out), grads = jax.jit(exported.call)(*args)
+    np.testing.assert_array_equal(out, problem.out())
+    for actual, expected in zip(grads, problem.gradients(), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_called_inside_a_larger_program() -> None:

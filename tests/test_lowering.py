@@ -1,7 +1,8 @@
 """What the verbs lower to, for CPU and for CUDA: no device of either is needed.
 
 The custom calls carry exactly the attributes that xla_ffi/attributes.h decodes, the same ones on
-both platforms, and nothing else in a program moves data between devices.
+both platforms, and nothing else in a program moves data between devices. One of CUDA's calls, the
+gradient of combine, is on CPU a dispatch and XLA's arithmetic.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sharded_layers import (
+    CUDA_OPS,
     EP,
     OPS,
     PLACEMENTS,
@@ -29,8 +31,10 @@ from sharded_layers import (
 )
 
 import jax_ep
+from jax_ep import ffi
 
-DISABLED_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{op}") for op in OPS]
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DISABLED_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{op}") for op in CUDA_OPS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Call:
     """A custom call in a lowered program.
 
     Attributes:
-        op: layout, dispatch or combine.
+        op: one of CUDA_OPS.
         attributes: by name; arrays as lists.
         operands: their types, such as "6x2xi32".
         results: their types.
@@ -109,14 +113,13 @@ def expected_members(placement: Placement) -> list[int]:
 
 def header_attributes() -> dict[str, dict[str, str]]:
     """What the handlers decode: {op: {attribute: C++ type}}, read from the header."""
-    header = pathlib.Path(__file__).resolve().parent.parent / "xla_ffi" / "attributes.h"
     decoded = re.findall(
         r"REGISTER_STRUCT_ATTR_DECODING\(\s*jax_ep::(\w+)Attributes,(.*?)\);\n",
-        header.read_text(),
+        (ROOT / "xla_ffi" / "attributes.h").read_text(),
         re.DOTALL,
     )
     return {
-        op.lower(): {
+        re.sub(r"\B([A-Z])", r"_\1", op).lower(): {
             name: cpp_type
             for cpp_type, name in re.findall(r'StructMember<(.*?)>\("(\w+)"\)', members)
         }
@@ -124,15 +127,15 @@ def header_attributes() -> dict[str, dict[str, str]]:
     }
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda"])
-def test_attributes_are_those_of_the_header(platform: str) -> None:
+@pytest.mark.parametrize(("platform", "ops"), [("cpu", OPS), ("cuda", CUDA_OPS)])
+def test_attributes_are_those_of_the_header(platform: str, ops: Sequence[str]) -> None:
     header = header_attributes()
-    assert set(header) == set(OPS)
+    assert set(header) == set(CUDA_OPS)
     case = sizes(EP)
     f = sharded_layer(EP, EP.mesh(), case)
     inputs = make_problem(EP, case).inputs
     found = calls(lower(f, inputs, platform)) + calls(lower(gradients(f), inputs, platform))
-    assert {call.op for call in found} == set(OPS)
+    assert {call.op for call in found} == set(ops)
     for call in found:
         types = {
             name: "int64_t" if isinstance(value, int) else "xla::ffi::Span<const int64_t>"
@@ -144,10 +147,14 @@ def test_attributes_are_those_of_the_header(platform: str) -> None:
 def as_on_cpu(call: Call) -> Call:
     """A call for CUDA as CPU has it.
 
-    That is combine without its scratch, and dispatch without what tells senders where their rows
-    go, topk_idx and send_row.
+    That is combine without its scratch, dispatch without what tells senders where their rows go,
+    topk_idx and send_row, and for the gradient of combine the dispatch of its cotangent.
     """
     flags = call.attributes
+    if call.op == "combine_gradient":
+        plain = {"has_weights": 0, "quantization": 0, "dequantize": 0}
+        dispatch = Call("dispatch", flags | plain, call.operands[:-2], call.results[:1])
+        return as_on_cpu(dispatch)
     if call.op == "combine":
         return dataclasses.replace(call, results=call.results[: 1 + flags["has_values"]])
     if call.op == "dispatch":
@@ -211,18 +218,86 @@ def test_exact_calls_of_a_layer_for_cuda() -> None:
 
 
 def test_exact_calls_of_the_backward_pass_for_cuda() -> None:
-    """Dispatch's gradient is a combine with values, combine's is a dispatch without weights."""
-    case = sizes(EP)
+    """Dispatch's gradient is a combine with values, combine's is a call of its own."""
+    case = sizes(EP)  # as above
     f = gradients(sharded_layer(EP, EP.mesh(), case))
     found = calls(lower(f, make_problem(EP, case).inputs, "cuda"))
     # Forward's combine is not needed for the gradients alone.
-    flags = [(c.op, c.attributes.get("has_weights"), c.attributes.get("has_values")) for c in found]
-    assert sorted(flags, key=str) == [
-        ("combine", 0, 1),
-        ("dispatch", 0, None),
-        ("dispatch", 1, None),
-        ("layout", None, None),
-    ]
+    assert [call.op for call in found] == ["layout", "dispatch", "combine_gradient", "combine"]
+    ids, received = ("6x2xi32",) * 2, ("10xi32", "10xi32", "49xi32")
+    assert found[2] == Call(
+        "combine_gradient",
+        {
+            "members": list(range(8)),
+            "num_ranks": 8,
+            "num_sms": 0,
+            "num_tokens": 6,
+            "top_k": 2,
+            "zero_tail": 1,
+        },
+        ("2xi32", "6x8xf32", *ids, *received, "2xi32", "10x8xf32", "10xf32"),
+        ("10x8xf32", "10xf32"),
+    )
+    flags = {"num_experts": 16, "has_weights": 0, "has_values": 1}
+    assert found[3] == Call(
+        "combine",
+        {"members": list(range(8)), "num_ranks": 8, "num_sms": 0} | flags,
+        ("2xi32", "10x8xf32", *ids, *received, "10xf32"),
+        ("6x8xf32", "6x2xf32", "8x6x8xf32"),
+    )
+
+
+def test_second_derivatives_for_cuda() -> None:
+    """The gradient's gradient is made of dispatch and combine: it has one on CUDA too."""
+    case = sizes(EP)
+    first = gradients(sharded_layer(EP, EP.mesh(), case))
+
+    def norm(*args: Any) -> Any:
+        return sum(jnp.sum(g * g) for g in first(*args))
+
+    second = jax.grad(norm, argnums=(0, 2, 3))
+    inputs = make_problem(EP, case).inputs
+    assert {call.op for call in calls(lower(second, inputs, "cuda"))} == set(CUDA_OPS)
+
+
+def gradient_of_combine(dtype: str, hidden: int, *, zero_tail: bool = True) -> list[str]:
+    """What the gradient of the weighted combine is made of, for CUDA."""
+
+    def f(y: Any, ids: Any, weights: Any, g: Any) -> Any:
+        layout = jax_ep.make_layout(
+            ids, num_experts=16, axis_name="ep", capacity=10, zero_tail=zero_tail
+        )
+        return jax.vjp(lambda y, weights: jax_ep.combine(y, layout, weights), y, weights)[1](g)
+
+    run = jax.shard_map(f, mesh=EP.mesh(), in_specs=P("ep"), out_specs=P("ep"))
+    args = (
+        jax.ShapeDtypeStruct((80, hidden), dtype),
+        jax.ShapeDtypeStruct((48, 2), "int32"),
+        jax.ShapeDtypeStruct((80,), "float32"),
+        jax.ShapeDtypeStruct((48, hidden), dtype),
+    )
+    found = [c for c in calls(lower(run, args, "cuda")) if c.op not in ("layout", "combine")]
+    for call in found:
+        assert call.attributes["zero_tail"] == zero_tail
+        assert call.results[0] == f"10x{hidden}x{dict(bfloat16='bf16', float32='f32')[dtype]}"
+    return [call.op for call in found]
+
+
+@pytest.mark.parametrize("zero_tail", [True, False], ids=["zero_tail", "any_tail"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_that_the_gradient_of_combine_takes(dtype: str, zero_tail: bool) -> None:
+    """Up to the kernel's longest; longer ones are dispatched, and XLA computes with them."""
+    longest = re.search(
+        r"kMaxWeightedRowBytes = (\d+) \* (\d+);", (ROOT / "cuda" / "launch.h").read_text()
+    )
+    assert longest is not None
+    assert int(longest[1]) * int(longest[2]) == ffi.MAX_GRADIENT_ROW_BYTES
+    width = jnp.dtype(dtype).itemsize
+    most = ffi.MAX_GRADIENT_ROW_BYTES // width
+    ops = gradient_of_combine(dtype, most, zero_tail=zero_tail)
+    assert ops == ["combine_gradient"]
+    ops = gradient_of_combine(dtype, most + 16 // width, zero_tail=zero_tail)
+    assert ops == ["dispatch"]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
@@ -317,7 +392,12 @@ def test_num_sms_reaches_every_call_of_a_layout() -> None:
         jax.ShapeDtypeStruct((48, 2), "float32"),
     )
     found = [(c.op, c.attributes["num_sms"]) for c in calls(lower(run, args, "cuda"))]
-    assert sorted(found) == [("combine", 24), ("dispatch", 16), ("dispatch", 24), ("layout", 24)]
+    assert sorted(found) == [
+        ("combine", 24),
+        ("combine_gradient", 16),
+        ("dispatch", 24),
+        ("layout", 24),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -418,8 +498,8 @@ def test_abstract_mesh(name: str, axis_type: AxisType) -> None:
     placement = BIG[name]
     f, args = _abstract(placement, axis_type)
     for g, ops in (
-        (f, ["layout", "dispatch", "combine"]),
-        (gradients(f), ["layout", "dispatch", "dispatch", "combine"]),
+        (f, OPS),
+        (gradients(f), CUDA_OPS),
     ):
         exported = jax.export.export(
             jax.jit(g), platforms=["cuda"], disabled_checks=DISABLED_CHECKS
@@ -434,10 +514,17 @@ def test_abstract_mesh(name: str, axis_type: AxisType) -> None:
                 assert call.attributes["num_ranks"] == placement.num_ranks
 
 
-def test_one_program_for_both_platforms() -> None:
+@pytest.mark.parametrize(
+    ("transform", "ops_that_differ"),
+    [(lambda f: f, ["dispatch", "combine"]), (gradients, ["dispatch", "dispatch", "combine"])],
+    ids=["forward", "backward"],
+)
+def test_one_program_for_both_platforms(
+    transform: Callable, ops_that_differ: Sequence[str]
+) -> None:
     """Lowered and exported for CPU and CUDA at once: each has its own copy of every call."""
     case = sizes(EP)
-    f = sharded_layer(EP, EP.mesh(), case)
+    f = transform(sharded_layer(EP, EP.mesh(), case))
     inputs = make_problem(EP, case).inputs
     exported = jax.export.export(
         jax.jit(f), platforms=["cpu", "cuda"], disabled_checks=DISABLED_CHECKS
@@ -446,11 +533,11 @@ def test_one_program_for_both_platforms() -> None:
     alone = calls(lower(f, inputs, "cpu"))
     for text in (lower(f, inputs, "cpu", "cuda"), exported.mlir_module()):
         found = calls(text)
-        assert len(found) == 6
+        assert len(found) == 2 * len(alone)
         assert found[::2] == alone
         assert [as_on_cpu(call) for call in found[1::2]] == alone
         differ = [a.op for a, b in zip(found[::2], found[1::2], strict=True) if a != b]
-        assert differ == ["dispatch", "combine"]
+        assert differ == ops_that_differ
 
 
 def test_export_for_cuda_equals_lowering() -> None:

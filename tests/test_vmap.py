@@ -42,6 +42,11 @@ def test_vmap_says_what_to_do_instead() -> None:
         "jax_ep_combine": lambda x, ids, w: jax.vmap(lambda y: jax_ep.combine(y, make(ids[:, 0])))(
             jnp.zeros((2, 10, 8))
         ),
+        "jax_ep_combine_gradient": lambda x, ids, w: jax.vmap(
+            jax.vjp(
+                lambda y, w: jax_ep.combine(y, make(ids[:, 0]), w), jnp.ones((10, 8)), jnp.ones(10)
+            )[1]
+        )(jnp.swapaxes(x, 0, 1))[0],
     }
     for name, f in functions.items():
         run = jax.shard_map(f, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))

@@ -1,5 +1,6 @@
-// The attributes of the custom calls, the same on every platform. All are pure functions of static
-// sizes and of the mesh: no pointers, no counters, so caches and exported programs stay valid.
+// The attributes of the custom calls, the same on every platform that has the call. All are pure
+// functions of static sizes and of the mesh: no pointers, no counters, so caches and exported
+// programs stay valid.
 //
 // members: one number a rank, [num_groups * num_ranks], group by group, ranks ascending: the
 // process in the upper 32 bits, JAX's device id in the lower ones.
@@ -38,6 +39,14 @@ struct CombineAttributes {
   int64_t has_values;   // 0 or 1
 };
 
+// On CUDA alone; CPU's gradient of combine is made of dispatch.
+struct CombineGradientAttributes {
+  static constexpr const char* kOp = "jax_ep_combine_gradient";
+  xla::ffi::Span<const int64_t> members;
+  int64_t num_ranks, num_sms, num_tokens, top_k;
+  int64_t zero_tail;  // 0 or 1
+};
+
 }  // namespace jax_ep
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
@@ -58,5 +67,12 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     xla::ffi::StructMember<int64_t>("num_ranks"), xla::ffi::StructMember<int64_t>("num_sms"),
     xla::ffi::StructMember<int64_t>("num_experts"), xla::ffi::StructMember<int64_t>("has_weights"),
     xla::ffi::StructMember<int64_t>("has_values"));
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jax_ep::CombineGradientAttributes,
+    xla::ffi::StructMember<xla::ffi::Span<const int64_t>>("members"),
+    xla::ffi::StructMember<int64_t>("num_ranks"), xla::ffi::StructMember<int64_t>("num_sms"),
+    xla::ffi::StructMember<int64_t>("num_tokens"), xla::ffi::StructMember<int64_t>("top_k"),
+    xla::ffi::StructMember<int64_t>("zero_tail"));
 
 #endif  // JAX_EP_XLA_FFI_ATTRIBUTES_H_

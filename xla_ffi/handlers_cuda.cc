@@ -1,5 +1,6 @@
-// The CUDA handlers: decode, check, launch. Same targets and attributes as the CPU's; dispatch takes
-// topk_idx and send_row too, and the scratch of combine is one result more.
+// The CUDA handlers: decode, check, launch. Same targets and attributes as the CPU's, and one target
+// more: the gradient of combine. Dispatch takes topk_idx and send_row too, and the scratch of
+// combine is one result more.
 #include "xla_ffi/handlers_cuda.h"
 
 #include "xla_ffi/attributes.h"
@@ -12,6 +13,7 @@ namespace {
 namespace ffi = xla::ffi;
 using I32 = ffi::Buffer<ffi::S32, 1>;
 using I32Matrix = ffi::Buffer<ffi::S32, 2>;
+using F32 = ffi::Buffer<ffi::F32, 1>;
 using State = std::unique_ptr<CudaSiteState>;
 
 bool RowTypeOf(ffi::DataType type, gpu::RowType* row_type) {
@@ -56,6 +58,11 @@ ffi::ErrorOr<State> InstantiateDispatch(DispatchAttributes a) {
 ffi::ErrorOr<State> InstantiateCombine(CombineAttributes a) {
   return MakeCudaSite(a.kOp, a.num_ranks, a.members,
                       {a.num_sms, a.num_experts, a.has_weights, a.has_values});
+}
+
+ffi::ErrorOr<State> InstantiateCombineGradient(CombineGradientAttributes a) {
+  return MakeCudaSite(a.kOp, a.num_ranks, a.members,
+                      {a.num_sms, a.num_tokens, a.top_k, a.zero_tail});
 }
 
 ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, LayoutAttributes a,
@@ -104,12 +111,62 @@ ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, La
   return CudaStatus(a.kOp, gpu::LaunchLayout(group, arguments, NumSms(ordinal, a.num_sms), stream));
 }
 
+// What dispatch and the gradient of combine, which is a form of it, have in common.
+struct Tables {
+  I32Matrix topk_idx, send_row;
+  I32 recv_src, recv_order, recv_offsets, group_sizes;
+
+  int64_t capacity() const { return recv_src.dimensions()[0]; }
+  int64_t num_local_experts() const { return group_sizes.dimensions()[0]; }
+
+  template <typename Attributes>
+  void Check(const Attributes& a, Checks* checks) const {
+    checks->Shape("topk_idx", topk_idx, {a.num_tokens, a.top_k});
+    checks->Shape("send_row", send_row, {a.num_tokens, a.top_k});
+    checks->Shape("recv_order", recv_order, {capacity()});
+    checks->Shape("recv_offsets", recv_offsets, {a.num_ranks * a.num_tokens + 1});
+    checks->Require(a.top_k <= gpu::kMaxTopK, "k must be at most " + std::to_string(gpu::kMaxTopK));
+    checks->Require(num_local_experts() > 0, "group_sizes must not be empty");
+  }
+
+  template <typename Attributes>
+  gpu::DispatchArguments Arguments(const Attributes& a, ffi::AnyBuffer x) const {
+    gpu::DispatchArguments arguments{};
+    arguments.x = x.untyped_data();
+    arguments.topk_idx = topk_idx.typed_data();
+    arguments.send_row = send_row.typed_data();
+    arguments.recv_src = recv_src.typed_data();
+    arguments.recv_order = recv_order.typed_data();
+    arguments.recv_offsets = recv_offsets.typed_data();
+    arguments.group_sizes = group_sizes.typed_data();
+    arguments.num_tokens = a.num_tokens;
+    arguments.top_k = a.top_k;
+    arguments.capacity = capacity();
+    arguments.num_local_experts = num_local_experts();
+    arguments.num_channels = x.dimensions()[1];
+    arguments.row_bytes = RowBytes(x);
+    arguments.zero_tail = a.zero_tail != 0;
+    return arguments;
+  }
+
+  // Peers write rows of this rank by their own numbers for it, so all sizes must agree.
+  void Distinguish(ffi::AnyBuffer x, GroupCall* group) const {
+    group->Distinguish({x.dimensions()[1], static_cast<int64_t>(x.element_type()), capacity(),
+                        num_local_experts()});
+  }
+
+  static int64_t RowBytes(ffi::AnyBuffer x) {
+    return x.dimensions()[1] * static_cast<int64_t>(ffi::ByteWidth(x.element_type()));
+  }
+};
+
 ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
                     DispatchAttributes a, I32 /*coordinates*/, ffi::AnyBuffer x, I32Matrix topk_idx,
                     I32Matrix send_row, I32 recv_src, I32 recv_order, I32 recv_offsets,
                     I32 group_sizes, ffi::RemainingArgs optional_in,
                     ffi::Result<ffi::AnyBuffer> tokens, ffi::RemainingRets optional_out) {
-  const int64_t capacity = recv_src.dimensions()[0];
+  const Tables tables{topk_idx, send_row, recv_src, recv_order, recv_offsets, group_sizes};
+  const int64_t capacity = tables.capacity();
   const bool is_fp8 = a.quantization != 0;
   const bool keeps_fp8 = is_fp8 && a.dequantize == 0;
   const gpu::DispatchMode mode = !is_fp8     ? gpu::DispatchMode::kCopy
@@ -119,17 +176,12 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
   const size_t num_out = (keeps_fp8 ? 1 : 0) + (a.has_weights ? 1 : 0);
   Checks checks(a.kOp);
   checks.Shape("x", x, {a.num_tokens, -1});
-  checks.Shape("topk_idx", topk_idx, {a.num_tokens, a.top_k});
-  checks.Shape("send_row", send_row, {a.num_tokens, a.top_k});
-  checks.Shape("recv_order", recv_order, {capacity});
-  checks.Shape("recv_offsets", recv_offsets, {a.num_ranks * a.num_tokens + 1});
-  checks.Require(a.top_k <= gpu::kMaxTopK, "k must be at most " + std::to_string(gpu::kMaxTopK));
-  checks.Require(group_sizes.dimensions()[0] > 0, "group_sizes must not be empty");
+  tables.Check(a, &checks);
   checks.Require(optional_in.size() == (a.has_weights ? 1u : 0u) && optional_out.size() == num_out,
                  "the number of operands or results disagrees with the attributes");
   if (!checks.ok()) return checks.error();
   const int64_t num_channels = x.dimensions()[1];
-  const int64_t row_bytes = num_channels * static_cast<int64_t>(ffi::ByteWidth(x.element_type()));
+  const int64_t row_bytes = Tables::RowBytes(x);
   checks.Shape("tokens", *tokens, {capacity, num_channels});
   checks.Type("tokens", *tokens, keeps_fp8 ? ffi::F8E4M3FN : x.element_type());
   checks.Require(row_bytes % 16 == 0, "a row of x must be a multiple of 16 bytes");
@@ -177,33 +229,16 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
       e.failure()) {
     return e;
   }
-  const int64_t num_local_experts = group_sizes.dimensions()[0];
-  // Peers write rows of this rank by their own numbers for it, so all sizes must agree.
-  group.Distinguish(
-      {num_channels, static_cast<int64_t>(x.element_type()), capacity, num_local_experts});
-  gpu::DispatchArguments arguments{};
-  arguments.x = x.untyped_data();
+  tables.Distinguish(x, &group);
+  gpu::DispatchArguments arguments = tables.Arguments(a, x);
   arguments.topk_weights = topk_weights;
-  arguments.topk_idx = topk_idx.typed_data();
-  arguments.send_row = send_row.typed_data();
-  arguments.recv_src = recv_src.typed_data();
-  arguments.recv_order = recv_order.typed_data();
-  arguments.recv_offsets = recv_offsets.typed_data();
-  arguments.group_sizes = group_sizes.typed_data();
   arguments.tokens = tokens->untyped_data();
   arguments.scales = group.At(scales);
   arguments.weights = group.At(weights);
   arguments.landing = group.LandingOf(tokens->untyped_data());
-  arguments.num_tokens = a.num_tokens;
-  arguments.top_k = a.top_k;
-  arguments.capacity = capacity;
-  arguments.num_local_experts = num_local_experts;
-  arguments.num_channels = num_channels;
-  arguments.row_bytes = row_bytes;
   arguments.mode = mode;
   arguments.type = type;
   arguments.power_of_two_scales = a.quantization == 2;
-  arguments.zero_tail = a.zero_tail != 0;
   arguments.is_integer = IsInteger(x.element_type());
   const cudaError_t launched =
       gpu::LaunchDispatch(group, arguments, NumSms(ordinal, a.num_sms), stream);
@@ -286,6 +321,56 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
   return CudaStatus(a.kOp, group.CopyOut(launched, stream));
 }
 
+// Peers write rows of g where d_y will be; y, weights and d_weights are this rank's own.
+ffi::Error CombineGradient(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
+                           CombineGradientAttributes a, I32 /*coordinates*/, ffi::AnyBuffer g,
+                           I32Matrix topk_idx, I32Matrix send_row, I32 recv_src, I32 recv_order,
+                           I32 recv_offsets, I32 group_sizes, ffi::AnyBuffer y, F32 weights,
+                           ffi::Result<ffi::AnyBuffer> d_y, ffi::Result<F32> d_weights) {
+  const Tables tables{topk_idx, send_row, recv_src, recv_order, recv_offsets, group_sizes};
+  const int64_t capacity = tables.capacity();
+  gpu::RowType type = gpu::RowType::kF32;
+  Checks checks(a.kOp);
+  checks.Shape("g", g, {a.num_tokens, -1});
+  checks.Require(RowTypeOf(g.element_type(), &type), "g must be bf16, f16 or f32");
+  tables.Check(a, &checks);
+  checks.Shape("weights", weights, {capacity});
+  checks.Shape("d_weights", *d_weights, {capacity});
+  if (!checks.ok()) return checks.error();
+  const int64_t num_channels = g.dimensions()[1], row_bytes = Tables::RowBytes(g);
+  checks.Require(row_bytes % 16 == 0, "a row of g must be a multiple of 16 bytes");
+  checks.Require(
+      row_bytes <= gpu::kMaxWeightedRowBytes,
+      "a row of g must be at most " + std::to_string(gpu::kMaxWeightedRowBytes) + " bytes");
+  checks.Shape("y", y, {capacity, num_channels});
+  checks.Type("y", y, g.element_type());
+  checks.Shape("d_y", *d_y, {capacity, num_channels});
+  checks.Type("d_y", *d_y, g.element_type());
+  if (!checks.ok()) return checks.error();
+  constexpr gpu::DispatchMode kMode = gpu::DispatchMode::kWeighted;
+  const auto landing_bytes = static_cast<size_t>(
+      a.num_ranks * a.num_tokens * gpu::LandingRowBytes(kMode, num_channels, row_bytes));
+  GroupCall group;
+  if (ffi::Error e = EnterGroup(
+          *state, ordinal, stream,
+          {{"d_y", d_y->untyped_data(), d_y->size_bytes(), Use::kLanding, landing_bytes}}, &group);
+      e.failure()) {
+    return e;
+  }
+  tables.Distinguish(g, &group);
+  gpu::DispatchArguments arguments = tables.Arguments(a, g);
+  arguments.tokens = d_y->untyped_data();
+  arguments.y = y.untyped_data();
+  arguments.row_weights = weights.typed_data();
+  arguments.dots = d_weights->typed_data();
+  arguments.landing = group.LandingOf(d_y->untyped_data());
+  arguments.mode = kMode;
+  arguments.type = type;
+  const cudaError_t launched =
+      gpu::LaunchDispatch(group, arguments, NumSms(ordinal, a.num_sms), stream);
+  return CudaStatus(a.kOp, group.CopyOut(launched, stream));
+}
+
 // What XLA passes to each operation.
 
 auto LayoutBinding() {
@@ -343,6 +428,26 @@ auto CombineBinding() {
       .RemainingRets();
 }
 
+auto CombineGradientBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .Ctx<ffi::DeviceOrdinal>()
+      .Ctx<ffi::State<CudaSiteState>>()
+      .Attrs<CombineGradientAttributes>()
+      .Arg<I32>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<I32Matrix>()
+      .Arg<I32Matrix>()
+      .Arg<I32>()
+      .Arg<I32>()
+      .Arg<I32>()
+      .Arg<I32>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<F32>()
+      .Ret<ffi::AnyBuffer>()
+      .Ret<F32>();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kInstantiateLayoutCuda, InstantiateLayout,
@@ -351,6 +456,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kInstantiateDispatchCuda, InstantiateDispatch,
                               ffi::Ffi::BindInstantiate().Attrs<DispatchAttributes>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kInstantiateCombineCuda, InstantiateCombine,
                               ffi::Ffi::BindInstantiate().Attrs<CombineAttributes>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kInstantiateCombineGradientCuda, InstantiateCombineGradient,
+                              ffi::Ffi::BindInstantiate().Attrs<CombineGradientAttributes>());
 
 // Whether XLA may record a call in a command buffer is a trait of the handler itself: not every CUDA
 // plugin takes it at registration. So there are two of each; module_cuda.cc hands out either.
@@ -363,5 +470,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kDispatchCudaRecordable, Dispatch, DispatchBinding
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kCombineCuda, Combine, CombineBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kCombineCudaRecordable, Combine, CombineBinding(),
                               {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kCombineGradientCuda, CombineGradient, CombineGradientBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kCombineGradientCudaRecordable, CombineGradient,
+                              CombineGradientBinding(), {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

@@ -10,14 +10,17 @@ namespace jax_ep {
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateLayoutCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateDispatchCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateCombineCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateCombineGradientCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kLayoutCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kDispatchCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineGradientCuda);
 
 // The same, with the trait that lets XLA record their calls in command buffers.
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kLayoutCudaRecordable);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kDispatchCudaRecordable);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineCudaRecordable);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineGradientCudaRecordable);
 
 }  // namespace jax_ep
 

@@ -27,6 +27,9 @@ nb::dict Handlers(bool recordable) {
       Stages(kInstantiateDispatchCuda, recordable ? kDispatchCudaRecordable : kDispatchCuda);
   handlers["jax_ep_combine"] =
       Stages(kInstantiateCombineCuda, recordable ? kCombineCudaRecordable : kCombineCuda);
+  handlers["jax_ep_combine_gradient"] =
+      Stages(kInstantiateCombineGradientCuda,
+             recordable ? kCombineGradientCudaRecordable : kCombineGradientCuda);
   return handlers;
 }
 

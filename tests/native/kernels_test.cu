@@ -34,6 +34,7 @@ namespace {
 using jax_ep::gpu::CombineArguments;
 using jax_ep::gpu::ControlBlock;
 using jax_ep::gpu::DispatchArguments;
+using jax_ep::gpu::DispatchMode;
 using jax_ep::gpu::ErrorRecord;
 using jax_ep::gpu::GroupView;
 using jax_ep::gpu::LayoutArguments;
@@ -153,16 +154,17 @@ struct Data {
   int64_t num_tokens, top_k, num_experts, num_local, alignment, capacity, num_channels, row_bytes;
   RowType type;
   bool weighted, zero_tail;
-  std::vector<std::vector<int32_t>> ids;                              // [R][T * K]
-  std::vector<std::vector<uint8_t>> x, y;                             // [R][T * row], [R][C * row]
+  std::vector<std::vector<int32_t>> ids;      // [R][T * K]
+  std::vector<std::vector<uint8_t>> x, g, y;  // [R][T * row] twice, [R][C * row]
   std::vector<std::vector<float>> topk_weights, row_weights, values;  // [R][T * K], [R][C] twice
   // Tables.
   std::vector<std::vector<int32_t>> send_row, recv_src, recv_order, recv_offsets, group_sizes,
       expert_counts, counters;
   std::vector<int32_t> expert_load;
   // Results.
-  std::vector<std::vector<uint8_t>> tokens, out;
+  std::vector<std::vector<uint8_t>> tokens, out, d_y;
   std::vector<std::vector<float>> weights, collected;
+  std::vector<std::vector<double>> d_weights, d_weights_bound;  // the exact sum, and how far off
 };
 
 void MakeIds(const Case& c, std::mt19937_64& rng, Data& d) {
@@ -257,27 +259,34 @@ void MakeRows(std::mt19937_64& rng, Data& d) {
     const auto whole = static_cast<int32_t>(static_cast<uint32_t>(bits));
     return std::ldexp(static_cast<float>(whole), -31 + static_cast<int>(bits >> 32 & 7) - 3);
   };
+  // An operand's number: also subnormal in float32 and bfloat16 (0 in float16), and -0.
+  const auto write = [&](uint64_t bits, uint8_t* at) {
+    float number = draw(bits);
+    if (bits >> 60 == 0) number *= 1e-39f;
+    if (bits >> 59 == 2) number = -0.0f;
+    WriteNumber(d.type, number, at);
+  };
   const float nan = std::numeric_limits<float>::quiet_NaN();
+  const int type_bytes = TypeBytes(d.type);
   for (int r = 0; r < d.num_ranks; ++r) {
     std::vector<uint8_t> x(d.num_tokens * d.row_bytes);
     for (auto& byte : x) byte = static_cast<uint8_t>(rng());
     d.x.push_back(x);
+    std::vector<uint8_t> g(x.size());
+    for (size_t i = 0; i < g.size(); i += type_bytes) write(rng(), &g[i]);
+    d.g.push_back(g);
     std::vector<float> topk_weights(d.num_tokens * d.top_k), row_weights(d.capacity),
         values(d.capacity);
     for (auto& w : topk_weights) w = draw(rng());
     std::vector<uint8_t> y(d.capacity * d.row_bytes);
-    const int type_bytes = TypeBytes(d.type);
     for (int64_t row = 0; row < d.capacity; ++row) {
       const bool valid = d.recv_src[r][row] >= 0;
       row_weights[row] = valid ? draw(rng()) : nan;
       values[row] = valid ? draw(rng()) : nan;
       for (int64_t h = 0; h < d.num_channels; ++h) {
-        const uint64_t bits = rng();
-        float number = draw(bits);
-        if (bits >> 60 == 0) number *= 1e-39f;  // subnormal in float32 and bfloat16, 0 in float16
-        if (bits >> 59 == 2) number = -0.0f;
-        if (!valid) number = nan;  // never read
-        WriteNumber(d.type, number, y.data() + row * d.row_bytes + h * type_bytes);
+        uint8_t* at = y.data() + row * d.row_bytes + h * type_bytes;
+        write(rng(), at);
+        if (!valid) WriteNumber(d.type, nan, at);  // never read
       }
     }
     d.topk_weights.push_back(topk_weights);
@@ -303,6 +312,33 @@ void MakeResults(Data& d) {
     }
     d.tokens.push_back(tokens);
     d.weights.push_back(weights);
+
+    // A lane of the kernel sums at most H / 32 + 8 products; then lanes add up in 5 steps. So many
+    // roundings and one more, if products are not fused, are on the way of each product. A rounding
+    // is off by 2^-24 of at most the sum of magnitudes, to first order (1% is for the second), or
+    // by 2^-150 where it is subnormal.
+    std::vector<uint8_t> d_y(d.capacity * d.row_bytes, 0);
+    std::vector<double> d_weights(d.capacity, 0.0), bound(d.capacity, 0.0);
+    for (int64_t row = 0; row < d.capacity; ++row) {
+      const int64_t flat = d.recv_src[r][row];
+      if (flat < 0) continue;
+      const int64_t src = flat / ids_per_rank, token = flat % ids_per_rank / d.top_k;
+      const uint8_t* g = d.g[src].data() + token * d.row_bytes;
+      double magnitude = 0.0;
+      for (int64_t at = 0; at < d.row_bytes; at += type_bytes) {
+        const float cotangent = ReadNumber(d.type, g + at);
+        const double number = ReadNumber(d.type, d.y[r].data() + row * d.row_bytes + at);
+        const float product = d.row_weights[r][row] * cotangent;
+        WriteNumber(d.type, product, d_y.data() + row * d.row_bytes + at);
+        d_weights[row] += number * cotangent;
+        magnitude += std::abs(number * cotangent);
+      }
+      const double roundings = static_cast<double>(d.num_channels) / 32 + 8 + 5 + 1;
+      bound[row] = roundings * (1.01 * magnitude * 0x1p-24 + 0x1p-150);
+    }
+    d.d_y.push_back(d_y);
+    d.d_weights.push_back(d_weights);
+    d.d_weights_bound.push_back(bound);
 
     std::vector<uint8_t> out(d.num_tokens * d.row_bytes, 0);
     std::vector<float> collected(ids_per_rank, 0.0f);
@@ -417,7 +453,9 @@ struct Buffers {
         expert_load(d.num_experts),
         counters(3),
         x(d.x[r]),
+        g(d.g[r]),
         tokens(d.capacity * d.row_bytes),
+        d_y(d.capacity * d.row_bytes),
         landing(d.num_ranks * d.num_tokens * d.row_bytes),
         y(d.y[r]),
         partial(d.num_ranks * d.num_tokens * d.row_bytes),
@@ -426,7 +464,8 @@ struct Buffers {
         weights(d.capacity),
         row_weights(d.row_weights[r]),
         values(d.values[r]),
-        collected(d.num_tokens * d.top_k) {}
+        collected(d.num_tokens * d.top_k),
+        d_weights(d.capacity) {}
 
   LayoutArguments Layout(const Data& d) {
     LayoutArguments a{};
@@ -454,7 +493,7 @@ struct Buffers {
     a.topk_idx = ids.get();
     a.send_row = send_row.get();
     a.landing = lands ? landing.get() : nullptr;
-    a.mode = jax_ep::gpu::DispatchMode::kCopy;
+    a.mode = DispatchMode::kCopy;
     a.recv_src = recv_src.get();
     a.recv_order = recv_order.get();
     a.recv_offsets = recv_offsets.get();
@@ -468,6 +507,20 @@ struct Buffers {
     a.num_channels = d.num_channels;
     a.row_bytes = d.row_bytes;
     a.zero_tail = d.zero_tail;
+    return a;
+  }
+  // The gradient of combine: dispatch's weighted form.
+  DispatchArguments Gradient(const Data& d, bool lands = false) {
+    DispatchArguments a = Dispatch(d, lands);
+    a.mode = DispatchMode::kWeighted;
+    a.type = d.type;
+    a.x = g.get();
+    a.tokens = d_y.get();
+    a.topk_weights = nullptr;
+    a.weights = nullptr;
+    a.y = y.get();
+    a.row_weights = row_weights.get();
+    a.dots = d_weights.get();
     return a;
   }
   CombineArguments Combine(const Data& d) {
@@ -503,8 +556,8 @@ struct Buffers {
 
   Buffer<int32_t> ids, send_row, recv_src, recv_order, recv_offsets, group_sizes, expert_counts,
       expert_load, counters;
-  Buffer<uint8_t> x, tokens, landing, y, partial, out;
-  Buffer<float> topk_weights, weights, row_weights, values, collected;
+  Buffer<uint8_t> x, g, tokens, d_y, landing, y, partial, out;
+  Buffer<float> topk_weights, weights, row_weights, values, collected, d_weights;
 };
 
 // Comparing --------------------------------------------------------------------------------------
@@ -553,7 +606,20 @@ void CompareNumbers(const char* name, int rank, RowType type, std::vector<uint8_
   if (num_wrong > 0) Report(name, rank, first, num_wrong, size);
 }
 
-// Layout, dispatch and combine of one case, queued on all ranks without waiting in between; twice,
+void CompareWithin(const char* name, int rank, std::vector<float> actual,
+                   const std::vector<double>& expected, const std::vector<double>& bound) {
+  ++g_num_compared;
+  const size_t middle = actual.size() / 2;
+  if (g_control) actual[middle] += 1.0f + 3.0f * static_cast<float>(bound[middle]);
+  size_t num_wrong = 0, first = 0;
+  for (size_t i = 0; i < actual.size(); ++i) {
+    if (std::abs(actual[i] - expected[i]) <= bound[i]) continue;  // false for NaN
+    if (num_wrong++ == 0) first = i;
+  }
+  if (num_wrong > 0) Report(name, rank, first, num_wrong, actual.size());
+}
+
+// Layout, dispatch, combine and combine's gradient of one case, queued on all ranks without waiting in between; twice,
 // so that the second time meets what the first one left in the control blocks.
 void RunCase(const Group& group, const Case& c, const Data& d, int num_sms, uint64_t seed) {
   const int num_wrong_before = g_num_wrong, num_ranks = d.num_ranks;
@@ -577,6 +643,12 @@ void RunCase(const Group& group, const Case& c, const Data& d, int num_sms, uint
       const GroupView view = group.View(r, num_ranks, seed * 8 + 3, 60 * kSecond);
       CHECK_CUDA(
           jax_ep::gpu::LaunchCombine(view, buffers[r]->Combine(d), num_sms, group.stream(r)));
+    }
+    for (int r = 0; r < num_ranks; ++r) {
+      const GroupView view = group.View(r, num_ranks, seed * 8 + 4, 10 * kSecond);
+      const bool lands = (r + seed) % 2 != 0;
+      CHECK_CUDA(jax_ep::gpu::LaunchDispatch(view, buffers[r]->Gradient(d, lands), num_sms,
+                                             group.stream(r)));
     }
   }
   CHECK_CUDA(cudaDeviceSynchronize());
@@ -604,12 +676,15 @@ void RunCase(const Group& group, const Case& c, const Data& d, int num_sms, uint
     }
     Compare("tokens", r, b.tokens.Read(), d.tokens[r], num_specified * d.row_bytes);
     CompareNumbers("out", r, d.type, b.out.Read(), d.out[r]);
+    Compare("d_y", r, b.d_y.Read(), d.d_y[r], num_specified * d.row_bytes);
+    CompareWithin("d_weights", r, b.d_weights.Read(), d.d_weights[r], d.d_weights_bound[r]);
     if (d.weighted) {
       Compare("weights", r, b.weights.Read(), d.weights[r], num_specified);
       Compare("collected", r, b.collected.Read(), d.collected[r]);
     }
     // Operands are not written.
     Compare("x", r, b.x.Read(), d.x[r]);
+    Compare("g", r, b.g.Read(), d.g[r]);
     Compare("ids", r, b.ids.Read(), d.ids[r]);
   }
   if (g_num_wrong != num_wrong_before) {
@@ -657,6 +732,8 @@ void TestStall(int num_sms) {
   write(b.group_sizes, d.group_sizes[0]);
   b.tokens.Fill(0);
   b.out.Fill(0);
+  b.d_y.Fill(0);
+  b.d_weights.Fill(0);
   CHECK_CUDA(cudaDeviceSynchronize());
 
   const auto start = now();
@@ -675,11 +752,17 @@ void TestStall(int num_sms) {
   const auto again = now();
   CHECK_CUDA(jax_ep::gpu::LaunchCombine(group.View(0, 2, 2, 60 * kSecond), b.Combine(d), num_sms,
                                         group.stream(0)));
-  CHECK_CUDA(jax_ep::gpu::LaunchLayout(group.View(0, 2, 3, 60 * kSecond), b.Layout(d), num_sms,
+  CHECK_CUDA(jax_ep::gpu::LaunchDispatch(group.View(0, 2, 3, 60 * kSecond), b.Gradient(d), num_sms,
+                                         group.stream(0)));
+  CHECK_CUDA(jax_ep::gpu::LaunchLayout(group.View(0, 2, 4, 60 * kSecond), b.Layout(d), num_sms,
                                        group.stream(0)));
   CHECK_CUDA(cudaStreamSynchronize(group.stream(0)));
   REQUIRE(seconds(now() - again) < 20, "calls after the timeout waited");
   REQUIRE(AllOnes(b.out.Read(), d.type), "out is not NaN");
+  REQUIRE(AllOnes(b.d_y.Read(), d.type), "d_y is not NaN");
+  const std::vector<float> d_weights = b.d_weights.Read();
+  REQUIRE(std::all_of(d_weights.begin(), d_weights.end(), [](float v) { return std::isnan(v); }),
+          "d_weights are not NaN");
   const std::vector<int32_t> src = b.recv_src.Read(), load = b.expert_load.Read();
   REQUIRE(std::all_of(src.begin(), src.end(), [](int32_t v) { return v == -1; }), "recv_src");
   REQUIRE(std::all_of(load.begin(), load.end(), [](int32_t v) { return v == 0; }), "expert_load");
@@ -797,7 +880,7 @@ int main(int argc, char** argv) {
     std::printf("nothing was seen to be wrong\n");
     return 1;
   }
-  std::printf("OK: %d results of %d runs of layout, dispatch and combine, of up to %d ranks\n",
-              g_num_compared, num_runs, *std::max_element(ranks.begin(), ranks.end()));
+  std::printf("OK: %d results of %d runs of the kernels, of up to %d ranks\n", g_num_compared,
+              num_runs, *std::max_element(ranks.begin(), ranks.end()));
   return 0;
 }
