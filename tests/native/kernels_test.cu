@@ -552,6 +552,8 @@ struct Buffers {
     out.Fill(0xff, stream);
     weights.Fill(0xff, stream);
     collected.Fill(0xff, stream);
+    d_y.Fill(0xff, stream);
+    d_weights.Fill(0xff, stream);
   }
 
   Buffer<int32_t> ids, send_row, recv_src, recv_order, recv_offsets, group_sizes, expert_counts,
@@ -628,8 +630,7 @@ void RunCase(const Group& group, const Case& c, const Data& d, int num_sms, uint
   CHECK_CUDA(cudaDeviceSynchronize());
   for (int round = 0; round < 2; ++round) {
     for (int r = 0; r < num_ranks; ++r) {
-      buffers[r]->Poison(
-          group.stream(r));  // so that rows of the first time are no rows of the second
+      buffers[r]->Poison(group.stream(r));  // stale rows of the first round would look right
       const GroupView view = group.View(r, num_ranks, seed * 8 + 1, 60 * kSecond);
       CHECK_CUDA(jax_ep::gpu::LaunchLayout(view, buffers[r]->Layout(d), num_sms, group.stream(r)));
     }
