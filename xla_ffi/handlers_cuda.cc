@@ -83,6 +83,9 @@ ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, La
   checks.Shape("send_row", *send_row, {num_tokens, top_k});
   checks.Shape("recv_src", *recv_src, {a.capacity});
   checks.Shape("recv_order", *recv_order, {a.capacity});
+  checks.Shape("recv_offsets", *recv_offsets, {a.num_ranks * num_tokens + 1});
+  checks.Shape("group_sizes", *group_sizes, {a.num_experts / a.num_ranks});
+  checks.Shape("expert_counts", *expert_counts, {a.num_experts / a.num_ranks});
   checks.Shape("expert_load", *expert_load, {a.num_experts});
   checks.Shape("counters", *counters, {3});
   if (!checks.ok()) return checks.error();
@@ -255,7 +258,10 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
   const int64_t capacity = recv_src.dimensions()[0];
   Checks checks(a.kOp);
   checks.Shape("y", y, {capacity, -1});
+  checks.Require(num_tokens > 0, "topk_idx must have a token");
   checks.Shape("send_row", send_row, {num_tokens, top_k});
+  checks.Shape("recv_order", recv_order, {capacity});
+  checks.Shape("recv_offsets", recv_offsets, {a.num_ranks * num_tokens + 1});
   checks.Require(top_k <= gpu::kMaxTopK, "k must be at most " + std::to_string(gpu::kMaxTopK));
   checks.Require(
       optional_in.size() == num_weights + num_values && optional_out.size() == num_values + 1,
@@ -267,6 +273,7 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
   checks.Require(num_channels * static_cast<int64_t>(ffi::ByteWidth(y.element_type())) % 16 == 0,
                  "a row of y must be a multiple of 16 bytes");
   checks.Shape("out", *combined, {num_tokens, num_channels});
+  checks.Type("out", *combined, y.element_type());
   const float* weights = nullptr;
   const float* values = nullptr;
   float* collected = nullptr;
@@ -283,12 +290,14 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
     checks.Type("values", in, ffi::F32);
     checks.Shape("values", in, {capacity});
     checks.Shape("collected", *out, {num_tokens, top_k});
+    checks.Type("collected", *out, ffi::F32);
     values = static_cast<const float*>(in.untyped_data());
     collected = static_cast<float*>(out->untyped_data());
     collected_bytes = out->size_bytes();
   }
   auto partial = *optional_out.get<ffi::AnyBuffer>(num_values);
   checks.Shape("partial", *partial, {a.num_ranks, num_tokens, num_channels});
+  checks.Type("partial", *partial, y.element_type());
   if (!checks.ok()) return checks.error();
   GroupCall group;
   if (ffi::Error e =

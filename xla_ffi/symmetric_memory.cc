@@ -605,7 +605,8 @@ std::string SymmetricMemory::Describe() {
 }
 
 std::optional<std::string> SymmetricMemory::RecordedError() {
-  static constexpr const char* kKinds[] = {"jax_ep_layout", "jax_ep_dispatch", "jax_ep_combine"};
+  static constexpr const char* kKinds[] = {"jax_ep_layout", "jax_ep_dispatch", "jax_ep_combine",
+                                           "jax_ep_combine_gradient"};
   std::lock_guard<std::mutex> lock(mutex_);
   for (const Device& device : devices_) {
     const gpu::ErrorRecord* record = device.error.get();
@@ -613,7 +614,7 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
     const std::string rank = "rank " + std::to_string(record->rank);
     const std::string peer = "rank " + std::to_string(record->peer);
     std::ostringstream out;
-    out << kKinds[record->kind % 3] << ": ";
+    out << kKinds[record->kind % 4] << ": ";
     const uint64_t expected = record->expected_epoch, seen = record->seen_epoch;
     switch (record->phase) {
       case gpu::kOtherCall:

@@ -195,10 +195,9 @@ class Scout {
       for (const int kind : {kForPeers, kOwn}) {
         const int32_t slot = next[kind] % kNumTables, use = next[kind] / kNumTables;
         if (!is_left(kind)) continue;
-        if (use > 0 &&
-            !mbarrier_test_wait_parity(&shared_.used[kind][slot], (use - 1) & 1)) {  // [U]
-          continue;  // the other loader may be waiting
-        }
+        const bool is_free =
+            use == 0 || mbarrier_test_wait_parity(&shared_.used[kind][slot], (use - 1) & 1);  // [U]
+        if (__all_sync(0xffffffffu, is_free) == 0) continue;  // the other loader may be waiting
         fill_table(kind, next[kind]++);
       }
     }
@@ -318,7 +317,10 @@ class Loader {
         continue;
       }
       if (sum >= there) there = wait_for_more(shared_.box, sum);  // [P2]
-      if (there == kBroken) break;
+      if (there == kBroken) {
+        for (; sum < work_.num_sums(kind_); ++sum) pass(sum);
+        break;
+      }
       sum_own(sum);
     }
     emit({}, {kStop, 0, 0, 0});
@@ -350,6 +352,12 @@ class Loader {
     if (sum % kTableSums == kTableSums - 1 && lane_ == 0) {
       mbarrier_arrive(&shared_.used[kind_][sum / kTableSums % kNumTables]);  // [U]
     }
+  }
+
+  // Uses up a table's entry unread: the scout fills all tables, whatever becomes of the call.
+  __device__ void pass(int32_t sum) {
+    enter(sum);
+    leave(sum);
   }
 
   // A new job's slot, and `count` stages for it, as soon as the adders have left them. [F]

@@ -106,6 +106,9 @@ __device__ int64_t tokens_row_bytes(const DispatchArguments& a) {
   return kMode == Mode::kQuantize ? a.num_channels : a.row_bytes;
 }
 
+template <Mode kMode>
+constexpr OpKind kOpKind = kMode == Mode::kWeighted ? OpKind::kCombineGradient : OpKind::kDispatch;
+
 template <typename Body>
 __device__ void with_vector(RowType type, const Body& body) {
   switch (type) {
@@ -246,7 +249,8 @@ class Ring {
   __device__ bool is_empty() const { return num_loaded_ == num_stored_; }
   // Whether the oldest unit's load has come; does not wait.
   __device__ bool is_loaded() const {
-    return !is_empty() && mbarrier_test_wait_parity(&shared_.full[store_slot()], parity_);
+    return !is_empty() && __all_sync(0xffffffffu, mbarrier_test_wait_parity(
+                                                      &shared_.full[store_slot()], parity_)) != 0;
   }
   __device__ int32_t load_slot() const { return first_slot_ + load_stage_; }
   __device__ int32_t store_slot() const { return first_slot_ + store_stage_; }
@@ -623,10 +627,10 @@ class Receiver : Ring<kMode> {
         continue;
       }
       there_ = wait_for_more(shared_.box, next_unit());  // [P2]
-      if (there_ == kBroken) return false;
+      if (there_ == kBroken) break;
     }
     bulk_wait_group<0>();
-    return true;
+    return there_ != kBroken;
   }
 
  private:
@@ -692,6 +696,7 @@ class Receiver : Ring<kMode> {
       const float* from = a_.scales + int64_t{first_row} * num_scales_;
       auto* scales = reinterpret_cast<float*>(this->load_stage() + a_.num_channels);
       for (int32_t s = lane_; s < num_scales_; s += 32) scales[s] = __ldcg(from + s);
+      fence_proxy_async_shared();  // the copy engine reads what was written
     }
     if (lane_ == 0) this->load(reinterpret_cast<const void*>(source), bytes);
     this->leave_load_stage();
@@ -781,10 +786,10 @@ __global__ __launch_bounds__(kNumThreads,
   if (blockIdx.x == 0) {
     const uint64_t shown[kNumAddresses] = {lands ? 0 : tokens, weights, scales,
                                            reinterpret_cast<uint64_t>(a.landing)};
-    send_start(g, OpKind::kDispatch, shown);  // [S1]
+    send_start(g, kOpKind<kMode>, shown);  // [S1]
   }
   bool ok = true;
-  if (num_own > 0) ok = receive_start(g, OpKind::kDispatch, own, shared.address);  // [S2]
+  if (num_own > 0) ok = receive_start(g, kOpKind<kMode>, own, shared.address);  // [S2]
   if (num_own == 0) __syncthreads();
   if (ok && num_own > 0) {
     const int32_t num_senders = cut.num_rings / 2;
@@ -794,7 +799,7 @@ __global__ __launch_bounds__(kNumThreads,
     } else if (warp < cut.num_rings) {
       ok = Receiver<kMode>(g, a, cut, shared, warp - num_senders, first, memory).run();
     } else if (warp == kMessenger) {
-      ok = run_messenger(g, OpKind::kDispatch, shared.box);
+      ok = run_messenger(g, kOpKind<kMode>, shared.box);
     } else if (warp == kWeigher && a.weights != nullptr) {
       send_weights(g, a, cut, shared, first);
     }

@@ -9,11 +9,13 @@
 //           tables        | XLA, own       | own blocks           | later kernels
 // Protocol: 1. [S1] show topk_idx, [S2] wait for all.
 //           2. Count own ids per expert into the block's line of layout_counts.
-//           3. [B] grid barrier: no block reads peers' ids any more. Block 0 sends [E1].
+//           3. [B] grid barrier: no block reads peers' ids any more, if all keep theirs in shared
+//           memory. Then block 0 sends [E1].
 //           4. Each block sums all lines: totals give offsets, lines before its own give its first
 //           row per expert.
 //           5. Warps walk their ids in order; equal ids in a step of 32 are ranked by match_any.
-//           6. Block 0 waits for [E2], which has come long ago.
+//           6. Block 0 waits for [E2], which has come long ago. If blocks had to read ids again, the
+//           last block sends [E1] only now, and waits.
 // Reuse:    layout_counts is rewritten before [B] of the next call, whose [S2] follows [E2] of
 //           this.
 // Progress: the grid is at most one block an SM; waits are for peers ([S1] waits for nothing) and
@@ -117,8 +119,8 @@ __device__ bool make_tables(const GroupView& g, const LayoutArguments& a, int32_
   if (threadIdx.x == 0) line[kMaxExperts] = invalid_here;
 
   // 3.
-  if (!grid_barrier(g, OpKind::kLayout)) return false;  // [B]
-  if (blockIdx.x == 0) send_end(g);                     // [E1]
+  if (!grid_barrier(g, OpKind::kLayout)) return false;              // [B]
+  if (blockIdx.x == 0 && ids_per_block <= num_cached) send_end(g);  // [E1]
 
   // 4. Totals, offsets, first rows. A thread sums four experts of every n-th line.
   const int32_t num_quads = (num_experts + 3) / 4;
@@ -267,9 +269,15 @@ __global__ __launch_bounds__(kNumThreads,
   if (blockIdx.x == 0) send_start(g, OpKind::kLayout, own);     // [S1]
   bool ok = receive_start(g, OpKind::kLayout, own, address) &&  // [S2]
             make_tables(g, a, ids_per_block, num_cached, shared, address);
-  if (blockIdx.x == 0) ok = receive_end(g, OpKind::kLayout) && ok;  // [E2]
-  const Finish finish = finish_block(g, ok);
+  const bool are_cached = ids_per_block <= num_cached;
+  if (blockIdx.x == 0 && are_cached) ok = receive_end(g, OpKind::kLayout) && ok;  // [E2]
+  Finish finish = finish_block(g, ok);
   if (finish == Finish::kNotLast) return;
+  if (finish == Finish::kEnd && !are_cached) {
+    send_end(g);                                           // [E1]
+    const bool is_good = receive_end(g, OpKind::kLayout);  // [E2]
+    if (__syncthreads_and(is_good) == 0) finish = Finish::kFail;
+  }
   if (finish == Finish::kFail) poison(a, g.num_ranks);
   end_call(g);
 }

@@ -104,7 +104,7 @@ enum Phase : uint32_t {
 struct ErrorRecord {
   uint64_t valid;  // written last
   uint64_t operation;
-  uint32_t kind;   // 0 layout, 1 dispatch, 2 combine
+  uint32_t kind;   // 0 layout, 1 dispatch, 2 combine, 3 its gradient
   int32_t rank;    // that waited
   int32_t peer;    // that was waited for
   uint32_t phase;  // a Phase

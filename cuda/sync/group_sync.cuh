@@ -33,7 +33,7 @@
 
 namespace jax_ep::gpu {
 
-enum class OpKind : uint32_t { kLayout, kDispatch, kCombine };
+enum class OpKind : uint32_t { kLayout, kDispatch, kCombine, kCombineGradient };
 
 // Whether a wait has taken as long as it may. That lies in the host's memory, where a replayed
 // command buffer sees changes; reading it takes microseconds, so short waits do not.
@@ -81,15 +81,6 @@ __device__ inline bool may_wait_on(const GroupView& g, OpKind kind, int peer, ui
   if (!is_too_long(g, now - start)) return true;
   report(g, kind, peer, phase, expected, seen);
   return false;
-}
-
-// Calls whose waits of this phase are left out, as the race test's negative control.
-__device__ inline bool is_left_out([[maybe_unused]] uint32_t phase) {
-#ifdef JAX_EP_BREAK_ORDER
-  return phase == JAX_EP_BREAK_ORDER;
-#else
-  return false;
-#endif
 }
 
 // An address of this device as its peers are shown it.
@@ -144,13 +135,13 @@ __device__ inline bool receive_start(const GroupView& g, OpKind kind,
     const uint64_t epoch = ld_relaxed_gpu_u64(&g.control->local.epoch[peer.slot_here]) + 1;
     uint64_t value, seen, start = 0;
     ld_acquire_sys_b128(mail, value, seen);
-    for (uint32_t n = 1; ok && seen < epoch && !(is_left_out(kStart) && seen > 0); ++n) {
+    for (uint32_t n = 1; ok && seen < epoch; ++n) {
       if ((n & 255u) == 0) ok = may_wait_on(g, kind, r, kStart, epoch, seen, start);
       ld_acquire_sys_b128(mail, value, seen);  // [S2]
     }
     if (what < kNumAddresses) {
       address[r][what] = address_here(peer, value);
-    } else if (ok && value != g.operation && !is_left_out(kStart)) {
+    } else if (ok && value != g.operation) {
       report(g, kind, r, kOtherCall, g.operation, value);
       ok = false;
     }
@@ -192,7 +183,9 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
         done = min(done, ld_acquire_cta_shared(&box.done[lane]) * box.num_movers + lane);
       }
       done = __reduce_min_sync(0xffffffffu, done);
-      if (done == num_units && ld_acquire_cta_shared(&box.has_values) == 0) --done;
+      const bool has_values =
+          __all_sync(0xffffffffu, ld_acquire_cta_shared(&box.has_values) != 0) != 0;
+      if (done == num_units && !has_values) --done;
       if (done > sent) {
         __syncwarp();  // what one lane has acquired holds for all
         fence_acq_rel_sys();
@@ -212,7 +205,10 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
         if (r == g.rank) continue;
         least = min(least, units_of(ld_acquire_sys(flag_of(r)), epoch_with(r)));  // [P2]
       }
-      least = is_left_out(kProgress) ? num_units : __reduce_min_sync(0xffffffffu, least);
+      least = __reduce_min_sync(0xffffffffu, least);
+#ifdef JAX_EP_BREAK_ORDER
+      least = num_units;  // negative control of the race test
+#endif
       if (least > there) {
         fence_proxy_async_global();
         __syncwarp();
@@ -306,7 +302,7 @@ __device__ inline bool receive_end(const GroupView& g, OpKind kind) {
   const uint64_t epoch = ld_relaxed_gpu_u64(&g.control->local.epoch[peer.slot_here]) + 1;
   const uint64_t given_up = ld_relaxed_sys(&g.control->given_up);
   uint64_t start = 0, seen = ld_acquire_sys(flag);
-  for (uint32_t n = 1; seen < epoch && !is_left_out(kEnd); ++n) {
+  for (uint32_t n = 1; seen < epoch; ++n) {
     if ((n & 255u) == 0 && !may_wait_on(g, kind, r, kEnd, epoch, seen, start)) return false;
     seen = ld_acquire_sys(flag);  // [E2]
   }

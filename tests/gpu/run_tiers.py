@@ -31,7 +31,7 @@ from collections.abc import Iterator
 
 import jobs
 from context import Builds, Context, Line, Result, SkippedError, package_folder
-from tiers import RACE_PHASES, TIERS, Tier, pytest_tier
+from tiers import TIERS, Tier, pytest_tier
 
 
 def count_gpus() -> int:
@@ -166,11 +166,8 @@ def start_builds(ctx: Context, tiers: list[Tier]) -> None:
     wanted = {need for tier in tiers for need in tier.needs}
     if "native" in wanted:
         ctx.builds.start("native", "kernels_test", "-DJAX_EP_TESTS=ON")
-    if ctx.broken_package is None:
-        for phase, number in RACE_PHASES.items():
-            if f"broken_{phase}" in wanted and not (ctx.quick and phase != "end"):
-                option = f"-DJAX_EP_BREAK_ORDER={number}"
-                ctx.builds.start(f"broken_{phase}", "_cuda", option)
+    if "broken" in wanted and ctx.broken_package is None:
+        ctx.builds.start("broken", "_cuda", "-DJAX_EP_BREAK_ORDER=ON")
 
 
 def run_all(ctx: Context, tiers: list[Tier]) -> tuple[list[Line], list[str]]:

@@ -546,6 +546,10 @@ struct Buffers {
 
   // Everything that a round writes, in the order of the stream.
   void Poison(cudaStream_t stream) {
+    for (Buffer<int32_t>* table : {&send_row, &recv_src, &recv_order, &recv_offsets, &group_sizes,
+                                   &expert_counts, &expert_load, &counters}) {
+      table->Fill(0xee, stream);
+    }
     tokens.Fill(0xff, stream);
     landing.Fill(0xff, stream);
     partial.Fill(0xff, stream);
@@ -709,6 +713,76 @@ bool AllOnes(const std::vector<uint8_t>& bytes, RowType type) {
   return true;
 }
 
+bool AllNan(const std::vector<float>& numbers) {
+  return std::all_of(numbers.begin(), numbers.end(), [](float v) { return std::isnan(v); });
+}
+
+// A real layout's tables for rank 0, so that the other calls have something to do.
+void WriteTables(const Data& d, Buffers& b) {
+  const auto write = [](Buffer<int32_t>& to, const std::vector<int32_t>& from) {
+    CHECK_CUDA(cudaMemcpy(to.get(), from.data(), from.size() * 4, cudaMemcpyHostToDevice));
+  };
+  write(b.send_row, d.send_row[0]);
+  write(b.recv_src, d.recv_src[0]);
+  write(b.recv_order, d.recv_order[0]);
+  write(b.recv_offsets, d.recv_offsets[0]);
+  write(b.group_sizes, d.group_sizes[0]);
+}
+
+// Rank 1 comes to the call of rank 0, as far as its start mail says, and does nothing more: the
+// kernel, which is in the middle of its work, ends by its timeout and leaves NaN. One block has all
+// units, so that every ring and table of it has been used several times.
+void TestBreakOnTheWay() {
+  enum Op { kDispatch, kCombine, kGradient };
+  const Case c{700, 2, 2, 1, 64, RowType::kBF16, Routing::kUniform, 100, true, true};
+  const Data d = MakeData(c, 2, 11);
+  Buffers b(d, 0), other(d, 1);
+  WriteTables(d, b);
+  for (const Op op : {kDispatch, kCombine, kGradient}) {
+    const Group group;  // of its own: it will be broken
+    const GroupView view = group.View(0, 2, 5, kSecond / 2);
+    b.tokens.Fill(0);
+    b.weights.Fill(0);
+    b.out.Fill(0);
+    b.collected.Fill(0);
+    b.d_y.Fill(0);
+    b.d_weights.Fill(0);
+    jax_ep::gpu::StartMail mail{};
+    for (auto& shown : mail.shown) shown.epoch = 1;
+    if (op == kDispatch) {
+      mail.shown[0].value = reinterpret_cast<uint64_t>(other.tokens.get());
+      mail.shown[1].value = reinterpret_cast<uint64_t>(other.weights.get());
+    } else if (op == kCombine) {
+      mail.shown[0].value = reinterpret_cast<uint64_t>(other.partial.get());
+      mail.shown[1].value = reinterpret_cast<uint64_t>(other.collected.get());
+    } else {
+      mail.shown[0].value = reinterpret_cast<uint64_t>(other.d_y.get());
+    }
+    mail.shown[jax_ep::gpu::kNumAddresses].value = view.operation;
+    CHECK_CUDA(cudaMemcpy(&view.control->start[view.peer[1].slot_here], &mail, sizeof(mail),
+                          cudaMemcpyHostToDevice));
+    CHECK_CUDA(cudaDeviceSynchronize());
+    if (op == kCombine) {
+      CHECK_CUDA(jax_ep::gpu::LaunchCombine(view, b.Combine(d), 1, group.stream(0)));
+    } else {
+      CHECK_CUDA(jax_ep::gpu::LaunchDispatch(view, op == kDispatch ? b.Dispatch(d) : b.Gradient(d),
+                                             1, group.stream(0)));
+    }
+    CHECK_CUDA(cudaStreamSynchronize(group.stream(0)));
+    const ErrorRecord& e = group.error(0);
+    REQUIRE(e.valid == 1 && e.peer == 1 && e.phase == jax_ep::gpu::kProgress &&
+                e.kind == static_cast<uint32_t>(op) + 1,
+            "operation %d: kind %u, peer %d, phase %u", op, e.kind, e.peer, e.phase);
+    if (op == kDispatch) {
+      REQUIRE(AllOnes(b.tokens.Read(), d.type) && AllNan(b.weights.Read()), "dispatch: not NaN");
+    } else if (op == kCombine) {
+      REQUIRE(AllOnes(b.out.Read(), d.type) && AllNan(b.collected.Read()), "combine: not NaN");
+    } else {
+      REQUIRE(AllOnes(b.d_y.Read(), d.type) && AllNan(b.d_weights.Read()), "gradient: not NaN");
+    }
+  }
+}
+
 // Rank 0 calls, rank 1 never does: the kernel ends by its timeout, says for whom it waited, and
 // leaves NaN; calls after that end at once.
 void TestStall(int num_sms) {
@@ -722,17 +796,11 @@ void TestStall(int num_sms) {
     return std::chrono::duration<double>(duration).count();
   };
   const uint64_t timeout = kSecond / 2;
-  // A real layout's tables, so that dispatch and combine have something to do.
-  const auto write = [](Buffer<int32_t>& to, const std::vector<int32_t>& from) {
-    CHECK_CUDA(cudaMemcpy(to.get(), from.data(), from.size() * 4, cudaMemcpyHostToDevice));
-  };
-  write(b.send_row, d.send_row[0]);
-  write(b.recv_src, d.recv_src[0]);
-  write(b.recv_order, d.recv_order[0]);
-  write(b.recv_offsets, d.recv_offsets[0]);
-  write(b.group_sizes, d.group_sizes[0]);
+  WriteTables(d, b);
   b.tokens.Fill(0);
+  b.weights.Fill(0);
   b.out.Fill(0);
+  b.collected.Fill(0);
   b.d_y.Fill(0);
   b.d_weights.Fill(0);
   CHECK_CUDA(cudaDeviceSynchronize());
@@ -748,7 +816,7 @@ void TestStall(int num_sms) {
   REQUIRE(e.kind == 1 && e.rank == 0 && e.peer == 1 && e.phase == 0,
           "kind %u, rank %d, peer %d, phase %u", e.kind, e.rank, e.peer, e.phase);
   REQUIRE(e.expected_epoch == 1 && e.seen_epoch == 0, "epochs");
-  REQUIRE(AllOnes(b.tokens.Read(), d.type), "tokens are not NaN");
+  REQUIRE(AllOnes(b.tokens.Read(), d.type) && AllNan(b.weights.Read()), "dispatch: not NaN");
 
   const auto again = now();
   CHECK_CUDA(jax_ep::gpu::LaunchCombine(group.View(0, 2, 2, 60 * kSecond), b.Combine(d), num_sms,
@@ -759,11 +827,8 @@ void TestStall(int num_sms) {
                                        group.stream(0)));
   CHECK_CUDA(cudaStreamSynchronize(group.stream(0)));
   REQUIRE(seconds(now() - again) < 20, "calls after the timeout waited");
-  REQUIRE(AllOnes(b.out.Read(), d.type), "out is not NaN");
-  REQUIRE(AllOnes(b.d_y.Read(), d.type), "d_y is not NaN");
-  const std::vector<float> d_weights = b.d_weights.Read();
-  REQUIRE(std::all_of(d_weights.begin(), d_weights.end(), [](float v) { return std::isnan(v); }),
-          "d_weights are not NaN");
+  REQUIRE(AllOnes(b.out.Read(), d.type) && AllNan(b.collected.Read()), "combine: not NaN");
+  REQUIRE(AllOnes(b.d_y.Read(), d.type) && AllNan(b.d_weights.Read()), "gradient: not NaN");
   const std::vector<int32_t> src = b.recv_src.Read(), load = b.expert_load.Read();
   REQUIRE(std::all_of(src.begin(), src.end(), [](int32_t v) { return v == -1; }), "recv_src");
   REQUIRE(std::all_of(load.begin(), load.end(), [](int32_t v) { return v == 0; }), "expert_load");
@@ -816,6 +881,8 @@ std::vector<Case> Cases(bool small) {
         // A sum of more rows than combine has stages for.
         {65, 32, 2, 1, 7168, kBF16, R::kOneExpert, 100, true, true},
         {1000, 1, 1, 128, 4, kF32, R::kOneExpert, 50, true, true},
+        // With one block, more ids than a layout's block keeps.
+        {20000, 2, 4, 1, 8, kBF16, R::kUniform, 100, false, true},
     };
     cases.insert(cases.end(), more.begin(), more.end());
   }
@@ -873,6 +940,7 @@ int main(int argc, char** argv) {
     }
   }
   TestStall(4);
+  TestBreakOnTheWay();
   if (g_num_wrong > 0) {
     std::printf("%d wrong of %d comparisons\n", g_num_wrong, g_num_compared);
     return 3;

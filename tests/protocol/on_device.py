@@ -261,11 +261,10 @@ def race(num_ranks: int, sizes: Race, num_calls: int) -> Any:
 
     In each call all tokens of all ranks go to one rank, in turn, and they go twice, by the same
     layout. In between one rank, in turn too, comes late with its new rows: without an order the
-    others would see those of the first time. After the second time the rows are rewritten at once,
-    in place (in the loop's buffer); ranks that receive nothing have no work of their own in
-    dispatch, so without an order they would do that while the receiving rank still reads, and it
-    would see numbers of the next call. Ids come late too, and the rows that combine brings back are
-    compared.
+    receiving rank would go on with those of the first time. After the second time the rows are
+    rewritten at once, in place (in the loop's buffer): a rank whose rows were still on their way
+    would send numbers of the next call. Ids come late too, and the rows that combine brings back,
+    which it reads as soon as it is told of them, are compared.
     """
     num_tokens, hidden = sizes.num_tokens, sizes.hidden
     capacity = num_ranks * num_tokens
