@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "cuda/launch.h"
+
 namespace jax_ep::gpu {
 
 struct F32Vector {
@@ -60,6 +62,19 @@ struct F16Pair {
 };
 using Bf16Vector = HalfVector<Bf16Pair>;
 using F16Vector = HalfVector<F16Pair>;
+
+// Calls body(vector of the type).
+template <typename Body>
+__device__ void with_vector(RowType type, const Body& body) {
+  switch (type) {
+    case RowType::kF32:
+      return body(F32Vector());
+    case RowType::kF16:
+      return body(F16Vector());
+    case RowType::kBF16:
+      return body(Bf16Vector());
+  }
+}
 
 }  // namespace jax_ep::gpu
 
