@@ -1,0 +1,532 @@
+// Times the kernels through cuda/launch.h on the GPUs of this process, one rank a GPU, without XLA or
+// Python: what a kernel can do before anything is around it. For development; what users get is
+// measured by python -m jax_ep.bench.
+//
+//   kernels_bench [--ranks=2] [--tokens=4096] [--top-k=8] [--hidden=7168] [--experts=256]
+//                 [--num-sms=0,24] [--ops=layout,dispatch,...] [--calls=10] [--repeats=9]
+//
+// Rows are bf16, routing is uniform over distinct experts, the capacity is exactly what the fullest
+// rank receives. Each number is the time of a CUDA graph of `calls` calls, over their number, of the
+// slower rank; all ranks begin together, because a call of the same kind goes before. Results are
+// compared on the devices, bit for bit, after every buffer that a call writes has been poisoned. The
+// bound is wire bytes over the rate at which all ranks at once push rows to the next, measured first.
+//
+// Exit codes: 0 all right, 3 a result was wrong, 1 anything else.
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "cuda/link_probe.h"
+
+namespace {
+
+using namespace jax_ep::gpu;
+
+#define CHECK_CUDA(call)                                        \
+  do {                                                          \
+    const cudaError_t status_of_call = (call);                  \
+    if (status_of_call != cudaSuccess) {                        \
+      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, \
+                  cudaGetErrorString(status_of_call));          \
+      std::exit(1);                                             \
+    }                                                           \
+  } while (0)
+
+constexpr int kMaxRanks = 8;
+
+struct Sizes {
+  int ranks = 2, tokens = 4096, top_k = 8, hidden = 7168, experts = 256;
+};
+struct Options : Sizes {
+  int calls = 10, repeats = 9;
+  std::vector<int> num_sms = {0, 24};
+  std::vector<std::string> ops = {"layout",  "dispatch", "layout+dispatch", "combine", "gradient",
+                                  "collect", "fp8",      "fp8-dequantized"};
+};
+
+std::vector<std::string> Split(const std::string& text) {
+  std::vector<std::string> parts;
+  size_t begin = 0;
+  while (begin <= text.size()) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    parts.push_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return parts;
+}
+
+Options Parse(int argc, char** argv) {
+  Options o;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    const size_t equals = argument.find('=');
+    const std::string name = argument.substr(0, equals);
+    const std::string value = equals == std::string::npos ? "" : argument.substr(equals + 1);
+    const auto number = [&] { return std::atoi(value.c_str()); };
+    if (name == "--ranks") {
+      o.ranks = number();
+    } else if (name == "--tokens") {
+      o.tokens = number();
+    } else if (name == "--top-k") {
+      o.top_k = number();
+    } else if (name == "--hidden") {
+      o.hidden = number();
+    } else if (name == "--experts") {
+      o.experts = number();
+    } else if (name == "--calls") {
+      o.calls = number();
+    } else if (name == "--repeats") {
+      o.repeats = number();
+    } else if (name == "--ops") {
+      o.ops = Split(value);
+    } else if (name == "--num-sms") {
+      o.num_sms.clear();
+      for (const std::string& part : Split(value)) o.num_sms.push_back(std::atoi(part.c_str()));
+    } else {
+      std::printf("unknown argument %s\n", argv[i]);
+      std::exit(1);
+    }
+  }
+  int num_devices = 0;
+  CHECK_CUDA(cudaGetDeviceCount(&num_devices));
+  if (o.ranks < 1 || o.ranks > std::min(num_devices, kMaxRanks) || o.tokens < 1 || o.top_k < 1 ||
+      o.top_k > std::min(o.experts, kMaxTopK) || o.experts % o.ranks != 0 || o.hidden % 128 != 0 ||
+      o.calls < 1 || o.repeats < 1) {
+    std::printf("these sizes do not go together, or there are only %d devices\n", num_devices);
+    std::exit(1);
+  }
+  return o;
+}
+
+// Pseudo-random numbers in (-2, 2), the same for the same seed.
+template <typename T>
+__global__ void Randomize(T* numbers, size_t size, uint32_t seed) {
+  const size_t stride = size_t{gridDim.x} * blockDim.x;
+  for (size_t i = size_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += stride) {
+    uint32_t h = static_cast<uint32_t>(i) * 2654435761u + seed;
+    h = (h ^ (h >> 15)) * 0x85ebca6bu;
+    h ^= h >> 13;
+    numbers[i] = static_cast<T>((static_cast<int>(h & 0xffff) - 32768) / 16384.0f);
+  }
+}
+
+// What lies on one rank's device.
+struct Rank {
+  cudaStream_t stream;
+  cudaEvent_t begin, end;
+  ControlBlock* control;
+  ErrorRecord* error;
+  int32_t *ids, *send_row, *recv_src, *recv_order, *recv_offsets, *group_sizes, *expert_counts,
+      *expert_load, *counters;
+  __nv_bfloat16 *x, *y, *tokens, *partial, *out;
+  float *topk_weights, *weights, *row_weights, *dots, *scales, *collected;
+};
+struct AllRanks {
+  Rank rank[kMaxRanks];
+};
+
+template <typename T>
+T* Allocate(size_t size) {
+  T* data;
+  CHECK_CUDA(cudaMalloc(&data, size * sizeof(T)));
+  CHECK_CUDA(cudaMemset(data, 0xff, size * sizeof(T)));
+  return data;
+}
+
+// Counts wrong numbers, by a block for each row or token.
+__global__ void CheckRows(AllRanks all, int rank, Sizes o, int64_t capacity, bool weighted,
+                          unsigned long long* wrong) {
+  const Rank& r = all.rank[rank];
+  const int per_rank = o.tokens * o.top_k;
+  for (int64_t row = blockIdx.x; row < capacity; row += gridDim.x) {
+    const int flat = r.recv_src[row];
+    const __nv_bfloat16* x =
+        flat < 0 ? nullptr
+                 : all.rank[flat / per_rank].x + int64_t{flat % per_rank / o.top_k} * o.hidden;
+    for (int h = threadIdx.x; h < o.hidden; h += blockDim.x) {
+      float expected = x == nullptr ? 0.0f : __bfloat162float(x[h]);
+      if (weighted && x != nullptr) expected = __fmul_rn(r.row_weights[row], expected);
+      const __nv_bfloat16 actual = r.tokens[row * o.hidden + h];
+      if (__bfloat16_as_ushort(actual) != __bfloat16_as_ushort(__float2bfloat16_rn(expected))) {
+        atomicAdd(wrong, 1);
+      }
+    }
+    if (threadIdx.x == 0 && !weighted) {
+      const float expected =
+          flat < 0 ? 0.0f : all.rank[flat / per_rank].topk_weights[flat % per_rank];
+      if (r.weights[row] != expected) atomicAdd(wrong, 1);
+    }
+  }
+}
+__global__ void CheckSums(AllRanks all, int rank, Sizes o, bool weighted,
+                          unsigned long long* wrong) {
+  const Rank& r = all.rank[rank];
+  const int num_local = o.experts / o.ranks;
+  for (int t = blockIdx.x; t < o.tokens; t += gridDim.x) {
+    for (int h = threadIdx.x; h < o.hidden; h += blockDim.x) {
+      float total = 0.0f;
+      for (int q = 0; q < o.ranks; ++q) {
+        float sum = 0.0f;
+        bool any = false;
+        for (int k = 0; k < o.top_k; ++k) {
+          const int64_t row = r.send_row[t * o.top_k + k];
+          if (row < 0 || r.ids[t * o.top_k + k] / num_local != q) continue;
+          any = true;
+          const float weight = weighted ? all.rank[q].row_weights[row] : 1.0f;
+          const float y = __bfloat162float(all.rank[q].y[row * o.hidden + h]);
+          sum = __fadd_rn(sum, __fmul_rn(weight, y));
+        }
+        if (any) total = __fadd_rn(total, __bfloat162float(__float2bfloat16_rn(sum)));
+      }
+      const __nv_bfloat16 actual = r.out[int64_t{t} * o.hidden + h];
+      if (__bfloat16_as_ushort(actual) != __bfloat16_as_ushort(__float2bfloat16_rn(total))) {
+        atomicAdd(wrong, 1);
+      }
+    }
+  }
+}
+
+class Bench {
+ public:
+  explicit Bench(const Options& options) : o_(options) {
+    std::mt19937_64 rng(1);
+    const int num_local = o_.experts / o_.ranks;
+    std::vector<int64_t> load(o_.experts), received(o_.ranks);
+    std::vector<std::vector<int32_t>> ids(o_.ranks);
+    int64_t wire_rows = 0;
+    for (int r = 0; r < o_.ranks; ++r) {
+      for (int t = 0; t < o_.tokens; ++t) {
+        std::vector<int32_t> chosen;
+        std::vector<bool> goes_to(o_.ranks);
+        while (static_cast<int>(chosen.size()) < o_.top_k) {
+          const auto id = static_cast<int32_t>(rng() % o_.experts);
+          if (std::find(chosen.begin(), chosen.end(), id) != chosen.end()) continue;
+          chosen.push_back(id);
+          ++load[id];
+          goes_to[id / num_local] = true;
+        }
+        ids[r].insert(ids[r].end(), chosen.begin(), chosen.end());
+        for (int q = 0; q < o_.ranks; ++q) wire_rows += q != r && goes_to[q];
+      }
+    }
+    for (int e = 0; e < o_.experts; ++e) received[e / num_local] += load[e];
+    capacity_ = *std::max_element(received.begin(), received.end());
+    wire_bytes_ = static_cast<double>(wire_rows) / o_.ranks * o_.hidden * 2;
+    CHECK_CUDA(cudaHostAlloc(&wrong_, sizeof(*wrong_), cudaHostAllocPortable));
+    const int64_t rows = capacity_, tokens = o_.tokens, ids_here = tokens * o_.top_k;
+    for (int r = 0; r < o_.ranks; ++r) {
+      CHECK_CUDA(cudaSetDevice(r));
+      for (int q = 0; q < o_.ranks; ++q) {
+        if (q != r) CHECK_CUDA(cudaDeviceEnablePeerAccess(q, 0));
+      }
+      Rank& b = all_.rank[r];
+      CHECK_CUDA(cudaStreamCreateWithFlags(&b.stream, cudaStreamNonBlocking));
+      CHECK_CUDA(cudaEventCreate(&b.begin));
+      CHECK_CUDA(cudaEventCreate(&b.end));
+      b.control = Allocate<ControlBlock>(1);
+      CHECK_CUDA(cudaMemset(b.control, 0, sizeof(ControlBlock)));
+      CHECK_CUDA(cudaHostAlloc(&b.error, sizeof(ErrorRecord), cudaHostAllocPortable));
+      std::memset(b.error, 0, sizeof(ErrorRecord));
+      b.error->timeout_ns = 5'000'000'000;
+      b.ids = Allocate<int32_t>(ids_here);
+      CHECK_CUDA(cudaMemcpy(b.ids, ids[r].data(), ids_here * 4, cudaMemcpyHostToDevice));
+      b.send_row = Allocate<int32_t>(ids_here);
+      b.recv_src = Allocate<int32_t>(rows);
+      b.recv_order = Allocate<int32_t>(rows);
+      b.recv_offsets = Allocate<int32_t>(o_.ranks * tokens + 1);
+      b.group_sizes = Allocate<int32_t>(num_local);
+      b.expert_counts = Allocate<int32_t>(num_local);
+      b.expert_load = Allocate<int32_t>(o_.experts);
+      b.counters = Allocate<int32_t>(3);
+      b.x = Allocate<__nv_bfloat16>(tokens * o_.hidden);
+      b.y = Allocate<__nv_bfloat16>(rows * o_.hidden);
+      b.tokens = Allocate<__nv_bfloat16>(rows * o_.hidden);
+      b.partial = Allocate<__nv_bfloat16>(o_.ranks * tokens * o_.hidden);
+      b.out = Allocate<__nv_bfloat16>(tokens * o_.hidden);
+      b.topk_weights = Allocate<float>(ids_here);
+      b.weights = Allocate<float>(rows);
+      b.row_weights = Allocate<float>(rows);
+      b.dots = Allocate<float>(rows);
+      b.scales = Allocate<float>(rows * (o_.hidden / kScaleBlock));
+      b.collected = Allocate<float>(ids_here);
+      const uint32_t seed = 4 * r;
+      Randomize<<<512, 256>>>(b.x, tokens * o_.hidden, seed);
+      Randomize<<<512, 256>>>(b.y, rows * o_.hidden, seed + 1);
+      Randomize<<<64, 256>>>(b.topk_weights, ids_here, seed + 2);
+      Randomize<<<64, 256>>>(b.row_weights, rows, seed + 3);
+      CHECK_CUDA(cudaGetLastError());
+      CHECK_CUDA(PrepareKernels());
+      CHECK_CUDA(PrepareProbes());
+      CHECK_CUDA(cudaDeviceSynchronize());
+      CHECK_CUDA(cudaDeviceGetAttribute(&all_sms_, cudaDevAttrMultiProcessorCount, r));
+    }
+  }
+
+  void MeasureWire() {
+    if (o_.ranks == 1) return;
+    constexpr int32_t kRowBytes = 14336;
+    constexpr int kRounds = 20;
+    const int64_t rows = std::min<int64_t>(4096, int64_t{o_.tokens} * o_.hidden * 2 / kRowBytes);
+    if (rows < 1) return;
+    double slowest = 0;
+    for (int repeat = 0; repeat < 2; ++repeat) {  // the first one warms up
+      slowest = 0;
+      for (int r = 0; r < o_.ranks; ++r) {
+        CHECK_CUDA(cudaSetDevice(r));
+        Rank &b = all_.rank[r], &next = all_.rank[(r + 1) % o_.ranks];
+        ProbeCopy copy{};
+        copy.src = b.x;
+        copy.dst = next.out;
+        copy.num_rows = rows;
+        copy.row_bytes = kRowBytes;
+        copy.num_copies = 1;
+        copy.num_rounds = kRounds;
+        copy.status = reinterpret_cast<uint32_t*>(b.counters);
+        copy.timeout_ns = 1'000'000'000;
+        CHECK_CUDA(cudaEventRecord(b.begin, b.stream));
+        CHECK_CUDA(LaunchProbeCopy(copy, all_sms_, b.stream));
+        CHECK_CUDA(cudaEventRecord(b.end, b.stream));
+      }
+      for (int r = 0; r < o_.ranks; ++r) slowest = std::max(slowest, Microseconds(all_.rank[r]));
+    }
+    wire_rate_ = static_cast<double>(rows) * kRowBytes * kRounds / slowest / 1e3;
+    std::printf("W: %.1f GB/s, all ranks pushing to the next at once\n", wire_rate_);
+  }
+
+  // False if a result is wrong.
+  bool Run() {
+    std::printf("%d ranks, T %d, K %d, H %d bf16, E %d, C %lld; wire %.1f MB a rank\n", o_.ranks,
+                o_.tokens, o_.top_k, o_.hidden, o_.experts, static_cast<long long>(capacity_),
+                wire_bytes_ / 1e6);
+    std::printf("%-16s %5s %10s %10s %10s %9s %7s\n", "operation", "SMs", "median us", "least",
+                "most", "of wire", "wrong");
+    for (int r = 0; r < o_.ranks; ++r) Launch("layout", r, all_sms_);
+    Synchronize();
+    bool good = true;
+    for (const int wanted : o_.num_sms) {
+      for (const std::string& op : o_.ops) {
+        good = Time(op, wanted > 0 ? wanted : all_sms_) && good;
+      }
+    }
+    return good;
+  }
+
+ private:
+  GroupView View(int rank, const std::string& op, int num_sms) const {
+    GroupView view{};
+    view.control = all_.rank[rank].control;
+    view.error = all_.rank[rank].error;
+    view.operation = std::hash<std::string>()(op) + static_cast<uint64_t>(num_sms);
+    view.rank = rank;
+    view.num_ranks = o_.ranks;
+    for (int q = 0; q < o_.ranks; ++q) {
+      view.peer[q] = {all_.rank[q].control, 0, 0, q, rank};
+    }
+    return view;
+  }
+
+  LayoutArguments Layout(const Rank& b) const {
+    LayoutArguments a{};
+    a.topk_idx = b.ids;
+    a.num_tokens = o_.tokens;
+    a.top_k = o_.top_k;
+    a.num_experts = o_.experts;
+    a.capacity = capacity_;
+    a.expert_alignment = 1;
+    a.send_row = b.send_row;
+    a.recv_src = b.recv_src;
+    a.recv_order = b.recv_order;
+    a.recv_offsets = b.recv_offsets;
+    a.group_sizes = b.group_sizes;
+    a.expert_counts = b.expert_counts;
+    a.expert_load = b.expert_load;
+    a.counters = b.counters;
+    return a;
+  }
+  DispatchArguments Dispatch(const Rank& b, DispatchMode mode) const {
+    DispatchArguments a{};
+    a.x = b.x;
+    a.topk_idx = b.ids;
+    a.send_row = b.send_row;
+    a.recv_src = b.recv_src;
+    a.recv_order = b.recv_order;
+    a.recv_offsets = b.recv_offsets;
+    a.group_sizes = b.group_sizes;
+    a.tokens = b.tokens;
+    a.num_tokens = o_.tokens;
+    a.top_k = o_.top_k;
+    a.capacity = capacity_;
+    a.num_local_experts = o_.experts / o_.ranks;
+    a.num_channels = o_.hidden;
+    a.row_bytes = int64_t{o_.hidden} * 2;
+    a.mode = mode;
+    a.type = RowType::kBF16;
+    a.zero_tail = true;
+    if (mode == DispatchMode::kWeighted) {
+      a.y = b.y;
+      a.row_weights = b.row_weights;
+      a.dots = b.dots;
+    } else {
+      a.topk_weights = b.topk_weights;
+      a.weights = b.weights;
+    }
+    if (mode == DispatchMode::kQuantize) a.scales = b.scales;
+    return a;
+  }
+  CombineArguments Combine(const Rank& b, bool weighted) const {
+    CombineArguments a{};
+    a.y = b.y;
+    a.weights = weighted ? b.row_weights : nullptr;
+    a.values = weighted ? nullptr : b.row_weights;
+    a.collected = weighted ? nullptr : b.collected;
+    a.topk_idx = b.ids;
+    a.send_row = b.send_row;
+    a.recv_src = b.recv_src;
+    a.recv_order = b.recv_order;
+    a.recv_offsets = b.recv_offsets;
+    a.partial = b.partial;
+    a.out = b.out;
+    a.num_tokens = o_.tokens;
+    a.top_k = o_.top_k;
+    a.num_local_experts = o_.experts / o_.ranks;
+    a.num_channels = o_.hidden;
+    a.type = RowType::kBF16;
+    return a;
+  }
+
+  void Launch(const std::string& op, int rank, int num_sms) const {
+    CHECK_CUDA(cudaSetDevice(rank));
+    const Rank& b = all_.rank[rank];
+    const auto dispatch = [&](DispatchMode mode) {
+      CHECK_CUDA(LaunchDispatch(View(rank, op, num_sms), Dispatch(b, mode), num_sms, b.stream));
+    };
+    if (op == "layout" || op == "layout+dispatch") {
+      CHECK_CUDA(LaunchLayout(View(rank, "layout", num_sms), Layout(b), num_sms, b.stream));
+    }
+    if (op == "dispatch" || op == "layout+dispatch") dispatch(DispatchMode::kCopy);
+    if (op == "gradient") dispatch(DispatchMode::kWeighted);
+    if (op == "fp8") dispatch(DispatchMode::kQuantize);
+    if (op == "fp8-dequantized") dispatch(DispatchMode::kDequantize);
+    if (op == "combine" || op == "collect") {
+      CHECK_CUDA(
+          LaunchCombine(View(rank, op, num_sms), Combine(b, op == "combine"), num_sms, b.stream));
+    }
+  }
+
+  double Microseconds(const Rank& b) const {
+    CHECK_CUDA(cudaEventSynchronize(b.end));
+    float milliseconds;
+    CHECK_CUDA(cudaEventElapsedTime(&milliseconds, b.begin, b.end));
+    return milliseconds * 1e3;
+  }
+
+  void Synchronize() const {
+    for (int r = 0; r < o_.ranks; ++r) {
+      CHECK_CUDA(cudaSetDevice(r));
+      CHECK_CUDA(cudaStreamSynchronize(all_.rank[r].stream));
+    }
+    for (int r = 0; r < o_.ranks; ++r) {
+      const ErrorRecord& e = *all_.rank[r].error;
+      if (e.valid == 0) continue;
+      std::printf("rank %d: kind %u waited for rank %d, phase %u, expected %llx, seen %llx\n", r,
+                  e.kind, e.peer, e.phase, static_cast<unsigned long long>(e.expected_epoch),
+                  static_cast<unsigned long long>(e.seen_epoch));
+      std::exit(1);
+    }
+  }
+
+  bool Time(const std::string& op, int num_sms) {
+    std::vector<cudaGraphExec_t> graphs(o_.ranks);
+    for (int r = 0; r < o_.ranks; ++r) {
+      CHECK_CUDA(cudaSetDevice(r));
+      cudaGraph_t graph;
+      CHECK_CUDA(cudaStreamBeginCapture(all_.rank[r].stream, cudaStreamCaptureModeRelaxed));
+      for (int i = 0; i < o_.calls; ++i) Launch(op, r, num_sms);
+      CHECK_CUDA(cudaStreamEndCapture(all_.rank[r].stream, &graph));
+      CHECK_CUDA(cudaGraphInstantiate(&graphs[r], graph, 0));
+      CHECK_CUDA(cudaGraphDestroy(graph));
+      CHECK_CUDA(cudaGraphUpload(graphs[r], all_.rank[r].stream));
+    }
+    std::vector<double> times;
+    for (int repeat = -2; repeat < o_.repeats; ++repeat) {
+      for (int r = 0; r < o_.ranks; ++r) {
+        Launch(op, r, num_sms);
+        CHECK_CUDA(cudaEventRecord(all_.rank[r].begin, all_.rank[r].stream));
+        CHECK_CUDA(cudaGraphLaunch(graphs[r], all_.rank[r].stream));
+        CHECK_CUDA(cudaEventRecord(all_.rank[r].end, all_.rank[r].stream));
+      }
+      double slowest = 0;
+      for (int r = 0; r < o_.ranks; ++r) slowest = std::max(slowest, Microseconds(all_.rank[r]));
+      if (repeat >= 0) times.push_back(slowest / o_.calls);
+    }
+    for (cudaGraphExec_t graph : graphs) CHECK_CUDA(cudaGraphExecDestroy(graph));
+    Synchronize();
+    std::sort(times.begin(), times.end());
+    const double median = times[times.size() / 2];
+    const unsigned long long wrong = CountWrong(op, num_sms);
+    std::printf("%-16s %5d %10.1f %10.1f %10.1f", op.c_str(), num_sms, median, times.front(),
+                times.back());
+    const bool moves_rows = op != "layout" && op.rfind("fp8", 0) != 0;
+    if (moves_rows && wire_rate_ > 0) {
+      std::printf(" %8.2fx", median / (wire_bytes_ / wire_rate_ / 1e3));
+    } else {
+      std::printf(" %9s", "");
+    }
+    std::printf(" %7llu\n", wrong);
+    std::fflush(stdout);
+    return wrong == 0;
+  }
+
+  // One more call, into poisoned buffers.
+  unsigned long long CountWrong(const std::string& op, int num_sms) {
+    *wrong_ = 0;
+    for (int r = 0; r < o_.ranks; ++r) {
+      const Rank& b = all_.rank[r];
+      CHECK_CUDA(cudaSetDevice(r));
+      CHECK_CUDA(cudaMemsetAsync(b.tokens, 0xff, capacity_ * o_.hidden * 2, b.stream));
+      CHECK_CUDA(cudaMemsetAsync(b.weights, 0xff, capacity_ * 4, b.stream));
+      CHECK_CUDA(cudaMemsetAsync(b.partial, 0xff, int64_t{o_.ranks} * o_.tokens * o_.hidden * 2,
+                                 b.stream));
+      CHECK_CUDA(cudaMemsetAsync(b.out, 0xff, int64_t{o_.tokens} * o_.hidden * 2, b.stream));
+      Launch(op, r, num_sms);
+    }
+    Synchronize();
+    for (int r = 0; r < o_.ranks; ++r) {
+      CHECK_CUDA(cudaSetDevice(r));
+      if (op == "dispatch" || op == "layout+dispatch" || op == "gradient") {
+        CheckRows<<<1024, 256, 0, all_.rank[r].stream>>>(all_, r, o_, capacity_, op == "gradient",
+                                                         wrong_);
+      } else if (op == "combine" || op == "collect") {
+        CheckSums<<<1024, 256, 0, all_.rank[r].stream>>>(all_, r, o_, op == "combine", wrong_);
+      }
+      CHECK_CUDA(cudaGetLastError());
+    }
+    Synchronize();
+    return *wrong_;
+  }
+
+  const Options o_;
+  AllRanks all_{};
+  unsigned long long* wrong_;
+  int64_t capacity_ = 0;
+  double wire_bytes_ = 0, wire_rate_ = 0;
+  int all_sms_ = 0;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Bench bench(Parse(argc, argv));
+  bench.MeasureWire();
+  return bench.Run() ? 0 : 3;
+}
