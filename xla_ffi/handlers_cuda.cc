@@ -3,6 +3,8 @@
 // combine is one result more.
 #include "xla_ffi/handlers_cuda.h"
 
+#include <limits>
+
 #include "xla_ffi/attributes.h"
 #include "xla_ffi/call_site_cuda.h"
 #include "xla_ffi/ffi_checks.h"
@@ -77,6 +79,9 @@ ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, La
                      a.expert_alignment > 0 && a.capacity % a.expert_alignment == 0,
                  "num_experts must be a positive multiple of num_ranks, and capacity of "
                  "expert_alignment");
+  checks.Require(num_tokens > 0 && top_k > 0 &&
+                     a.num_ranks * num_tokens * top_k <= std::numeric_limits<int32_t>::max(),
+                 "topk_idx must have ids, and those of all ranks must be below 2^31");
   checks.Require(a.num_experts <= gpu::kMaxExperts,
                  "num_experts must be at most " + std::to_string(gpu::kMaxExperts));
   checks.Require(top_k <= gpu::kMaxTopK, "k must be at most " + std::to_string(gpu::kMaxTopK));
@@ -258,7 +263,9 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
   const int64_t capacity = recv_src.dimensions()[0];
   Checks checks(a.kOp);
   checks.Shape("y", y, {capacity, -1});
-  checks.Require(num_tokens > 0, "topk_idx must have a token");
+  checks.Require(num_tokens > 0 && top_k > 0, "topk_idx must have ids");
+  checks.Require(a.num_experts > 0 && a.num_experts % a.num_ranks == 0,
+                 "num_experts must be a positive multiple of num_ranks");
   checks.Shape("send_row", send_row, {num_tokens, top_k});
   checks.Shape("recv_order", recv_order, {capacity});
   checks.Shape("recv_offsets", recv_offsets, {a.num_ranks * num_tokens + 1});

@@ -367,6 +367,7 @@ class Loader {
       wait_phase(&pipeline_.empty[slot], oldest_job_ / kNumJobs);
       free_stages_ += pipeline_.job[slot].num_rows;
       ++oldest_job_;
+      __syncwarp();  // all lanes have read it: the slot may be filled again
     }
     free_stages_ -= count;
     return pipeline_.job[next_job_ % kNumJobs];

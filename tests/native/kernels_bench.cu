@@ -7,9 +7,11 @@
 //
 // Rows are bf16, routing is uniform over distinct experts, the capacity is exactly what the fullest
 // rank receives. Each number is the time of a CUDA graph of `calls` calls, over their number, of the
-// slower rank; all ranks begin together, because a call of the same kind goes before. Results are
-// compared on the devices, bit for bit, after every buffer that a call writes has been poisoned. The
-// bound is wire bytes over the rate at which all ranks at once push rows to the next, measured first.
+// slowest rank; calls of the same kind go before, so that all ranks begin together. Afterwards one
+// more call goes into poisoned buffers: rows, weights, sums, collected values and the counts of a
+// layout are compared on the devices, bit for bit; tables are taken for right, fp8 is not compared,
+// nor are a gradient's sums over channels. "of wire" is the time over that of the wire bytes, at the
+// rate at which all ranks at once push rows to the next, measured first.
 //
 // Exit codes: 0 all right, 3 a result was wrong, 1 anything else.
 #include <cuda_bf16.h>
@@ -43,6 +45,9 @@ using namespace jax_ep::gpu;
   } while (0)
 
 constexpr int kMaxRanks = 8;
+constexpr int kCallsBefore = 4;  // long enough for the host to launch what follows on all ranks
+const char* const kOps[] = {"layout",   "dispatch", "layout+dispatch", "combine", "collect",
+                            "gradient", "fp8",      "fp8-dequantized"};
 
 struct Sizes {
   int ranks = 2, tokens = 4096, top_k = 8, hidden = 7168, experts = 256;
@@ -50,8 +55,7 @@ struct Sizes {
 struct Options : Sizes {
   int calls = 10, repeats = 9;
   std::vector<int> num_sms = {0, 24};
-  std::vector<std::string> ops = {"layout",  "dispatch", "layout+dispatch", "combine", "gradient",
-                                  "collect", "fp8",      "fp8-dequantized"};
+  std::vector<std::string> ops{std::begin(kOps), std::end(kOps)};
 };
 
 std::vector<std::string> Split(const std::string& text) {
@@ -97,13 +101,30 @@ Options Parse(int argc, char** argv) {
       std::exit(1);
     }
   }
-  int num_devices = 0;
+  int num_devices = 0, num_sms = 0;
   CHECK_CUDA(cudaGetDeviceCount(&num_devices));
-  if (o.ranks < 1 || o.ranks > std::min(num_devices, kMaxRanks) || o.tokens < 1 || o.top_k < 1 ||
-      o.top_k > std::min(o.experts, kMaxTopK) || o.experts % o.ranks != 0 || o.hidden % 128 != 0 ||
-      o.calls < 1 || o.repeats < 1) {
-    std::printf("these sizes do not go together, or there are only %d devices\n", num_devices);
+  if (num_devices > 0) {
+    CHECK_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
+  }
+  const auto require = [](bool condition, const char* what) {
+    if (condition) return;
+    std::printf("%s\n", what);
     std::exit(1);
+  };
+  require(o.ranks >= 1 && o.ranks <= std::min(num_devices, kMaxRanks),
+          "ranks: from 1 to the number of devices, at most 8");
+  require(o.experts >= 1 && o.experts <= kMaxExperts && o.experts % o.ranks == 0,
+          "experts: a multiple of ranks, at most 1024");
+  require(o.top_k >= 1 && o.top_k <= std::min(o.experts, kMaxTopK), "top-k: from 1 to 32");
+  require(o.hidden >= 128 && o.hidden % 128 == 0, "hidden: a multiple of 128");
+  require(o.tokens >= 1 && int64_t{o.ranks} * o.tokens * o.top_k < int64_t{1} << 31,
+          "tokens: at least 1, fewer than 2^31 ids in all");
+  require(o.calls >= 1 && o.repeats >= 1, "calls, repeats: at least 1");
+  for (const int n : o.num_sms) {
+    require(n >= 0 && n <= std::min(num_sms, kMaxBlocks), "num-sms: at most what the device has");
+  }
+  for (const std::string& op : o.ops) {
+    require(std::find(std::begin(kOps), std::end(kOps), op) != std::end(kOps), "unknown operation");
   }
   return o;
 }
@@ -130,6 +151,8 @@ struct Rank {
       *expert_load, *counters;
   __nv_bfloat16 *x, *y, *tokens, *partial, *out;
   float *topk_weights, *weights, *row_weights, *dots, *scales, *collected;
+  int32_t* load;              // rows to each expert, by the host
+  unsigned long long* wrong;  // numbers
 };
 struct AllRanks {
   Rank rank[kMaxRanks];
@@ -144,8 +167,7 @@ T* Allocate(size_t size) {
 }
 
 // Counts wrong numbers, by a block for each row or token.
-__global__ void CheckRows(AllRanks all, int rank, Sizes o, int64_t capacity, bool weighted,
-                          unsigned long long* wrong) {
+__global__ void CheckRows(AllRanks all, int rank, Sizes o, int64_t capacity, bool weighted) {
   const Rank& r = all.rank[rank];
   const int per_rank = o.tokens * o.top_k;
   for (int64_t row = blockIdx.x; row < capacity; row += gridDim.x) {
@@ -158,18 +180,17 @@ __global__ void CheckRows(AllRanks all, int rank, Sizes o, int64_t capacity, boo
       if (weighted && x != nullptr) expected = __fmul_rn(r.row_weights[row], expected);
       const __nv_bfloat16 actual = r.tokens[row * o.hidden + h];
       if (__bfloat16_as_ushort(actual) != __bfloat16_as_ushort(__float2bfloat16_rn(expected))) {
-        atomicAdd(wrong, 1);
+        atomicAdd(r.wrong, 1);
       }
     }
     if (threadIdx.x == 0 && !weighted) {
       const float expected =
           flat < 0 ? 0.0f : all.rank[flat / per_rank].topk_weights[flat % per_rank];
-      if (r.weights[row] != expected) atomicAdd(wrong, 1);
+      if (r.weights[row] != expected) atomicAdd(r.wrong, 1);
     }
   }
 }
-__global__ void CheckSums(AllRanks all, int rank, Sizes o, bool weighted,
-                          unsigned long long* wrong) {
+__global__ void CheckSums(AllRanks all, int rank, Sizes o, bool weighted) {
   const Rank& r = all.rank[rank];
   const int num_local = o.experts / o.ranks;
   for (int t = blockIdx.x; t < o.tokens; t += gridDim.x) {
@@ -190,9 +211,33 @@ __global__ void CheckSums(AllRanks all, int rank, Sizes o, bool weighted,
       }
       const __nv_bfloat16 actual = r.out[int64_t{t} * o.hidden + h];
       if (__bfloat16_as_ushort(actual) != __bfloat16_as_ushort(__float2bfloat16_rn(total))) {
-        atomicAdd(wrong, 1);
+        atomicAdd(r.wrong, 1);
       }
     }
+  }
+}
+__global__ void CheckCollected(AllRanks all, int rank, Sizes o) {
+  const Rank& r = all.rank[rank];
+  const int num_local = o.experts / o.ranks;
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < o.tokens * o.top_k;
+       i += gridDim.x * blockDim.x) {
+    const int row = r.send_row[i];
+    const float expected = row < 0 ? 0.0f : all.rank[r.ids[i] / num_local].row_weights[row];
+    if (r.collected[i] != expected) atomicAdd(r.wrong, 1);
+  }
+}
+__global__ void CheckCounts(AllRanks all, int rank, Sizes o) {
+  const Rank& r = all.rank[rank];
+  const int num_local = o.experts / o.ranks;
+  int received = 0;
+  for (int e = 0; e < o.experts; ++e) {
+    if (r.expert_load[e] != r.load[e]) atomicAdd(r.wrong, 1);
+    if (e / num_local != rank) continue;
+    received += r.load[e];
+    if (r.expert_counts[e % num_local] != r.load[e]) atomicAdd(r.wrong, 1);
+  }
+  if (r.counters[0] != received || r.counters[1] != 0 || r.counters[2] != 0) {
+    atomicAdd(r.wrong, 1);
   }
 }
 
@@ -201,7 +246,8 @@ class Bench {
   explicit Bench(const Options& options) : o_(options) {
     std::mt19937_64 rng(1);
     const int num_local = o_.experts / o_.ranks;
-    std::vector<int64_t> load(o_.experts), received(o_.ranks);
+    std::vector<int32_t> load(o_.experts);
+    std::vector<int64_t> received(o_.ranks);
     std::vector<std::vector<int32_t>> ids(o_.ranks);
     int64_t wire_rows = 0;
     for (int r = 0; r < o_.ranks; ++r) {
@@ -222,7 +268,8 @@ class Bench {
     for (int e = 0; e < o_.experts; ++e) received[e / num_local] += load[e];
     capacity_ = *std::max_element(received.begin(), received.end());
     wire_bytes_ = static_cast<double>(wire_rows) / o_.ranks * o_.hidden * 2;
-    CHECK_CUDA(cudaHostAlloc(&wrong_, sizeof(*wrong_), cudaHostAllocPortable));
+    CHECK_CUDA(cudaHostAlloc(&probe_status_, kMaxRanks * sizeof(uint32_t), cudaHostAllocPortable));
+    std::memset(probe_status_, 0, kMaxRanks * sizeof(uint32_t));
     const int64_t rows = capacity_, tokens = o_.tokens, ids_here = tokens * o_.top_k;
     for (int r = 0; r < o_.ranks; ++r) {
       CHECK_CUDA(cudaSetDevice(r));
@@ -259,6 +306,9 @@ class Bench {
       b.dots = Allocate<float>(rows);
       b.scales = Allocate<float>(rows * (o_.hidden / kScaleBlock));
       b.collected = Allocate<float>(ids_here);
+      b.load = Allocate<int32_t>(o_.experts);
+      CHECK_CUDA(cudaMemcpy(b.load, load.data(), o_.experts * 4, cudaMemcpyHostToDevice));
+      b.wrong = Allocate<unsigned long long>(1);
       const uint32_t seed = 4 * r;
       Randomize<<<512, 256>>>(b.x, tokens * o_.hidden, seed);
       Randomize<<<512, 256>>>(b.y, rows * o_.hidden, seed + 1);
@@ -275,23 +325,28 @@ class Bench {
   void MeasureWire() {
     if (o_.ranks == 1) return;
     constexpr int32_t kRowBytes = 14336;
+    constexpr int64_t kRows = 4096;
     constexpr int kRounds = 20;
-    const int64_t rows = std::min<int64_t>(4096, int64_t{o_.tokens} * o_.hidden * 2 / kRowBytes);
-    if (rows < 1) return;
+    std::vector<char*> from(o_.ranks), to(o_.ranks);
+    for (int r = 0; r < o_.ranks; ++r) {
+      CHECK_CUDA(cudaSetDevice(r));
+      from[r] = Allocate<char>(kRows * kRowBytes);
+      to[r] = Allocate<char>(kRows * kRowBytes);
+    }
     double slowest = 0;
     for (int repeat = 0; repeat < 2; ++repeat) {  // the first one warms up
       slowest = 0;
       for (int r = 0; r < o_.ranks; ++r) {
         CHECK_CUDA(cudaSetDevice(r));
-        Rank &b = all_.rank[r], &next = all_.rank[(r + 1) % o_.ranks];
+        const Rank& b = all_.rank[r];
         ProbeCopy copy{};
-        copy.src = b.x;
-        copy.dst = next.out;
-        copy.num_rows = rows;
+        copy.src = from[r];
+        copy.dst = to[(r + 1) % o_.ranks];
+        copy.num_rows = kRows;
         copy.row_bytes = kRowBytes;
         copy.num_copies = 1;
         copy.num_rounds = kRounds;
-        copy.status = reinterpret_cast<uint32_t*>(b.counters);
+        copy.status = probe_status_ + r;
         copy.timeout_ns = 1'000'000'000;
         CHECK_CUDA(cudaEventRecord(b.begin, b.stream));
         CHECK_CUDA(LaunchProbeCopy(copy, all_sms_, b.stream));
@@ -299,7 +354,14 @@ class Bench {
       }
       for (int r = 0; r < o_.ranks; ++r) slowest = std::max(slowest, Microseconds(all_.rank[r]));
     }
-    wire_rate_ = static_cast<double>(rows) * kRowBytes * kRounds / slowest / 1e3;
+    for (int r = 0; r < o_.ranks; ++r) {
+      CHECK_CUDA(cudaFree(from[r]));
+      CHECK_CUDA(cudaFree(to[r]));
+      if (probe_status_[r] == 0) continue;
+      std::printf("a copy between ranks timed out\n");
+      std::exit(1);
+    }
+    wire_rate_ = static_cast<double>(kRows) * kRowBytes * kRounds / slowest / 1e3;
     std::printf("W: %.1f GB/s, all ranks pushing to the next at once\n", wire_rate_);
   }
 
@@ -460,7 +522,7 @@ class Bench {
     std::vector<double> times;
     for (int repeat = -2; repeat < o_.repeats; ++repeat) {
       for (int r = 0; r < o_.ranks; ++r) {
-        Launch(op, r, num_sms);
+        for (int i = 0; i < kCallsBefore; ++i) Launch(op, r, num_sms);
         CHECK_CUDA(cudaEventRecord(all_.rank[r].begin, all_.rank[r].stream));
         CHECK_CUDA(cudaGraphLaunch(graphs[r], all_.rank[r].stream));
         CHECK_CUDA(cudaEventRecord(all_.rank[r].end, all_.rank[r].stream));
@@ -473,51 +535,73 @@ class Bench {
     Synchronize();
     std::sort(times.begin(), times.end());
     const double median = times[times.size() / 2];
-    const unsigned long long wrong = CountWrong(op, num_sms);
+    const bool is_fp8 = op.rfind("fp8", 0) == 0;
+    const unsigned long long wrong = is_fp8 ? 0 : CountWrong(op, num_sms);
     std::printf("%-16s %5d %10.1f %10.1f %10.1f", op.c_str(), num_sms, median, times.front(),
                 times.back());
-    const bool moves_rows = op != "layout" && op.rfind("fp8", 0) != 0;
-    if (moves_rows && wire_rate_ > 0) {
+    if (op != "layout" && !is_fp8 && wire_rate_ > 0) {
       std::printf(" %8.2fx", median / (wire_bytes_ / wire_rate_ / 1e3));
     } else {
       std::printf(" %9s", "");
     }
-    std::printf(" %7llu\n", wrong);
+    std::printf(" %7s\n", is_fp8 ? "-" : std::to_string(wrong).c_str());
     std::fflush(stdout);
     return wrong == 0;
   }
 
   // One more call, into poisoned buffers.
   unsigned long long CountWrong(const std::string& op, int num_sms) {
-    *wrong_ = 0;
+    const bool has_layout = op == "layout" || op == "layout+dispatch";
+    const bool has_rows = op == "dispatch" || op == "layout+dispatch" || op == "gradient";
+    const bool has_sums = op == "combine" || op == "collect";
+    const int64_t rows = capacity_, tokens = o_.tokens, ids = tokens * o_.top_k;
     for (int r = 0; r < o_.ranks; ++r) {
       const Rank& b = all_.rank[r];
       CHECK_CUDA(cudaSetDevice(r));
-      CHECK_CUDA(cudaMemsetAsync(b.tokens, 0xff, capacity_ * o_.hidden * 2, b.stream));
-      CHECK_CUDA(cudaMemsetAsync(b.weights, 0xff, capacity_ * 4, b.stream));
-      CHECK_CUDA(cudaMemsetAsync(b.partial, 0xff, int64_t{o_.ranks} * o_.tokens * o_.hidden * 2,
-                                 b.stream));
-      CHECK_CUDA(cudaMemsetAsync(b.out, 0xff, int64_t{o_.tokens} * o_.hidden * 2, b.stream));
+      const auto poison = [&](void* data, int64_t bytes) {
+        CHECK_CUDA(cudaMemsetAsync(data, 0xff, bytes, b.stream));
+      };
+      CHECK_CUDA(cudaMemsetAsync(b.wrong, 0, sizeof(*b.wrong), b.stream));
+      poison(b.tokens, rows * o_.hidden * 2);
+      poison(b.weights, rows * 4);
+      poison(b.partial, o_.ranks * tokens * o_.hidden * 2);
+      poison(b.out, tokens * o_.hidden * 2);
+      poison(b.collected, ids * 4);
+      if (has_layout) {
+        poison(b.send_row, ids * 4);
+        poison(b.recv_src, rows * 4);
+        poison(b.recv_order, rows * 4);
+        poison(b.recv_offsets, (o_.ranks * tokens + 1) * 4);
+        poison(b.group_sizes, o_.experts / o_.ranks * 4);
+        poison(b.expert_counts, o_.experts / o_.ranks * 4);
+        poison(b.expert_load, int64_t{o_.experts} * 4);
+        poison(b.counters, 3 * 4);
+      }
       Launch(op, r, num_sms);
     }
     Synchronize();
     for (int r = 0; r < o_.ranks; ++r) {
       CHECK_CUDA(cudaSetDevice(r));
-      if (op == "dispatch" || op == "layout+dispatch" || op == "gradient") {
-        CheckRows<<<1024, 256, 0, all_.rank[r].stream>>>(all_, r, o_, capacity_, op == "gradient",
-                                                         wrong_);
-      } else if (op == "combine" || op == "collect") {
-        CheckSums<<<1024, 256, 0, all_.rank[r].stream>>>(all_, r, o_, op == "combine", wrong_);
-      }
+      const cudaStream_t stream = all_.rank[r].stream;
+      if (has_layout) CheckCounts<<<1, 1, 0, stream>>>(all_, r, o_);
+      if (has_rows) CheckRows<<<1024, 256, 0, stream>>>(all_, r, o_, capacity_, op == "gradient");
+      if (has_sums) CheckSums<<<1024, 256, 0, stream>>>(all_, r, o_, op == "combine");
+      if (op == "collect") CheckCollected<<<64, 256, 0, stream>>>(all_, r, o_);
       CHECK_CUDA(cudaGetLastError());
     }
     Synchronize();
-    return *wrong_;
+    unsigned long long sum = 0;
+    for (int r = 0; r < o_.ranks; ++r) {
+      unsigned long long wrong;
+      CHECK_CUDA(cudaMemcpy(&wrong, all_.rank[r].wrong, sizeof(wrong), cudaMemcpyDeviceToHost));
+      sum += wrong;
+    }
+    return sum;
   }
 
   const Options o_;
   AllRanks all_{};
-  unsigned long long* wrong_;
+  uint32_t* probe_status_;
   int64_t capacity_ = 0;
   double wire_bytes_ = 0, wire_rate_ = 0;
   int all_sms_ = 0;

@@ -154,6 +154,7 @@ class Group {
 struct Buffers {
   explicit Buffers(const Data& d, int r)
       : ids(d.ids[r]),
+        same_ids(d.ids[r]),
         send_row(d.num_tokens * d.top_k),
         recv_src(d.capacity),
         recv_order(d.capacity),
@@ -254,6 +255,13 @@ struct Buffers {
     return a;
   }
 
+  // Writes the ids again, after something else.
+  void Rewrite(const Data& d, int r, cudaStream_t stream) {
+    ids.Fill(0xee, stream);
+    CHECK_CUDA(cudaMemcpyAsync(ids.get(), same_ids.get(), d.ids[r].size() * sizeof(int32_t),
+                               cudaMemcpyDeviceToDevice, stream));
+  }
+
   // Everything that a round writes, in the order of the stream.
   void Poison(cudaStream_t stream) {
     for (Buffer<int32_t>* table : {&send_row, &recv_src, &recv_order, &recv_offsets, &group_sizes,
@@ -270,8 +278,8 @@ struct Buffers {
     d_weights.Fill(0xff, stream);
   }
 
-  Buffer<int32_t> ids, send_row, recv_src, recv_order, recv_offsets, group_sizes, expert_counts,
-      expert_load, counters;
+  Buffer<int32_t> ids, same_ids, send_row, recv_src, recv_order, recv_offsets, group_sizes,
+      expert_counts, expert_load, counters;
   Buffer<uint8_t> x, g, tokens, d_y, landing, y, partial, out;
   Buffer<float> topk_weights, weights, row_weights, values, collected, d_weights;
 };
@@ -347,6 +355,7 @@ void RunCase(const Group& group, const Case& c, const Data& d, int num_sms, uint
       buffers[r]->Poison(group.stream(r));  // stale rows of the first round would look right
       const GroupView view = group.View(r, num_ranks, seed * 8 + 1, 60 * kSecond);
       CHECK_CUDA(jax_ep::gpu::LaunchLayout(view, buffers[r]->Layout(d), num_sms, group.stream(r)));
+      buffers[r]->Rewrite(d, r, group.stream(r));  // nobody may read the ids any more
     }
     for (int r = 0; r < num_ranks; ++r) {
       const GroupView view = group.View(r, num_ranks, seed * 8 + 2, 10 * kSecond);
@@ -427,6 +436,10 @@ bool AllNan(const std::vector<float>& numbers) {
   return std::all_of(numbers.begin(), numbers.end(), [](float v) { return std::isnan(v); });
 }
 
+bool AllAre(const std::vector<int32_t>& numbers, int32_t value) {
+  return std::all_of(numbers.begin(), numbers.end(), [&](int32_t v) { return v == value; });
+}
+
 // A real layout's tables for rank 0, so that the other calls have something to do.
 void WriteTables(const Data& d, Buffers& b) {
   const auto write = [](Buffer<int32_t>& to, const std::vector<int32_t>& from) {
@@ -439,18 +452,32 @@ void WriteTables(const Data& d, Buffers& b) {
   write(b.group_sizes, d.group_sizes[0]);
 }
 
-// Rank 1 comes to the call of rank 0, as far as its start mail says, and does nothing more: the
-// kernel, which is in the middle of its work, ends by its timeout and leaves NaN. One block has all
-// units, so that every ring and table of it has been used several times.
-void TestBreakOnTheWay() {
-  enum Op { kDispatch, kCombine, kGradient };
-  const Case c{700, 2, 2, 1, 64, RowType::kBF16, Routing::kUniform, 100, true, true};
+// Ends the program if a stream does not come to its end: a hang would end nothing.
+void SynchronizeOrDie(cudaStream_t stream) {
+  const auto start = std::chrono::steady_clock::now();
+  cudaError_t status;
+  while ((status = cudaStreamQuery(stream)) == cudaErrorNotReady) {
+    if (std::chrono::steady_clock::now() - start > std::chrono::seconds(30)) {
+      std::printf("a kernel does not end\n");
+      std::_Exit(1);
+    }
+  }
+  CHECK_CUDA(status);
+}
+
+// Rank 1 comes to the call of rank 0, as its start mail says, does the first `num_units` units, as
+// its progress says, and then nothing more: the kernel, which is in the middle of its work, ends by
+// its timeout and leaves NaN, a layout -1 and 0. One block has all units, which is more than its
+// rings and tables hold at once.
+void TestBreakOnTheWay(int num_tokens, uint64_t num_units) {
+  enum Op { kLayout, kDispatch, kCombine, kGradient };
+  const Case c{num_tokens, 2, 2, 1, 64, RowType::kBF16, Routing::kUniform, 100, true, true};
   const Data d = MakeData(c, 2, 11);
   Buffers b(d, 0), other(d, 1);
-  WriteTables(d, b);
-  for (const Op op : {kDispatch, kCombine, kGradient}) {
+  for (const Op op : {kDispatch, kCombine, kGradient, kLayout}) {
     const Group group;  // of its own: it will be broken
     const GroupView view = group.View(0, 2, 5, kSecond / 2);
+    WriteTables(d, b);
     b.tokens.Fill(0);
     b.weights.Fill(0);
     b.out.Fill(0);
@@ -465,30 +492,39 @@ void TestBreakOnTheWay() {
     } else if (op == kCombine) {
       mail.shown[0].value = reinterpret_cast<uint64_t>(other.partial.get());
       mail.shown[1].value = reinterpret_cast<uint64_t>(other.collected.get());
-    } else {
+    } else if (op == kGradient) {
       mail.shown[0].value = reinterpret_cast<uint64_t>(other.d_y.get());
+    } else {
+      mail.shown[0].value = reinterpret_cast<uint64_t>(other.ids.get());
     }
     mail.shown[jax_ep::gpu::kNumAddresses].value = view.operation;
-    CHECK_CUDA(cudaMemcpy(&view.control->start[view.peer[1].slot_here], &mail, sizeof(mail),
+    const int slot = view.peer[1].slot_here;
+    CHECK_CUDA(cudaMemcpy(&view.control->start[slot], &mail, sizeof(mail), cudaMemcpyHostToDevice));
+    const uint64_t progress = jax_ep::gpu::progress_of(1, num_units);
+    CHECK_CUDA(cudaMemcpy(&view.control->progress[slot][0], &progress, sizeof(progress),
                           cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaDeviceSynchronize());
-    if (op == kCombine) {
+    if (op == kLayout) {
+      CHECK_CUDA(jax_ep::gpu::LaunchLayout(view, b.Layout(d), 1, group.stream(0)));
+    } else if (op == kCombine) {
       CHECK_CUDA(jax_ep::gpu::LaunchCombine(view, b.Combine(d), 1, group.stream(0)));
     } else {
       CHECK_CUDA(jax_ep::gpu::LaunchDispatch(view, op == kDispatch ? b.Dispatch(d) : b.Gradient(d),
                                              1, group.stream(0)));
     }
-    CHECK_CUDA(cudaStreamSynchronize(group.stream(0)));
+    SynchronizeOrDie(group.stream(0));
     const ErrorRecord& e = group.error(0);
-    REQUIRE(e.valid == 1 && e.peer == 1 && e.phase == jax_ep::gpu::kProgress &&
-                e.kind == static_cast<uint32_t>(op) + 1,
+    const uint32_t phase = op == kLayout ? jax_ep::gpu::kEnd : jax_ep::gpu::kProgress;
+    REQUIRE(e.valid == 1 && e.peer == 1 && e.phase == phase && e.kind == static_cast<uint32_t>(op),
             "operation %d: kind %u, peer %d, phase %u", op, e.kind, e.peer, e.phase);
     if (op == kDispatch) {
       REQUIRE(AllOnes(b.tokens.Read(), d.type) && AllNan(b.weights.Read()), "dispatch: not NaN");
     } else if (op == kCombine) {
       REQUIRE(AllOnes(b.out.Read(), d.type) && AllNan(b.collected.Read()), "combine: not NaN");
-    } else {
+    } else if (op == kGradient) {
       REQUIRE(AllOnes(b.d_y.Read(), d.type) && AllNan(b.d_weights.Read()), "gradient: not NaN");
+    } else {
+      REQUIRE(AllAre(b.recv_src.Read(), -1) && AllAre(b.expert_load.Read(), 0), "layout");
     }
   }
 }
@@ -539,9 +575,7 @@ void TestStall(int num_sms) {
   REQUIRE(seconds(now() - again) < 20, "calls after the timeout waited");
   REQUIRE(AllOnes(b.out.Read(), d.type) && AllNan(b.collected.Read()), "combine: not NaN");
   REQUIRE(AllOnes(b.d_y.Read(), d.type) && AllNan(b.d_weights.Read()), "gradient: not NaN");
-  const std::vector<int32_t> src = b.recv_src.Read(), load = b.expert_load.Read();
-  REQUIRE(std::all_of(src.begin(), src.end(), [](int32_t v) { return v == -1; }), "recv_src");
-  REQUIRE(std::all_of(load.begin(), load.end(), [](int32_t v) { return v == 0; }), "expert_load");
+  REQUIRE(AllAre(b.recv_src.Read(), -1) && AllAre(b.expert_load.Read(), 0), "layout");
   std::printf("NOTE: a missing rank was reported after %.2f s (timeout 0.5 s)\n", waited);
 }
 
@@ -650,7 +684,9 @@ int main(int argc, char** argv) {
     }
   }
   TestStall(4);
-  TestBreakOnTheWay();
+  TestBreakOnTheWay(700, 0);
+  TestBreakOnTheWay(700, 100);
+  TestBreakOnTheWay(20000, 100);  // and a layout that reads ids again
   if (g_num_wrong > 0) {
     std::printf("%d wrong of %d comparisons\n", g_num_wrong, g_num_compared);
     return 3;
