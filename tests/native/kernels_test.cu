@@ -343,8 +343,8 @@ void CompareWithin(const char* name, int rank, std::vector<float> actual,
   if (num_wrong > 0) Report(name, rank, first, num_wrong, actual.size());
 }
 
-// Layout, dispatch, combine and combine's gradient of one case, queued on all ranks without waiting in between; twice,
-// so that the second time meets what the first one left in the control blocks.
+// Layout, dispatch, combine and combine's gradient of one case, queued on all ranks without waiting in
+// between; twice, so that the second time meets what the first one left in the control blocks.
 void RunCase(const Group& group, const Case& c, const Data& d, int num_sms, uint64_t seed) {
   const int num_wrong_before = g_num_wrong, num_ranks = d.num_ranks;
   std::vector<std::unique_ptr<Buffers>> buffers;
