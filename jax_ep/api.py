@@ -231,20 +231,7 @@ def dispatch(
             tokens, weights = autodiff.spread(quantization, layout, x, topk_weights)
         else:
             tokens, scales, weights = ffi.bind_dispatch(
-                x,
-                layout.topk_idx,
-                layout.send_row,
-                layout.recv_src,
-                layout.recv_order,
-                layout.recv_offsets,
-                layout.group_sizes,
-                topk_weights,
-                axis_name=layout.axis_name,
-                num_ranks=layout.num_ranks,
-                top_k=top_k,
-                zero_tail=layout.zero_tail,
-                num_sms=layout.num_sms,
-                quantization=_QUANTIZATIONS[fp8],
+                x, layout, topk_weights, quantization=_QUANTIZATIONS[fp8]
             )
         tokens, weights, scales = jax.tree.map(
             lambda a: checkpoint_name(a, "jax_ep_dispatch"), (tokens, weights, scales)

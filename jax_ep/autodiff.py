@@ -31,18 +31,8 @@ def spread(quantization: int, layout: Layout, x: Array, weights: Array | None) -
     """Rows and weights into expert order; ``quantization`` says how rows travel."""
     tokens, _, recv_weights = ffi.bind_dispatch(
         x,
-        layout.topk_idx,
-        layout.send_row,
-        layout.recv_src,
-        layout.recv_order,
-        layout.recv_offsets,
-        layout.group_sizes,
+        layout,
         weights,
-        axis_name=layout.axis_name,
-        num_ranks=layout.num_ranks,
-        top_k=layout.topk_idx.shape[1],
-        zero_tail=layout.zero_tail,
-        num_sms=layout.num_sms,
         quantization=quantization,
         dequantize=quantization != ffi.NO_QUANTIZATION,
     )
@@ -75,20 +65,7 @@ spread.defvjp(_spread_fwd, _spread_bwd)
 @jax.custom_vjp
 def collect(layout: Layout, y: Array, values: Array | None) -> Pair:
     """Sums of each token's rows, and each (token, k)'s value."""
-    return ffi.bind_combine(
-        y,
-        layout.topk_idx,
-        layout.send_row,
-        layout.recv_src,
-        layout.recv_order,
-        layout.recv_offsets,
-        None,
-        values,
-        axis_name=layout.axis_name,
-        num_ranks=layout.num_ranks,
-        num_experts=layout.num_experts,
-        num_sms=layout.num_sms,
-    )
+    return ffi.bind_combine(y, layout, None, values)
 
 
 def _collect_fwd(layout: Layout, y: Array, values: Array | None) -> tuple[Pair, Layout]:
@@ -105,20 +82,7 @@ collect.defvjp(_collect_fwd, _collect_bwd)
 @jax.custom_vjp
 def combine_weighted(layout: Layout, y: Array, weights: Array) -> Array:
     """Weighted sums of each token's rows."""
-    out, _ = ffi.bind_combine(
-        y,
-        layout.topk_idx,
-        layout.send_row,
-        layout.recv_src,
-        layout.recv_order,
-        layout.recv_offsets,
-        weights,
-        None,
-        axis_name=layout.axis_name,
-        num_ranks=layout.num_ranks,
-        num_experts=layout.num_experts,
-        num_sms=layout.num_sms,
-    )
+    out, _ = ffi.bind_combine(y, layout, weights, None)
     return out
 
 
@@ -144,22 +108,7 @@ combine_weighted.defvjp(_combine_weighted_fwd, _combine_weighted_bwd)
 @jax.custom_vjp
 def combine_gradient(layout: Layout, y: Array, weights: Array, g: Array) -> tuple[Array, Array]:
     """Cotangents of y and weights in ``combine_weighted``, from its result's."""
-    return ffi.bind_combine_gradient(
-        g,
-        layout.topk_idx,
-        layout.send_row,
-        layout.recv_src,
-        layout.recv_order,
-        layout.recv_offsets,
-        layout.group_sizes,
-        y,
-        weights,
-        axis_name=layout.axis_name,
-        num_ranks=layout.num_ranks,
-        top_k=layout.topk_idx.shape[1],
-        zero_tail=layout.zero_tail,
-        num_sms=layout.num_sms,
-    )
+    return ffi.bind_combine_gradient(g, layout, y, weights)
 
 
 def _combine_gradient_in_steps(

@@ -19,6 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_ep import _cpu, compat, group, runtime
+from jax_ep.layout import Layout
 
 FP8 = jnp.float8_e4m3fn
 SCALE_BLOCK = 128  # channels that share one fp8 scale
@@ -70,43 +71,46 @@ def bind_layout(
     )
 
 
+def _dispatch_tables(layout: Layout) -> tuple[jax.Array, ...]:
+    """What dispatch and the gradient of combine, which is a form of it, take after their rows."""
+    return (
+        group.coordinates(layout.axis_name),
+        layout.topk_idx,
+        layout.send_row,
+        layout.recv_src,
+        layout.recv_order,
+        layout.recv_offsets,
+        layout.group_sizes,
+    )
+
+
+def _dispatch_sizes(layout: Layout) -> dict[str, Any]:
+    num_tokens, top_k = layout.topk_idx.shape
+    return {
+        "axis_name": layout.axis_name,
+        "num_ranks": layout.num_ranks,
+        "num_tokens": num_tokens,
+        "top_k": top_k,
+        "zero_tail": layout.zero_tail,
+        "num_sms": layout.num_sms,
+    }
+
+
 def bind_dispatch(
     x: jax.Array,
-    topk_idx: jax.Array,
-    send_row: jax.Array,
-    recv_src: jax.Array,
-    recv_order: jax.Array,
-    recv_offsets: jax.Array,
-    group_sizes: jax.Array,
+    layout: Layout,
     topk_weights: jax.Array | None,
     *,
-    axis_name: tuple[str, ...],
-    num_ranks: int,
-    top_k: int,
-    zero_tail: bool,
-    num_sms: int,
     quantization: int = NO_QUANTIZATION,
     dequantize: bool = False,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Calls ``jax_ep_dispatch``; returns tokens [C, H], scales [C, H // 128], weights [C]."""
-    optional = () if topk_weights is None else (topk_weights,)
     results = _dispatch_p.bind(
         x,
-        group.coordinates(axis_name),
-        topk_idx,
-        send_row,
-        recv_src,
-        recv_order,
-        recv_offsets,
-        group_sizes,
-        *optional,
-        axis_name=axis_name,
-        num_ranks=num_ranks,
-        num_tokens=x.shape[0],
-        top_k=top_k,
+        *_dispatch_tables(layout),
+        *(() if topk_weights is None else (topk_weights,)),
+        **_dispatch_sizes(layout),
         has_weights=topk_weights is not None,
-        zero_tail=zero_tail,
-        num_sms=num_sms,
         quantization=quantization,
         dequantize=dequantize,
     )
@@ -120,34 +124,25 @@ def bind_dispatch(
 
 def bind_combine(
     y: jax.Array,
-    topk_idx: jax.Array,
-    send_row: jax.Array,
-    recv_src: jax.Array,
-    recv_order: jax.Array,
-    recv_offsets: jax.Array,
+    layout: Layout,
     weights: jax.Array | None,
     values: jax.Array | None,
-    *,
-    axis_name: tuple[str, ...],
-    num_ranks: int,
-    num_experts: int,
-    num_sms: int,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Calls ``jax_ep_combine``; returns out [T, H] and ``values`` at each (token, k), [T, K]."""
     results = _combine_p.bind(
         y,
-        group.coordinates(axis_name),
-        topk_idx,
-        send_row,
-        recv_src,
-        recv_order,
-        recv_offsets,
+        group.coordinates(layout.axis_name),
+        layout.topk_idx,
+        layout.send_row,
+        layout.recv_src,
+        layout.recv_order,
+        layout.recv_offsets,
         *(() if weights is None else (weights,)),
         *(() if values is None else (values,)),
-        axis_name=axis_name,
-        num_ranks=num_ranks,
-        num_experts=num_experts,
-        num_sms=num_sms,
+        axis_name=layout.axis_name,
+        num_ranks=layout.num_ranks,
+        num_experts=layout.num_experts,
+        num_sms=layout.num_sms,
         has_weights=weights is not None,
         has_values=values is not None,
     )
@@ -155,21 +150,7 @@ def bind_combine(
 
 
 def bind_combine_gradient(
-    g: jax.Array,
-    topk_idx: jax.Array,
-    send_row: jax.Array,
-    recv_src: jax.Array,
-    recv_order: jax.Array,
-    recv_offsets: jax.Array,
-    group_sizes: jax.Array,
-    y: jax.Array,
-    weights: jax.Array,
-    *,
-    axis_name: tuple[str, ...],
-    num_ranks: int,
-    top_k: int,
-    zero_tail: bool,
-    num_sms: int,
+    g: jax.Array, layout: Layout, y: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Calls ``jax_ep_combine_gradient``; returns d_y [C, H] and d_weights [C] of ``combine``.
 
@@ -177,22 +158,7 @@ def bind_combine_gradient(
     d_y may be anything; d_weights is 0 there.
     """
     d_y, d_weights = _combine_gradient_p.bind(
-        g,
-        group.coordinates(axis_name),
-        topk_idx,
-        send_row,
-        recv_src,
-        recv_order,
-        recv_offsets,
-        group_sizes,
-        y,
-        weights,
-        axis_name=axis_name,
-        num_ranks=num_ranks,
-        num_tokens=g.shape[0],
-        top_k=top_k,
-        zero_tail=zero_tail,
-        num_sms=num_sms,
+        g, *_dispatch_tables(layout), y, weights, **_dispatch_sizes(layout)
     )
     return d_y, d_weights
 

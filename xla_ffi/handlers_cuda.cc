@@ -389,13 +389,31 @@ ffi::Error CombineGradient(cudaStream_t stream, int32_t ordinal, CudaSiteState* 
 
 // What XLA passes to each operation.
 
-auto LayoutBinding() {
+// First of all the coordinates.
+template <typename Attributes>
+auto BindCall() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::PlatformStream<cudaStream_t>>()
       .Ctx<ffi::DeviceOrdinal>()
       .Ctx<ffi::State<CudaSiteState>>()
-      .Attrs<LayoutAttributes>()
-      .Arg<I32>()
+      .Attrs<Attributes>()
+      .template Arg<I32>();
+}
+
+// Rows, then topk_idx, send_row, recv_src, recv_order, recv_offsets.
+template <typename Attributes>
+auto BindRowsAndTables() {
+  return BindCall<Attributes>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<I32Matrix>()
+      .template Arg<I32Matrix>()
+      .template Arg<I32>()
+      .template Arg<I32>()
+      .template Arg<I32>();
+}
+
+auto LayoutBinding() {
+  return BindCall<LayoutAttributes>()
       .Arg<I32Matrix>()
       .Ret<I32Matrix>()
       .Ret<I32>()
@@ -408,18 +426,7 @@ auto LayoutBinding() {
 }
 
 auto DispatchBinding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .Ctx<ffi::DeviceOrdinal>()
-      .Ctx<ffi::State<CudaSiteState>>()
-      .Attrs<DispatchAttributes>()
-      .Arg<I32>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<I32Matrix>()
-      .Arg<I32Matrix>()
-      .Arg<I32>()
-      .Arg<I32>()
-      .Arg<I32>()
+  return BindRowsAndTables<DispatchAttributes>()
       .Arg<I32>()
       .RemainingArgs()
       .Ret<ffi::AnyBuffer>()
@@ -427,36 +434,14 @@ auto DispatchBinding() {
 }
 
 auto CombineBinding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .Ctx<ffi::DeviceOrdinal>()
-      .Ctx<ffi::State<CudaSiteState>>()
-      .Attrs<CombineAttributes>()
-      .Arg<I32>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<I32Matrix>()
-      .Arg<I32Matrix>()
-      .Arg<I32>()
-      .Arg<I32>()
-      .Arg<I32>()
+  return BindRowsAndTables<CombineAttributes>()
       .RemainingArgs()
       .Ret<ffi::AnyBuffer>()
       .RemainingRets();
 }
 
 auto CombineGradientBinding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .Ctx<ffi::DeviceOrdinal>()
-      .Ctx<ffi::State<CudaSiteState>>()
-      .Attrs<CombineGradientAttributes>()
-      .Arg<I32>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<I32Matrix>()
-      .Arg<I32Matrix>()
-      .Arg<I32>()
-      .Arg<I32>()
-      .Arg<I32>()
+  return BindRowsAndTables<CombineGradientAttributes>()
       .Arg<I32>()
       .Arg<ffi::AnyBuffer>()
       .Arg<F32>()

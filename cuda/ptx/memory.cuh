@@ -78,10 +78,6 @@ __device__ inline int32_t ld_acquire_cta_shared(const int32_t* address) {
   return value;
 }
 __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
-// Of `num_threads` threads of the block; `id` from 1 to 15.
-__device__ inline void named_barrier_sync(int id, int num_threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
-}
 __device__ inline uint64_t globaltimer_ns() {
   uint64_t now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");

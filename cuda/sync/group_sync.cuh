@@ -1,5 +1,5 @@
-// How the kernels of a group's ranks meet: the only place that spins, and the only one that times
-// out.
+// How the kernels of a group's ranks meet: the only place that waits for another block or rank, and
+// the only one that times out.
 //
 // Protocol of a call, per pair of ranks (epoch e = calls finished by the pair + 1):
 //   [S1] rank p releases its buffers' addresses, each with e, in q's start mail
@@ -23,7 +23,9 @@
 //           last block of each such call fills its outputs. The host sets `broken` too, when it
 //           leaves the group: a call that finds it set (a replayed command buffer) touches no
 //           memory of a peer. A rank that gives up does not know whether a peer still writes: such
-//           stores may reach its buffers later.
+//           stores may reach its buffers later. Waits within a block, for its copies (mbarriers) and
+//           its messenger (mailbox), need no timeout: copies end by themselves, and the messenger
+//           tells a break to those who wait for it.
 #ifndef JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 #define JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 

@@ -29,20 +29,11 @@
 
 #include "cuda/launch.h"
 #include "cuda/link_probe.h"
+#include "tests/native/check_cuda.h"
 
 namespace {
 
 using namespace jax_ep::gpu;
-
-#define CHECK_CUDA(call)                                        \
-  do {                                                          \
-    const cudaError_t status_of_call = (call);                  \
-    if (status_of_call != cudaSuccess) {                        \
-      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, \
-                  cudaGetErrorString(status_of_call));          \
-      std::exit(1);                                             \
-    }                                                           \
-  } while (0)
 
 constexpr int kMaxRanks = 8;
 constexpr int kCallsBefore = 4;  // long enough for the host to launch what follows on all ranks

@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#include "tests/native/check_cuda.h"
 #include "tests/native/kernels_oracle.h"
 
 namespace {
@@ -47,16 +48,6 @@ constexpr uint64_t kSecond = 1000000000;
 bool g_control = false;
 int g_num_wrong = 0;
 int g_num_compared = 0;
-
-#define CHECK_CUDA(call)                                        \
-  do {                                                          \
-    const cudaError_t status_of_call = (call);                  \
-    if (status_of_call != cudaSuccess) {                        \
-      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, \
-                  cudaGetErrorString(status_of_call));          \
-      std::exit(1);                                             \
-    }                                                           \
-  } while (0)
 
 #define REQUIRE(condition, ...)                                           \
   do {                                                                    \
@@ -177,6 +168,12 @@ struct Buffers {
         values(d.values[r]),
         collected(d.num_tokens * d.top_k),
         d_weights(d.capacity) {}
+
+  // To zeros, so that a kernel's own NaN is seen.
+  void ClearResults() {
+    for (Buffer<uint8_t>* rows : {&tokens, &d_y, &out}) rows->Fill(0);
+    for (Buffer<float>* values : {&weights, &collected, &d_weights}) values->Fill(0);
+  }
 
   LayoutArguments Layout(const Data& d) {
     LayoutArguments a{};
@@ -478,12 +475,7 @@ void TestBreakOnTheWay(int num_tokens, uint64_t num_units) {
     const Group group;  // of its own: it will be broken
     const GroupView view = group.View(0, 2, 5, kSecond / 2);
     WriteTables(d, b);
-    b.tokens.Fill(0);
-    b.weights.Fill(0);
-    b.out.Fill(0);
-    b.collected.Fill(0);
-    b.d_y.Fill(0);
-    b.d_weights.Fill(0);
+    b.ClearResults();
     jax_ep::gpu::StartMail mail{};
     for (auto& shown : mail.shown) shown.epoch = 1;
     if (op == kDispatch) {
@@ -543,12 +535,7 @@ void TestStall(int num_sms) {
   };
   const uint64_t timeout = kSecond / 2;
   WriteTables(d, b);
-  b.tokens.Fill(0);
-  b.weights.Fill(0);
-  b.out.Fill(0);
-  b.collected.Fill(0);
-  b.d_y.Fill(0);
-  b.d_weights.Fill(0);
+  b.ClearResults();
   CHECK_CUDA(cudaDeviceSynchronize());
 
   const auto start = now();
