@@ -4,7 +4,7 @@
 //           k order, of weight * y)), sums and products f32, each rounded on its own, from +0.
 //           collected[t, k] = values[row of (t, k)], 0 if there is none.
 // Roles:    one block an SM, 19 warps in two pipelines: one sums for the peers, one adds up this
-//           rank's own tokens. Each has a loader, which fetches what is to be added by bulk copies
+//           rank's own tokens, in which the other one helps when it is done. Each has a loader, which fetches what is to be added by bulk copies
 //           into a ring of stages, job by job, and seven warps of adders, which add job after job in
 //           registers. Own results go straight to memory; sums for peers go to a ring of results,
 //           from where the storer has them copied. The scout looks up rows and weights, 32 sums at a
@@ -50,36 +50,41 @@ using namespace combine;
 // Fetches what the adders of one pipeline add up.
 class Loader {
  public:
-  __device__ Loader(Kind kind, const Work& work, Shared& shared, const Tables& tables, char* stages)
-      : kind_(kind),
-        work_(work),
+  __device__ Loader(Kind pipeline, const Work& work, Shared& shared, const Tables& tables,
+                    char* stages)
+      : work_(work),
         g_(work.g),
         a_(work.a),
         cut_(work.cut),
         shared_(shared),
-        pipeline_(shared.pipeline[kind]),
+        pipeline_(shared.pipeline[pipeline]),
         tables_(tables),
         stages_(stages),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
         row_bytes_(a_.num_channels * (a_.type == RowType::kF32 ? 4 : 2)),
-        num_stages_(cut_.num_stages[kind]),
+        num_stages_(cut_.num_stages),
         max_rows_(min(kMaxJobRows, num_stages_)),
         free_stages_(num_stages_) {}
 
-  // Ends with a job that stops the others.
-  __device__ void run() {
+  // Both end with a job that tells the others.
+  __device__ void sum_for_peers() {
+    for (int32_t sum = 0; sum < work_.num_sums(kForPeers); ++sum) sum_for_peer(sum);
+    emit({}, {kStop, 0, work_.num_steps, 0});
+  }
+  // What the other loader does not take.
+  __device__ void add_up_own() {
     int32_t there = g_.num_ranks == 1 ? work_.num_steps : 0;
-    for (int32_t sum = 0; sum < work_.num_sums(kind_); ++sum) {
-      if (kind_ == kForPeers) {
-        sum_for_peer(sum);
-        continue;
-      }
-      if (sum >= there) there = wait_for_more(shared_.box, sum);  // [P2]
+    while (true) {
+      int32_t step = 0;
+      if (lane_ == 0) step = atomicAdd(&shared_.next_own, 1);
+      step = __shfl_sync(0xffffffffu, step, 0);
+      if (step >= work_.num_steps) break;
+      if (step >= there) there = wait_for_more(shared_.box, step);  // [P2]
       if (there == kBroken) {
-        for (; sum < work_.num_sums(kind_); ++sum) pass(sum);
-        break;
+        pass(step);
+      } else {
+        sum_own(step);
       }
-      sum_own(sum);
     }
     emit({}, {kStop, 0, 0, 0});
   }
@@ -87,7 +92,8 @@ class Loader {
  private:
   // What is the same for all rows of a sum.
   struct Sum {
-    uint32_t flags, bytes, signal;
+    uint32_t flags, bytes;
+    int32_t num_done;
     uint64_t to;
   };
   // A lane's row.
@@ -100,22 +106,20 @@ class Loader {
   };
 
   // What the scout has found for a sum: this lane's place in the tables.
-  __device__ int32_t enter(int32_t sum) {
+  __device__ int32_t enter(Kind kind, int32_t sum) {
     const int32_t table = sum / kTableSums, slot = table % kNumTables;
-    if (sum % kTableSums == 0) wait_phase(&shared_.filled[kind_][slot], table / kNumTables);  // [T]
+    wait_phase(&shared_.filled[kind][slot], table / kNumTables);  // [T]
     return (slot * kTableSums + sum % kTableSums) * static_cast<int32_t>(a_.top_k) + lane_;
   }
-  __device__ void leave(int32_t sum) {
+  __device__ void leave(Kind kind, int32_t sum) {
     __syncwarp();
-    if (sum % kTableSums == kTableSums - 1 && lane_ == 0) {
-      mbarrier_arrive(&shared_.used[kind_][sum / kTableSums % kNumTables]);  // [U]
-    }
+    if (lane_ == 0) mbarrier_arrive(&shared_.used[kind][sum / kTableSums % kNumTables]);  // [U]
   }
 
   // Uses up a table's entry unread: the scout fills all tables, whatever becomes of the call.
-  __device__ void pass(int32_t sum) {
-    enter(sum);
-    leave(sum);
+  __device__ void pass(int32_t step) {
+    enter(kOwn, step);
+    leave(kOwn, step);
   }
 
   // A new job's slot, and `count` stages for it, as soon as the adders have left them. [F]
@@ -150,7 +154,7 @@ class Loader {
         job.to = sum.to;
         job.flags = first + num_rows == count ? sum.flags : 0;
         job.bytes = sum.bytes;
-        job.signal = sum.signal;
+        job.num_done = sum.num_done;
         job.ends = ends >> first;
         job.is_sum = is_sum >> first;
         job.follows_own = follows_own >> first;
@@ -180,27 +184,23 @@ class Loader {
   }
 
   __device__ void sum_for_peer(int32_t sum) {
-    const int32_t entry = enter(sum);
+    const int32_t entry = enter(kForPeers, sum);
     const int32_t y_row = lane_ < a_.top_k ? tables_.row[kForPeers][entry] : kNoRow;
     Row row;
     row.is_any = y_row != kNoRow;
     row.position = lane_;
     row.weight = row.is_any ? tables_.weight[kForPeers][entry] : 0.0f;
-    leave(sum);
+    leave(kForPeers, sum);
     const int32_t src = work_.peer_of(sum), step = work_.step_of(kForPeers, sum);
     const int64_t t = work_.token_of(step), at = work_.offset_of(step);
     row.source = y_at(y_row, at);
-    const bool has_rows = __any_sync(0xffffffffu, row.is_any) != 0;
-    // The last sum of a step tells that the step is done.
-    const bool is_last = (sum + 1) % (g_.num_ranks - 1) == 0;
-    if (!has_rows && !is_last) return;
+    if (__any_sync(0xffffffffu, row.is_any) == 0) return;
     const uint64_t to = shared_.address[src][0] + (g_.rank * a_.num_tokens + t) * row_bytes_ + at;
-    emit(row, {kEndsUnit, bytes_at(at), static_cast<uint32_t>(is_last ? step + 1 : 0),
-               has_rows ? to : 0});
+    emit(row, {kEndsUnit, bytes_at(at), (sum + 1) / (g_.num_ranks - 1), to});
   }
 
   __device__ void sum_own(int32_t step) {
-    const int32_t entry = enter(step);
+    const int32_t entry = enter(kOwn, step);
     int32_t y_row = kNoRow, rank = INT32_MAX;
     Row row;
     if (lane_ < a_.top_k) {
@@ -208,7 +208,7 @@ class Loader {
       rank = tables_.rank[entry];
       row.weight = tables_.weight[kOwn][entry];
     }
-    leave(step);
+    leave(kOwn, step);
     const int64_t t = work_.token_of(step), at = work_.offset_of(step);
     // Own rows in k order, then one sum of each peer that has rows, by ascending rank.
     const uint32_t lower = (1u << lane_) - 1;
@@ -237,7 +237,6 @@ class Loader {
                reinterpret_cast<uint64_t>(a_.out) + t * row_bytes_ + at});
   }
 
-  const Kind kind_;
   const Work& work_;
   const GroupView& g_;
   const CombineArguments& a_;
@@ -253,40 +252,42 @@ class Loader {
   uint32_t next_job_ = 0, oldest_job_ = 0;  // in flight: [oldest, next)
 };
 
-// Adds up what the loader fetches, in the order in which it does.
+// Adds up what the loader fetches, in the order in which it does, from the pipeline's job n on. Ends
+// with a job that tells it to, and returns the number of the next one.
 template <typename Vector, Kind kKind>
-__device__ void run_adder(const Cut& cut, Shared& shared, const char* stages, char* results) {
+__device__ uint32_t run_adder(Kind of_pipeline, const Cut& cut, Shared& shared, const char* stages,
+                              char* results, uint32_t n) {
   constexpr int kCount = Vector::kCount;
-  const int32_t adder = static_cast<int32_t>(threadIdx.x) - kKind * kNumAdders;
+  const int32_t adder = static_cast<int32_t>(threadIdx.x) - of_pipeline * kNumAdders;
   const int32_t lane = adder % 32;
-  Pipeline& pipeline = shared.pipeline[kKind];
-  float sum[kVectorsEach][kCount] = {};    // of this rank's rows
-  float total[kVectorsEach][kCount] = {};  // of ranks, for own units
-  uint4 own[kVectorsEach] = {};            // the rounded sum of this rank's rows, for own units
-  const auto add = [&](uint4 vector, float (&to)[kCount]) {
+  Pipeline& pipeline = shared.pipeline[of_pipeline];
+  float sum[kVectorsEach][kCount] = {};  // of this rank's rows, then, for own units, of the ranks
+  uint4 own[kVectorsEach] = {};          // the rounded sum of this rank's rows, for own units
+  const auto add = [&](int j, uint4 vector) {
     float x[kCount];
     Vector::load(vector, x);
 #pragma unroll
-    for (int c = 0; c < kCount; ++c) to[c] = __fadd_rn(to[c], x[c]);
+    for (int c = 0; c < kCount; ++c) sum[j][c] = __fadd_rn(sum[j][c], x[c]);
   };
   uint32_t num_results = 0;
-  for (uint32_t n = 0;; ++n) {
+  while (true) {
     const Job& job = pipeline.job[n % kNumJobs];
     wait_phase(&pipeline.full[n % kNumJobs], n / kNumJobs);  // [L]
-    const uint32_t bytes = job.bytes, flags = job.flags, signal = job.signal;
+    const uint32_t bytes = job.bytes, flags = job.flags;
+    const int32_t num_done = job.num_done;
     const uint64_t to = job.to;
     const int32_t num_rows = job.num_rows;
     int32_t stage = job.first_stage;
     for (int32_t i = 0; i < num_rows; ++i) {
       // Beyond the piece's end lie any numbers, which nobody stores.
       const auto* row = reinterpret_cast<const uint4*>(stages + stage * cut.piece_bytes) + adder;
-      if (++stage == cut.num_stages[kKind]) stage = 0;
+      if (++stage == cut.num_stages) stage = 0;
       if (kKind == kOwn && (job.is_sum >> i & 1) != 0) {
         const bool follows_own = (job.follows_own >> i & 1) != 0;
 #pragma unroll
         for (int j = 0; j < kVectorsEach; ++j) {
-          if (follows_own) add(own[j], total[j]);
-          add(row[j * kNumAdders], total[j]);
+          if (follows_own) add(j, own[j]);
+          add(j, row[j * kNumAdders]);
         }
         continue;
       }
@@ -309,18 +310,19 @@ __device__ void run_adder(const Cut& cut, Shared& shared, const char* stages, ch
     }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&pipeline.empty[n % kNumJobs]);  // [F]
+    ++n;
     if ((flags & (kEndsUnit | kStop)) == 0) continue;
     if (kKind == kOwn) {
-      if ((flags & kStop) != 0) return;
+      if ((flags & kStop) != 0) return n;
 #pragma unroll
       for (int j = 0; j < kVectorsEach; ++j) {
-        if ((flags & kAddsOwn) != 0) add(own[j], total[j]);
+        if ((flags & kAddsOwn) != 0) add(j, own[j]);
         const int32_t i = adder + j * kNumAdders;
         if (i * 16 < static_cast<int32_t>(bytes)) {
-          reinterpret_cast<uint4*>(to)[i] = Vector::store(total[j]);
+          reinterpret_cast<uint4*>(to)[i] = Vector::store(sum[j]);
         }
 #pragma unroll
-        for (int c = 0; c < kCount; ++c) total[j][c] = 0.0f;
+        for (int c = 0; c < kCount; ++c) sum[j][c] = 0.0f;
       }
       continue;
     }
@@ -337,23 +339,23 @@ __device__ void run_adder(const Cut& cut, Shared& shared, const char* stages, ch
 #pragma unroll
       for (int c = 0; c < kCount; ++c) sum[j][c] = 0.0f;
     }
-    if (adder == 0) shared.result[slot] = {to, bytes, signal, (flags & kStop) != 0};
+    if (adder == 0) shared.result[slot] = {to, bytes, num_done, (flags & kStop) != 0};
     fence_proxy_async_shared();  // the copy engine reads what was written
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&shared.written[slot]);  // [W]
-    if ((flags & kStop) != 0) return;
+    if ((flags & kStop) != 0) return n;
   }
 }
 
 // By one thread: has sums for peers copied to them, and says so, but for the newest kUntold ones.
 template <int kUntold>
 __device__ void run_storer(const Cut& cut, Shared& shared, const char* results) {
-  uint32_t signal[kUntold] = {};  // of the newest: units that are done with them
-  uint32_t stored = 0, told = 0;
-  const auto tell = [&](uint32_t num_units) {
+  int32_t done[kUntold] = {};  // of the newest: units that are done with them
+  int32_t stored = 0, told = 0;
+  const auto tell = [&](int32_t num_units) {
     if (num_units <= told) return;
     told = num_units;
-    st_release_cta_shared(&shared.box.done[0], static_cast<int32_t>(num_units));  // then [P1]
+    st_release_cta_shared(&shared.box.done[0], num_units);  // then [P1]
   };
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kNumResults, use = n / kNumResults;
@@ -368,14 +370,14 @@ __device__ void run_storer(const Cut& cut, Shared& shared, const char* results) 
                  result.bytes);
     }
     bulk_commit_group();
-    if (result.signal != 0) stored = result.signal;
+    stored = result.num_done;
     bulk_wait_group_read<kUnread>();
     if (n >= kUnread) mbarrier_arrive(&shared.drained[(n - kUnread) % kNumResults]);  // [D]
-    if (signal[0] > told) bulk_wait_group<kUntold>();
-    tell(signal[0]);
+    if (done[0] > told) bulk_wait_group<kUntold>();
+    tell(done[0]);
 #pragma unroll
-    for (int i = 0; i + 1 < kUntold; ++i) signal[i] = signal[i + 1];
-    signal[kUntold - 1] = stored;
+    for (int i = 0; i + 1 < kUntold; ++i) done[i] = done[i + 1];
+    done[kUntold - 1] = stored;
     if (!result.stop) continue;
     bulk_wait_group<0>();
     return tell(stored);
@@ -395,15 +397,15 @@ __global__ __launch_bounds__(kNumThreads,
   const Work work{g, a, cut, first, first_unit(num_units, blockIdx.x + 1) - first};
   const Tables tables(ring, static_cast<int32_t>(a.top_k));
   char* results = ring + Tables::bytes(a.top_k);
-  char* stages[2];
-  stages[kForPeers] = results + kNumResults * cut.piece_bytes;
-  stages[kOwn] = stages[kForPeers] + cut.num_stages[kForPeers] * cut.piece_bytes;
+  const auto stages_of = [&](Kind pipeline) {
+    return results + (kNumResults + pipeline * cut.num_stages) * cut.piece_bytes;
+  };
   Scout scout(work, shared, tables);
   if (threadIdx.x == 0) {
     for (const int kind : {kForPeers, kOwn}) {
       for (int i = 0; i < kNumTables; ++i) {
         mbarrier_init(&shared.filled[kind][i], 1);
-        mbarrier_init(&shared.used[kind][i], 1);
+        mbarrier_init(&shared.used[kind][i], kTableSums);
       }
       for (int i = 0; i < kNumJobs; ++i) {
         mbarrier_init(&shared.pipeline[kind].full[i], 1);
@@ -415,6 +417,7 @@ __global__ __launch_bounds__(kNumThreads,
       mbarrier_init(&shared.drained[i], 1);
     }
     fence_mbarrier_init();
+    shared.next_own = 0;
     shared.box = {{}, 1, work.num_steps, 0, a.values == nullptr};
   }
   __syncthreads();
@@ -424,18 +427,24 @@ __global__ __launch_bounds__(kNumThreads,
   if (blockIdx.x == 0) send_start(g, OpKind::kCombine, own);          // [S1]
   bool ok = receive_start(g, OpKind::kCombine, own, shared.address);  // [S2]
   if (ok) {
-    if (warp < kAdderWarps) {
-      run_adder<Vector, kForPeers>(cut, shared, stages[kForPeers], results);
-    } else if (warp < 2 * kAdderWarps) {
-      run_adder<Vector, kOwn>(cut, shared, stages[kOwn], results);
+    if (warp < 2 * kAdderWarps) {
+      const Kind pipeline = warp < kAdderWarps ? kForPeers : kOwn;
+      const char* rows = stages_of(pipeline);
+      uint32_t n = 0;
+      if (pipeline == kForPeers) {
+        n = run_adder<Vector, kForPeers>(pipeline, cut, shared, rows, results, n);
+      }
+      run_adder<Vector, kOwn>(pipeline, cut, shared, rows, results, n);
     } else if (warp < kStorer) {
-      const Kind kind = warp == kLoader ? kForPeers : kOwn;
-      Loader(kind, work, shared, tables, stages[kind]).run();
+      const Kind pipeline = warp == kLoader ? kForPeers : kOwn;
+      Loader loader(pipeline, work, shared, tables, stages_of(pipeline));
+      if (pipeline == kForPeers) loader.sum_for_peers();
+      loader.add_up_own();
     } else if (warp == kStorer) {
       if (threadIdx.x == kStorer * 32) {
         // Enough are under way to hide how long a store takes; no more, so that peers hear soon.
         if (work.num_steps >= 64) {
-          run_storer<4>(cut, shared, results);
+          run_storer<12>(cut, shared, results);
         } else {
           run_storer<1>(cut, shared, results);
         }
@@ -472,11 +481,7 @@ cudaError_t Launch(const GroupView& group, const CombineArguments& a, int num_sm
   // Adders read as far as the longest piece goes, wherever their stage is.
   const int64_t bytes = kRingBytes - Tables::bytes(a.top_k) - (kMaxPieceBytes - cut.piece_bytes);
   const int64_t stages = bytes / cut.piece_bytes - kNumResults;
-  const auto at_most = [](int64_t n) {
-    return static_cast<int32_t>(n < kMaxStages ? n : kMaxStages);
-  };
-  cut.num_stages[kForPeers] = at_most(group.num_ranks == 1 ? 1 : stages / 2);
-  cut.num_stages[kOwn] = at_most(stages - cut.num_stages[kForPeers]);
+  cut.num_stages = static_cast<int32_t>(stages / 2 < kMaxStages ? stages / 2 : kMaxStages);
   const int64_t num_units = a.num_tokens * cut.num_pieces;
   const auto num_blocks = static_cast<int>(num_units < num_sms ? num_units : num_sms);
   if ((num_units + num_blocks - 1) / num_blocks > kMaxUnitsPerBlock || num_units > INT32_MAX) {

@@ -9,7 +9,7 @@
 
 namespace jax_ep::gpu::combine {
 
-enum Kind { kForPeers, kOwn };  // of a sum, and of the pipeline that makes it
+enum Kind { kForPeers, kOwn };  // of a sum, and of the pipeline that makes it first
 
 constexpr int kAdderWarps = 7;  // of a pipeline
 constexpr int kNumAdders = kAdderWarps * 32;
@@ -32,12 +32,12 @@ constexpr int64_t kRingBytes = 220 * 1024;  // of shared memory, for stages, res
 struct Cut {
   int32_t num_pieces;
   int32_t piece_bytes;
-  int32_t num_stages[2];  // by kind
+  int32_t num_stages;  // of each pipeline
 };
 
 // Rows in consecutive stages (the first follows the last) that the adders add up.
 enum : uint32_t {
-  kEndsUnit = 1,  // pass the sum on, to `to` if that is given, with `signal`
+  kEndsUnit = 1,  // pass the sum on, to `to`
   kStop = 2,
   kAddsOwn = 4,  // before that, add the sum of this rank's rows
 };
@@ -45,8 +45,8 @@ struct Job {
   float weight[kMaxJobRows];  // of each row
   uint64_t to;
   uint32_t flags;
-  uint32_t bytes;   // of each row
-  uint32_t signal;  // 0, or so many units are done once this is stored: tell the peers
+  uint32_t bytes;    // of each row
+  int32_t num_done;  // of units, once this is stored: for the peers
   // Bit i, of own units: row i is the last one of this rank's, whose sum is then rounded; it is a
   // peer's sum; this rank's comes before it.
   uint32_t ends, is_sum, follows_own;
@@ -54,9 +54,9 @@ struct Job {
   int32_t num_rows;
 };
 struct Result {
-  uint64_t to;
+  uint64_t to;  // 0: nowhere
   uint32_t bytes;
-  uint32_t signal;
+  int32_t num_done;
   bool stop;
 };
 
@@ -94,6 +94,7 @@ struct Shared {
   Pipeline pipeline[2];                                 // by kind
   uint64_t written[kNumResults], drained[kNumResults];  // [W], [D]
   Result result[kNumResults];
+  int32_t next_own;  // own unit that no loader has taken
   Mailbox box;
 };
 

@@ -100,7 +100,7 @@ __device__ void zero_rest(const DispatchArguments& a, Shared& shared) {
 }
 
 template <Mode kMode>
-__global__ __launch_bounds__(kNumThreads,
+__global__ __launch_bounds__(kNumThreads<kMode>,
                              1) void dispatch_kernel(const __grid_constant__ GroupView g,
                                                      const __grid_constant__ DispatchArguments a,
                                                      const __grid_constant__ Cut cut) {
@@ -136,13 +136,13 @@ __global__ __launch_bounds__(kNumThreads,
       Sender<kMode>(g, a, cut, shared, warp, first, memory).run();
     } else if (warp < cut.num_rings) {
       ok = Receiver<kMode>(g, a, cut, shared, warp - num_senders, first, memory).run();
-    } else if (warp == kMessenger) {
+    } else if (warp == kMessenger<kMode>) {
       ok = run_messenger(g, kOpKind<kMode>, shared.box);
-    } else if (warp == kWeigher && a.weights != nullptr) {
+    } else if (warp == kWeigher<kMode> && a.weights != nullptr) {
       send_weights(g, a, cut, shared, first);
     }
   }
-  if (warp != kMessenger) zero_rest<kMode>(a, shared);
+  if (warp != kMessenger<kMode>) zero_rest<kMode>(a, shared);
   const Finish finish = finish_block(g, ok);
   if (finish == Finish::kNotLast) return;
   if (finish == Finish::kFail) {
@@ -177,7 +177,7 @@ cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_s
     cut.num_pieces = 1;
     cut.stage_bytes = static_cast<int32_t>(LandingRowBytes(a.mode, a.num_channels, a.row_bytes));
     const int64_t buffers = kMode == Mode::kDequantize ? kNumBuffers * kBufferBytes : 0;
-    cut.num_rings = kMaxRings + 2;
+    cut.num_rings = kMaxRings<kMode> + 2;
     do {
       cut.num_rings -= 2;
       num_stages = (kRingBytes / cut.num_rings / 128 * 128 - buffers) / cut.stage_bytes;
@@ -187,7 +187,7 @@ cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_s
   cut.num_stages = static_cast<int32_t>(num_stages < most ? num_stages : most);
   if (a.num_tokens * cut.num_pieces / num_sms >= kMaxUnitsPerBlock) return cudaErrorInvalidValue;
   dispatch_kernel<kMode>
-      <<<static_cast<unsigned>(num_sms), kNumThreads, kRingBytes, stream>>>(group, a, cut);
+      <<<static_cast<unsigned>(num_sms), kNumThreads<kMode>, kRingBytes, stream>>>(group, a, cut);
   return cudaGetLastError();
 }
 

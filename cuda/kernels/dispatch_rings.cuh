@@ -15,19 +15,18 @@ namespace jax_ep::gpu::dispatch {
 
 using Mode = DispatchMode;
 
-constexpr int kNumWarps = 8;
-constexpr int kNumThreads = kNumWarps * 32;
-constexpr int kMessenger = kNumWarps - 1;
-constexpr int kWeigher = kNumWarps - 2;
-constexpr int kMaxRings = 6;    // half of them senders, half receivers
 constexpr int kFewUnits = 64;   // of a block: a sender and a receiver do; with more, two of each
+// SMs differ in how fast they store, and then so do blocks with equal units. Of every so many units,
+// if a block has enough, the rows that stay here are left to any block that has done all else.
+constexpr int kShared = 3;
+constexpr int kEnoughUnits = 64;
+constexpr int kTakenAtOnce = 2;
 constexpr int kMaxStages = 32;  // of a block
 constexpr int kMinStages = 2;   // of a ring
 constexpr int64_t kMaxPieceBytes = 16384;
 constexpr int64_t kRingBytes = 204 * 1024;  // of shared memory, for all rings
 constexpr int kNumBuffers = 2;              // of a ring, for products
 constexpr int32_t kBufferBytes = 4096;
-static_assert(kMaxRings <= kMaxMovers && kMaxRings <= kWeigher);
 static_assert(kRingBytes / 2 - kNumBuffers * kBufferBytes >=
               kMinStages * WireRowBytes(kMaxFp8Channels));
 static_assert(kRingBytes / 2 >= kMinStages * kMaxWeightedRowBytes);
@@ -37,6 +36,17 @@ template <Mode kMode>
 constexpr bool kIsCopied = kMode == Mode::kCopy || kMode == Mode::kQuantize;
 template <Mode kMode>
 constexpr bool kIsQuantized = kMode == Mode::kQuantize || kMode == Mode::kDequantize;
+
+// Half of the rings are senders, half receivers; each is a warp. To quantise takes more of them.
+template <Mode kMode>
+constexpr int kMaxRings = kIsQuantized<kMode> ? 10 : 6;
+template <Mode kMode>
+constexpr int kWeigher = kMaxRings<kMode>;
+template <Mode kMode>
+constexpr int kMessenger = kMaxRings<kMode> + 1;
+template <Mode kMode>
+constexpr int kNumThreads = (kMaxRings<kMode> + 2) * 32;
+static_assert(kMaxRings<Mode::kQuantize> <= kMaxMovers);
 
 // How rows are cut, the rings of a block, and the stages of a ring.
 struct Cut {
@@ -49,7 +59,7 @@ struct Cut {
 // What a stage is for.
 struct Unit {
   int32_t bytes;     // to store
-  int32_t num_own;   // own units up to this one
+  int32_t num_own;   // the ring's units up to this one
   uint32_t crosses;  // lanes that store the row to a peer
   uint32_t lands;    // those that store it as it crosses, not as tokens are
 };
@@ -68,6 +78,14 @@ struct Shared {
 template <Mode kMode>
 __device__ int64_t tokens_row_bytes(const DispatchArguments& a) {
   return kMode == Mode::kQuantize ? a.num_channels : a.row_bytes;
+}
+
+// Units whose rows that stay here all blocks share. Not of rows that have to be quantised for it.
+template <Mode kMode>
+__device__ int32_t num_shared_units(const DispatchArguments& a, const Cut& cut) {
+  const int64_t num_units = a.num_tokens * cut.num_pieces;
+  if (kIsQuantized<kMode> || num_units < int64_t{kEnoughUnits} * gridDim.x) return 0;
+  return static_cast<int32_t>((num_units + kShared - 1) / kShared);
 }
 
 template <Mode kMode>
@@ -348,22 +366,24 @@ class Sender : Ring<kMode> {
                     int32_t index, int32_t first_unit, char* memory)
       : Base(g, a, cut, shared, index, index, first_unit, memory),
         top_k_(static_cast<int32_t>(a.top_k)),
-        batch_(32 / top_k_),
+        most_in_batch_(32 / top_k_),
         lane_unit_(lane_ / top_k_),
         // Enough are under way to hide how long a store takes; no more, so that peers hear soon.
-        num_untold_(num_units_ >= 64   ? 4
+        num_untold_(num_units_ >= 96   ? 12
+                    : num_units_ >= 64 ? 8
                     : num_units_ >= 40 ? 2
-                                       : 1) {}
+                                       : 0),
+        num_shared_(num_shared_units<kMode>(a, cut)) {}
 
   __device__ void run() {
     fetch();
     while (true) {
-      while (num_issued_ < num_units_ && this->has_stage()) {
+      while (has_next() && this->has_stage()) {
         load_next();
         if (this->is_loaded()) break;
       }
       if (this->is_empty()) {
-        if (num_issued_ == num_units_) break;
+        if (!has_next()) break;
         continue;
       }
       tell(wait_written(this->store_next()));
@@ -373,52 +393,78 @@ class Sender : Ring<kMode> {
   }
 
  private:
-  // Metadata of the next batch of units: a lane has one (token, k) of one of them.
+  // Units that are handled together: a lane has one (token, k) of one of them.
+  struct Batch {
+    int32_t size = 0;        // 0: no more units
+    bool is_shared = false;  // of the units that all blocks share, not of the ring's own
+    int32_t unit = 0, row = kNoRow, expert = 0;
+  };
+
+  __device__ bool has_next() const { return next_in_batch_ < batch_.size || fetched_.size > 0; }
+
+  // Metadata of the next batch: of the ring's own units, and after those of shared ones.
   __device__ void fetch() {
-    const int32_t i = num_fetched_ + lane_unit_;
-    num_fetched_ += batch_;
-    row_ = kNoRow;
-    if (lane_unit_ >= batch_ || i >= num_units_) return;
-    unit_ = this->unit_of(i);
-    const int64_t flat = this->token_of(unit_) * top_k_ + (lane_ - lane_unit_ * top_k_);
-    row_ = a_.send_row[flat];
-    expert_ = a_.topk_idx[flat];
+    fetched_ = {};
+    int32_t first = num_fetched_;
+    if (first < num_units_) {
+      fetched_.size = min(most_in_batch_, num_units_ - first);
+      num_fetched_ += fetched_.size;
+    } else if (num_shared_ > 0) {
+      const int32_t most = min(kTakenAtOnce, most_in_batch_);
+      uint32_t taken = 0;
+      if (lane_ == 0) {
+        taken = atomicAdd(&g_.control->local.num_taken, static_cast<uint32_t>(most));
+      }
+      first = static_cast<int32_t>(__shfl_sync(0xffffffffu, taken, 0));
+      fetched_.size = max(0, min(most, num_shared_ - first));
+      fetched_.is_shared = true;
+    }
+    if (lane_unit_ >= fetched_.size) return;
+    const int32_t i = first + lane_unit_;
+    fetched_.unit = fetched_.is_shared ? i * kShared : this->unit_of(i);
+    const int64_t flat = this->token_of(fetched_.unit) * top_k_ + (lane_ - lane_unit_ * top_k_);
+    fetched_.row = a_.send_row[flat];
+    fetched_.expert = a_.topk_idx[flat];
   }
 
   // Decides where the lanes' rows go, and fetches the next batch.
   __device__ void begin_batch() {
-    const bool has_row = row_ != kNoRow;
-    const int32_t rank = has_row ? expert_ / static_cast<int32_t>(a_.num_local_experts) : 0;
+    batch_ = fetched_;
+    next_in_batch_ = 0;
+    const bool has_row = batch_.row != kNoRow;
+    const int32_t rank = has_row ? batch_.expert / static_cast<int32_t>(a_.num_local_experts) : 0;
     const uint32_t same = __match_any_sync(0xffffffffu, has_row ? lane_unit_ << 8 | rank : -1);
-    const bool is_own = rank == g_.rank;
-    const bool crosses = has_row && !is_own && (same & ((1u << lane_) - 1)) == 0;
+    const bool is_shared = num_shared_ > 0 && batch_.unit % kShared == 0;
+    const bool stays = has_row && rank == g_.rank && is_shared == batch_.is_shared;
+    crosses_ = has_row && rank != g_.rank && !batch_.is_shared &&
+               (same & ((1u << lane_) - 1)) == 0;
     to_ = scales_to_ = 0;
-    crosses_ = lands_ = false;
-    if (has_row) {
+    lands_ = false;
+    if (stays || crosses_) {
       const uint64_t* address = shared_.address[rank];
-      const int64_t t = this->token_of(unit_), at = this->offset_of(unit_);
-      lands_ = crosses && address[3] != 0;
-      crosses_ = crosses;
+      const int64_t t = this->token_of(batch_.unit), at = this->offset_of(batch_.unit);
+      lands_ = crosses_ && address[3] != 0;
       if (lands_) {
         to_ = this->landing_at(address[3], g_.rank, t, at);
-      } else if (is_own || crosses) {
-        to_ = this->tokens_at(address[0], row_, at);
-        if (kMode == Mode::kQuantize) scales_to_ = this->scales_at(address[2], row_);
-        if (kMode == Mode::kWeighted) scales_to_ = static_cast<uint64_t>(row_);
+      } else {
+        to_ = this->tokens_at(address[0], batch_.row, at);
+        if (kMode == Mode::kQuantize) scales_to_ = this->scales_at(address[2], batch_.row);
+        if (kMode == Mode::kWeighted) scales_to_ = static_cast<uint64_t>(batch_.row);
         // The receiver finds what has crossed where its products will be.
-        lands_ = crosses && !kIsCopied<kMode>;
+        lands_ = crosses_ && !kIsCopied<kMode>;
       }
     }
     fetch();
   }
 
-  // Begins to load a unit, if its token has a row.
+  // Begins to load a unit, if this ring stores it anywhere.
   __device__ void load_next() {
-    const int32_t in_batch = num_issued_ % batch_;
-    if (in_batch == 0) begin_batch();
-    const int32_t unit = this->unit_of(num_issued_++);
+    if (next_in_batch_ == batch_.size) begin_batch();
+    const int32_t in_batch = next_in_batch_++;
+    if (!batch_.is_shared) ++num_issued_;
     const bool mine = lane_unit_ == in_batch && to_ != 0;
     if (__any_sync(0xffffffffu, mine) == 0) return;
+    const int32_t unit = __shfl_sync(0xffffffffu, batch_.unit, in_batch * top_k_);
     const int64_t at = this->offset_of(unit);
     this->note(mine ? to_ : 0, mine ? scales_to_ : 0, mine && crosses_, mine && lands_,
                this->bytes_at(at), num_issued_);
@@ -435,17 +481,23 @@ class Sender : Ring<kMode> {
     this->leave_load_stage();
   }
 
-  // Waits until all but the newest units are written at the peers; returns how many own units there
-  // are up to the last written one. What a lane has stored here may take longer.
+  // Waits until all but the newest units are written at the peers, after the last of the ring's own
+  // ones for all of them; returns how many of those there are up to the last written one. What a
+  // lane has stored here may take longer.
   __device__ int32_t wait_written(const Unit& unit) {
     crossed_ = crossed_ << 1 | (unit.crosses >> lane_ & 1);  // bit i: in the unit i before
+    if (num_untold_ == 0 || unit.num_own == num_units_) {
+      if (crossed_ != 0) bulk_wait_group<0>();
+      crossed_ = 0;
+      return unit.num_own;
+    }
     if ((crossed_ >> num_untold_ & 1) != 0) {
-      if (num_untold_ == 1) {
-        bulk_wait_group<1>();
-      } else if (num_untold_ == 2) {
+      if (num_untold_ == 2) {
         bulk_wait_group<2>();
+      } else if (num_untold_ == 8) {
+        bulk_wait_group<8>();
       } else {
-        bulk_wait_group<4>();
+        bulk_wait_group<12>();
       }
     }
     // Of the newest units, the newest last: a lane keeps each.
@@ -464,13 +516,15 @@ class Sender : Ring<kMode> {
   }
 
   const int32_t top_k_;
-  const int32_t batch_, lane_unit_;  // units whose metadata is fetched at once, and this lane's
+  const int32_t most_in_batch_, lane_unit_;  // units of a batch, and this lane's
   const int32_t num_untold_;
-  int32_t num_fetched_ = 0, num_issued_ = 0, num_told_ = 0;  // of the ring's units
+  const int32_t num_shared_;                                 // of all blocks' units
+  int32_t num_fetched_ = 0, num_issued_ = 0, num_told_ = 0;  // of the ring's own units
   uint32_t crossed_ = 0;       // by this lane, in the newest stored units
   int32_t num_own_up_to_ = 0;  // own units up to the stored unit 31 - lane before the newest
-  int32_t unit_ = 0, row_ = kNoRow, expert_ = 0;  // of the next batch
-  uint64_t to_ = 0, scales_to_ = 0;               // of the batch
+  Batch fetched_, batch_;      // the next one, and the one that is being issued
+  int32_t next_in_batch_ = 0;
+  uint64_t to_ = 0, scales_to_ = 0;  // of the batch
   bool crosses_ = false, lands_ = false;
 };
 

@@ -163,6 +163,9 @@ struct Mailbox {
   int32_t has_values;  // 1 when what goes beside the rows is written: the last unit waits for it
 };
 inline constexpr int32_t kBroken = INT32_MAX;  // nothing more comes, nobody shall wait
+// The units of a block are told in about so many parts. Each costs a fence; fewer parts make peers
+// wait longer.
+inline constexpr int kNumParts = 16;
 
 // [P1] and [P2] between this block and the blocks of the same number at the peers, until all is told
 // both ways. By a warp of its own: the fence waits for all that the SM has on the way, 5 to 10 us
@@ -175,6 +178,7 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
   const int32_t num_units = box.num_units;
   const auto epoch_with = [&](int r) { return g.control->local.epoch[g.peer[r].slot_here] + 1; };
   const auto flag_of = [&](int r) { return &g.control->progress[g.peer[r].slot_here][block]; };
+  const int32_t part = max(1, num_units / kNumParts);
   int32_t sent = 0, there = 0;
   uint64_t start = 0;
   for (uint32_t round = 0; g.num_ranks > 1 && (sent < num_units || there < num_units); ++round) {
@@ -188,7 +192,7 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
       const bool has_values =
           __all_sync(0xffffffffu, ld_acquire_cta_shared(&box.has_values) != 0) != 0;
       if (done == num_units && !has_values) --done;
-      if (done > sent) {
+      if (done - sent >= part || (done > sent && done == num_units)) {
         __syncwarp();  // what one lane has acquired holds for all
         fence_acq_rel_sys();
         for (int r = lane; r < g.num_ranks; r += 32) {
@@ -205,13 +209,17 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
       int32_t least = num_units;
       for (int r = lane; r < g.num_ranks; r += 32) {
         if (r == g.rank) continue;
-        least = min(least, units_of(ld_acquire_sys(flag_of(r)), epoch_with(r)));  // [P2]
+        least = min(least, units_of(ld_relaxed_sys(flag_of(r)), epoch_with(r)));
       }
       least = __reduce_min_sync(0xffffffffu, least);
 #ifdef JAX_EP_BREAK_ORDER
       least = num_units;  // negative control of the race test
 #endif
       if (least > there) {
+        // Only now, for an acquiring load empties the SM's L1 cache.
+        for (int r = lane; r < g.num_ranks; r += 32) {
+          if (r != g.rank) ld_acquire_sys(flag_of(r));  // [P2]
+        }
         fence_proxy_async_global();
         __syncwarp();
         if (lane == 0) st_release_cta_shared(&box.there, least);
@@ -321,6 +329,7 @@ __device__ inline void end_call(const GroupView& g) {
   if (r == 0) {
     local.num_blocks_done = 0;
     local.barrier = 0;
+    local.num_taken = 0;
     local.running = 0;
   }
 }
