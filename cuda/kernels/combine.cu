@@ -61,15 +61,26 @@ class Loader {
         tables_(tables),
         stages_(stages),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
-        row_bytes_(a_.num_channels * (a_.type == RowType::kF32 ? 4 : 2)),
+        row_bytes_(work.row_bytes()),
         num_stages_(cut_.num_stages),
         max_rows_(min(kMaxJobRows, num_stages_)),
         free_stages_(num_stages_) {}
 
   // Both end with a job that tells the others.
   __device__ void sum_for_peers() {
-    for (int32_t sum = 0; sum < work_.num_sums(kForPeers); ++sum) sum_for_peer(sum);
-    emit({}, {kStop, 0, work_.num_steps, 0});
+    int32_t sum = 0;
+    for (int32_t step = 0; step < work_.num_steps; ++step) {
+      for (int32_t i = 1; i < g_.num_ranks; ++i, ++sum) {
+        look_up(kForPeers, sum);
+        if (head_.count == 0) continue;
+        const bool is_last = i == g_.num_ranks - 1;
+        const int64_t row = g_.rank * a_.num_tokens + work_.token_of(step);
+        emit({shared_.address[work_.peer(i)][0] + row * row_bytes_, work_.offset_of(step),
+              kEndsUnit, is_last ? step + 1 : step});
+      }
+    }
+    head_ = {};
+    emit({0, 0, kStop, work_.num_steps});
   }
   // What the other loader does not take.
   __device__ void add_up_own() {
@@ -80,46 +91,40 @@ class Loader {
       step = __shfl_sync(0xffffffffu, step, 0);
       if (step >= work_.num_steps) break;
       if (step >= there) there = wait_for_more(shared_.box, step);  // [P2]
-      if (there == kBroken) {
-        pass(step);
-      } else {
-        sum_own(step);
-      }
+      look_up(kOwn, step);
+      // The scout fills all tables, whatever becomes of the call.
+      if (there == kBroken) continue;
+      const uint32_t adds_own = head_.ends != 0 && head_.follows_own == 0 ? kAddsOwn : 0;
+      emit({reinterpret_cast<uint64_t>(a_.out) + work_.token_of(step) * row_bytes_,
+            work_.offset_of(step), kEndsUnit | adds_own, 0});
     }
-    emit({}, {kStop, 0, 0, 0});
+    head_ = {};
+    emit({0, 0, kStop, 0});
   }
 
  private:
-  // What is the same for all rows of a sum.
-  struct Sum {
-    uint32_t flags, bytes;
+  // Where a sum goes, and what else its last job says.
+  struct Target {
+    uint64_t row;
+    int64_t offset;  // of the piece
+    uint32_t flags;
     int32_t num_done;
-    uint64_t to;
-  };
-  // A lane's row.
-  struct Row {
-    bool is_any = false;
-    int32_t position = 0;  // among the sum's rows
-    uint64_t source = 0;
-    float weight = 0.0f;
-    bool ends = false, is_sum = false, follows_own = false;
   };
 
-  // What the scout has found for a sum: this lane's place in the tables.
-  __device__ int32_t enter(Kind kind, int32_t sum) {
+  // What the scout has found for a sum: its head, and this lane's row.
+  __device__ void look_up(Kind kind, int32_t sum) {
     const int32_t table = sum / kTableSums, slot = table % kNumTables;
-    wait_phase(&shared_.filled[kind][slot], table / kNumTables);  // [T]
-    return (slot * kTableSums + sum % kTableSums) * static_cast<int32_t>(a_.top_k) + lane_;
-  }
-  __device__ void leave(Kind kind, int32_t sum) {
+    if (table != table_[kind]) wait_phase(&shared_.filled[kind][slot], table / kNumTables);  // [T]
+    table_[kind] = table;
+    const int32_t entry = slot * kTableSums + sum % kTableSums;
+    head_ = tables_.head[kind][entry];
+    if (lane_ < head_.count) {
+      const int32_t i = entry * static_cast<int32_t>(a_.top_k) + lane_;
+      source_ = tables_.source[kind][i];
+      weight_ = tables_.weight[kind][i];
+    }
     __syncwarp();
-    if (lane_ == 0) mbarrier_arrive(&shared_.used[kind][sum / kTableSums % kNumTables]);  // [U]
-  }
-
-  // Uses up a table's entry unread: the scout fills all tables, whatever becomes of the call.
-  __device__ void pass(int32_t step) {
-    enter(kOwn, step);
-    leave(kOwn, step);
+    if (lane_ == 0) mbarrier_arrive(&shared_.used[kind][slot]);  // [U]
   }
 
   // A new job's slot, and `count` stages for it, as soon as the adders have left them. [F]
@@ -135,106 +140,42 @@ class Loader {
     return pipeline_.job[next_job_ % kNumJobs];
   }
 
-  // Has a sum's rows added, by the whole warp.
-  __device__ void emit(const Row& row, const Sum& sum) {
-    const int32_t count = __popc(__ballot_sync(0xffffffffu, row.is_any));
-    const uint32_t bit = row.is_any ? 1u << row.position : 0;
-    const uint32_t ends = __reduce_or_sync(0xffffffffu, row.ends ? bit : 0);
-    const uint32_t is_sum = __reduce_or_sync(0xffffffffu, row.is_sum ? bit : 0);
-    const uint32_t follows_own = __reduce_or_sync(0xffffffffu, row.follows_own ? bit : 0);
+  // Has the rows that were looked up added, by the whole warp.
+  __device__ void emit(const Target& target) {
+    const int64_t end = min(target.offset + cut_.piece_bytes, row_bytes_);
+    const auto bytes = static_cast<uint32_t>(end - target.offset);
     int32_t first = 0;
     do {
-      const int32_t num_rows = min(count - first, max_rows_);
+      const int32_t num_rows = min(head_.count - first, max_rows_);
       Job& job = reserve(num_rows);
-      const int32_t i = row.position - first;
-      const bool mine = row.is_any && i >= 0 && i < num_rows;
-      if (mine) job.weight[i] = row.weight;
+      const int32_t i = lane_ - first;
+      const bool mine = i >= 0 && i < num_rows;
       uint64_t* full = &pipeline_.full[next_job_ % kNumJobs];
+      if (mine) job.weight[i] = weight_;
       if (lane_ == 0) {
-        job.to = sum.to;
-        job.flags = first + num_rows == count ? sum.flags : 0;
-        job.bytes = sum.bytes;
-        job.num_done = sum.num_done;
-        job.ends = ends >> first;
-        job.is_sum = is_sum >> first;
-        job.follows_own = follows_own >> first;
-        job.first_stage = stage_;
+        job.to = target.row + target.offset;
+        job.flags = first + num_rows == head_.count ? target.flags : 0;
+        job.bytes = bytes;
+        job.num_done = target.num_done;
         job.num_rows = num_rows;
+        job.ends = head_.ends >> first;
+        job.is_sum = head_.is_sum >> first;
+        job.follows_own = head_.follows_own >> first;
+        job.first_stage = stage_;
       }
       __syncwarp();
-      if (lane_ == 0) mbarrier_arrive_expect_tx(full, static_cast<uint32_t>(num_rows) * sum.bytes);
+      if (lane_ == 0) mbarrier_arrive_expect_tx(full, static_cast<uint32_t>(num_rows) * bytes);
       if (mine) {
         int32_t stage = stage_ + i;
         if (stage >= num_stages_) stage -= num_stages_;
-        bulk_load(stages_ + stage * cut_.piece_bytes, reinterpret_cast<const void*>(row.source),
-                  sum.bytes, full);  // [L]
+        bulk_load(stages_ + stage * cut_.piece_bytes,
+                  reinterpret_cast<const void*>(source_ + target.offset), bytes, full);  // [L]
       }
       ++next_job_;
       stage_ += num_rows;
       if (stage_ >= num_stages_) stage_ -= num_stages_;
       first += num_rows;
-    } while (first < count);
-  }
-
-  __device__ uint64_t y_at(int64_t row, int64_t at) const {
-    return reinterpret_cast<uint64_t>(a_.y) + row * row_bytes_ + at;
-  }
-  __device__ uint32_t bytes_at(int64_t at) const {
-    return static_cast<uint32_t>(min(int64_t{cut_.piece_bytes}, row_bytes_ - at));
-  }
-
-  __device__ void sum_for_peer(int32_t sum) {
-    const int32_t entry = enter(kForPeers, sum);
-    const int32_t y_row = lane_ < a_.top_k ? tables_.row[kForPeers][entry] : kNoRow;
-    Row row;
-    row.is_any = y_row != kNoRow;
-    row.position = lane_;
-    row.weight = row.is_any ? tables_.weight[kForPeers][entry] : 0.0f;
-    leave(kForPeers, sum);
-    const int32_t src = work_.peer_of(sum), step = work_.step_of(kForPeers, sum);
-    const int64_t t = work_.token_of(step), at = work_.offset_of(step);
-    row.source = y_at(y_row, at);
-    if (__any_sync(0xffffffffu, row.is_any) == 0) return;
-    const uint64_t to = shared_.address[src][0] + (g_.rank * a_.num_tokens + t) * row_bytes_ + at;
-    emit(row, {kEndsUnit, bytes_at(at), (sum + 1) / (g_.num_ranks - 1), to});
-  }
-
-  __device__ void sum_own(int32_t step) {
-    const int32_t entry = enter(kOwn, step);
-    int32_t y_row = kNoRow, rank = INT32_MAX;
-    Row row;
-    if (lane_ < a_.top_k) {
-      y_row = tables_.row[kOwn][entry];
-      rank = tables_.rank[entry];
-      row.weight = tables_.weight[kOwn][entry];
-    }
-    leave(kOwn, step);
-    const int64_t t = work_.token_of(step), at = work_.offset_of(step);
-    // Own rows in k order, then one sum of each peer that has rows, by ascending rank.
-    const uint32_t lower = (1u << lane_) - 1;
-    const bool is_own = rank == g_.rank;
-    const uint32_t own = __ballot_sync(0xffffffffu, is_own);
-    const uint32_t same = __match_any_sync(0xffffffffu, rank);
-    row.is_sum = rank != INT32_MAX && !is_own && (same & lower) == 0;
-    row.is_any = is_own || row.is_sum;
-    row.ends = is_own && (own >> lane_) == 1;
-    const uint32_t peers = __ballot_sync(0xffffffffu, row.is_sum);
-    int32_t num_lower = 0;  // ranks of peers below the lane's
-    for (uint32_t left = peers; left != 0; left &= left - 1) {
-      const int32_t peer = __shfl_sync(0xffffffffu, rank, __ffs(static_cast<int>(left)) - 1);
-      num_lower += peer < rank ? 1 : 0;
-    }
-    const int32_t num_before = __popc(__ballot_sync(0xffffffffu, row.is_sum && rank < g_.rank));
-    row.follows_own = row.is_sum && own != 0 && num_lower == num_before && rank > g_.rank;
-    row.position = is_own ? __popc(own & lower) : __popc(own) + num_lower;
-    row.source = y_at(y_row, at);
-    if (row.is_sum) {
-      row.source =
-          reinterpret_cast<uint64_t>(a_.partial) + (rank * a_.num_tokens + t) * row_bytes_ + at;
-    }
-    const uint32_t adds_own = own != 0 && num_before == __popc(peers) ? kAddsOwn : 0;
-    emit(row, {kEndsUnit | adds_own, bytes_at(at), 0,
-               reinterpret_cast<uint64_t>(a_.out) + t * row_bytes_ + at});
+    } while (first < head_.count);
   }
 
   const Work& work_;
@@ -250,6 +191,10 @@ class Loader {
   const int32_t num_stages_, max_rows_;
   int32_t stage_ = 0, free_stages_;         // the next one, and how many are free from there on
   uint32_t next_job_ = 0, oldest_job_ = 0;  // in flight: [oldest, next)
+  int32_t table_[2] = {-1, -1};             // by kind: the last one
+  SumHead head_;
+  uint64_t source_ = 0;  // of this lane's row
+  float weight_ = 0.0f;
 };
 
 // Adds up what the loader fetches, in the order in which it does, from the pipeline's job n on. Ends

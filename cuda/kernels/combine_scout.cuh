@@ -41,17 +41,15 @@ enum : uint32_t {
   kStop = 2,
   kAddsOwn = 4,  // before that, add the sum of this rank's rows
 };
-struct Job {
+struct alignas(16) Job {
   float weight[kMaxJobRows];  // of each row
   uint64_t to;
   uint32_t flags;
   uint32_t bytes;    // of each row
   int32_t num_done;  // of units, once this is stored: for the peers
-  // Bit i, of own units: row i is the last one of this rank's, whose sum is then rounded; it is a
-  // peer's sum; this rank's comes before it.
-  uint32_t ends, is_sum, follows_own;
-  int32_t first_stage;
   int32_t num_rows;
+  uint32_t ends, is_sum, follows_own;  // as of the sum, from the job's first row on
+  int32_t first_stage;
 };
 struct Result {
   uint64_t to;  // 0: nowhere
@@ -60,26 +58,35 @@ struct Result {
   bool stop;
 };
 
-// Rows and weights of 32 sums for peers, and of 32 of this rank's own units: what the scout finds
-// for the loader. Two of each, in turn.
+// What the scout finds for the loaders: 32 sums for peers, and 32 of this rank's own units. Two
+// tables of each, in turn.
 constexpr int kTableSums = 32;
 constexpr int kNumTables = 2;
+// A sum's rows in the order in which they are added: this rank's in k order, then, of own units, the
+// peers' sums by rank.
+struct alignas(16) SumHead {
+  int32_t count;
+  // Bit i, of own units: row i is the last one of this rank's, whose sum is then rounded; it is a
+  // peer's sum; this rank's comes before it.
+  uint32_t ends, is_sum, follows_own;
+};
 struct Tables {
-  int32_t* row[2];   // by kind: [kNumTables][kTableSums][K]; kNoRow: none
-  float* weight[2];  // likewise, 1 without weights and for peers' rows
-  int32_t* rank;     // of own units' rows, likewise
+  SumHead* head[2];     // by kind: [kNumTables][kTableSums]
+  uint64_t* source[2];  // by kind: [kNumTables][kTableSums][K], where the row begins
+  float* weight[2];     // likewise, 1 without weights
 
   __host__ __device__ static constexpr int64_t bytes(int64_t top_k) {
-    return 5 * kNumTables * kTableSums * top_k * 4;
+    return 2 * kNumTables * kTableSums * (static_cast<int64_t>(sizeof(SumHead)) + 12 * top_k);
   }
-  __device__ Tables(void* memory, int32_t top_k) {
-    const int32_t size = kNumTables * kTableSums * top_k;
-    auto* at = static_cast<int32_t*>(memory);
+  __device__ Tables(char* memory, int32_t top_k) {
+    constexpr int32_t kSums = kNumTables * kTableSums;
     for (const int kind : {kForPeers, kOwn}) {
-      row[kind] = at + (2 * kind) * size;
-      weight[kind] = reinterpret_cast<float*>(at + (2 * kind + 1) * size);
+      head[kind] = reinterpret_cast<SumHead*>(memory) + kind * kSums;
+      source[kind] =
+          reinterpret_cast<uint64_t*>(memory + 2 * kSums * sizeof(SumHead)) + kind * kSums * top_k;
+      weight[kind] = reinterpret_cast<float*>(memory + 2 * kSums * (sizeof(SumHead) + 8 * top_k)) +
+                     kind * kSums * top_k;
     }
-    rank = at + 4 * size;
   }
 };
 
@@ -112,14 +119,12 @@ struct Work {
   __device__ int32_t num_sums(int kind) const {
     return kind == kOwn ? num_steps : num_steps * (g.num_ranks - 1);
   }
-  // Of a sum of that kind. For peers, step by step, each beginning with another peer.
-  __device__ int32_t step_of(int kind, int32_t sum) const {
-    return kind == kOwn || g.num_ranks == 2 ? sum : sum / (g.num_ranks - 1);
-  }
-  __device__ int32_t peer_of(int32_t sum) const {
-    const int32_t r = g.rank + 1 + (g.num_ranks == 2 ? 0 : sum % (g.num_ranks - 1));
+  // The i-th peer after this rank: sums for peers go step by step, and in this order.
+  __device__ int32_t peer(int32_t i) const {
+    const int32_t r = g.rank + i;
     return r < g.num_ranks ? r : r - g.num_ranks;
   }
+  __device__ int64_t row_bytes() const { return a.num_channels * (a.type == RowType::kF32 ? 4 : 2); }
   __device__ int64_t token_of(int32_t step) const {
     const int32_t unit = first_unit + step;
     return cut.num_pieces == 1 ? unit : unit / cut.num_pieces;
@@ -147,7 +152,7 @@ class Scout {
 
   // Fills the first tables; needs nothing of the peers.
   __device__ void begin() {
-    for (const int kind : {kForPeers, kOwn}) {
+    for (const Kind kind : {kForPeers, kOwn}) {
       if (work_.num_sums(kind) > 0) fill_table(kind, 0);
     }
   }
@@ -157,7 +162,7 @@ class Scout {
     const auto is_left = [&](int kind) { return next[kind] * kTableSums < work_.num_sums(kind); };
     if (a_.values != nullptr) send_values();
     while (is_left(kForPeers) || is_left(kOwn)) {
-      for (const int kind : {kForPeers, kOwn}) {
+      for (const Kind kind : {kForPeers, kOwn}) {
         const int32_t slot = next[kind] % kNumTables, use = next[kind] / kNumTables;
         if (!is_left(kind)) continue;
         const bool is_free =
@@ -169,55 +174,97 @@ class Scout {
   }
 
  private:
-  __device__ int32_t at(int32_t table, int32_t sum, int32_t k) const {
-    return (table % kNumTables * kTableSums + sum) * top_k_ + k;
+  __device__ void fill_table(Kind kind, int32_t table) {
+    const int32_t sum = table * kTableSums + lane_, slot = table % kNumTables;
+    const int32_t entry = slot * kTableSums + lane_;
+    SumHead head{};
+    if (sum < work_.num_sums(kind)) {
+      uint64_t* source = tables_.source[kind] + entry * top_k_;
+      float* weight = tables_.weight[kind] + entry * top_k_;
+      if (kind == kForPeers) {
+        const int32_t num_peers = work_.g.num_ranks - 1;
+        find_for_peer(work_.peer(1 + sum % num_peers), work_.token_of(sum / num_peers), head,
+                      source, weight);
+      } else {
+        find_own(work_.token_of(sum), head, source, weight);
+      }
+    }
+    tables_.head[kind][entry] = head;
+    __syncwarp();
+    if (lane_ == 0) mbarrier_arrive(&shared_.filled[kind][slot]);  // [T]
   }
 
-  __device__ void fill_table(int kind, int32_t table) {
-    const int32_t sum = table * kTableSums + lane_;
-    const bool is_any = sum < work_.num_sums(kind);
-    const int64_t t = is_any ? work_.token_of(work_.step_of(kind, sum)) : 0;
-    int32_t first = 0, count = 0;
-    if (is_any && kind == kForPeers) {
-      const int64_t flat_token = work_.peer_of(sum) * a_.num_tokens + t;
-      first = a_.recv_offsets[flat_token];
-      count = a_.recv_offsets[flat_token + 1] - first;
-    }
-    for (int32_t begin = 0; begin < top_k_; begin += kAtOnce) {
+  // This rank's rows of a peer's token.
+  __device__ void find_for_peer(int32_t peer, int64_t t, SumHead& head, uint64_t* source,
+                                float* weight) {
+    const int64_t flat_token = peer * a_.num_tokens + t;
+    const int32_t first = a_.recv_offsets[flat_token];
+    head.count = a_.recv_offsets[flat_token + 1] - first;
+    for (int32_t begin = 0; begin < head.count; begin += kAtOnce) {
       // First all loads of a kind, then what depends on them.
-      int32_t row[kAtOnce], rank[kAtOnce];
-      float weight[kAtOnce];
+      int32_t row[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int32_t k = begin + i;
+        row[i] = begin + i < head.count ? a_.recv_order[first + begin + i] : kNoRow;
+      }
+      note(row, source + begin, weight + begin);
+    }
+  }
+
+  // The rows of one of this rank's tokens: its own, and the sums of peers that have any.
+  __device__ void find_own(int64_t t, SumHead& head, uint64_t* source, float* weight) {
+    const auto num_local = static_cast<int32_t>(a_.num_local_experts);
+    uint64_t peers[2] = {};  // that have rows, a bit each
+    static_assert(kMaxPeers <= 128);
+    for (int32_t begin = 0; begin < top_k_; begin += kAtOnce) {
+      int32_t row[kAtOnce], expert[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const bool is_any = begin + i < top_k_;
+        row[i] = is_any ? a_.send_row[t * top_k_ + begin + i] : kNoRow;
+        expert[i] = is_any ? a_.topk_idx[t * top_k_ + begin + i] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (row[i] == kNoRow) continue;
+        const int32_t rank = expert[i] / num_local;
+        if (rank == work_.g.rank) continue;
         row[i] = kNoRow;
-        rank[i] = 0;
-        if (kind == kForPeers) {
-          if (k < count) row[i] = a_.recv_order[first + k];
-        } else if (is_any && k < top_k_) {
-          row[i] = a_.send_row[t * top_k_ + k];
-          rank[i] = a_.topk_idx[t * top_k_ + k];
-        }
+        peers[0] |= rank < 64 ? uint64_t{1} << rank : 0;
+        peers[1] |= rank < 64 ? 0 : uint64_t{1} << (rank - 64);
       }
+      head.count += note(row, source + head.count, weight + head.count);
+    }
+    const bool has_own = head.count > 0;
+    if (has_own) head.ends = 1u << (head.count - 1);
+    const uint64_t partial = reinterpret_cast<uint64_t>(a_.partial) + t * work_.row_bytes();
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (kind == kOwn) rank[i] /= static_cast<int32_t>(a_.num_local_experts);
-        if (row[i] == kNoRow) rank[i] = INT32_MAX;
-        weight[i] = 1.0f;
-        if (a_.weights == nullptr || row[i] == kNoRow) continue;
-        if (kind == kForPeers || rank[i] == work_.g.rank) weight[i] = a_.weights[row[i]];
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int32_t k = begin + i;
-        if (k >= top_k_) break;
-        tables_.row[kind][at(table, lane_, k)] = row[i];
-        tables_.weight[kind][at(table, lane_, k)] = weight[i];
-        if (kind == kOwn) tables_.rank[at(table, lane_, k)] = rank[i];
+    for (int half = 0; half < 2; ++half) {
+      for (uint64_t left = peers[half]; left != 0; left &= left - 1) {
+        const int32_t rank = half * 64 + __ffsll(static_cast<long long>(left)) - 1;
+        const uint32_t bit = 1u << head.count;
+        if (has_own && rank > work_.g.rank && head.follows_own == 0) head.follows_own = bit;
+        head.is_sum |= bit;
+        source[head.count++] = partial + rank * a_.num_tokens * work_.row_bytes();
       }
     }
-    __syncwarp();
-    if (lane_ == 0) mbarrier_arrive(&shared_.filled[kind][table % kNumTables]);  // [T]
+  }
+
+  // Notes those that are rows of y, with their weights; returns how many they are.
+  __device__ int32_t note(const int32_t (&row)[kAtOnce], uint64_t* source, float* weight) {
+    float w[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      w[i] = a_.weights != nullptr && row[i] != kNoRow ? a_.weights[row[i]] : 1.0f;
+    }
+    int32_t count = 0;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (row[i] == kNoRow) continue;
+      source[count] = reinterpret_cast<uint64_t>(a_.y) + row[i] * work_.row_bytes();
+      weight[count++] = w[i];
+    }
+    return count;
   }
 
   // Sends the values of all rows that belong to the block's units, at those that begin a token.

@@ -8,8 +8,8 @@
 //           With kWeighted, which is the gradient of combine: tokens[row] = round(row_weights[row] *
 //           x of src [t]), dots[row] = sum over channels of y[row] * x of src [t], 0 if it holds no
 //           row; all in f32.
-// Roles:    one block an SM, 8 warps. The first ones, senders and then receivers, run a ring of
-//           stages each. Senders load (or quantise) each of the rank's own tokens once and store it
+// Roles:    one block an SM, 8 warps, or 12 with fp8. The first ones, senders and then receivers,
+//           run a ring of stages each. Senders load (or quantise) each of the rank's own tokens once and store it
 //           to its rows here, and to one row at each other rank that has any: the first of them, or
 //           a row of the landing area. From there a receiver of that rank fetches it and stores it
 //           to the token's other rows (to all, if they differ from what has crossed). Warp 6 sends
@@ -107,14 +107,15 @@ __global__ __launch_bounds__(kNumThreads<kMode>,
   extern __shared__ __align__(128) char rings[];
   __shared__ Shared shared;
   const auto warp = static_cast<int32_t>(threadIdx.x) / 32;
+  const int32_t num_rings = cut.num_senders + cut.num_receivers;
   const int64_t num_units = a.num_tokens * cut.num_pieces;
   const int32_t first = first_unit(num_units, blockIdx.x);
   const int32_t num_own = first_unit(num_units, blockIdx.x + 1) - first;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < cut.num_rings * cut.num_stages; ++s) mbarrier_init(&shared.full[s], 1);
+    for (int s = 0; s < num_rings * cut.num_stages; ++s) mbarrier_init(&shared.full[s], 1);
     fence_mbarrier_init();
     shared.num_batches = 0;
-    shared.box = {{}, cut.num_rings / 2, num_own, 0, a.weights == nullptr};
+    shared.box = {{}, cut.num_senders, num_own, 0, a.weights == nullptr};
   }
   const bool lands = a.landing != nullptr;
   const auto tokens = reinterpret_cast<uint64_t>(a.tokens);
@@ -130,12 +131,11 @@ __global__ __launch_bounds__(kNumThreads<kMode>,
   if (num_own > 0) ok = receive_start(g, kOpKind<kMode>, own, shared.address);  // [S2]
   if (num_own == 0) __syncthreads();
   if (ok && num_own > 0) {
-    const int32_t num_senders = cut.num_rings / 2;
-    char* memory = rings + warp * (kRingBytes / cut.num_rings / 128 * 128);
-    if (warp < num_senders) {
+    char* memory = rings + warp * (kRingBytes / num_rings / 128 * 128);
+    if (warp < cut.num_senders) {
       Sender<kMode>(g, a, cut, shared, warp, first, memory).run();
-    } else if (warp < cut.num_rings) {
-      ok = Receiver<kMode>(g, a, cut, shared, warp - num_senders, first, memory).run();
+    } else if (warp < num_rings) {
+      ok = Receiver<kMode>(g, a, cut, shared, warp - cut.num_senders, first, memory).run();
     } else if (warp == kMessenger<kMode>) {
       ok = run_messenger(g, kOpKind<kMode>, shared.box);
     } else if (warp == kWeigher<kMode> && a.weights != nullptr) {
@@ -160,30 +160,40 @@ template <Mode kMode>
 cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_sms,
                    cudaStream_t stream) {
   Cut cut;
-  int64_t num_stages;
+  int64_t num_pieces = 1, num_stages;
+  int32_t num_rings;
   if (kMode == Mode::kCopy) {
     // Equal pieces, each a multiple of 16 bytes.
-    const int64_t num_pieces = (a.row_bytes + kMaxPieceBytes - 1) / kMaxPieceBytes;
-    cut.num_pieces = static_cast<int32_t>(num_pieces);
+    num_pieces = (a.row_bytes + kMaxPieceBytes - 1) / kMaxPieceBytes;
     cut.stage_bytes =
         static_cast<int32_t>(((a.row_bytes + num_pieces - 1) / num_pieces + 15) / 16 * 16);
-    cut.num_rings = a.num_tokens * num_pieces <= int64_t{kFewUnits} * num_sms ? 2 : 4;
-    num_stages = kRingBytes / cut.num_rings / cut.stage_bytes;
+    num_rings = a.num_tokens * num_pieces <= int64_t{kFewUnits} * num_sms ? 2 : 4;
+    num_stages = kRingBytes / num_rings / cut.stage_bytes;
   } else {
     if (kIsQuantized<kMode> ? a.num_channels > kMaxFp8Channels
                             : a.row_bytes > kMaxWeightedRowBytes) {
       return cudaErrorInvalidValue;
     }
-    cut.num_pieces = 1;
     cut.stage_bytes = static_cast<int32_t>(LandingRowBytes(a.mode, a.num_channels, a.row_bytes));
     const int64_t buffers = kMode == Mode::kDequantize ? kNumBuffers * kBufferBytes : 0;
-    cut.num_rings = kMaxRings<kMode> + 2;
+    num_rings = kMaxRings<kMode> + 2;
     do {
-      cut.num_rings -= 2;
-      num_stages = (kRingBytes / cut.num_rings / 128 * 128 - buffers) / cut.stage_bytes;
+      num_rings -= 2;
+      num_stages = (kRingBytes / num_rings / 128 * 128 - buffers) / cut.stage_bytes;
     } while (num_stages < kMinStages);
   }
-  const int64_t most = kMaxStages / cut.num_rings;
+  cut.num_pieces = static_cast<int32_t>(num_pieces);
+  // Half of them receive, fewer where few rows have to be spread.
+  const bool spreads_all = a.landing != nullptr || !kIsCopied<kMode>;
+  if (group.num_ranks == 1 || (a.top_k == 1 && !spreads_all)) {
+    cut.num_receivers = 0;
+  } else if (a.top_k == 2 && !spreads_all) {
+    cut.num_receivers = (num_rings + 3) / 4;
+  } else {
+    cut.num_receivers = num_rings / 2;
+  }
+  cut.num_senders = num_rings - cut.num_receivers;
+  const int64_t most = kMaxStages / num_rings;
   cut.num_stages = static_cast<int32_t>(num_stages < most ? num_stages : most);
   if (a.num_tokens * cut.num_pieces / num_sms >= kMaxUnitsPerBlock) return cudaErrorInvalidValue;
   dispatch_kernel<kMode>

@@ -15,7 +15,7 @@ namespace jax_ep::gpu::dispatch {
 
 using Mode = DispatchMode;
 
-constexpr int kFewUnits = 64;   // of a block: a sender and a receiver do; with more, two of each
+constexpr int kFewUnits = 64;   // of a block: two rings do; with more, four
 // SMs differ in how fast they store, and then so do blocks with equal units. Of every so many units,
 // if a block has enough, the rows that stay here are left to any block that has done all else.
 constexpr int kShared = 3;
@@ -37,7 +37,7 @@ constexpr bool kIsCopied = kMode == Mode::kCopy || kMode == Mode::kQuantize;
 template <Mode kMode>
 constexpr bool kIsQuantized = kMode == Mode::kQuantize || kMode == Mode::kDequantize;
 
-// Half of the rings are senders, half receivers; each is a warp. To quantise takes more of them.
+// Each is a warp. To quantise takes more of them.
 template <Mode kMode>
 constexpr int kMaxRings = kIsQuantized<kMode> ? 10 : 6;
 template <Mode kMode>
@@ -52,7 +52,7 @@ static_assert(kMaxRings<Mode::kQuantize> <= kMaxMovers);
 struct Cut {
   int32_t num_pieces;
   int32_t stage_bytes;
-  int32_t num_rings;
+  int32_t num_senders, num_receivers;
   int32_t num_stages;
 };
 
@@ -97,13 +97,13 @@ class Ring {
  protected:
   // `index` of `count` of its kind; `slot` of all rings of the block.
   __device__ Ring(const GroupView& g, const DispatchArguments& a, const Cut& cut, Shared& shared,
-                  int32_t index, int32_t slot, int32_t first_unit, char* memory)
+                  int32_t index, int32_t count, int32_t slot, int32_t first_unit, char* memory)
       : g_(g),
         a_(a),
         cut_(cut),
         shared_(shared),
         index_(index),
-        count_(cut.num_rings / 2),
+        count_(count),
         first_slot_(slot * cut.num_stages),
         first_unit_(first_unit),
         num_units_(num_steps(shared.box.num_units, index, count_)),
@@ -364,7 +364,7 @@ class Sender : Ring<kMode> {
  public:
   __device__ Sender(const GroupView& g, const DispatchArguments& a, const Cut& cut, Shared& shared,
                     int32_t index, int32_t first_unit, char* memory)
-      : Base(g, a, cut, shared, index, index, first_unit, memory),
+      : Base(g, a, cut, shared, index, cut.num_senders, index, first_unit, memory),
         top_k_(static_cast<int32_t>(a.top_k)),
         most_in_batch_(32 / top_k_),
         lane_unit_(lane_ / top_k_),
@@ -537,7 +537,8 @@ class Receiver : Ring<kMode> {
  public:
   __device__ Receiver(const GroupView& g, const DispatchArguments& a, const Cut& cut,
                       Shared& shared, int32_t index, int32_t first_unit, char* memory)
-      : Base(g, a, cut, shared, index, cut.num_rings / 2 + index, first_unit, memory),
+      : Base(g, a, cut, shared, index, cut.num_receivers, cut.num_senders + index, first_unit,
+             memory),
         num_peers_(g.num_ranks - 1),
         num_received_(this->num_units_ * num_peers_),
         fewest_rows_(a.landing != nullptr || !kIsCopied<kMode> ? 1 : 2) {}
