@@ -53,158 +53,140 @@ class Loader {
   __device__ Loader(Kind pipeline, const Work& work, Shared& shared, const Tables& tables,
                     char* stages)
       : work_(work),
-        g_(work.g),
-        a_(work.a),
-        cut_(work.cut),
         shared_(shared),
         pipeline_(shared.pipeline[pipeline]),
         tables_(tables),
         stages_(stages),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
-        row_bytes_(work.row_bytes()),
-        num_stages_(cut_.num_stages),
+        top_k_(static_cast<int32_t>(work.a.top_k)),
+        piece_bytes_(work.cut.piece_bytes),
+        num_stages_(work.cut.num_stages),
         max_rows_(min(kMaxJobRows, num_stages_)),
         free_stages_(num_stages_) {}
 
-  // Both end with a job that tells the others.
+  // Both end with a job that tells the adders.
   __device__ void sum_for_peers() {
-    int32_t sum = 0;
-    for (int32_t step = 0; step < work_.num_steps; ++step) {
-      for (int32_t i = 1; i < g_.num_ranks; ++i, ++sum) {
-        look_up(kForPeers, sum);
-        if (head_.count == 0) continue;
-        const bool is_last = i == g_.num_ranks - 1;
-        const int64_t row = g_.rank * a_.num_tokens + work_.token_of(step);
-        emit({shared_.address[work_.peer(i)][0] + row * row_bytes_, work_.offset_of(step),
-              kEndsUnit, is_last ? step + 1 : step});
+    const int32_t num_sums = work_.num_sums(kForPeers);
+    for (int32_t sum = 0; sum < num_sums; ++sum) {
+      if (count_in_table(kForPeers, sum) > 0) {
+        fetch(kForPeers, sum);
+      } else {
+        pass(kForPeers, sum);
       }
     }
-    head_ = {};
-    emit({0, 0, kStop, work_.num_steps});
+    stop();
   }
   // What the other loader does not take.
   __device__ void add_up_own() {
-    int32_t there = g_.num_ranks == 1 ? work_.num_steps : 0;
+    int32_t there = work_.g.num_ranks == 1 ? work_.num_steps : 0;
     while (true) {
       int32_t step = 0;
       if (lane_ == 0) step = atomicAdd(&shared_.next_own, 1);
       step = __shfl_sync(0xffffffffu, step, 0);
-      if (step >= work_.num_steps) break;
+      if (step >= work_.num_steps) return stop();
       if (step >= there) there = wait_for_more(shared_.box, step);  // [P2]
-      look_up(kOwn, step);
-      // The scout fills all tables, whatever becomes of the call.
-      if (there == kBroken) continue;
-      const uint32_t adds_own = head_.ends != 0 && head_.follows_own == 0 ? kAddsOwn : 0;
-      emit({reinterpret_cast<uint64_t>(a_.out) + work_.token_of(step) * row_bytes_,
-            work_.offset_of(step), kEndsUnit | adds_own, 0});
+      count_in_table(kOwn, step);
+      if (there != kBroken) {
+        fetch(kOwn, step);
+      } else {
+        pass(kOwn, step);
+      }
     }
-    head_ = {};
-    emit({0, 0, kStop, 0});
   }
 
  private:
-  // Where a sum goes, and what else its last job says.
-  struct Target {
-    uint64_t row;
-    int64_t offset;  // of the piece
-    uint32_t flags;
-    int32_t num_done;
-  };
-
-  // What the scout has found for a sum: its head, and this lane's row.
-  __device__ void look_up(Kind kind, int32_t sum) {
-    const int32_t table = sum / kTableSums, slot = table % kNumTables;
-    if (table != table_[kind]) wait_phase(&shared_.filled[kind][slot], table / kNumTables);  // [T]
-    table_[kind] = table;
-    const int32_t entry = slot * kTableSums + sum % kTableSums;
-    head_ = tables_.head[kind][entry];
-    if (lane_ < head_.count) {
-      const int32_t i = entry * static_cast<int32_t>(a_.top_k) + lane_;
-      source_ = tables_.source[kind][i];
-      weight_ = tables_.weight[kind][i];
+  // The number of a sum's rows, once the scout has found them.
+  __device__ int32_t count_in_table(Kind kind, int32_t sum) {
+    const int32_t table = sum / kTableSums;
+    if (table != table_[kind]) {
+      wait_phase(&shared_.filled[kind][table % kNumTables], table / kNumTables);  // [T]
+      table_[kind] = table;
     }
-    __syncwarp();
-    if (lane_ == 0) mbarrier_arrive(&shared_.used[kind][slot]);  // [U]
+    return tables_.head[kind][Tables::entry(sum)].count;
   }
 
-  // A new job's slot, and `count` stages for it, as soon as the adders have left them. [F]
-  __device__ Job& reserve(int32_t count) {
+  // For a sum that the adders do not see. The scout fills all tables, whatever becomes of the call.
+  __device__ void pass(Kind kind, int32_t sum) {
+    __syncwarp();  // all lanes have read the entry
+    if (lane_ == 0) {
+      mbarrier_arrive(&shared_.used[kind][sum / kTableSums % kNumTables], kAdderWarps);  // [U]
+    }
+  }
+
+  // Waits for a job's slot, and for stages. [F]
+  __device__ void reserve(int32_t count) {
     while (free_stages_ < count || next_job_ - oldest_job_ == kNumJobs) {
       const uint32_t slot = oldest_job_ % kNumJobs;
       wait_phase(&pipeline_.empty[slot], oldest_job_ / kNumJobs);
-      free_stages_ += pipeline_.job[slot].num_rows;
+      free_stages_ += static_cast<int32_t>(num_rows_ >> (2 * slot) & 3);
       ++oldest_job_;
-      __syncwarp();  // all lanes have read it: the slot may be filled again
     }
     free_stages_ -= count;
-    return pipeline_.job[next_job_ % kNumJobs];
+    const uint32_t slot = next_job_ % kNumJobs;
+    num_rows_ = (num_rows_ & ~(3u << (2 * slot))) | static_cast<uint32_t>(count) << (2 * slot);
   }
 
-  // Has the rows that were looked up added, by the whole warp.
-  __device__ void emit(const Target& target) {
-    const int64_t end = min(target.offset + cut_.piece_bytes, row_bytes_);
-    const auto bytes = static_cast<uint32_t>(end - target.offset);
+  // Passes jobs with a sum's rows on, by the whole warp.
+  __device__ void fetch(Kind kind, int32_t sum) {
+    const int32_t entry = Tables::entry(sum);
+    const SumHead& head = tables_.head[kind][entry];
+    const int32_t count = head.count;
+    const uint32_t bytes = head.bytes;
+    const uint64_t source = lane_ < count ? tables_.source[kind][entry * top_k_ + lane_] : 0;
+    __syncwarp();  // all lanes have read the entry
     int32_t first = 0;
     do {
-      const int32_t num_rows = min(head_.count - first, max_rows_);
-      Job& job = reserve(num_rows);
-      const int32_t i = lane_ - first;
-      const bool mine = i >= 0 && i < num_rows;
+      const int32_t num_rows = min(count - first, max_rows_);
+      reserve(num_rows);
       uint64_t* full = &pipeline_.full[next_job_ % kNumJobs];
-      if (mine) job.weight[i] = weight_;
       if (lane_ == 0) {
-        job.to = target.row + target.offset;
-        job.flags = first + num_rows == head_.count ? target.flags : 0;
-        job.bytes = bytes;
-        job.num_done = target.num_done;
-        job.num_rows = num_rows;
-        job.ends = head_.ends >> first;
-        job.is_sum = head_.is_sum >> first;
-        job.follows_own = head_.follows_own >> first;
-        job.first_stage = stage_;
+        pipeline_.job[next_job_ % kNumJobs] = {sum, first, num_rows, stage_};
+        mbarrier_arrive_expect_tx(full, static_cast<uint32_t>(num_rows) * bytes);
       }
-      __syncwarp();
-      if (lane_ == 0) mbarrier_arrive_expect_tx(full, static_cast<uint32_t>(num_rows) * bytes);
-      if (mine) {
+      const int32_t i = lane_ - first;
+      if (i >= 0 && i < num_rows) {
         int32_t stage = stage_ + i;
         if (stage >= num_stages_) stage -= num_stages_;
-        bulk_load(stages_ + stage * cut_.piece_bytes,
-                  reinterpret_cast<const void*>(source_ + target.offset), bytes, full);  // [L]
+        bulk_load(stages_ + stage * piece_bytes_, reinterpret_cast<const void*>(source), bytes,
+                  full);  // [L]
       }
       ++next_job_;
       stage_ += num_rows;
       if (stage_ >= num_stages_) stage_ -= num_stages_;
       first += num_rows;
-    } while (first < head_.count);
+    } while (first < count);
+  }
+
+  __device__ void stop() {
+    reserve(0);
+    if (lane_ == 0) {
+      pipeline_.job[next_job_ % kNumJobs] = {kStop, 0, 0, 0};
+      mbarrier_arrive(&pipeline_.full[next_job_ % kNumJobs]);
+    }
+    ++next_job_;
   }
 
   const Work& work_;
-  const GroupView& g_;
-  const CombineArguments& a_;
-  const Cut& cut_;
   Shared& shared_;
   Pipeline& pipeline_;
   const Tables& tables_;
   char* const stages_;
-  const int32_t lane_;
-  const int64_t row_bytes_;
-  const int32_t num_stages_, max_rows_;
+  const int32_t lane_, top_k_, piece_bytes_, num_stages_, max_rows_;
   int32_t stage_ = 0, free_stages_;         // the next one, and how many are free from there on
   uint32_t next_job_ = 0, oldest_job_ = 0;  // in flight: [oldest, next)
-  int32_t table_[2] = {-1, -1};             // by kind: the last one
-  SumHead head_;
-  uint64_t source_ = 0;  // of this lane's row
-  float weight_ = 0.0f;
+  uint32_t num_rows_ = 0;                   // of each slot's job, two bits
+  int32_t table_[2] = {-1, -1};             // by kind: the newest one
 };
 
 // Adds up what the loader fetches, in the order in which it does, from the pipeline's job n on. Ends
 // with a job that tells it to, and returns the number of the next one.
 template <typename Vector, Kind kKind>
-__device__ uint32_t run_adder(Kind of_pipeline, const Cut& cut, Shared& shared, const char* stages,
-                              char* results, uint32_t n) {
+__device__ uint32_t run_adder(Kind of_pipeline, const Work& work, Shared& shared,
+                              const Tables& tables, const char* stages, char* results,
+                              uint32_t n) {
   constexpr int kCount = Vector::kCount;
   const int32_t adder = static_cast<int32_t>(threadIdx.x) - of_pipeline * kNumAdders;
-  const int32_t lane = adder % 32;
+  const int32_t lane = adder % 32, piece_bytes = work.cut.piece_bytes;
   Pipeline& pipeline = shared.pipeline[of_pipeline];
   float sum[kVectorsEach][kCount] = {};  // of this rank's rows, then, for own units, of the ranks
   uint4 own[kVectorsEach] = {};          // the rounded sum of this rank's rows, for own units
@@ -216,19 +198,20 @@ __device__ uint32_t run_adder(Kind of_pipeline, const Cut& cut, Shared& shared, 
   };
   uint32_t num_results = 0;
   while (true) {
-    const Job& job = pipeline.job[n % kNumJobs];
     wait_phase(&pipeline.full[n % kNumJobs], n / kNumJobs);  // [L]
-    const uint32_t bytes = job.bytes, flags = job.flags;
-    const int32_t num_done = job.num_done;
-    const uint64_t to = job.to;
-    const int32_t num_rows = job.num_rows;
+    const Job job = pipeline.job[n % kNumJobs];
+    if (kKind == kOwn && job.sum == kStop) return n + 1;
+    const int32_t entry = Tables::entry(max(job.sum, 0));
+    const SumHead head = tables.head[kKind][entry];
+    const float* weights = tables.weight[kKind] + entry * static_cast<int32_t>(work.a.top_k);
+    const int32_t end_row = job.first_row + job.num_rows;
     int32_t stage = job.first_stage;
-    for (int32_t i = 0; i < num_rows; ++i) {
+    for (int32_t i = job.first_row; i < end_row; ++i) {
       // Beyond the piece's end lie any numbers, which nobody stores.
-      const auto* row = reinterpret_cast<const uint4*>(stages + stage * cut.piece_bytes) + adder;
-      if (++stage == cut.num_stages) stage = 0;
-      if (kKind == kOwn && (job.is_sum >> i & 1) != 0) {
-        const bool follows_own = (job.follows_own >> i & 1) != 0;
+      const auto* row = reinterpret_cast<const uint4*>(stages + stage * piece_bytes) + adder;
+      if (++stage == work.cut.num_stages) stage = 0;
+      if (kKind == kOwn && (head.is_sum >> i & 1) != 0) {
+        const bool follows_own = (head.follows_own >> i & 1) != 0;
 #pragma unroll
         for (int j = 0; j < kVectorsEach; ++j) {
           if (follows_own) add(j, own[j]);
@@ -236,7 +219,7 @@ __device__ uint32_t run_adder(Kind of_pipeline, const Cut& cut, Shared& shared, 
         }
         continue;
       }
-      const float weight = job.weight[i];
+      const float weight = weights[i];
 #pragma unroll
       for (int j = 0; j < kVectorsEach; ++j) {
         float x[kCount];
@@ -244,7 +227,7 @@ __device__ uint32_t run_adder(Kind of_pipeline, const Cut& cut, Shared& shared, 
 #pragma unroll
         for (int c = 0; c < kCount; ++c) sum[j][c] = __fadd_rn(sum[j][c], __fmul_rn(weight, x[c]));
       }
-      if (kKind == kOwn && (job.ends >> i & 1) != 0) {
+      if (kKind == kOwn && (head.ends >> i & 1) != 0) {
 #pragma unroll
         for (int j = 0; j < kVectorsEach; ++j) {
           own[j] = Vector::store(sum[j]);  // as what crosses a link
@@ -256,39 +239,48 @@ __device__ uint32_t run_adder(Kind of_pipeline, const Cut& cut, Shared& shared, 
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&pipeline.empty[n % kNumJobs]);  // [F]
     ++n;
-    if ((flags & (kEndsUnit | kStop)) == 0) continue;
+    if (job.sum != kStop && end_row < head.count) continue;
     if (kKind == kOwn) {
-      if ((flags & kStop) != 0) return n;
+      // This rank's sum comes last where no peer of a higher rank has rows.
+      const bool adds_own = head.ends != 0 && head.follows_own == 0;
+      auto* out = reinterpret_cast<uint4*>(static_cast<char*>(work.a.out) + head.offset);
 #pragma unroll
       for (int j = 0; j < kVectorsEach; ++j) {
-        if ((flags & kAddsOwn) != 0) add(j, own[j]);
+        if (adds_own) add(j, own[j]);
         const int32_t i = adder + j * kNumAdders;
-        if (i * 16 < static_cast<int32_t>(bytes)) {
-          reinterpret_cast<uint4*>(to)[i] = Vector::store(sum[j]);
-        }
+        if (i * 16 < static_cast<int32_t>(head.bytes)) out[i] = Vector::store(sum[j]);
 #pragma unroll
         for (int c = 0; c < kCount; ++c) sum[j][c] = 0.0f;
       }
-      continue;
-    }
-    const uint32_t slot = num_results % kNumResults;
-    if (num_results >= kNumResults) {
-      wait_phase(&shared.drained[slot], num_results / kNumResults - 1);  // [D]
-    }
-    ++num_results;
-    auto* result = reinterpret_cast<uint4*>(results + slot * cut.piece_bytes);
+    } else {
+      const uint32_t slot = num_results % kNumResults;
+      if (num_results >= kNumResults) {
+        wait_phase(&shared.drained[slot], num_results / kNumResults - 1);  // [D]
+      }
+      ++num_results;
+      if (job.sum == kStop) {
+        if (adder == 0) shared.result[slot] = {0, 0, work.num_steps};
+      } else {
+        auto* result = reinterpret_cast<uint4*>(results + slot * piece_bytes);
 #pragma unroll
-    for (int j = 0; j < kVectorsEach; ++j) {
-      const int32_t i = adder + j * kNumAdders;
-      if (i * 16 < static_cast<int32_t>(bytes)) result[i] = Vector::store(sum[j]);
+        for (int j = 0; j < kVectorsEach; ++j) {
+          const int32_t i = adder + j * kNumAdders;
+          if (i * 16 < static_cast<int32_t>(head.bytes)) result[i] = Vector::store(sum[j]);
 #pragma unroll
-      for (int c = 0; c < kCount; ++c) sum[j][c] = 0.0f;
+          for (int c = 0; c < kCount; ++c) sum[j][c] = 0.0f;
+        }
+        if (adder == 0) {
+          const uint64_t partial = shared.address[tables.peer[entry]][0];
+          shared.result[slot] = {partial + head.offset, head.bytes, head.num_done};
+        }
+      }
+      fence_proxy_async_shared();  // the copy engine reads what was written
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(&shared.written[slot]);  // [W]
+      if (job.sum == kStop) return n;
     }
-    if (adder == 0) shared.result[slot] = {to, bytes, num_done, (flags & kStop) != 0};
-    fence_proxy_async_shared();  // the copy engine reads what was written
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.written[slot]);  // [W]
-    if ((flags & kStop) != 0) return n;
+    __syncwarp();  // all lanes have read the entry
+    if (lane == 0) mbarrier_arrive(&shared.used[kKind][job.sum / kTableSums % kNumTables]);  // [U]
   }
 }
 
@@ -310,7 +302,7 @@ __device__ void run_storer(const Cut& cut, Shared& shared, const char* results) 
       tell(stored);
     }
     const Result result = shared.result[slot];
-    if (result.to != 0) {
+    if (result.bytes != 0) {
       bulk_store(reinterpret_cast<void*>(result.to), results + slot * cut.piece_bytes,
                  result.bytes);
     }
@@ -323,7 +315,7 @@ __device__ void run_storer(const Cut& cut, Shared& shared, const char* results) 
 #pragma unroll
     for (int i = 0; i + 1 < kUntold; ++i) done[i] = done[i + 1];
     done[kUntold - 1] = stored;
-    if (!result.stop) continue;
+    if (result.bytes != 0) continue;
     bulk_wait_group<0>();
     return tell(stored);
   }
@@ -350,7 +342,7 @@ __global__ __launch_bounds__(kNumThreads,
     for (const int kind : {kForPeers, kOwn}) {
       for (int i = 0; i < kNumTables; ++i) {
         mbarrier_init(&shared.filled[kind][i], 1);
-        mbarrier_init(&shared.used[kind][i], kTableSums);
+        mbarrier_init(&shared.used[kind][i], kTableSums * kAdderWarps);
       }
       for (int i = 0; i < kNumJobs; ++i) {
         mbarrier_init(&shared.pipeline[kind].full[i], 1);
@@ -377,9 +369,9 @@ __global__ __launch_bounds__(kNumThreads,
       const char* rows = stages_of(pipeline);
       uint32_t n = 0;
       if (pipeline == kForPeers) {
-        n = run_adder<Vector, kForPeers>(pipeline, cut, shared, rows, results, n);
+        n = run_adder<Vector, kForPeers>(pipeline, work, shared, tables, rows, results, n);
       }
-      run_adder<Vector, kOwn>(pipeline, cut, shared, rows, results, n);
+      run_adder<Vector, kOwn>(pipeline, work, shared, tables, rows, results, n);
     } else if (warp < kStorer) {
       const Kind pipeline = warp == kLoader ? kForPeers : kOwn;
       Loader loader(pipeline, work, shared, tables, stages_of(pipeline));

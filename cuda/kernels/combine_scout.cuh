@@ -25,6 +25,7 @@ constexpr int kUnread = 1;      // newest results that may still be read
 constexpr int kMaxStages = 24;  // of a pipeline
 constexpr int kNumJobs = 16;    // of a pipeline, in flight
 constexpr int kMaxJobRows = 2;
+static_assert(kNumJobs <= 16 && kMaxJobRows < 4);  // the loader keeps two bits a job
 constexpr int kPatience = 32;               // looks for a result before a pause is used
 constexpr int64_t kRingBytes = 220 * 1024;  // of shared memory, for stages, results and tables
 
@@ -35,59 +36,57 @@ struct Cut {
   int32_t num_stages;  // of each pipeline
 };
 
-// Rows in consecutive stages (the first follows the last) that the adders add up.
-enum : uint32_t {
-  kEndsUnit = 1,  // pass the sum on, to `to`
-  kStop = 2,
-  kAddsOwn = 4,  // before that, add the sum of this rank's rows
-};
-struct alignas(16) Job {
-  float weight[kMaxJobRows];  // of each row
-  uint64_t to;
-  uint32_t flags;
-  uint32_t bytes;    // of each row
-  int32_t num_done;  // of units, once this is stored: for the peers
-  int32_t num_rows;
-  uint32_t ends, is_sum, follows_own;  // as of the sum, from the job's first row on
-  int32_t first_stage;
-};
-struct Result {
-  uint64_t to;  // 0: nowhere
-  uint32_t bytes;
-  int32_t num_done;
-  bool stop;
-};
-
-// What the scout finds for the loaders: 32 sums for peers, and 32 of this rank's own units. Two
-// tables of each, in turn.
+// What the scout finds for the loaders and adders: 32 sums for peers, and 32 of this rank's own
+// units. Two tables of each, in turn.
 constexpr int kTableSums = 32;
 constexpr int kNumTables = 2;
 // A sum's rows in the order in which they are added: this rank's in k order, then, of own units, the
 // peers' sums by rank.
 struct alignas(16) SumHead {
   int32_t count;
+  uint32_t bytes;   // of each row
+  uint64_t offset;  // of the sum, in partial or in out
   // Bit i, of own units: row i is the last one of this rank's, whose sum is then rounded; it is a
   // peer's sum; this rank's comes before it.
   uint32_t ends, is_sum, follows_own;
+  int32_t num_done;  // of units, once this sum is stored: for the peers
 };
 struct Tables {
   SumHead* head[2];     // by kind: [kNumTables][kTableSums]
   uint64_t* source[2];  // by kind: [kNumTables][kTableSums][K], where the row begins
   float* weight[2];     // likewise, 1 without weights
+  int32_t* peer;        // whose sum for a peer it is: [kNumTables][kTableSums]
 
+  static constexpr int32_t kSums = kNumTables * kTableSums;
   __host__ __device__ static constexpr int64_t bytes(int64_t top_k) {
-    return 2 * kNumTables * kTableSums * (static_cast<int64_t>(sizeof(SumHead)) + 12 * top_k);
+    return kSums * (4 + 2 * (static_cast<int64_t>(sizeof(SumHead)) + 12 * top_k));
   }
   __device__ Tables(char* memory, int32_t top_k) {
-    constexpr int32_t kSums = kNumTables * kTableSums;
+    auto* heads = reinterpret_cast<SumHead*>(memory);
+    auto* sources = reinterpret_cast<uint64_t*>(heads + 2 * kSums);
+    auto* weights = reinterpret_cast<float*>(sources + 2 * kSums * top_k);
     for (const int kind : {kForPeers, kOwn}) {
-      head[kind] = reinterpret_cast<SumHead*>(memory) + kind * kSums;
-      source[kind] =
-          reinterpret_cast<uint64_t*>(memory + 2 * kSums * sizeof(SumHead)) + kind * kSums * top_k;
-      weight[kind] = reinterpret_cast<float*>(memory + 2 * kSums * (sizeof(SumHead) + 8 * top_k)) +
-                     kind * kSums * top_k;
+      head[kind] = heads + kind * kSums;
+      source[kind] = sources + kind * kSums * top_k;
+      weight[kind] = weights + kind * kSums * top_k;
     }
+    peer = reinterpret_cast<int32_t*>(weights + 2 * kSums * top_k);
   }
+  // Where a sum stands in them.
+  __device__ static int32_t entry(int32_t sum) { return sum % kSums; }
+};
+
+// Rows of a sum, in consecutive stages (the first follows the last), that the adders add up.
+struct alignas(16) Job {
+  int32_t sum;  // kStop: there are no more jobs
+  int32_t first_row, num_rows;
+  int32_t first_stage;
+};
+constexpr int32_t kStop = -1;
+struct Result {
+  uint64_t to;
+  uint32_t bytes;  // 0: nothing more comes
+  int32_t num_done;
 };
 
 struct Pipeline {
@@ -124,7 +123,6 @@ struct Work {
     const int32_t r = g.rank + i;
     return r < g.num_ranks ? r : r - g.num_ranks;
   }
-  __device__ int64_t row_bytes() const { return a.num_channels * (a.type == RowType::kF32 ? 4 : 2); }
   __device__ int64_t token_of(int32_t step) const {
     const int32_t unit = first_unit + step;
     return cut.num_pieces == 1 ? unit : unit / cut.num_pieces;
@@ -148,7 +146,8 @@ class Scout {
         shared_(shared),
         tables_(tables),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
-        top_k_(static_cast<int32_t>(work.a.top_k)) {}
+        top_k_(static_cast<int32_t>(work.a.top_k)),
+        row_bytes_(a_.num_channels * (a_.type == RowType::kF32 ? 4 : 2)) {}
 
   // Fills the first tables; needs nothing of the peers.
   __device__ void begin() {
@@ -175,28 +174,36 @@ class Scout {
 
  private:
   __device__ void fill_table(Kind kind, int32_t table) {
-    const int32_t sum = table * kTableSums + lane_, slot = table % kNumTables;
-    const int32_t entry = slot * kTableSums + lane_;
-    SumHead head{};
+    const int32_t sum = table * kTableSums + lane_;
     if (sum < work_.num_sums(kind)) {
+      const int32_t entry = Tables::entry(sum);
       uint64_t* source = tables_.source[kind] + entry * top_k_;
       float* weight = tables_.weight[kind] + entry * top_k_;
+      const int32_t num_peers = work_.g.num_ranks - 1;
+      const int32_t step = kind == kOwn ? sum : sum / num_peers;
+      const int64_t t = work_.token_of(step), at = work_.offset_of(step);
+      SumHead head{};
+      head.bytes = static_cast<uint32_t>(min(int64_t{work_.cut.piece_bytes}, row_bytes_ - at));
       if (kind == kForPeers) {
-        const int32_t num_peers = work_.g.num_ranks - 1;
-        find_for_peer(work_.peer(1 + sum % num_peers), work_.token_of(sum / num_peers), head,
-                      source, weight);
+        const int32_t i = sum % num_peers;
+        const int32_t peer = work_.peer(i + 1);
+        tables_.peer[entry] = peer;
+        head.offset = (work_.g.rank * a_.num_tokens + t) * row_bytes_ + at;
+        head.num_done = i == num_peers - 1 ? step + 1 : step;
+        find_for_peer(peer, t, at, head, source, weight);
       } else {
-        find_own(work_.token_of(sum), head, source, weight);
+        head.offset = t * row_bytes_ + at;
+        find_own(t, at, head, source, weight);
       }
+      tables_.head[kind][entry] = head;
     }
-    tables_.head[kind][entry] = head;
     __syncwarp();
-    if (lane_ == 0) mbarrier_arrive(&shared_.filled[kind][slot]);  // [T]
+    if (lane_ == 0) mbarrier_arrive(&shared_.filled[kind][table % kNumTables]);  // [T]
   }
 
   // This rank's rows of a peer's token.
-  __device__ void find_for_peer(int32_t peer, int64_t t, SumHead& head, uint64_t* source,
-                                float* weight) {
+  __device__ void find_for_peer(int32_t peer, int64_t t, int64_t at, SumHead& head,
+                                uint64_t* source, float* weight) {
     const int64_t flat_token = peer * a_.num_tokens + t;
     const int32_t first = a_.recv_offsets[flat_token];
     head.count = a_.recv_offsets[flat_token + 1] - first;
@@ -207,12 +214,13 @@ class Scout {
       for (int i = 0; i < kAtOnce; ++i) {
         row[i] = begin + i < head.count ? a_.recv_order[first + begin + i] : kNoRow;
       }
-      note(row, source + begin, weight + begin);
+      note(row, at, source + begin, weight + begin);
     }
   }
 
   // The rows of one of this rank's tokens: its own, and the sums of peers that have any.
-  __device__ void find_own(int64_t t, SumHead& head, uint64_t* source, float* weight) {
+  __device__ void find_own(int64_t t, int64_t at, SumHead& head, uint64_t* source,
+                           float* weight) {
     const auto num_local = static_cast<int32_t>(a_.num_local_experts);
     uint64_t peers[2] = {};  // that have rows, a bit each
     static_assert(kMaxPeers <= 128);
@@ -233,11 +241,11 @@ class Scout {
         peers[0] |= rank < 64 ? uint64_t{1} << rank : 0;
         peers[1] |= rank < 64 ? 0 : uint64_t{1} << (rank - 64);
       }
-      head.count += note(row, source + head.count, weight + head.count);
+      head.count += note(row, at, source + head.count, weight + head.count);
     }
     const bool has_own = head.count > 0;
     if (has_own) head.ends = 1u << (head.count - 1);
-    const uint64_t partial = reinterpret_cast<uint64_t>(a_.partial) + t * work_.row_bytes();
+    const uint64_t partial = reinterpret_cast<uint64_t>(a_.partial) + t * row_bytes_ + at;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       for (uint64_t left = peers[half]; left != 0; left &= left - 1) {
@@ -245,13 +253,14 @@ class Scout {
         const uint32_t bit = 1u << head.count;
         if (has_own && rank > work_.g.rank && head.follows_own == 0) head.follows_own = bit;
         head.is_sum |= bit;
-        source[head.count++] = partial + rank * a_.num_tokens * work_.row_bytes();
+        source[head.count++] = partial + rank * a_.num_tokens * row_bytes_;
       }
     }
   }
 
-  // Notes those that are rows of y, with their weights; returns how many they are.
-  __device__ int32_t note(const int32_t (&row)[kAtOnce], uint64_t* source, float* weight) {
+  // Notes those that are rows of y, from `at` on, and their weights; returns how many they are.
+  __device__ int32_t note(const int32_t (&row)[kAtOnce], int64_t at, uint64_t* source,
+                          float* weight) {
     float w[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -261,7 +270,7 @@ class Scout {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (row[i] == kNoRow) continue;
-      source[count] = reinterpret_cast<uint64_t>(a_.y) + row[i] * work_.row_bytes();
+      source[count] = reinterpret_cast<uint64_t>(a_.y) + row[i] * row_bytes_ + at;
       weight[count++] = w[i];
     }
     return count;
@@ -299,6 +308,7 @@ class Scout {
   Shared& shared_;
   const Tables& tables_;
   const int32_t lane_, top_k_;
+  const int64_t row_bytes_;
 };
 
 }  // namespace jax_ep::gpu::combine

@@ -183,15 +183,9 @@ cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_s
     } while (num_stages < kMinStages);
   }
   cut.num_pieces = static_cast<int32_t>(num_pieces);
-  // Half of them receive, fewer where few rows have to be spread.
-  const bool spreads_all = a.landing != nullptr || !kIsCopied<kMode>;
-  if (group.num_ranks == 1 || (a.top_k == 1 && !spreads_all)) {
-    cut.num_receivers = 0;
-  } else if (a.top_k == 2 && !spreads_all) {
-    cut.num_receivers = (num_rings + 3) / 4;
-  } else {
-    cut.num_receivers = num_rings / 2;
-  }
+  // Half of them receive, unless all that crosses is where it belongs.
+  const bool is_final = a.top_k == 1 && a.landing == nullptr && kIsCopied<kMode>;
+  cut.num_receivers = group.num_ranks == 1 || is_final ? 0 : num_rings / 2;
   cut.num_senders = num_rings - cut.num_receivers;
   const int64_t most = kMaxStages / num_rings;
   cut.num_stages = static_cast<int32_t>(num_stages < most ? num_stages : most);
