@@ -4,13 +4,14 @@
 //           k order, of weight * y)), sums and products f32, each rounded on its own, from +0.
 //           collected[t, k] = values[row of (t, k)], 0 if there is none.
 // Roles:    one block an SM, 19 warps in two pipelines: one sums for the peers, one adds up this
-//           rank's own tokens, in which the other one helps when it is done. Each has a loader, which fetches what is to be added by bulk copies
-//           into a ring of stages, job by job, and seven warps of adders, which add job after job in
-//           registers. Own results go straight to memory; sums for peers go to a ring of results,
-//           from where the storer has them copied. The scout looks up rows and weights, 32 sums at a
-//           time, and sends values to where they are collected; the messenger talks to the peers. A
-//           unit is a piece of a token's row. Block b has the same units on every rank, so it only
-//           ever meets the blocks b of the peers.
+//           rank's own tokens, and the first helps the second when it is done. Each has a loader,
+//           which fetches what is to be added by bulk copies into a ring of stages, job by job, and
+//           seven warps of adders, which add job after job in registers. Own results go straight to
+//           memory; sums for peers go to a ring of results, from where the storer has them copied.
+//           The scout finds out what is to be added, 32 sums at a time, and sends values to where
+//           they are collected; the messenger talks to the peers. A unit is a piece of a token's
+//           row. Block b has the same units on every rank, so it only ever meets the blocks b of the
+//           peers.
 // Buffers:  name                   | lives on       | written by              | read by
 //           y                      | XLA, own       | before the call         | loaders
 //           weights, values        | XLA, own       | before the call         | scout
@@ -26,9 +27,9 @@
 //           3. [P1] when sums are stored, the block tells the peers' blocks how many units are
 //           there, the last one when values are too; [P2] a loader knows the count before it fetches
 //           them. A block ends when it has told all and knows all.
-//           In the block: [T] a table is filled, [U] used up; [L] a job's rows are loaded (its
-//           barrier's phase), [F] all adders have read them; [W] a result is written, [D] the copy
-//           engine has read it.
+//           In the block: [T] a table is filled, [U] its last sum is added up; [L] a job's rows are
+//           loaded (its barrier's phase), [F] all adders have read them; [W] a result is written,
+//           [D] the copy engine has read it.
 // Reuse:    partial is the call's own scratch. Progress is epoch and count, so it only grows.
 // Progress: sums for peers wait only for [S2]; an own sum waits for peers' sums of the same unit,
 //           which wait for nothing of it. Blocks of a grid do not wait for each other, and begin in
@@ -182,8 +183,7 @@ class Loader {
 // with a job that tells it to, and returns the number of the next one.
 template <typename Vector, Kind kKind>
 __device__ uint32_t run_adder(Kind of_pipeline, const Work& work, Shared& shared,
-                              const Tables& tables, const char* stages, char* results,
-                              uint32_t n) {
+                              const Tables& tables, const char* stages, char* results, uint32_t n) {
   constexpr int kCount = Vector::kCount;
   const int32_t adder = static_cast<int32_t>(threadIdx.x) - of_pipeline * kNumAdders;
   const int32_t lane = adder % 32, piece_bytes = work.cut.piece_bytes;

@@ -26,7 +26,7 @@ constexpr int kMaxStages = 24;  // of a pipeline
 constexpr int kNumJobs = 16;    // of a pipeline, in flight
 constexpr int kMaxJobRows = 2;
 static_assert(kNumJobs <= 16 && kMaxJobRows < 4);  // the loader keeps two bits a job
-constexpr int kPatience = 32;               // looks for a result before a pause is used
+constexpr int kPatience = 32;                      // looks for a result before a pause is used
 constexpr int64_t kRingBytes = 220 * 1024;  // of shared memory, for stages, results and tables
 
 // How rows are cut, and the stages of each pipeline.
@@ -219,8 +219,7 @@ class Scout {
   }
 
   // The rows of one of this rank's tokens: its own, and the sums of peers that have any.
-  __device__ void find_own(int64_t t, int64_t at, SumHead& head, uint64_t* source,
-                           float* weight) {
+  __device__ void find_own(int64_t t, int64_t at, SumHead& head, uint64_t* source, float* weight) {
     const auto num_local = static_cast<int32_t>(a_.num_local_experts);
     uint64_t peers[2] = {};  // that have rows, a bit each
     static_assert(kMaxPeers <= 128);

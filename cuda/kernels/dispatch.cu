@@ -9,14 +9,16 @@
 //           x of src [t]), dots[row] = sum over channels of y[row] * x of src [t], 0 if it holds no
 //           row; all in f32.
 // Roles:    one block an SM, 8 warps, or 12 with fp8. The first ones, senders and then receivers,
-//           run a ring of stages each. Senders load (or quantise) each of the rank's own tokens once and store it
-//           to its rows here, and to one row at each other rank that has any: the first of them, or
-//           a row of the landing area. From there a receiver of that rank fetches it and stores it
-//           to the token's other rows (to all, if they differ from what has crossed). Warp 6 sends
-//           the weights; warp 7, the messenger, talks to the peers. All others, when they have
-//           nothing else to do, zero what holds no row. A unit is a piece of a token's row; sender m
-//           of n has the units m, m + n, .. of its block, receivers likewise. Block b has the same
-//           units on every rank, so it only ever meets the blocks b of the peers.
+//           run a ring of stages each. Senders load (or quantise) each of the rank's own tokens once
+//           and store it to its rows here, and to one row at each other rank that has any: the first
+//           of them, or a row of the landing area. From there a receiver of that rank fetches it and
+//           stores it to the token's other rows (to all, if they differ from what has crossed). Then
+//           come a warp that sends the weights and the messenger, which talks to the peers. All
+//           others, when they have nothing else to do, zero what holds no row. A unit is a piece of
+//           a token's row; sender m of n has the units m, m + n, .. of its block, receivers
+//           likewise. Block b has the same units on every rank, so it only ever meets the blocks b
+//           of the peers. Of shared units (kShared) it sends what crosses; the rows that stay here
+//           are stored by whichever sender is free.
 // Buffers:  name            | lives on       | written by                     | read by
 //           x, topk_weights | XLA, own       | before the call                | own senders
 //           tokens, weights,| XLA, each rank | peers' senders, [S2]..[P1]     | receivers, [P2], what
@@ -33,7 +35,8 @@
 //           n / S), [F] its stores have read the stage before unit n + S - 1 is loaded.
 // Reuse:    no memory outlives the call but the control block, whose progress only grows.
 // Progress: senders wait only for [S2], receivers for the senders of the same block. Blocks of a
-//           grid do not wait for each other, and begin in order, so fewer SMs than blocks will do.
+//           grid do not wait for each other (a shared unit is taken when it can be stored), and
+//           begin in order, so fewer SMs than blocks will do.
 // Failure:  a timeout fills tokens, scales and weights with NaN, integers with 0; see
 //           group_sync.cuh.
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses; longer ones than a stage go in

@@ -15,7 +15,7 @@ namespace jax_ep::gpu::dispatch {
 
 using Mode = DispatchMode;
 
-constexpr int kFewUnits = 64;   // of a block: two rings do; with more, four
+constexpr int kFewUnits = 64;  // of a block: two rings do; with more, four
 // SMs differ in how fast they store, and then so do blocks with equal units. Of every so many units,
 // if a block has enough, the rows that stay here are left to any block that has done all else.
 constexpr int kShared = 3;
@@ -436,8 +436,7 @@ class Sender : Ring<kMode> {
     const uint32_t same = __match_any_sync(0xffffffffu, has_row ? lane_unit_ << 8 | rank : -1);
     const bool is_shared = num_shared_ > 0 && batch_.unit % kShared == 0;
     const bool stays = has_row && rank == g_.rank && is_shared == batch_.is_shared;
-    crosses_ = has_row && rank != g_.rank && !batch_.is_shared &&
-               (same & ((1u << lane_) - 1)) == 0;
+    crosses_ = has_row && rank != g_.rank && !batch_.is_shared && (same & ((1u << lane_) - 1)) == 0;
     to_ = scales_to_ = 0;
     lands_ = false;
     if (stays || crosses_) {
