@@ -102,6 +102,7 @@ class Context:
     keyword: str | None
     broken_package: pathlib.Path | None
     calls: int
+    seconds: float
     examples: float
     builds: Builds
     deadline: float
@@ -229,8 +230,6 @@ def run_suite(
     files: list[str],
     limit: float,
     *,
-    calls: int,
-    seconds: float,
     keyword: str = "",
     flags: str = "",
     shared: bool = False,
@@ -242,15 +241,15 @@ def run_suite(
     arguments += ["-k", " and ".join(f"({word})" for word in words), "--maxfail=5", "--tb=short"]
     environment = {
         "JAX_EP_TEST_EXAMPLES": str(ctx.examples),
-        "JAX_EP_TEST_CALLS": str(calls),
-        "JAX_EP_TEST_SECONDS": str(seconds),
+        "JAX_EP_TEST_CALLS": str(ctx.calls),
+        "JAX_EP_TEST_SECONDS": str(ctx.seconds),
     }
     folder, problems = run_worker(
         ctx,
         tier,
         shape,
         arguments,
-        limit,
+        limit + 4 * max(0.0, ctx.seconds - 6),  # four of the tests go on for so long
         flags=f"--xla_gpu_autotune_level=0 --xla_gpu_shard_autotuning=false {flags}",
         shared=shared,
         **environment,

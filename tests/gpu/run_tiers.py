@@ -102,6 +102,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--package", type=pathlib.Path, help="the folder that holds the package jax_ep")
     add("--broken-package", type=pathlib.Path, help="one that was built with JAX_EP_BREAK_ORDER")
     add("--calls", type=int, help="stress calls of a tier (100,000; with --quick 2,000)")
+    add("--seconds", type=float, default=6, help="after which each stress test ends (6)")
     add("--examples", type=float, help="part of hypothesis' examples (0.15; with --quick 0.05)")
     add("--out", type=pathlib.Path, help="where logs go (default: a new folder in /tmp)")
     add("--platform", choices=("cuda", "cpu"), default="cuda", help="cpu: to test the tests")
@@ -132,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
             keyword=args.keyword,
             broken_package=args.broken_package.resolve() if args.broken_package else None,
             calls=args.calls or (2_000 if args.quick else 100_000),
+            seconds=args.seconds,
             examples=args.examples or (0.05 if args.quick else 0.15),
             builds=Builds(out, max(2, (os.cpu_count() or 2) // 4)),
             deadline=start + args.budget,

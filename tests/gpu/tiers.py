@@ -53,8 +53,6 @@ def one_process(ctx: Context) -> Result:
         Shape(1),
         files,
         limit=180,
-        calls=ctx.calls,
-        seconds=6,
         keyword=f"{CORE} or test_cpu_and" if ctx.quick else "",
         flags="--xla_gpu_enable_latency_hiding_scheduler=true",
     )
@@ -70,8 +68,6 @@ def process_per_gpu(ctx: Context) -> Result:
         Shape(ctx.num_gpus),
         [*SUITE, STRESS, COLLECTIVES],
         limit=120,
-        calls=ctx.calls,
-        seconds=6,
         keyword=ON_DEVICE if ctx.quick else CORE,
         flags="--xla_gpu_enable_latency_hiding_scheduler=true",
     )
@@ -92,8 +88,6 @@ def several_on_a_gpu(num_ranks: int) -> Callable[[Context], Result]:
             Shape(num_ranks, ranks_per_gpu),
             [*SUITE, STRESS] if num_ranks == 8 else [*SUITE[:3], STRESS],
             limit=150,
-            calls=ctx.calls,
-            seconds=6 if num_ranks == 8 else 3,
             keyword=keyword,
         )
 

@@ -187,9 +187,7 @@ def test_stalled_rank(job: Job, environment: dict[str, str]) -> None:
 
 def test_killed_rank(job: Job) -> None:
     """The survivors hear of it from us, long before JAX's heartbeat, and exit with code 0."""
-    finished = job(
-        "killed", num_processes=3, environment=_POOL | _NO_REPLAY, expected={2: -9}
-    )
+    finished = job("killed", num_processes=3, environment=_POOL | _NO_REPLAY, expected={2: -9})
     for survivor in finished[:2]:
         assert float(_lines(survivor, "SECONDS")[0]) < 20
         (message,) = _lines(survivor, "ERROR")
