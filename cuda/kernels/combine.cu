@@ -27,7 +27,7 @@
 //           3. [P1] when sums are stored, the block tells the peers' blocks how many units are
 //           there, the last one when values are too; [P2] a loader knows the count before it fetches
 //           them. A block ends when it has told all and knows all.
-//           In the block: [T] a table is filled, [U] its last sum is added up; [L] a job's rows are
+//           In the block: [T] a table is filled, [U] all its sums are added up; [L] a job's rows are
 //           loaded (its barrier's phase), [F] all adders have read them; [W] a result is written,
 //           [D] the copy engine has read it.
 // Reuse:    partial is the call's own scratch. Progress is epoch and count, so it only grows.
@@ -69,7 +69,8 @@ class Loader {
   __device__ void sum_for_peers() {
     const int32_t num_sums = work_.num_sums(kForPeers);
     for (int32_t sum = 0; sum < num_sums; ++sum) {
-      if (count_in_table(kForPeers, sum) > 0) {
+      wait_for_table(kForPeers, sum);
+      if (tables_.head[kForPeers][Tables::entry(sum)].count > 0) {
         fetch(kForPeers, sum);
       } else {
         pass(kForPeers, sum);
@@ -86,7 +87,7 @@ class Loader {
       step = __shfl_sync(0xffffffffu, step, 0);
       if (step >= work_.num_steps) return stop();
       if (step >= there) there = wait_for_more(shared_.box, step);  // [P2]
-      count_in_table(kOwn, step);
+      wait_for_table(kOwn, step);
       if (there != kBroken) {
         fetch(kOwn, step);
       } else {
@@ -96,14 +97,12 @@ class Loader {
   }
 
  private:
-  // The number of a sum's rows, once the scout has found them.
-  __device__ int32_t count_in_table(Kind kind, int32_t sum) {
+  // Until the scout has found a sum's rows.
+  __device__ void wait_for_table(Kind kind, int32_t sum) {
     const int32_t table = sum / kTableSums;
-    if (table != table_[kind]) {
-      wait_phase(&shared_.filled[kind][table % kNumTables], table / kNumTables);  // [T]
-      table_[kind] = table;
-    }
-    return tables_.head[kind][Tables::entry(sum)].count;
+    if (table == table_[kind]) return;
+    wait_phase(&shared_.filled[kind][table % kNumTables], table / kNumTables);  // [T]
+    table_[kind] = table;
   }
 
   // For a sum that the adders do not see. The scout fills all tables, whatever becomes of the call.
@@ -331,7 +330,8 @@ __global__ __launch_bounds__(kNumThreads,
   const auto warp = static_cast<int32_t>(threadIdx.x) / 32;
   const int64_t num_units = a.num_tokens * cut.num_pieces;
   const int32_t first = first_unit(num_units, blockIdx.x);
-  const Work work{g, a, cut, first, first_unit(num_units, blockIdx.x + 1) - first};
+  const int32_t num_steps = first_unit(num_units, blockIdx.x + 1) - first;
+  const Work work{g, a, cut, a.num_channels * (16 / Vector::kCount), first, num_steps};
   const Tables tables(ring, static_cast<int32_t>(a.top_k));
   char* results = ring + Tables::bytes(a.top_k);
   const auto stages_of = [&](Kind pipeline) {

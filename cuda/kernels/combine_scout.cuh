@@ -9,7 +9,8 @@
 
 namespace jax_ep::gpu::combine {
 
-enum Kind { kForPeers, kOwn };  // of a sum, and of the pipeline that makes it first
+// Of a sum. A pipeline is named after what it makes first.
+enum Kind { kForPeers, kOwn };
 
 constexpr int kAdderWarps = 7;  // of a pipeline
 constexpr int kNumAdders = kAdderWarps * 32;
@@ -55,7 +56,8 @@ struct Tables {
   SumHead* head[2];     // by kind: [kNumTables][kTableSums]
   uint64_t* source[2];  // by kind: [kNumTables][kTableSums][K], where the row begins
   float* weight[2];     // likewise, 1 without weights
-  int32_t* peer;        // whose sum for a peer it is: [kNumTables][kTableSums]
+  int32_t* peer;        // for whom a sum is: [kNumTables][kTableSums]; the first table is filled
+                        // before [S2], so that it cannot hold that rank's address
 
   static constexpr int32_t kSums = kNumTables * kTableSums;
   __host__ __device__ static constexpr int64_t bytes(int64_t top_k) {
@@ -113,6 +115,7 @@ struct Work {
   const GroupView& g;
   const CombineArguments& a;
   const Cut& cut;
+  const int64_t row_bytes;
   const int32_t first_unit, num_steps;  // of the block: a step is a unit
 
   __device__ int32_t num_sums(int kind) const {
@@ -147,7 +150,7 @@ class Scout {
         tables_(tables),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
         top_k_(static_cast<int32_t>(work.a.top_k)),
-        row_bytes_(a_.num_channels * (a_.type == RowType::kF32 ? 4 : 2)) {}
+        row_bytes_(work.row_bytes) {}
 
   // Fills the first tables; needs nothing of the peers.
   __device__ void begin() {
@@ -206,7 +209,8 @@ class Scout {
                                 uint64_t* source, float* weight) {
     const int64_t flat_token = peer * a_.num_tokens + t;
     const int32_t first = a_.recv_offsets[flat_token];
-    head.count = a_.recv_offsets[flat_token + 1] - first;
+    // Within the table, whatever the layout says.
+    head.count = max(0, min(a_.recv_offsets[flat_token + 1] - first, top_k_));
     for (int32_t begin = 0; begin < head.count; begin += kAtOnce) {
       // First all loads of a kind, then what depends on them.
       int32_t row[kAtOnce];

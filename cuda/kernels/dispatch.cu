@@ -35,8 +35,8 @@
 //           n / S), [F] its stores have read the stage before unit n + S - 1 is loaded.
 // Reuse:    no memory outlives the call but the control block, whose progress only grows.
 // Progress: senders wait only for [S2], receivers for the senders of the same block. Blocks of a
-//           grid do not wait for each other (a shared unit is taken when it can be stored), and
-//           begin in order, so fewer SMs than blocks will do.
+//           grid do not wait for each other (who has taken a shared unit stores it, and waits for
+//           nobody), and begin in order, so fewer SMs than blocks will do.
 // Failure:  a timeout fills tokens, scales and weights with NaN, integers with 0; see
 //           group_sync.cuh.
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses; longer ones than a stage go in

@@ -16,13 +16,14 @@ namespace jax_ep::gpu::dispatch {
 using Mode = DispatchMode;
 
 constexpr int kFewUnits = 64;  // of a block: two rings do; with more, four
-// SMs differ in how fast they store, and then so do blocks with equal units. Of every so many units,
-// if a block has enough, the rows that stay here are left to any block that has done all else.
+// SMs differ in how fast they store, so that blocks with equal units differ too. Of every so many
+// units, if blocks have enough, one is shared: its rows that stay here are stored by any sender that
+// is through with its own units. That costs another load of the row.
 constexpr int kShared = 3;
 constexpr int kEnoughUnits = 64;
-constexpr int kTakenAtOnce = 2;
-constexpr int kMaxStages = 32;  // of a block
-constexpr int kMinStages = 2;   // of a ring
+constexpr int kTakenAtOnce = 2;  // shared units
+constexpr int kMaxStages = 32;   // of a block
+constexpr int kMinStages = 2;    // of a ring
 constexpr int64_t kMaxPieceBytes = 16384;
 constexpr int64_t kRingBytes = 204 * 1024;  // of shared memory, for all rings
 constexpr int kNumBuffers = 2;              // of a ring, for products
@@ -46,7 +47,7 @@ template <Mode kMode>
 constexpr int kMessenger = kMaxRings<kMode> + 1;
 template <Mode kMode>
 constexpr int kNumThreads = (kMaxRings<kMode> + 2) * 32;
-static_assert(kMaxRings<Mode::kQuantize> <= kMaxMovers);
+static_assert(kMaxRings<Mode::kQuantize> <= kMaxMovers && kMaxRings<Mode::kCopy> <= kMaxMovers);
 
 // How rows are cut, the rings of a block, and the stages of a ring.
 struct Cut {
@@ -388,11 +389,18 @@ class Sender : Ring<kMode> {
       }
       tell(wait_written(this->store_next()));
     }
+    tell_all();
+    bulk_wait_group<0>();
+  }
+
+ private:
+  // Tells of all own units, where no stored one has done so: the last may have no rows.
+  __device__ void tell_all() {
+    if (num_told_ == num_units_) return;
     bulk_wait_group<0>();
     tell(num_units_);
   }
 
- private:
   // Units that are handled together: a lane has one (token, k) of one of them.
   struct Batch {
     int32_t size = 0;        // 0: no more units
@@ -458,6 +466,7 @@ class Sender : Ring<kMode> {
 
   // Begins to load a unit, if this ring stores it anywhere.
   __device__ void load_next() {
+    if (num_issued_ == num_units_ && this->is_empty()) tell_all();
     if (next_in_batch_ == batch_.size) begin_batch();
     const int32_t in_batch = next_in_batch_++;
     if (!batch_.is_shared) ++num_issued_;

@@ -74,7 +74,7 @@ struct alignas(kLine) Local {
   uint32_t num_blocks_done;   // of the running kernel; 0 between kernels
   uint32_t barrier;           // arrivals at the grid barrier of the running kernel; 0 between
   uint32_t running;           // 1 while a kernel runs
-  uint32_t num_taken;         // of the running dispatch's shared pieces of work; 0 between
+  uint32_t num_taken;         // of the running dispatch's shared units; 0 between
   uint32_t broken;            // 1 after a timeout: later calls end at once
 };
 

@@ -217,6 +217,7 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
 #endif
       if (least > there) {
         // Only now, for an acquiring load empties the SM's L1 cache.
+#pragma unroll 1
         for (int r = lane; r < g.num_ranks; r += 32) {
           if (r != g.rank) ld_acquire_sys(flag_of(r));  // [P2]
         }
