@@ -188,7 +188,11 @@ def multi_process_service(out: pathlib.Path, ranks_per_gpu: int) -> Iterator[dic
         raise RuntimeError(f"nvidia-cuda-mps-control -d: exit code {started.returncode}")
     try:
         share = max(1, 80 // ranks_per_gpu)
-        yield {**daemon, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(share)}
+        clients = {**daemon, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(share)}
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            # The daemon has chosen; its clients count from 0 what it has.
+            clients["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(len(visible.split(",")))))
+        yield clients
     finally:
         pids = _mps_pids(control, environment, pipes)
         with contextlib.suppress(subprocess.TimeoutExpired):

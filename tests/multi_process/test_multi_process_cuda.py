@@ -1,6 +1,7 @@
 """Jobs of several processes on the GPUs of this host, several to a GPU if there are few."""
 
 import importlib.util
+import os
 import pathlib
 import re
 import shutil
@@ -20,7 +21,10 @@ _STAGED = {"JAX_EP_PATH": "staged", **_POOL}
 
 
 def _num_gpus() -> int:
-    """Without making a CUDA context in this process."""
+    """Those that processes will see; without making a CUDA context in this one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0
