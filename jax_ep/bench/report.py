@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,8 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
     if bound:
         axes.plot(*zip(*bound, strict=True), "k:", label="bound of dispatch")
     axes.set(xscale="log", yscale="log", xlabel="tokens per rank", ylabel="us, slowest rank")
-    axes.set_title(f"{title}\n{', '.join(f'{k}={v}' for k, v in first.items())}", fontsize=9)
+    sizes_text = textwrap.fill(", ".join(f"{k}={v}" for k, v in first.items()), 70)
+    axes.set_title(f"{title}\n{sizes_text}", fontsize=9)
     axes.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=120)
