@@ -97,7 +97,8 @@ class Loader {
   }
 
  private:
-  // Until the scout has found a sum's rows.
+  // Until the scout has found a sum's rows. Nobody is two uses of a table's memory behind: sums are
+  // taken in order, and a table is filled again only when all of its sums are added up.
   __device__ void wait_for_table(Kind kind, int32_t sum) {
     const int32_t table = sum / kTableSums;
     if (table == table_[kind]) return;

@@ -17,8 +17,8 @@
 //           others, when they have nothing else to do, zero what holds no row. A unit is a piece of
 //           a token's row; sender m of n has the units m, m + n, .. of its block, receivers
 //           likewise. Block b has the same units on every rank, so it only ever meets the blocks b
-//           of the peers. Of shared units (kShared) it sends what crosses; the rows that stay here
-//           are stored by whichever sender is free.
+//           of the peers. Of shared units (kShared) a block sends what crosses; the rows that stay
+//           here are stored by whichever sender is free, which loads the token again.
 // Buffers:  name            | lives on       | written by                     | read by
 //           x, topk_weights | XLA, own       | before the call                | own senders
 //           tokens, weights,| XLA, each rank | peers' senders, [S2]..[P1]     | receivers, [P2], what
@@ -32,7 +32,7 @@
 //           the last one when the weights are; [P2] a receiver knows the count before it fetches a
 //           unit. A block ends when it has told all and knows all.
 //           In a ring, unit n uses stage n % S: [L] its load completes the stage's barrier (phase
-//           n / S), [F] its stores have read the stage before unit n + S - 1 is loaded.
+//           n / S), [F] its stores have read the stage before unit n + S is loaded.
 // Reuse:    no memory outlives the call but the control block, whose progress only grows.
 // Progress: senders wait only for [S2], receivers for the senders of the same block. Blocks of a
 //           grid do not wait for each other (who has taken a shared unit stores it, and waits for

@@ -38,7 +38,7 @@ constexpr bool kIsCopied = kMode == Mode::kCopy || kMode == Mode::kQuantize;
 template <Mode kMode>
 constexpr bool kIsQuantized = kMode == Mode::kQuantize || kMode == Mode::kDequantize;
 
-// Each is a warp. To quantise takes more of them.
+// Each is a warp. To quantise takes more of them; copies are made by four at most.
 template <Mode kMode>
 constexpr int kMaxRings = kIsQuantized<kMode> ? 10 : 6;
 template <Mode kMode>

@@ -129,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--calls", type=_positive, help="N of a GPU's long program; default: by the bound, 5 to 40")
     add("--seed", type=int, default=0)
     add(
+        "--staging-bytes",
+        type=int,
+        default=0,
+        help="of jax_ep.initialize(); with JAX_EP_PATH=staged all rows go through that region",
+    )
+    add(
         "--no-second-process",
         action="store_true",
         help="leave out ragged_all_to_all with XLA's device kernel, which needs its own process",
@@ -182,6 +188,7 @@ def _environment(mesh: Mesh) -> dict[str, Any]:
         "ranks": mesh.size,
         "cores": os.cpu_count(),
         "timeout_s": jax_ep.get_timeout(),
+        "peers": runtime.describe(),
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -373,6 +380,7 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
         parser.error(f"--top-k {max(args.top_k)}: must be at most --experts {args.experts}")
     mesh = jax.make_mesh((args.ranks,), (operations.AXIS,), devices=devices[: args.ranks])
 
+    jax_ep.initialize(staging_bytes=args.staging_bytes)
     environment = _environment(mesh)
     settings = {name: _plain(value) for name, value in vars(args).items()}
     for name, value in environment.items():

@@ -14,6 +14,7 @@ import time
 
 import jobs
 
+STRESS_SECONDS = 6.0  # after which each stress test ends, unless told otherwise
 HERE = pathlib.Path(__file__).resolve().parent
 TESTS, ROOT = HERE.parent, HERE.parents[1]
 
@@ -249,7 +250,7 @@ def run_suite(
         tier,
         shape,
         arguments,
-        limit + 4 * max(0.0, ctx.seconds - 6),  # four of the tests go on for so long
+        limit + 4 * max(0.0, ctx.seconds - STRESS_SECONDS),  # four tests go on for so long
         flags=f"--xla_gpu_autotune_level=0 --xla_gpu_shard_autotuning=false {flags}",
         shared=shared,
         **environment,

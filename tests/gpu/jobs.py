@@ -151,6 +151,14 @@ def stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def visible_devices() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES names; None if it is not set."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return None
+    return [device for device in visible.split(",") if device.strip() not in ("", "-1")]
+
+
 @contextlib.contextmanager
 def multi_process_service(out: pathlib.Path, ranks_per_gpu: int) -> Iterator[dict[str, str]]:
     """NVIDIA's MPS for the time of a job: its clients' kernels run side by side on one GPU.
@@ -189,9 +197,9 @@ def multi_process_service(out: pathlib.Path, ranks_per_gpu: int) -> Iterator[dic
     try:
         share = max(1, 80 // ranks_per_gpu)
         clients = {**daemon, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(share)}
-        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        if visible := visible_devices():
             # The daemon has chosen; its clients count from 0 what it has.
-            clients["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(len(visible.split(",")))))
+            clients["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(len(visible))))
         yield clients
     finally:
         pids = _mps_pids(control, environment, pipes)

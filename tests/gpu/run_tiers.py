@@ -4,6 +4,7 @@
     python tests/gpu/run_tiers.py --quick          # fewer tiers and calls; under two and a half
     python tests/gpu/run_tiers.py --tiers ep8 native
     python tests/gpu/run_tiers.py --tiers ep8 -k stress
+    python tests/gpu/run_tiers.py --tiers one-process -k random_calls --seconds 60   # 100,000 calls
     python tests/gpu/run_tiers.py --pytest tests/test_export.py    # one more tier
     python tests/gpu/run_tiers.py --list
 
@@ -30,15 +31,15 @@ import time
 from collections.abc import Iterator
 
 import jobs
-from context import Builds, Context, Line, Result, SkippedError, package_folder
+from context import STRESS_SECONDS, Builds, Context, Line, Result, SkippedError, package_folder
 from tiers import TIERS, Tier, pytest_tier
 
 
 def count_gpus() -> int:
     """GPUs that processes will see."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = jobs.visible_devices()
     if visible is not None:
-        return len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
+        return len(visible)
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
@@ -102,7 +103,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--package", type=pathlib.Path, help="the folder that holds the package jax_ep")
     add("--broken-package", type=pathlib.Path, help="one that was built with JAX_EP_BREAK_ORDER")
     add("--calls", type=int, help="stress calls of a tier (100,000; with --quick 2,000)")
-    add("--seconds", type=float, default=6, help="after which each stress test ends (6)")
+    add("--seconds", type=float, default=STRESS_SECONDS, help="a stress test ends after (6)")
     add("--examples", type=float, help="part of hypothesis' examples (0.15; with --quick 0.05)")
     add("--out", type=pathlib.Path, help="where logs go (default: a new folder in /tmp)")
     add("--platform", choices=("cuda", "cpu"), default="cuda", help="cpu: to test the tests")

@@ -29,11 +29,12 @@ from context import (
 SUITE = [f"test_{name}.py" for name in ("layout", "dispatch", "combine", "gradients", "moe")]
 STRESS = "protocol/test_stress.py"
 COLLECTIVES = "protocol/test_collectives.py"
-ON_DEVICE = "stress or collectives"  # files
+GROUPS = "protocol/test_groups.py"
+PROTOCOL = "stress or collectives or groups"  # files
 # Programs take the longest to compile, so not every shape of job runs the whole suite.
 CORE = (
     "any_routing or any_number or default_capacity or vjp or moe_is or stale or long_rows or "
-    f"{ON_DEVICE}"
+    f"{PROTOCOL}"
 )
 RACECHECKED_KERNEL = "layout_kernel"
 RACECHECK_NOTE = (
@@ -44,7 +45,7 @@ RACECHECK_NOTE = (
 
 def one_process(ctx: Context) -> Result:
     """All GPUs in one process: behaviour, CPU against CUDA, stress, race, XLA's collectives."""
-    files = [*SUITE, STRESS, COLLECTIVES]
+    files = [*SUITE, STRESS, GROUPS, COLLECTIVES]
     if ctx.platform != "cpu":
         files.insert(len(SUITE), "test_agreement.py")
     return run_suite(
@@ -66,9 +67,9 @@ def process_per_gpu(ctx: Context) -> Result:
         ctx,
         "process-per-gpu",
         Shape(ctx.num_gpus),
-        [*SUITE, STRESS, COLLECTIVES],
+        [*SUITE, STRESS, GROUPS, COLLECTIVES],
         limit=120,
-        keyword=ON_DEVICE if ctx.quick else CORE,
+        keyword=PROTOCOL if ctx.quick else CORE,
         flags="--xla_gpu_enable_latency_hiding_scheduler=true",
     )
 
@@ -81,12 +82,12 @@ def several_on_a_gpu(num_ranks: int) -> Callable[[Context], Result]:
         if ranks_per_gpu == 1:
             raise SkippedError(f"{ctx.num_gpus} GPUs: {num_ranks} ranks are process-per-gpu")
         # At EP8 in groups of 1 to 8; for the others, what is most about the group.
-        keyword = CORE if num_ranks == 8 else f"any_routing or every_rank or {ON_DEVICE}"
+        keyword = CORE if num_ranks == 8 else f"any_routing or every_rank or {PROTOCOL}"
         return run_suite(
             ctx,
             f"ep{num_ranks}",
             Shape(num_ranks, ranks_per_gpu),
-            [*SUITE, STRESS] if num_ranks == 8 else [*SUITE[:3], STRESS],
+            [*(SUITE if num_ranks == 8 else SUITE[:3]), STRESS, GROUPS],
             limit=150,
             keyword=keyword,
         )
@@ -148,7 +149,7 @@ def native(ctx: Context) -> Result:
     program = ctx.builds.wait("native") / "kernels_test"
     folder = ctx.folder("native")
     runs: list[tuple[str, list[str], int]] = [
-        ("plain", [str(program)], 180),
+        ("plain", [str(program), *(["--small"] if ctx.quick else [])], 180),
         ("plain, wrong on purpose", [str(program), "--small", "--control"], 60),
     ]
     lines, problems = [], []

@@ -601,10 +601,10 @@ std::vector<Case> Cases(bool small) {
       {17, 4, 4, 4, 520, kBF16, R::kSilentRank, 120, false, false},
       {40, 2, 2, 1, 264, kF16, R::kOneExpert, 60, true, false},
       {8, 2, 2, 8, 16, kF32, R::kNowhere, 100, true, true},
-      // Enough units that blocks of a small grid share some.
-      {200, 2, 2, 1, 64, kBF16, R::kSilentRank, 100, true, true},
-      {150, 2, 2, 1, 64, kF16, R::kNowhere, 100, true, false},
-      {180, 24, 24, 1, 24, kBF16, R::kHoles, 70, true, true},
+      // Enough units that the blocks of a grid of five share some.
+      {330, 2, 2, 1, 64, kBF16, R::kSilentRank, 100, true, true},
+      {350, 2, 2, 1, 64, kF16, R::kNowhere, 100, true, false},
+      {340, 24, 24, 1, 24, kBF16, R::kHoles, 70, true, true},
   };
   if (!small) {
     const std::vector<Case> more = {
