@@ -71,8 +71,8 @@ def bind_layout(
     )
 
 
-def _dispatch_tables(layout: Layout) -> tuple[jax.Array, ...]:
-    """What dispatch and the gradient of combine, which is a form of it, take after their rows."""
+def _tables(layout: Layout) -> tuple[jax.Array, ...]:
+    """What every operation on a layout takes after its rows."""
     return (
         group.coordinates(layout.axis_name),
         layout.topk_idx,
@@ -80,11 +80,11 @@ def _dispatch_tables(layout: Layout) -> tuple[jax.Array, ...]:
         layout.recv_src,
         layout.recv_order,
         layout.recv_offsets,
-        layout.group_sizes,
     )
 
 
 def _dispatch_sizes(layout: Layout) -> dict[str, Any]:
+    """Attributes of dispatch and of the gradient of combine, which is a form of it."""
     num_tokens, top_k = layout.topk_idx.shape
     return {
         "axis_name": layout.axis_name,
@@ -107,7 +107,8 @@ def bind_dispatch(
     """Calls ``jax_ep_dispatch``; returns tokens [C, H], scales [C, H // 128], weights [C]."""
     results = _dispatch_p.bind(
         x,
-        *_dispatch_tables(layout),
+        *_tables(layout),
+        layout.group_sizes,
         *(() if topk_weights is None else (topk_weights,)),
         **_dispatch_sizes(layout),
         has_weights=topk_weights is not None,
@@ -131,12 +132,7 @@ def bind_combine(
     """Calls ``jax_ep_combine``; returns out [T, H] and ``values`` at each (token, k), [T, K]."""
     results = _combine_p.bind(
         y,
-        group.coordinates(layout.axis_name),
-        layout.topk_idx,
-        layout.send_row,
-        layout.recv_src,
-        layout.recv_order,
-        layout.recv_offsets,
+        *_tables(layout),
         *(() if weights is None else (weights,)),
         *(() if values is None else (values,)),
         axis_name=layout.axis_name,
@@ -158,7 +154,7 @@ def bind_combine_gradient(
     d_y may be anything; d_weights is 0 there.
     """
     d_y, d_weights = _combine_gradient_p.bind(
-        g, *_dispatch_tables(layout), y, weights, **_dispatch_sizes(layout)
+        g, *_tables(layout), layout.group_sizes, y, weights, **_dispatch_sizes(layout)
     )
     return d_y, d_weights
 

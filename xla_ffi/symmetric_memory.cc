@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstring>
 #include <future>
+#include <iterator>
 #include <sstream>
 #include <stdexcept>
 #include <thread>
@@ -614,7 +615,7 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
     const std::string rank = "rank " + std::to_string(record->rank);
     const std::string peer = "rank " + std::to_string(record->peer);
     std::ostringstream out;
-    out << kKinds[record->kind % 4] << ": ";
+    out << kKinds[record->kind % std::size(kKinds)] << ": ";
     const uint64_t expected = record->expected_epoch, seen = record->seen_epoch;
     switch (record->phase) {
       case gpu::kOtherCall:

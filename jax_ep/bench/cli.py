@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add(
         "--staging-bytes",
-        type=int,
+        type=_positive,
         default=0,
         help="of jax_ep.initialize(); with JAX_EP_PATH=staged all rows go through that region",
     )
@@ -188,7 +188,7 @@ def _environment(mesh: Mesh) -> dict[str, Any]:
         "ranks": mesh.size,
         "cores": os.cpu_count(),
         "timeout_s": jax_ep.get_timeout(),
-        "peers": runtime.describe(),
+        "peers": runtime.describe() if device.platform != "cpu" else None,
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -157,6 +158,21 @@ def visible_devices() -> list[str] | None:
     if visible is None:
         return None
     return [device for device in visible.split(",") if device.strip() not in ("", "-1")]
+
+
+def count_gpus() -> int:
+    """GPUs that processes will see; makes no CUDA context in this one."""
+    visible = visible_devices()
+    if visible is not None:
+        return len(visible)
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return len(re.findall(r"^GPU \d+:", listed.stdout, re.MULTILINE))
 
 
 @contextlib.contextmanager

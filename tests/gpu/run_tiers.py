@@ -21,10 +21,7 @@ import contextlib
 import importlib.util
 import os
 import pathlib
-import re
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,17 +30,6 @@ from collections.abc import Iterator
 import jobs
 from context import STRESS_SECONDS, Builds, Context, Line, Result, SkippedError, package_folder
 from tiers import TIERS, Tier, pytest_tier
-
-
-def count_gpus() -> int:
-    """GPUs that processes will see."""
-    visible = jobs.visible_devices()
-    if visible is not None:
-        return len(visible)
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
-    return len(re.findall(r"^GPU \d+:", listed.stdout, re.MULTILINE))
 
 
 def why_not(ctx: Context) -> str | None:
@@ -127,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     with folder_for_run(args.out) as out:
         ctx = Context(
             platform=args.platform,
-            num_gpus=count_gpus() if args.platform == "cuda" else 2,
+            num_gpus=jobs.count_gpus() if args.platform == "cuda" else 2,
             package=args.package.resolve() if args.package else None,
             out=out,
             quick=args.quick,

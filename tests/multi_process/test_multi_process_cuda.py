@@ -1,14 +1,12 @@
 """Jobs of several processes on the GPUs of this host, several to a GPU if there are few."""
 
 import importlib.util
-import os
 import pathlib
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 
 import pytest
+from gpu.jobs import count_gpus
 from launcher import Finished, run
 
 _WORKER = pathlib.Path(__file__).with_name("worker_cuda.py")
@@ -20,22 +18,7 @@ _ASYNC = {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async", **_GROWING}
 _STAGED = {"JAX_EP_PATH": "staged", **_POOL}
 
 
-def _num_gpus() -> int:
-    """Those that processes will see; without making a CUDA context in this one."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return 0
-    try:
-        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return len(re.findall(r"^GPU \d+:", listed.stdout, re.MULTILINE))
-
-
-NUM_GPUS = _num_gpus()
+NUM_GPUS = count_gpus()
 
 pytestmark = [
     pytest.mark.skipif(NUM_GPUS == 0, reason="no GPU here"),

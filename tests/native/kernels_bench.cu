@@ -62,26 +62,21 @@ std::vector<std::string> Split(const std::string& text) {
 
 Options Parse(int argc, char** argv) {
   Options o;
+  const struct {
+    const char* name;
+    int* value;
+  } numbers[] = {{"--ranks", &o.ranks},    {"--tokens", &o.tokens},   {"--top-k", &o.top_k},
+                 {"--hidden", &o.hidden},  {"--experts", &o.experts}, {"--calls", &o.calls},
+                 {"--repeats", &o.repeats}};
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
     const size_t equals = argument.find('=');
     const std::string name = argument.substr(0, equals);
     const std::string value = equals == std::string::npos ? "" : argument.substr(equals + 1);
-    const auto number = [&] { return std::atoi(value.c_str()); };
-    if (name == "--ranks") {
-      o.ranks = number();
-    } else if (name == "--tokens") {
-      o.tokens = number();
-    } else if (name == "--top-k") {
-      o.top_k = number();
-    } else if (name == "--hidden") {
-      o.hidden = number();
-    } else if (name == "--experts") {
-      o.experts = number();
-    } else if (name == "--calls") {
-      o.calls = number();
-    } else if (name == "--repeats") {
-      o.repeats = number();
+    const auto* option = std::find_if(std::begin(numbers), std::end(numbers),
+                                      [&](const auto& number) { return number.name == name; });
+    if (option != std::end(numbers)) {
+      *option->value = std::atoi(value.c_str());
     } else if (name == "--ops") {
       o.ops = Split(value);
     } else if (name == "--num-sms") {
