@@ -16,7 +16,7 @@ from jax_ep import reference
 
 AXES: tuple[Any, ...] = ("x", "y", ("y", "x"))  # the group of each layer
 TOKENS, TOP_K, HIDDEN = 24, 3, 16
-EXPERTS_PER_RANK = 2
+EXPERTS_PER_RANK = 3  # at least TOP_K, for groups of one
 ROUNDS = 3
 SPEC = P(("x", "y"))
 
