@@ -8,8 +8,9 @@
 //           With kWeighted, which is the gradient of combine: tokens[row] = round(row_weights[row] *
 //           x of src [t]), dots[row] = sum over channels of y[row] * x of src [t], 0 if it holds no
 //           row; all in f32.
-// Roles:    one block an SM, 8 warps, or 12 with fp8. The first ones, senders and then receivers,
-//           run a ring of stages each. Senders load (or quantise) each of the rank's own tokens once
+// Roles:    one block an SM, 6 warps, 12 with fp8, 18 with kWeighted. The first ones, senders and
+//           then receivers, run a ring of stages each; with kWeighted each has helpers, which share
+//           the channels of a row and form products and sums. Senders load (or quantise) each of the rank's own tokens once
 //           and store it to its rows here, and to one row at each other rank that has any: the first
 //           of them, or a row of the landing area. From there a receiver of that rank fetches it and
 //           stores it to the token's other rows (to all, if they differ from what has crossed). Then
@@ -32,7 +33,8 @@
 //           the last one when the weights are; [P2] a receiver knows the count before it fetches a
 //           unit. A block ends when it has told all and knows all.
 //           In a ring, unit n uses stage n % S: [L] its load completes the stage's barrier (phase
-//           n / S), [F] its stores have read the stage before unit n + S is loaded.
+//           n / S), [F] its stores have read the stage before unit n + S is loaded, [M] likewise the
+//           helpers.
 // Reuse:    no memory outlives the call but the control block, whose progress only grows.
 // Progress: senders wait only for [S2], receivers for the senders of the same block. Blocks of a
 //           grid do not wait for each other (who has taken a shared unit stores it, and waits for
@@ -115,7 +117,10 @@ __global__ __launch_bounds__(kNumThreads<kMode>,
   const int32_t first = first_unit(num_units, blockIdx.x);
   const int32_t num_own = first_unit(num_units, blockIdx.x + 1) - first;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < num_rings * cut.num_stages; ++s) mbarrier_init(&shared.full[s], 1);
+    for (int s = 0; s < num_rings * cut.num_stages; ++s) {
+      mbarrier_init(&shared.full[s], 1);
+      if (kNumHelpers<kMode> > 0) mbarrier_init(&shared.multiplied[s], kNumHelpers<kMode>);
+    }
     fence_mbarrier_init();
     shared.num_batches = 0;
     shared.box = {{}, cut.num_senders, num_own, 0, a.weights == nullptr};
@@ -134,11 +139,14 @@ __global__ __launch_bounds__(kNumThreads<kMode>,
   if (num_own > 0) ok = receive_start(g, kOpKind<kMode>, own, shared.address);  // [S2]
   if (num_own == 0) __syncthreads();
   if (ok && num_own > 0) {
-    char* memory = rings + warp * (kRingBytes / num_rings / 128 * 128);
-    if (warp < cut.num_senders) {
-      Sender<kMode>(g, a, cut, shared, warp, first, memory).run();
-    } else if (warp < num_rings) {
-      ok = Receiver<kMode>(g, a, cut, shared, warp - cut.num_senders, first, memory).run();
+    const int32_t slot = warp / (1 + kNumHelpers<kMode>), part = warp % (1 + kNumHelpers<kMode>);
+    char* memory = rings + slot * (kRingBytes / num_rings / 128 * 128);
+    if (slot < num_rings && part > 0) {
+      Ring<kMode>(g, a, cut, shared, 0, 1, slot, first, memory).help(part - 1);
+    } else if (slot < cut.num_senders) {
+      Sender<kMode>(g, a, cut, shared, slot, first, memory).run();
+    } else if (slot < num_rings) {
+      ok = Receiver<kMode>(g, a, cut, shared, slot - cut.num_senders, first, memory).run();
     } else if (warp == kMessenger<kMode>) {
       ok = run_messenger(g, kOpKind<kMode>, shared.box);
     } else if (warp == kWeigher<kMode> && a.weights != nullptr) {
@@ -177,7 +185,8 @@ cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_s
                             : a.row_bytes > kMaxWeightedRowBytes) {
       return cudaErrorInvalidValue;
     }
-    cut.stage_bytes = static_cast<int32_t>(LandingRowBytes(a.mode, a.num_channels, a.row_bytes));
+    cut.stage_bytes = static_cast<int32_t>(LandingRowBytes(a.mode, a.num_channels, a.row_bytes)) +
+                      kDotsBytes<kMode>;
     const int64_t buffers = kMode == Mode::kDequantize ? kNumBuffers * kBufferBytes : 0;
     num_rings = kMaxRings<kMode> + 2;
     do {

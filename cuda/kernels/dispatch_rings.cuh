@@ -30,7 +30,6 @@ constexpr int kNumBuffers = 2;              // of a ring, for products
 constexpr int32_t kBufferBytes = 4096;
 static_assert(kRingBytes / 2 - kNumBuffers * kBufferBytes >=
               kMinStages * WireRowBytes(kMaxFp8Channels));
-static_assert(kRingBytes / 2 >= kMinStages * kMaxWeightedRowBytes);
 
 // Whether tokens are rows as they cross.
 template <Mode kMode>
@@ -38,15 +37,26 @@ constexpr bool kIsCopied = kMode == Mode::kCopy || kMode == Mode::kQuantize;
 template <Mode kMode>
 constexpr bool kIsQuantized = kMode == Mode::kQuantize || kMode == Mode::kDequantize;
 
-// Each is a warp. To quantise takes more of them; copies are made by four at most.
+// Each is run by a warp. To quantise takes more of them.
 template <Mode kMode>
-constexpr int kMaxRings = kIsQuantized<kMode> ? 10 : 6;
+constexpr int kMaxRings = kIsQuantized<kMode>        ? 10
+                          : kMode == Mode::kWeighted ? 2
+                                                     : 4;
+// Further warps of a ring, which multiply.
 template <Mode kMode>
-constexpr int kWeigher = kMaxRings<kMode>;
+constexpr int kNumHelpers = kMode == Mode::kWeighted ? 7 : 0;
 template <Mode kMode>
-constexpr int kMessenger = kMaxRings<kMode> + 1;
+constexpr int kDotsBytes = kNumHelpers<kMode> * 32 * int{sizeof(float)};  // of a stage
+// So many blocks at most fetch rows of y into the L2 cache ahead of the helpers. What more of them
+// fetch leaves it before it is used.
+constexpr int kMostPrefetchBlocks = 64;
 template <Mode kMode>
-constexpr int kNumThreads = (kMaxRings<kMode> + 2) * 32;
+constexpr int kWeigher = kMaxRings<kMode> * (1 + kNumHelpers<kMode>);
+template <Mode kMode>
+constexpr int kMessenger = kWeigher<kMode> + 1;
+template <Mode kMode>
+constexpr int kNumThreads = (kMessenger<kMode> + 1) * 32;
+static_assert(kRingBytes / 2 >= kMinStages * (kMaxWeightedRowBytes + kDotsBytes<Mode::kWeighted>));
 static_assert(kMaxRings<Mode::kQuantize> <= kMaxMovers && kMaxRings<Mode::kCopy> <= kMaxMovers);
 
 // How rows are cut, the rings of a block, and the stages of a ring.
@@ -59,7 +69,7 @@ struct Cut {
 
 // What a stage is for.
 struct Unit {
-  int32_t bytes;     // to store
+  int32_t bytes;     // to store; 0: nothing more comes
   int32_t num_own;   // the ring's units up to this one
   uint32_t crosses;  // lanes that store the row to a peer
   uint32_t lands;    // those that store it as it crosses, not as tokens are
@@ -72,6 +82,7 @@ struct Shared {
   Unit unit[kMaxStages];
   uint64_t to[kMaxStages][kMaxTopK];         // where each lane stores the row; 0: nowhere
   uint64_t scales_to[kMaxStages][kMaxTopK];  // and its scales; with kWeighted, the row's number
+  uint64_t multiplied[kMaxStages];           // [M], with kWeighted
   uint32_t num_batches;                      // of rows that have been looked at for zeroing
   Mailbox box;
 };
@@ -92,10 +103,10 @@ __device__ int32_t num_shared_units(const DispatchArguments& a, const Cut& cut) 
 template <Mode kMode>
 constexpr OpKind kOpKind = kMode == Mode::kWeighted ? OpKind::kCombineGradient : OpKind::kDispatch;
 
-// One warp's ring: what senders and receivers have in common.
+// A ring: what senders and receivers have in common, and what their helpers do.
 template <Mode kMode>
 class Ring {
- protected:
+ public:
   // `index` of `count` of its kind; `slot` of all rings of the block.
   __device__ Ring(const GroupView& g, const DispatchArguments& a, const Cut& cut, Shared& shared,
                   int32_t index, int32_t count, int32_t slot, int32_t first_unit, char* memory)
@@ -113,6 +124,26 @@ class Ring {
         stages_(memory),
         buffers_(memory + cut.num_stages * cut.stage_bytes) {}
 
+  // By a helper: of each unit that holds rows, the products of a part of its channels with the
+  // weights of the rows, and the part's dot products with the rows of y.
+  __device__ void help(int32_t part) {
+    while (true) {
+      mbarrier_wait_parity(&shared_.full[store_slot()], parity_);  // [L]
+      const Unit unit = shared_.unit[store_slot()];
+      if (unit.bytes == 0) return;
+      const uint64_t to = (unit.lands >> lane_ & 1) != 0 ? 0 : shared_.to[store_slot()][lane_];
+      const auto row = static_cast<int32_t>(shared_.scales_to[store_slot()][lane_]);
+      with_vector(a_.type, [&](auto vector) {
+        dots(store_stage_)[part * 32 + lane_] =
+            store_weighted<decltype(vector)>(stage(store_stage_), to, row, part);
+      });
+      __syncwarp();
+      if (lane_ == 0) mbarrier_arrive(&shared_.multiplied[store_slot()]);  // [M]
+      leave_store_stage();
+    }
+  }
+
+ protected:
   // Of the ring's i-th unit: its number in the group.
   __device__ int32_t unit_of(int32_t i) const { return first_unit_ + index_ + i * count_; }
   __device__ int64_t token_of(int32_t unit) const {
@@ -147,7 +178,12 @@ class Ring {
   }
   __device__ int32_t load_slot() const { return first_slot_ + load_stage_; }
   __device__ int32_t store_slot() const { return first_slot_ + store_stage_; }
-  __device__ char* load_stage() const { return stages_ + load_stage_ * cut_.stage_bytes; }
+  __device__ char* stage(int32_t i) const { return stages_ + i * cut_.stage_bytes; }
+  __device__ char* load_stage() const { return stage(load_stage_); }
+  // Behind a stage's row: by helper and lane.
+  __device__ float* dots(int32_t i) const {
+    return reinterpret_cast<float*>(stage(i) + cut_.stage_bytes - kDotsBytes<kMode>);
+  }
 
   // Writes down what the next stage is for.
   __device__ void note(uint64_t to, uint64_t scales_to, bool crosses, bool lands, uint32_t bytes,
@@ -156,11 +192,16 @@ class Ring {
     if (kMode == Mode::kQuantize || kMode == Mode::kWeighted) {
       shared_.scales_to[load_slot()][lane_] = scales_to;
     }
+    if (kMode == Mode::kWeighted && gridDim.x <= kMostPrefetchBlocks && to != 0 && !lands) {
+      const char* y = static_cast<const char*>(a_.y);
+      bulk_prefetch_l2(y + static_cast<int64_t>(scales_to) * a_.row_bytes, bytes);
+    }
     const uint32_t all_cross = __ballot_sync(0xffffffffu, crosses);
     const uint32_t all_land = __ballot_sync(0xffffffffu, lands);
     if (lane_ == 0) {
       shared_.unit[load_slot()] = {static_cast<int32_t>(bytes), num_own, all_cross, all_land};
     }
+    __syncwarp();  // before the load, which shows it to others
   }
   // By lane 0.
   __device__ void load(const void* source, uint32_t bytes) {
@@ -179,7 +220,7 @@ class Ring {
     __syncwarp();                                                // what the lanes noted
     const Unit unit = shared_.unit[store_slot()];
     const uint64_t to = shared_.to[store_slot()][lane_];
-    const char* stage = stages_ + store_stage_ * cut_.stage_bytes;
+    const char* stage = this->stage(store_stage_);
     const bool lands = (unit.lands >> lane_ & 1) != 0;
     if (to != 0 && (kIsCopied<kMode> || lands)) {
       const bool is_whole = kMode != Mode::kQuantize || lands;
@@ -192,18 +233,8 @@ class Ring {
       with_vector(a_.type,
                   [&](auto vector) { store_dequantized<decltype(vector)>(stage, lands ? 0 : to); });
     }
-    if (kMode == Mode::kWeighted) {
-      const auto row = static_cast<int32_t>(shared_.scales_to[store_slot()][lane_]);
-      with_vector(a_.type, [&](auto vector) {
-        store_weighted<decltype(vector)>(stage, lands ? 0 : to, row);
-      });
-      __syncwarp();  // all lanes have read the stage
-    }
-    if (++store_stage_ == cut_.num_stages) {
-      store_stage_ = 0;
-      parity_ ^= 1;
-    }
-    ++num_stored_;
+    settle();
+    leave_store_stage();
     bulk_wait_group_read<1>();  // [F] of the unit before
     __syncwarp();
     return unit;
@@ -267,59 +298,88 @@ class Ring {
     }
   }
 
-  // Stores the products of x's row with the weights of the lanes' rows, and its dot products with
-  // the rows of y.
+  __device__ void leave_store_stage() {
+    if (++store_stage_ == cut_.num_stages) {
+      store_stage_ = 0;
+      parity_ ^= 1;
+    }
+    ++num_stored_;
+  }
+
+  // Waits until the helpers are through with the unit before the oldest one, and adds up what they
+  // have left. So they are at most a unit behind.
+  __device__ void settle() {
+    if (kNumHelpers<kMode> == 0 || num_stored_ == 0) return;
+    const int32_t i = store_stage_ == 0 ? cut_.num_stages - 1 : store_stage_ - 1;
+    const uint32_t parity = store_stage_ == 0 ? parity_ ^ 1 : parity_;
+    mbarrier_wait_parity(&shared_.multiplied[first_slot_ + i], parity);  // [M]
+    const bool lands = (shared_.unit[first_slot_ + i].lands >> lane_ & 1) != 0;
+    if (lands || shared_.to[first_slot_ + i][lane_] == 0) return;
+    float dot = 0.0f;
+    for (int p = 0; p < kNumHelpers<kMode>; ++p) dot += dots(i)[p * 32 + lane_];
+    a_.dots[shared_.scales_to[first_slot_ + i][lane_]] = dot;
+  }
+  // When the ring is empty: its helpers end.
+  __device__ void dismiss_helpers() {
+    if (kNumHelpers<kMode> == 0) return;
+    settle();
+    if (lane_ == 0) {
+      shared_.unit[load_slot()].bytes = 0;
+      mbarrier_arrive(&shared_.full[load_slot()]);
+    }
+  }
+
+  // Returns the sum over this part's channels for the lane's row.
   template <typename Vector>
-  __device__ void store_weighted(const char* x, uint64_t to, int32_t row) {
-    constexpr int kAtOnce = 14;  // vectors of a lane
+  __device__ float store_weighted(const char* x, uint64_t to, int32_t row, int32_t part) {
+    constexpr int kAtOnce = 4;  // vectors of a lane
+    constexpr int kStride = 32 * kNumHelpers<kMode>;
     const uint32_t rows = __ballot_sync(0xffffffffu, to != 0);
-    if (rows == 0) return;
+    if (rows == 0) return 0.0f;
     const float weight = to != 0 ? a_.row_weights[row] : 0.0f;
     const auto num_vectors = static_cast<int32_t>(a_.row_bytes / 16);
-    // Row by row, so many vectors at once; what is next of y is loaded meanwhile. Products are not
-    // for the copy engine: its fences would wait for those loads.
+    // Row by row, so many vectors at once; what comes after them of y is loaded meanwhile. Products
+    // are not for the copy engine: its fences would wait for those loads.
+    const int32_t first = 32 * part + lane_;
     struct Place {
       uint32_t left;  // rows from this one on
-      int32_t begin = 0;
+      int32_t begin;
     };
-    Place next{rows};
     const auto advance = [&](Place& place) {
-      place.begin += 32 * kAtOnce;
-      if (place.begin < num_vectors) return;
-      place.begin = 0;
+      place.begin += kStride * kAtOnce;
+      if (place.begin - lane_ < num_vectors) return;
+      place.begin = first;
       place.left &= place.left - 1;
     };
-    uint4 y_next[kAtOnce] = {};
-    const auto load = [&] {
-      if (next.left == 0) return;
-      const int32_t at = __shfl_sync(0xffffffffu, row, __ffs(static_cast<int>(next.left)) - 1);
-      const auto* y =
-          reinterpret_cast<const uint4*>(static_cast<const char*>(a_.y) + at * a_.row_bytes) +
-          next.begin + lane_;
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        y_next[j] =
-            next.begin + 32 * j + lane_ < num_vectors ? __ldcs(y + 32 * j) : uint4{0, 0, 0, 0};
-      }
-      advance(next);
+    const auto y_at = [&](const Place& place) {
+      const int32_t from = __ffs(static_cast<int>(place.left)) - 1;
+      const int64_t at = __shfl_sync(0xffffffffu, row, max(0, from));
+      return reinterpret_cast<const uint4*>(static_cast<const char*>(a_.y) + at * a_.row_bytes);
     };
-    load();
-    float dot = 0.0f;
-    for (Place place{rows}; place.left != 0;) {
-      uint4 y_here[kAtOnce];
+    const auto load = [&](const uint4* y, const Place& place, int j) {
+      const int32_t i = place.begin + kStride * j;
+      return place.left != 0 && i < num_vectors ? __ldcs(y + i) : uint4{};
+    };
+    Place next{rows, first};
+    uint4 loaded[kAtOnce];
+    const uint4* y_next = y_at(next);
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) y_here[j] = y_next[j];
-      load();
+    for (int j = 0; j < kAtOnce; ++j) loaded[j] = load(y_next, next, j);
+    float dot = 0.0f, dot_of_lane = 0.0f;
+    for (Place place{rows, first}; place.left != 0; advance(place)) {
+      advance(next);
+      y_next = y_at(next);
       const int32_t from = __ffs(static_cast<int>(place.left)) - 1;
       const float w = __shfl_sync(0xffffffffu, weight, from);
       auto* products = reinterpret_cast<uint4*>(__shfl_sync(0xffffffffu, to, from));
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        const int32_t i = place.begin + 32 * j + lane_;
-        if (i >= num_vectors) break;
         float value[Vector::kCount], y[Vector::kCount];
+        Vector::load(loaded[j], y);
+        loaded[j] = load(y_next, next, j);
+        const int32_t i = place.begin + kStride * j;
+        if (i >= num_vectors) continue;
         Vector::load(reinterpret_cast<const uint4*>(x)[i], value);
-        Vector::load(y_here[j], y);
 #pragma unroll
         for (int c = 0; c < Vector::kCount; ++c) {
           dot = __fmaf_rn(y[c], value[c], dot);
@@ -327,15 +387,14 @@ class Ring {
         }
         __stcs(products + i, Vector::store(value));
       }
-      const bool ends_row = place.begin + 32 * kAtOnce >= num_vectors;
-      if (ends_row) {
+      if (place.begin - lane_ + kStride * kAtOnce < num_vectors) continue;
+      // The row's end.
 #pragma unroll
-        for (int m = 16; m > 0; m /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, m);
-        if (lane_ == from) a_.dots[row] = dot;
-        dot = 0.0f;
-      }
-      advance(place);
+      for (int m = 16; m > 0; m /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, m);
+      if (lane_ == from) dot_of_lane = dot;
+      dot = 0.0f;
     }
+    return dot_of_lane;
   }
 
   const GroupView& g_;
@@ -390,6 +449,7 @@ class Sender : Ring<kMode> {
       tell(wait_written(this->store_next()));
     }
     tell_all();
+    this->dismiss_helpers();
     bulk_wait_group<0>();
   }
 
@@ -566,6 +626,7 @@ class Receiver : Ring<kMode> {
       there_ = wait_for_more(shared_.box, next_unit());  // [P2]
       if (there_ == kBroken) break;
     }
+    this->dismiss_helpers();
     bulk_wait_group<0>();
     return there_ != kBroken;
   }

@@ -291,9 +291,12 @@ int64_t SharedBytes(int64_t num_experts, int64_t num_cached) {
 cudaError_t LaunchLayout(const GroupView& group, const LayoutArguments& a, int num_sms,
                          cudaStream_t stream) {
   const int64_t num_ids = a.num_tokens * a.top_k * group.num_ranks;
-  // A block has an id for each thread at least: a smaller share only makes more lines to sum.
+  // More blocks have fewer ids each, but more lines to sum: an id for each thread at least, and two
+  // if there are many.
+  constexpr int64_t kMany = 64;
   const int64_t most = num_sms < kMaxLayoutBlocks ? num_sms : kMaxLayoutBlocks;
   int64_t num_blocks = (num_ids + kNumThreads - 1) / kNumThreads;
+  if (num_blocks > kMany) num_blocks = num_blocks / 2 > kMany ? num_blocks / 2 : kMany;
   num_blocks = num_blocks < most ? num_blocks : most;
   const auto ids_per_block = static_cast<int32_t>((num_ids + num_blocks - 1) / num_blocks);
   const int32_t num_cached = ids_per_block < kMaxCached ? ids_per_block : kMaxCached;

@@ -71,6 +71,9 @@ __device__ inline void bulk_store(void* global, const void* shared, uint32_t byt
                "r"(shared_address(shared)), "r"(bytes)
                : "memory");
 }
+__device__ inline void bulk_prefetch_l2(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
 __device__ inline void bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
