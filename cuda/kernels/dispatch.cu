@@ -201,6 +201,10 @@ cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_s
   cut.num_senders = num_rings - cut.num_receivers;
   const int64_t most = kMaxStages / num_rings;
   cut.num_stages = static_cast<int32_t>(num_stages < most ? num_stages : most);
+  const int64_t rows = (a.top_k + group.num_ranks - 1) / group.num_ranks;  // of a unit, about
+  cut.fetches_ahead =
+      num_sms <= kMaxFetchingSms &&
+      int64_t{num_sms} * num_rings * (cut.num_stages - 1) * rows * a.row_bytes <= kMaxFetchedBytes;
   if (a.num_tokens * cut.num_pieces / num_sms >= kMaxUnitsPerBlock) return cudaErrorInvalidValue;
   dispatch_kernel<kMode>
       <<<static_cast<unsigned>(num_sms), kNumThreads<kMode>, kRingBytes, stream>>>(group, a, cut);

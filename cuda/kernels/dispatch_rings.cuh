@@ -47,9 +47,11 @@ template <Mode kMode>
 constexpr int kNumHelpers = kMode == Mode::kWeighted ? 7 : 0;
 template <Mode kMode>
 constexpr int kDotsBytes = kNumHelpers<kMode> * 32 * int{sizeof(float)};  // of a stage
-// So many blocks at most fetch rows of y into the L2 cache ahead of the helpers. What more of them
-// fetch leaves it before it is used.
-constexpr int kMostPrefetchBlocks = 64;
+// Rows of y are fetched into the L2 cache ahead of the helpers on so many SMs at most, for what they
+// wait for there is latency (on more it is memory, and this made it worse); and if that much stays
+// in the cache until it is used.
+constexpr int kMaxFetchingSms = 64;
+constexpr int64_t kMaxFetchedBytes = 48 << 20;
 template <Mode kMode>
 constexpr int kWeigher = kMaxRings<kMode> * (1 + kNumHelpers<kMode>);
 template <Mode kMode>
@@ -65,6 +67,7 @@ struct Cut {
   int32_t stage_bytes;
   int32_t num_senders, num_receivers;
   int32_t num_stages;
+  bool fetches_ahead;  // with kWeighted, rows of y
 };
 
 // What a stage is for.
@@ -192,7 +195,7 @@ class Ring {
     if (kMode == Mode::kQuantize || kMode == Mode::kWeighted) {
       shared_.scales_to[load_slot()][lane_] = scales_to;
     }
-    if (kMode == Mode::kWeighted && gridDim.x <= kMostPrefetchBlocks && to != 0 && !lands) {
+    if (kMode == Mode::kWeighted && cut_.fetches_ahead && to != 0 && !lands) {
       const char* y = static_cast<const char*>(a_.y);
       bulk_prefetch_l2(y + static_cast<int64_t>(scales_to) * a_.row_bytes, bytes);
     }
