@@ -10,39 +10,43 @@
 //           row; all in f32.
 // Roles:    one block an SM, 6 warps, 12 with fp8, 18 with kWeighted. The first ones, senders and
 //           then receivers, run a ring of stages each; with kWeighted each has helpers, which share
-//           the channels of a row and form products and sums. Senders load (or quantise) each of the rank's own tokens once
-//           and store it to its rows here, and to one row at each other rank that has any: the first
-//           of them, or a row of the landing area. From there a receiver of that rank fetches it and
-//           stores it to the token's other rows (to all, if they differ from what has crossed). Then
-//           come a warp that sends the weights and the messenger, which talks to the peers. All
-//           others, when they have nothing else to do, zero what holds no row. A unit is a piece of
-//           a token's row; sender m of n has the units m, m + n, .. of its block, receivers
-//           likewise. Block b has the same units on every rank, so it only ever meets the blocks b
-//           of the peers. Of shared units (kShared) a block sends what crosses; the rows that stay
-//           here are stored by whichever sender is free, which loads the token again.
+//           the channels of its rows and form products and sums. Senders load (or quantise) each of
+//           the rank's own tokens once and store it to its rows here, and to one row at each other
+//           rank that has any: the first of them, or a row of the landing area. From there a
+//           receiver of that rank fetches it and stores it to the token's other rows (to all, if
+//           they differ from what has crossed). Then come a warp that sends the weights and the
+//           messenger, which talks to the peers. All others, when they have nothing else to do, zero
+//           what holds no row. A unit is a piece of a token's row; sender m of n has the units m,
+//           m + n, .. of its block, receivers likewise. Block b has the same units on every rank, so
+//           it only ever meets the blocks b of the peers. Of shared units (kShared) a block sends
+//           what crosses; the rows that stay here are stored by whichever sender is free, which
+//           loads the token again.
 // Buffers:  name            | lives on       | written by                     | read by
 //           x, topk_weights | XLA, own       | before the call                | own senders
 //           tokens, weights,| XLA, each rank | peers' senders, [S2]..[P1]     | receivers, [P2], what
 //             scales        |                | (one row a token, weights,     | peers wrote; later
 //                           |                | scales); own warps (the rest)  | kernels
 //           landing         | each rank      | peers' senders, [S2]..[P1]     | receivers, [P2]
-//           stages          | shared memory  | ring's loads                   | ring's stores
+//           stages          | shared memory  | ring's loads; sums over a      | ring's stores,
+//                           |                | helper's channels: the helper  | helpers
 // Protocol: 1. [S1] show tokens, weights, scales, landing; [S2] wait for all.
 //           2. Senders store their units, receivers those that are there.
 //           3. [P1] when units are written at the peers, the block tells the peers' blocks how many,
 //           the last one when the weights are; [P2] a receiver knows the count before it fetches a
 //           unit. A block ends when it has told all and knows all.
 //           In a ring, unit n uses stage n % S: [L] its load completes the stage's barrier (phase
-//           n / S), [F] its stores have read the stage before unit n + S is loaded, [M] likewise the
-//           helpers.
+//           n / S), [F] its stores have read the stage before unit n + S is loaded; [M] the helpers
+//           are through with unit n before unit n + 1 counts as stored.
 // Reuse:    no memory outlives the call but the control block, whose progress only grows.
-// Progress: senders wait only for [S2], receivers for the senders of the same block. Blocks of a
-//           grid do not wait for each other (who has taken a shared unit stores it, and waits for
-//           nobody), and begin in order, so fewer SMs than blocks will do.
-// Failure:  a timeout fills tokens, scales and weights with NaN, integers with 0; see
+// Progress: senders wait for [S2] and their helpers, which wait for loads alone; receivers also for
+//           the peers' senders of the same block. Blocks of a grid do not wait for each other (who
+//           has taken a shared unit stores it, and waits for nobody), and begin in order, so fewer
+//           SMs than blocks will do.
+// Failure:  a timeout fills tokens, scales, weights and dots with NaN, integers with 0; see
 //           group_sync.cuh.
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses; longer ones than a stage go in
-//           pieces; at most kMaxUnitsPerBlock units a block; with fp8 at most kMaxFp8Channels.
+//           pieces; at most kMaxUnitsPerBlock units a block; with fp8 at most kMaxFp8Channels, with
+//           kWeighted at most kMaxWeightedRowBytes, and no pieces.
 #include "cuda/kernels/dispatch_rings.cuh"
 #include "cuda/kernels/kernels.cuh"
 #include "cuda/layout/placement.h"
@@ -170,6 +174,7 @@ __global__ __launch_bounds__(kNumThreads<kMode>,
 template <Mode kMode>
 cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_sms,
                    cudaStream_t stream) {
+  if (a.row_bytes <= 0) return cudaErrorInvalidValue;
   Cut cut;
   int64_t num_pieces = 1, num_stages;
   int32_t num_rings;
@@ -178,7 +183,7 @@ cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_s
     num_pieces = (a.row_bytes + kMaxPieceBytes - 1) / kMaxPieceBytes;
     cut.stage_bytes =
         static_cast<int32_t>(((a.row_bytes + num_pieces - 1) / num_pieces + 15) / 16 * 16);
-    num_rings = a.num_tokens * num_pieces <= int64_t{kFewUnits} * num_sms ? 2 : 4;
+    num_rings = a.num_tokens * num_pieces <= int64_t{kFewUnits} * num_sms ? 2 : kMaxRings<kMode>;
     num_stages = kRingBytes / num_rings / cut.stage_bytes;
   } else {
     if (kIsQuantized<kMode> ? a.num_channels > kMaxFp8Channels
@@ -203,7 +208,7 @@ cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_s
   cut.num_stages = static_cast<int32_t>(num_stages < most ? num_stages : most);
   const int64_t rows = (a.top_k + group.num_ranks - 1) / group.num_ranks;  // of a unit, about
   cut.fetches_ahead =
-      num_sms <= kMaxFetchingSms &&
+      kMode == Mode::kWeighted && num_sms <= kMaxFetchingSms &&
       int64_t{num_sms} * num_rings * (cut.num_stages - 1) * rows * a.row_bytes <= kMaxFetchedBytes;
   if (a.num_tokens * cut.num_pieces / num_sms >= kMaxUnitsPerBlock) return cudaErrorInvalidValue;
   dispatch_kernel<kMode>

@@ -310,7 +310,7 @@ class Ring {
   }
 
   // Waits until the helpers are through with the unit before the oldest one, and adds up what they
-  // have left. So they are at most a unit behind.
+  // have left.
   __device__ void settle() {
     if (kNumHelpers<kMode> == 0 || num_stored_ == 0) return;
     const int32_t i = store_stage_ == 0 ? cut_.num_stages - 1 : store_stage_ - 1;

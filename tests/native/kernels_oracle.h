@@ -234,8 +234,9 @@ inline void MakeResults(Data& d) {
     d.tokens.push_back(tokens);
     d.weights.push_back(weights);
 
-    // A lane of the kernel sums at most H / 32 + 8 products; then lanes add up in 5 steps. So many
-    // roundings and one more, if products are not fused, are on the way of each product. A rounding
+    // A lane of one of the kernel's seven helpers sums at most H / 224 + 8 products; then lanes add
+    // up in 5 steps, and seven sums are added. So many roundings and one more, if products are not
+    // fused, are on the way of each product. A rounding
     // is off by 2^-24 of at most the sum of magnitudes, to first order (1% is for the second), or
     // by 2^-150 where it is subnormal.
     std::vector<uint8_t> d_y(d.capacity * d.row_bytes, 0);
@@ -254,7 +255,7 @@ inline void MakeResults(Data& d) {
         d_weights[row] += number * cotangent;
         magnitude += std::abs(number * cotangent);
       }
-      const double roundings = static_cast<double>(d.num_channels) / 32 + 8 + 5 + 1;
+      const double roundings = static_cast<double>(d.num_channels) / 224 + 8 + 5 + 7 + 1;
       bound[row] = roundings * (1.01 * magnitude * 0x1p-24 + 0x1p-150);
     }
     d.d_y.push_back(d_y);
