@@ -22,6 +22,7 @@
 //           for resident blocks.
 // Failure:  a timeout fills the tables with -1 and the counts with 0; see group_sync.cuh.
 // Limits:   E <= 1024, R * T * K < 2^31, num_blocks <= kMaxLayoutBlocks.
+#include <algorithm>
 #include <cub/block/block_scan.cuh>
 
 #include "cuda/kernels/kernels.cuh"
@@ -291,13 +292,12 @@ int64_t SharedBytes(int64_t num_experts, int64_t num_cached) {
 cudaError_t LaunchLayout(const GroupView& group, const LayoutArguments& a, int num_sms,
                          cudaStream_t stream) {
   const int64_t num_ids = a.num_tokens * a.top_k * group.num_ranks;
-  // More blocks have fewer ids each, but more lines to sum: an id for each thread at least, and two
-  // if there are many.
+  // More blocks have fewer ids each, but more lines to sum: as many as give each thread an id, up to
+  // kMany; beyond that as many as give it two.
   constexpr int64_t kMany = 64;
-  const int64_t most = num_sms < kMaxLayoutBlocks ? num_sms : kMaxLayoutBlocks;
-  int64_t num_blocks = (num_ids + kNumThreads - 1) / kNumThreads;
-  if (num_blocks > kMany) num_blocks = num_blocks / 2 > kMany ? num_blocks / 2 : kMany;
-  num_blocks = num_blocks < most ? num_blocks : most;
+  const int64_t with_one = (num_ids + kNumThreads - 1) / kNumThreads;
+  const int64_t most = std::min<int64_t>(num_sms, kMaxLayoutBlocks);
+  const int64_t num_blocks = std::min(most, std::max(std::min(with_one, kMany), with_one / 2));
   const auto ids_per_block = static_cast<int32_t>((num_ids + num_blocks - 1) / num_blocks);
   const int32_t num_cached = ids_per_block < kMaxCached ? ids_per_block : kMaxCached;
   layout_kernel<<<static_cast<unsigned>(num_blocks), kNumThreads,

@@ -23,9 +23,9 @@
 //           last block of each such call fills its outputs. The host sets `broken` too, when it
 //           leaves the group: a call that finds it set (a replayed command buffer) touches no
 //           memory of a peer. A rank that gives up does not know whether a peer still writes: such
-//           stores may reach its buffers later. Waits within a block, for its copies (mbarriers) and
-//           its messenger (mailbox), need no timeout: copies end by themselves, and the messenger
-//           tells a break to those who wait for it.
+//           stores may reach its buffers later. Waits within a block, for its copies and for warps
+//           that work on what has been copied (mbarriers), and for its messenger (mailbox), need no
+//           timeout: those end by themselves, and the messenger tells a break to those who wait.
 #ifndef JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 #define JAX_EP_CUDA_SYNC_GROUP_SYNC_CUH_
 

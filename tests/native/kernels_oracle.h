@@ -236,9 +236,8 @@ inline void MakeResults(Data& d) {
 
     // A lane of one of the kernel's seven helpers sums at most H / 224 + 8 products; then lanes add
     // up in 5 steps, and seven sums are added. So many roundings and one more, if products are not
-    // fused, are on the way of each product. A rounding
-    // is off by 2^-24 of at most the sum of magnitudes, to first order (1% is for the second), or
-    // by 2^-150 where it is subnormal.
+    // fused, are on the way of each product. A rounding is off by 2^-24 of at most the sum of
+    // magnitudes, to first order (1% is for the second), or by 2^-150 where it is subnormal.
     std::vector<uint8_t> d_y(d.capacity * d.row_bytes, 0);
     std::vector<double> d_weights(d.capacity, 0.0), bound(d.capacity, 0.0);
     for (int64_t row = 0; row < d.capacity; ++row) {
