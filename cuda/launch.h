@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cuda/layout/control.h"
+#include "cuda/memory/control.h"
 
 namespace jax_ep::gpu {
 

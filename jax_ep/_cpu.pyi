@@ -1,4 +1,4 @@
-"""The CPU backend's extension module (xla_ffi/module.cc)."""
+"""The CPU backend's extension module (xla_ffi/cpu/module.cc)."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The CUDA backend's extension module (xla_ffi/module_cuda.cc); absent without a CUDA build."""
+"""The CUDA backend's extension module (xla_ffi/cuda/module.cc); absent without a CUDA build."""
 
 from collections.abc import Sequence
 from typing import Any

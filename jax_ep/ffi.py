@@ -2,8 +2,8 @@
 
 Each primitive is one target: ``jax_ep_layout``, ``jax_ep_dispatch`` and ``jax_ep_combine`` on every
 platform, ``jax_ep_combine_gradient`` on CUDA, in whose place CPU has a dispatch and XLA's
-arithmetic. Operand and result order is the CUDA handlers' (xla_ffi/handlers_cuda.cc), but for the
-coordinates, which handlers take first. The CPU handlers (xla_ffi/<op>_cpu.cc) do with less:
+arithmetic. Operand and result order is the CUDA handlers' (xla_ffi/cuda/handlers.cc), but for the
+coordinates, which handlers take first. The CPU handlers (xla_ffi/cpu/<op>_handler.cc) do with less:
 dispatch without topk_idx and send_row, combine without scratch. Result types derive from the
 operands' types, so that shardings and varying axes carry over.
 """

@@ -407,7 +407,7 @@ def test_persistent_compilation_cache(tmp_path: pathlib.Path) -> None:
     """A second process takes the executable from disk and gets the same bits."""
     tests = pathlib.Path(__file__).resolve().parent
     package = pathlib.Path(jax_ep.__file__).resolve().parent.parent  # the one under test
-    paths = [str(tests), str(package), os.environ.get("PYTHONPATH", "")]
+    paths = [*map(str, (tests, tests / "support", package)), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     results = []
     for _ in range(2):

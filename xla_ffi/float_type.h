@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "xla/ffi/api/ffi.h"
-#include "xla_ffi/cpu/row_math.h"
+#include "xla_ffi/cpu/ops/row_math.h"
 
 namespace jax_ep {
 

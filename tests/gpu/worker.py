@@ -106,7 +106,7 @@ def run_pytest(*arguments: str) -> int:
     import hypothesis
     import pytest
 
-    sys.path.insert(0, str(TESTS))
+    sys.path[:0] = [str(TESTS), str(TESTS / "support")]
     hypothesis.settings.register_profile(
         "in_step",
         derandomize=True,  # the same examples in every process and every run

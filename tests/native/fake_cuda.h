@@ -1,4 +1,4 @@
-// As much of CUDA as xla_ffi/symmetric_memory.cc and call_site_cuda.cc call, in host memory: for
+// As much of CUDA as xla_ffi/memory/symmetric_memory.cc and call_site_cuda.cc call, in host memory: for
 // tests without a GPU. An allocation is a memfd, so its descriptors cross process borders and its
 // memory lives as long as somebody maps it, as a GPU's does; an access without cuMemSetAccess, or
 // after cuMemUnmap, ends the program. Include it in one file.

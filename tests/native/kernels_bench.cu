@@ -28,7 +28,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
-#include "cuda/link_probe.h"
+#include "cuda/probe/link_probe.h"
 #include "tests/native/check_cuda.h"
 
 namespace {

@@ -4,7 +4,7 @@
 //   rendezvous_test           runs all tests
 //   rendezvous_test race      races on purpose: ThreadSanitizer must end the program with an error
 //   rendezvous_test overflow  reads out of bounds on purpose: AddressSanitizer must
-#include "xla_ffi/cpu/rendezvous.h"
+#include "xla_ffi/cpu/meet/rendezvous.h"
 
 #include <poll.h>
 #include <signal.h>
@@ -31,9 +31,9 @@
 #include <thread>
 #include <vector>
 
-#include "xla_ffi/cpu/ops.h"
-#include "xla_ffi/cpu/process_group.h"
-#include "xla_ffi/cpu/worker_pool.h"
+#include "xla_ffi/cpu/meet/process_group.h"
+#include "xla_ffi/cpu/meet/worker_pool.h"
+#include "xla_ffi/cpu/ops/ops.h"
 
 #define CHECK(condition)                                                                 \
   do {                                                                                   \

@@ -1,6 +1,6 @@
 // The host side of the CUDA backend against fake_cuda.h, without a GPU: how processes come to each
 // other's memory, what staging does to a call, and that nothing is freed too early or never.
-#include "xla_ffi/symmetric_memory.h"
+#include "xla_ffi/memory/symmetric_memory.h"
 
 #include <fcntl.h>
 #include <signal.h>
@@ -20,7 +20,7 @@
 #include <vector>
 
 #include "fake_cuda.h"
-#include "xla_ffi/call_site_cuda.h"
+#include "xla_ffi/cuda/call_site.h"
 
 #define CHECK(condition)                                                             \
   do {                                                                               \

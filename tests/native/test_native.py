@@ -11,7 +11,8 @@ import pytest
 
 _TEST = pathlib.Path(__file__).with_name("rendezvous_test.cc")
 _ROOT = _TEST.parents[2]
-_SOURCES = [_TEST, *sorted((_ROOT / "xla_ffi" / "cpu").glob("*.cc"))]
+_CPU = _ROOT / "xla_ffi" / "cpu"
+_SOURCES = [_TEST, *sorted(_CPU.glob("meet/*.cc")), *sorted(_CPU.glob("ops/*.cc"))]
 _FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-ffp-contract=off", "-pthread"]
 
 # Which sanitizer, and what rendezvous_test does for it to see: it must end the program.
@@ -120,8 +121,8 @@ def test_symmetric_memory(tmp_path: pathlib.Path) -> None:
             "-isystem",
             headers,
             _TEST.with_name("symmetric_memory_test.cc"),
-            _ROOT / "xla_ffi" / "symmetric_memory.cc",
-            _ROOT / "xla_ffi" / "call_site_cuda.cc",
+            _ROOT / "xla_ffi" / "memory" / "symmetric_memory.cc",
+            _ROOT / "xla_ffi" / "cuda" / "call_site.cc",
             "-o",
             program,
         ],

@@ -1,0 +1,58 @@
+// Where a row goes: the arithmetic of the receive layout, one home for host and device.
+//
+// Vocabulary: T tokens, K experts per token, E experts, R ranks, L = E / R experts per rank,
+// C capacity (rows), A expert alignment. Local expert e of a rank receives n[e] rows, takes
+// p[e] = n[e] rounded up to A, and starts at o[e] = p[0] + .. + p[e - 1]. Row i of expert e sits at
+// o[e] + i and is kept if that is below C. All quantities are rows and fit 64 bits.
+#ifndef JAX_EP_CUDA_CORE_PLACEMENT_H_
+#define JAX_EP_CUDA_CORE_PLACEMENT_H_
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define JAX_EP_HOST_DEVICE __host__ __device__
+#else
+#define JAX_EP_HOST_DEVICE
+#endif
+
+namespace jax_ep {
+
+inline constexpr int32_t kNotRouted = -1;  // an id that sends no row, on purpose
+inline constexpr int32_t kNoRow = -1;      // in send_row: dropped or not routed
+inline constexpr int32_t kNoSource = -1;   // in recv_src and recv_order: padding or tail
+
+// An id in [0, E) makes a row.
+JAX_EP_HOST_DEVICE constexpr bool is_routed(int32_t expert, int64_t num_experts) {
+  return expert >= 0 && expert < num_experts;
+}
+
+// Neither routed nor the agreed "not routed": counted in num_invalid.
+JAX_EP_HOST_DEVICE constexpr bool is_invalid(int32_t expert, int64_t num_experts) {
+  return !is_routed(expert, num_experts) && expert != kNotRouted;
+}
+
+// p[e]: rows that an expert with `num_rows` rows occupies.
+JAX_EP_HOST_DEVICE constexpr int64_t padded_rows(int64_t num_rows, int64_t alignment) {
+  return (num_rows + alignment - 1) / alignment * alignment;
+}
+
+// Of the rows [first_row, first_row + num_rows), how many lie below the capacity.
+JAX_EP_HOST_DEVICE constexpr int64_t rows_below(int64_t first_row, int64_t num_rows,
+                                                int64_t capacity) {
+  const int64_t end = first_row + num_rows < capacity ? first_row + num_rows : capacity;
+  return end > first_row ? end - first_row : 0;
+}
+
+// The source of a receive row as one number, ordered by (source rank, token, k).
+JAX_EP_HOST_DEVICE constexpr int64_t flat_source(int64_t src_rank, int64_t token_idx, int64_t k_idx,
+                                                 int64_t num_tokens, int64_t top_k) {
+  return (src_rank * num_tokens + token_idx) * top_k + k_idx;
+}
+
+static_assert(padded_rows(0, 16) == 0 && padded_rows(1, 16) == 16 && padded_rows(16, 16) == 16);
+static_assert(rows_below(4, 3, 8) == 3 && rows_below(6, 3, 8) == 2 && rows_below(9, 3, 8) == 0);
+static_assert(is_invalid(-2, 4) && is_invalid(4, 4) && !is_invalid(-1, 4) && !is_invalid(3, 4));
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_CUDA_CORE_PLACEMENT_H_

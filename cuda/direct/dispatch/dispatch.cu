@@ -1,0 +1,244 @@
+// dispatch: each rank writes its tokens' rows to where their experts live.
+// After:    tokens[row] = x of rank src [t] for every kept row, (src, t, k) = recv_src[row];
+//           padding is zero, the tail too if zero_tail; weights[row] = topk_weights of src [t, k],
+//           else 0.
+//           With fp8, x crosses as float8_e4m3fn with a scale per 128 channels, as
+//           jax_ep/reference.py's quantize defines them: tokens and scales are those, or, with
+//           kDequantize, tokens are their products in x's type.
+//           With kWeighted, which is the gradient of combine: tokens[row] = round(row_weights[row] *
+//           x of src [t]), dots[row] = sum over channels of y[row] * x of src [t], 0 if it holds no
+//           row; all in f32.
+// Roles:    one block an SM, 6 warps, 12 with fp8, 18 with kWeighted. The first ones, senders and
+//           then receivers, run a ring of stages each; with kWeighted each has helpers, which share
+//           the channels of its rows and form products and sums. Senders load (or quantise) each of
+//           the rank's own tokens once and store it to its rows here, and to one row at each other
+//           rank that has any: the first of them, or a row of the landing area. From there a
+//           receiver of that rank fetches it and stores it to the token's other rows (to all, if
+//           they differ from what has crossed). Then come a warp that sends the weights and the
+//           messenger, which talks to the peers. All others, when they have nothing else to do, zero
+//           what holds no row. A unit is a piece of a token's row; sender m of n has the units m,
+//           m + n, .. of its block, receivers likewise. Block b has the same units on every rank, so
+//           it only ever meets the blocks b of the peers. Of shared units (kShared) a block sends
+//           what crosses; the rows that stay here are stored by whichever sender is free, which
+//           loads the token again.
+// Buffers:  name            | lives on       | written by                     | read by
+//           x, topk_weights | XLA, own       | before the call                | own senders
+//           tokens, weights,| XLA, each rank | peers' senders, [S2]..[P1]     | receivers, [P2], what
+//             scales        |                | (one row a token, weights,     | peers wrote; later
+//                           |                | scales); own warps (the rest)  | kernels
+//           landing         | each rank      | peers' senders, [S2]..[P1]     | receivers, [P2]
+//           stages          | shared memory  | ring's loads; sums over a      | ring's stores,
+//                           |                | helper's channels: the helper  | helpers
+// Protocol: 1. [S1] show tokens, weights, scales, landing; [S2] wait for all.
+//           2. Senders store their units, receivers those that are there.
+//           3. [P1] when units are written at the peers, the block tells the peers' blocks how many,
+//           the last one when the weights are; [P2] a receiver knows the count before it fetches a
+//           unit. A block ends when it has told all and knows all.
+//           In a ring, unit n uses stage n % S: [L] its load completes the stage's barrier (phase
+//           n / S), [F] its stores have read the stage before unit n + S is loaded; [M] the helpers
+//           are through with unit n before unit n + 1 counts as stored.
+// Reuse:    no memory outlives the call but the control block, whose progress only grows.
+// Progress: senders wait for [S2] and their helpers, which wait for loads alone; receivers also for
+//           the peers' senders of the same block. Blocks of a grid do not wait for each other (who
+//           has taken a shared unit stores it, and waits for nobody), and begin in order, so fewer
+//           SMs than blocks will do.
+// Failure:  a timeout fills tokens, scales, weights and dots with NaN, integers with 0; see
+//           group_sync.cuh.
+// Limits:   rows are multiples of 16 bytes at 16-byte addresses; longer ones than a stage go in
+//           pieces; at most kMaxUnitsPerBlock units a block; with fp8 at most kMaxFp8Channels, with
+//           kWeighted at most kMaxWeightedRowBytes, and no pieces.
+#include "cuda/core/placement.h"
+#include "cuda/direct/dispatch/rings.cuh"
+#include "cuda/direct/kernels.cuh"
+#include "cuda/ptx/bulk_copy.cuh"
+#include "cuda/sync/group_sync.cuh"
+
+namespace jax_ep::gpu {
+namespace {
+
+using namespace dispatch;
+
+// Stores the weights of a block's tokens, at the units that begin them; by a warp.
+__device__ void send_weights(const GroupView& g, const DispatchArguments& a, const Cut& cut,
+                             Shared& shared, int32_t first_unit) {
+  const int64_t end_unit = first_unit + shared.box.num_units;
+  const int64_t begin = (first_unit + cut.num_pieces - 1) / cut.num_pieces * a.top_k;
+  const int64_t end = (end_unit + cut.num_pieces - 1) / cut.num_pieces * a.top_k;
+  const auto num_local = static_cast<int32_t>(a.num_local_experts);
+#pragma unroll 4
+  for (int64_t i = begin + static_cast<int64_t>(threadIdx.x) % 32; i < end; i += 32) {
+    const int32_t row = a.send_row[i], expert = a.topk_idx[i];
+    const float weight = a.topk_weights[i];
+    if (row != kNoRow)
+      reinterpret_cast<float*>(shared.address[expert / num_local][1])[row] = weight;
+  }
+  tell_values(shared.box);
+}
+
+// Zeros, by any warp; those of a block share its part.
+template <Mode kMode>
+__device__ void zero_rest(const DispatchArguments& a, Shared& shared) {
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
+  const int64_t row_bytes = tokens_row_bytes<kMode>(a);
+  const int64_t num_scales = kMode == Mode::kQuantize ? a.num_channels / kScaleBlock : 0;
+  int32_t used = 0;
+  if (!a.zero_tail) {
+    for (int64_t e = lane; e < a.num_local_experts; e += 32) used += a.group_sizes[e];
+    used = __reduce_add_sync(0xffffffffu, used);
+  }
+  const int64_t end = a.zero_tail ? a.capacity : used;
+  const int64_t last = a.dots != nullptr ? a.capacity : end;
+  while (true) {
+    uint32_t taken = 0;
+    if (lane == 0) taken = atomicAdd(&shared.num_batches, 1);
+    taken = __shfl_sync(0xffffffffu, taken, 0);
+    const int64_t batch = (int64_t{taken} * gridDim.x + blockIdx.x) * 32;
+    if (batch >= last) return;
+    const int64_t row = batch + lane;
+    const bool is_empty = row < last && a.recv_src[row] == kNoSource;
+    if (is_empty && a.dots != nullptr) a.dots[row] = 0.0f;
+    if (is_empty && row < end && a.weights != nullptr) a.weights[row] = 0.0f;
+    uint32_t empty = __ballot_sync(0xffffffffu, is_empty && row < end);
+    for (; empty != 0; empty &= empty - 1) {
+      const int64_t zero_row = batch + __ffs(static_cast<int>(empty)) - 1;
+      auto* at = reinterpret_cast<uint4*>(static_cast<char*>(a.tokens) + zero_row * row_bytes);
+      for (int64_t i = lane; i < row_bytes / 16; i += 32) at[i] = uint4{0, 0, 0, 0};
+      for (int64_t i = lane; i < num_scales; i += 32) a.scales[zero_row * num_scales + i] = 0.0f;
+    }
+  }
+}
+
+template <Mode kMode>
+__global__ __launch_bounds__(kNumThreads<kMode>,
+                             1) void dispatch_kernel(const __grid_constant__ GroupView g,
+                                                     const __grid_constant__ DispatchArguments a,
+                                                     const __grid_constant__ Cut cut) {
+  extern __shared__ __align__(128) char rings[];
+  __shared__ Shared shared;
+  const auto warp = static_cast<int32_t>(threadIdx.x) / 32;
+  const int32_t num_rings = cut.num_senders + cut.num_receivers;
+  const int64_t num_units = a.num_tokens * cut.num_pieces;
+  const int32_t first = first_unit(num_units, blockIdx.x);
+  const int32_t num_own = first_unit(num_units, blockIdx.x + 1) - first;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < num_rings * cut.num_stages; ++s) {
+      mbarrier_init(&shared.full[s], 1);
+      if (kNumHelpers<kMode> > 0) mbarrier_init(&shared.multiplied[s], kNumHelpers<kMode>);
+    }
+    fence_mbarrier_init();
+    shared.num_batches = 0;
+    shared.box = {{}, cut.num_senders, num_own, 0, a.weights == nullptr};
+  }
+  const bool lands = a.landing != nullptr;
+  const auto tokens = reinterpret_cast<uint64_t>(a.tokens);
+  const auto weights = reinterpret_cast<uint64_t>(a.weights);
+  const auto scales = reinterpret_cast<uint64_t>(a.scales);
+  const uint64_t own[kNumAddresses] = {tokens, weights, scales, 0};
+  if (blockIdx.x == 0) {
+    const uint64_t shown[kNumAddresses] = {lands ? 0 : tokens, weights, scales,
+                                           reinterpret_cast<uint64_t>(a.landing)};
+    send_start(g, kOpKind<kMode>, shown);  // [S1]
+  }
+  bool ok = true;
+  if (num_own > 0) ok = receive_start(g, kOpKind<kMode>, own, shared.address);  // [S2]
+  if (num_own == 0) __syncthreads();
+  if (ok && num_own > 0) {
+    const int32_t slot = warp / (1 + kNumHelpers<kMode>), part = warp % (1 + kNumHelpers<kMode>);
+    char* memory = rings + slot * (kRingBytes / num_rings / 128 * 128);
+    if (slot < num_rings && part > 0) {
+      Ring<kMode>(g, a, cut, shared, 0, 1, slot, first, memory).help(part - 1);
+    } else if (slot < cut.num_senders) {
+      Sender<kMode>(g, a, cut, shared, slot, first, memory).run();
+    } else if (slot < num_rings) {
+      ok = Receiver<kMode>(g, a, cut, shared, slot - cut.num_senders, first, memory).run();
+    } else if (warp == kMessenger<kMode>) {
+      ok = run_messenger(g, kOpKind<kMode>, shared.box);
+    } else if (warp == kWeigher<kMode> && a.weights != nullptr) {
+      send_weights(g, a, cut, shared, first);
+    }
+  }
+  if (warp != kMessenger<kMode>) zero_rest<kMode>(a, shared);
+  const Finish finish = finish_block(g, ok);
+  if (finish == Finish::kNotLast) return;
+  if (finish == Finish::kFail) {
+    fill(a.tokens, a.capacity * tokens_row_bytes<kMode>(a), a.is_integer ? 0 : kNan);
+    if (kMode == Mode::kQuantize) {
+      fill(a.scales, a.capacity * a.num_channels / kScaleBlock * 4, kNan);
+    }
+    if (a.weights != nullptr) fill(a.weights, a.capacity * 4, kNan);
+    if (a.dots != nullptr) fill(a.dots, a.capacity * 4, kNan);
+  }
+  end_call(g);
+}
+
+template <Mode kMode>
+cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_sms,
+                   cudaStream_t stream) {
+  if (a.row_bytes <= 0) return cudaErrorInvalidValue;
+  Cut cut;
+  int64_t num_pieces = 1, num_stages;
+  int32_t num_rings;
+  if (kMode == Mode::kCopy) {
+    // Equal pieces, each a multiple of 16 bytes.
+    num_pieces = (a.row_bytes + kMaxPieceBytes - 1) / kMaxPieceBytes;
+    cut.stage_bytes =
+        static_cast<int32_t>(((a.row_bytes + num_pieces - 1) / num_pieces + 15) / 16 * 16);
+    num_rings = a.num_tokens * num_pieces <= int64_t{kFewUnits} * num_sms ? 2 : kMaxRings<kMode>;
+    num_stages = kRingBytes / num_rings / cut.stage_bytes;
+  } else {
+    if (kIsQuantized<kMode> ? a.num_channels > kMaxFp8Channels
+                            : a.row_bytes > kMaxWeightedRowBytes) {
+      return cudaErrorInvalidValue;
+    }
+    cut.stage_bytes = static_cast<int32_t>(LandingRowBytes(a.mode, a.num_channels, a.row_bytes)) +
+                      kDotsBytes<kMode>;
+    const int64_t buffers = kMode == Mode::kDequantize ? kNumBuffers * kBufferBytes : 0;
+    num_rings = kMaxRings<kMode> + 2;
+    do {
+      num_rings -= 2;
+      num_stages = (kRingBytes / num_rings / 128 * 128 - buffers) / cut.stage_bytes;
+    } while (num_stages < kMinStages);
+  }
+  cut.num_pieces = static_cast<int32_t>(num_pieces);
+  // Half of them receive, unless all that crosses is where it belongs.
+  const bool is_final = a.top_k == 1 && a.landing == nullptr && kIsCopied<kMode>;
+  cut.num_receivers = group.num_ranks == 1 || is_final ? 0 : num_rings / 2;
+  cut.num_senders = num_rings - cut.num_receivers;
+  const int64_t most = kMaxStages / num_rings;
+  cut.num_stages = static_cast<int32_t>(num_stages < most ? num_stages : most);
+  const int64_t rows = (a.top_k + group.num_ranks - 1) / group.num_ranks;  // of a unit, about
+  cut.fetches_ahead =
+      kMode == Mode::kWeighted && num_sms <= kMaxFetchingSms &&
+      int64_t{num_sms} * num_rings * (cut.num_stages - 1) * rows * a.row_bytes <= kMaxFetchedBytes;
+  if (a.num_tokens * cut.num_pieces / num_sms >= kMaxUnitsPerBlock) return cudaErrorInvalidValue;
+  dispatch_kernel<kMode>
+      <<<static_cast<unsigned>(num_sms), kNumThreads<kMode>, kRingBytes, stream>>>(group, a, cut);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t LaunchDispatch(const GroupView& group, const DispatchArguments& a, int num_sms,
+                           cudaStream_t stream) {
+  switch (a.mode) {
+    case Mode::kCopy:
+      return Launch<Mode::kCopy>(group, a, num_sms, stream);
+    case Mode::kQuantize:
+      return Launch<Mode::kQuantize>(group, a, num_sms, stream);
+    case Mode::kDequantize:
+      return Launch<Mode::kDequantize>(group, a, num_sms, stream);
+    case Mode::kWeighted:
+      return Launch<Mode::kWeighted>(group, a, num_sms, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t PrepareDispatch() {
+  for (auto* kernel : {dispatch_kernel<Mode::kCopy>, dispatch_kernel<Mode::kQuantize>,
+                       dispatch_kernel<Mode::kDequantize>, dispatch_kernel<Mode::kWeighted>}) {
+    if (cudaError_t e = PrepareKernel(kernel, kRingBytes); e != cudaSuccess) return e;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace jax_ep::gpu

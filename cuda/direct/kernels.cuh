@@ -1,0 +1,45 @@
+// What the kernel files share besides the protocol.
+#ifndef JAX_EP_CUDA_DIRECT_KERNELS_CUH_
+#define JAX_EP_CUDA_DIRECT_KERNELS_CUH_
+
+#include <cstdint>
+
+#include "cuda/launch.h"
+
+namespace jax_ep::gpu {
+
+cudaError_t PrepareLayout();
+cudaError_t PrepareDispatch();
+cudaError_t PrepareCombine();
+
+// Loads a kernel on the current device and allows it `shared_bytes` of dynamic shared memory.
+template <typename Kernel>
+cudaError_t PrepareKernel(Kernel kernel, int64_t shared_bytes) {
+  cudaFuncAttributes attributes;
+  if (cudaError_t e = cudaFuncGetAttributes(&attributes, kernel); e != cudaSuccess) return e;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(shared_bytes));
+}
+
+// Of the units i, i + n, i + 2 n, .. below num_units: how many there are.
+__device__ inline int32_t num_steps(int32_t num_units, uint32_t i, uint32_t n) {
+  const auto first = static_cast<int32_t>(i), stride = static_cast<int32_t>(n);
+  return num_units <= first ? 0 : (num_units - first + stride - 1) / stride;
+}
+
+// Blocks have equal shares of the units, in order: neighbours share metadata.
+__device__ inline int32_t first_unit(int64_t num_units, uint32_t block) {
+  return static_cast<int32_t>(num_units * block / gridDim.x);
+}
+
+inline constexpr uint32_t kNan = ~0u;  // in every float type
+
+// Sets all words: by all threads of a block. `num_bytes` is a multiple of 4.
+__device__ inline void fill(void* buffer, int64_t num_bytes, uint32_t word) {
+  auto* words = static_cast<uint32_t*>(buffer);
+  for (int64_t i = threadIdx.x; i < num_bytes / 4; i += blockDim.x) words[i] = word;
+}
+
+}  // namespace jax_ep::gpu
+
+#endif  // JAX_EP_CUDA_DIRECT_KERNELS_CUH_

@@ -1,0 +1,92 @@
+// Rows as float8_e4m3fn with a scale per 128 channels: the numbers as jax_ep/reference.py's quantize
+// defines them, laid out as they cross a link (WireRowBytes in cuda/launch.h).
+#ifndef JAX_EP_CUDA_ROWS_FP8_ROWS_CUH_
+#define JAX_EP_CUDA_ROWS_FP8_ROWS_CUH_
+
+#include <cuda_fp8.h>
+
+#include "cuda/launch.h"
+
+namespace jax_ep::gpu {
+
+// The scale of 128 channels whose largest magnitude is `amax`, and what they are multiplied with.
+__device__ inline float2 scale_and_inverse(float amax, bool power_of_two) {
+  constexpr float kLargest = 448.0f;
+  float scale = __fdiv_rn(amax, kLargest);
+  if (!power_of_two) return {scale, __fdiv_rn(kLargest, amax)};
+  uint32_t bits = __float_as_uint(scale);
+  if ((bits & 0x007fffff) != 0) bits = (bits & 0x7f800000) + 0x00800000;
+  scale = __uint_as_float(bits);
+  return {scale, __fdiv_rn(1.0f, scale)};
+}
+
+// Quantises a row of x into a row as it crosses, by a warp: kAtOnce vectors of each lane at a time.
+template <typename Vector>
+__device__ void quantize_row(const DispatchArguments& a, const char* x, char* wire) {
+  constexpr int kAtOnce = 8;
+  constexpr int kLanes = kScaleBlock / Vector::kCount;  // that share a scale
+  constexpr int kGroups = 32 / kLanes;                  // of lanes
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
+  const auto num_vectors = static_cast<int32_t>(a.num_channels / Vector::kCount);
+  const auto num_scales = static_cast<int32_t>(a.num_channels / kScaleBlock);
+  const auto load = [&](int32_t begin, uint4(&vector)[kAtOnce]) {
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int32_t i = begin + 32 * j + lane;
+      vector[j] =
+          i < num_vectors ? __ldcs(reinterpret_cast<const uint4*>(x) + i) : uint4{0, 0, 0, 0};
+    }
+  };
+  uint4 vector[kAtOnce];
+  load(0, vector);
+  for (int32_t begin = 0; begin < num_vectors; begin += 32 * kAtOnce) {
+    uint4 next[kAtOnce];
+    load(begin + 32 * kAtOnce, next);  // under way meanwhile
+    // The scales: lane s of the first kAtOnce * kGroups computes the s-th.
+    float largest = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      float value[Vector::kCount];
+      Vector::load(vector[j], value);
+      float amax = 0x1p-100f;
+#pragma unroll
+      for (int c = 0; c < Vector::kCount; ++c) amax = fmaxf(amax, fabsf(value[c]));  // without NaN
+#pragma unroll
+      for (int m = 1; m < kLanes; m *= 2) {
+        amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, m));
+      }
+      const float of_group = __shfl_sync(0xffffffffu, amax, lane % kGroups * kLanes);
+      if (lane / kGroups == j) largest = of_group;
+    }
+    const float2 scale = scale_and_inverse(largest, a.power_of_two_scales);
+    const int32_t s = begin / 32 * kGroups + lane;
+    if (lane < kAtOnce * kGroups && s < num_scales) {
+      reinterpret_cast<float*>(wire + a.num_channels)[s] = scale.x;
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int32_t i = begin + 32 * j + lane;
+      const float inverse = __shfl_sync(0xffffffffu, scale.y, j * kGroups + lane / kLanes);
+      float value[Vector::kCount];
+      Vector::load(vector[j], value);
+      struct alignas(Vector::kCount) {
+        __nv_fp8x2_storage_t pair[Vector::kCount / 2];
+      } quantized;
+#pragma unroll
+      for (int c = 0; c < Vector::kCount; c += 2) {
+        const float2 two{__fmul_rn(value[c], inverse), __fmul_rn(value[c + 1], inverse)};
+        // The conversion clamps to the largest number and keeps NaN.
+        quantized.pair[c / 2] = __nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3);
+      }
+      if (i < num_vectors) {
+        *reinterpret_cast<decltype(quantized)*>(wire + i * Vector::kCount) = quantized;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) vector[j] = next[j];
+  }
+}
+
+}  // namespace jax_ep::gpu
+
+#endif  // JAX_EP_CUDA_ROWS_FP8_ROWS_CUH_

@@ -1,0 +1,105 @@
+#include "xla_ffi/cpu/call_site.h"
+
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "xla_ffi/cpu/meet/rendezvous.h"
+#include "xla_ffi/hash.h"
+
+namespace jax_ep {
+namespace {
+
+namespace ffi = xla::ffi;
+
+std::atomic<uint64_t> g_next_site_id{1};
+std::atomic<bool> g_poison_outputs{false};
+// XLA instantiates the call sites of a program one after the other while it compiles it, on a
+// thread of its own choice (jaxlib 0.10.2: not the one that lowered the program).
+std::mutex g_ordinals_mutex;
+std::map<uint64_t, uint64_t> g_num_sites;  // of the program that is being compiled, by signature
+
+ffi::ErrorCode Code(cpu::FailureCode code) {
+  switch (code) {
+    case cpu::FailureCode::kDeadlineExceeded:
+      return ffi::ErrorCode::kDeadlineExceeded;
+    case cpu::FailureCode::kUnavailable:
+      return ffi::ErrorCode::kUnavailable;
+    case cpu::FailureCode::kFailedPrecondition:
+      return ffi::ErrorCode::kFailedPrecondition;
+    case cpu::FailureCode::kInternal:
+      break;
+  }
+  return ffi::ErrorCode::kInternal;
+}
+
+}  // namespace
+
+ffi::TypeId CpuSiteState::id = {};
+
+void BeginProgram() {
+  std::lock_guard<std::mutex> lock(g_ordinals_mutex);
+  g_num_sites.clear();
+}
+
+void SetPoisonOutputs(bool poison) { g_poison_outputs = poison; }
+
+cpu::CallSite MakeCallSite(const char* op, int64_t num_ranks, ffi::Span<const int64_t> members,
+                           std::initializer_list<int64_t> static_values) {
+  cpu::CallSite site;
+  site.op = op;
+  site.id = g_next_site_id++;
+  site.num_ranks = num_ranks;
+  for (int64_t member : members) site.rank_process.push_back(member >> 32);
+  site.signature = HashOperation(op, static_values, members);
+  std::lock_guard<std::mutex> lock(g_ordinals_mutex);
+  site.ordinal = g_num_sites[site.signature]++;
+  return site;
+}
+
+ffi::Future FailedFuture(ffi::Error error) {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  promise.SetError(std::move(error));
+  return future;
+}
+
+ffi::Future Arrive(const CpuSiteState& state, ffi::RunId run,
+                   const ffi::Buffer<ffi::S32, 1>& coordinates, std::vector<const void*> in,
+                   const std::vector<Output>& out, const cpu::OpFactory& make_op) try {
+  const cpu::CallSite& site = *state.site;
+  const int64_t num_groups = static_cast<int64_t>(site.rank_process.size()) / site.num_ranks;
+  const bool pair = coordinates.element_count() == 2;
+  const int64_t group = pair ? coordinates.typed_data()[0] : -1;
+  const int64_t rank = pair ? coordinates.typed_data()[1] : -1;
+  if (group < 0 || group >= num_groups || rank < 0 || rank >= site.num_ranks) {
+    return FailedFuture({ffi::ErrorCode::kInvalidArgument,
+                         site.op + ": coordinates name rank " + std::to_string(rank) +
+                             " of group " + std::to_string(group) + ", but there are " +
+                             std::to_string(num_groups) + " groups of " +
+                             std::to_string(site.num_ranks) + " ranks"});
+  }
+  cpu::Member member;
+  member.rank = rank;
+  member.in = std::move(in);
+  for (const Output& output : out) {
+    if (g_poison_outputs && output.bytes > 0) std::memset(output.data, 0xff, output.bytes);
+    member.out.push_back(output.data);
+  }
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  member.done = [promise](const cpu::MaybeFailure& failure) mutable {
+    if (failure) {
+      promise.SetError({Code(failure->code), failure->message});
+    } else {
+      promise.SetAvailable();
+    }
+  };
+  cpu::Rendezvous::Get().Arrive(state.site, run.run_id, group, std::move(member), make_op);
+  return future;
+} catch (const std::exception& e) {
+  return FailedFuture({ffi::ErrorCode::kInternal, std::string(state.site->op) + ": " + e.what()});
+}
+
+}  // namespace jax_ep

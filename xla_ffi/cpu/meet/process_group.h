@@ -1,0 +1,117 @@
+// The processes of a job on one host: how their CPU ranks meet and read each other's rows.
+//
+// Control messages go over one Unix socket per pair of processes, so a death is seen at once (end
+// of file without a goodbye). Payload has no buffer of its own: a process reads the rows it needs
+// straight from the owner's memory (process_vm_readv), between two messages of the owner.
+//
+// Protocol of one call, per process of the group:
+//   1. all ranks of this process have come, Prepare has run
+//   2. send ARRIVED with the addresses that others may read      [A1]
+//   3. ARRIVED of every other process seen -> Finish (reads)      observes [A1]
+//   4. send DONE: this process reads nothing any more             [D1]
+//   5. DONE of every other process seen -> the call is complete,  observes [D1]
+//      and only then do the buffers behind the addresses go back to their owners
+// Pairing: messages carry (signature, ordinal, run, group). The ordinal counts the call sites of
+// one signature inside one compiled program, which every process compiles alike; the run number is
+// the same in all processes of a multi-controller launch. Within a key, calls pair in order:
+// devices pass a call site once per iteration of the loop around it.
+// Failure: a timeout, a death or a failed read ends the call here with an error that names the
+// process and its ranks, and FAILED tells the others, who end theirs at once.
+#ifndef JAX_EP_XLA_FFI_CPU_MEET_PROCESS_GROUP_H_
+#define JAX_EP_XLA_FFI_CPU_MEET_PROCESS_GROUP_H_
+
+#include <sys/types.h>
+
+#include <chrono>
+#include <cstdint>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "xla_ffi/cpu/ops/collective_op.h"
+
+namespace jax_ep::cpu {
+
+class ProcessGroup : public std::enable_shared_from_this<ProcessGroup> {
+ public:
+  // The group that Connect made, or null.
+  static std::shared_ptr<ProcessGroup> Current();
+
+  // Opens this process's door and returns its address, an opaque line of text that the other
+  // processes need for Connect. Throws std::runtime_error if there is a group already.
+  static std::string Listen();
+
+  // Joins all processes; `addresses[i]` is what Listen returned in process i. Throws
+  // std::runtime_error naming the process that is late, on another host or not readable.
+  static void Connect(int64_t process_index, const std::vector<std::string>& addresses,
+                      std::chrono::nanoseconds timeout);
+
+  // Says goodbye and closes all. Calls in flight fail. Harmless without a group.
+  static void Disconnect();
+
+  ~ProcessGroup();
+  ProcessGroup(const ProcessGroup&) = delete;
+  ProcessGroup& operator=(const ProcessGroup&) = delete;
+
+  int64_t process_index() const { return process_index_; }
+
+  // Hands over a call whose ranks of this process have all come. Prepare, Finish and `completion`
+  // run on threads of the worker pool or on this one.
+  void Submit(const CallSite& site, int64_t run, int64_t group, std::unique_ptr<CollectiveOp> op,
+              std::chrono::nanoseconds timeout, Completion completion);
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  using Key = std::tuple<uint64_t, uint64_t, int64_t, int64_t>;  // signature, ordinal, run, group
+  enum class MessageType : uint32_t { kArrived = 1, kDone, kFailed, kGoodbye };
+
+  struct Peer {
+    int fd = -1;
+    pid_t pid = 0;
+    bool alive = false;
+    bool said_goodbye = false;
+    std::string inbox;
+    std::string outbox;
+  };
+  struct Exchange;
+  class PeerView;
+  using Exchanges = std::list<std::shared_ptr<Exchange>>;
+
+  explicit ProcessGroup(int64_t process_index, int64_t num_processes);
+
+  void Loop();
+  void Receive(int64_t process);
+  void Handle(int64_t process, MessageType type, const Key& key, std::string_view payload);
+  void Send(int64_t process, MessageType type, const Key& key, std::string_view payload);
+  void Flush(int64_t process);
+  void MarkDead(int64_t process);
+  void StartIfReady(const std::shared_ptr<Exchange>& exchange);
+  void CompleteIfDone(const std::shared_ptr<Exchange>& exchange);
+  void Fail(const std::shared_ptr<Exchange>& exchange, Failure failure, bool tell_peers);
+  void Erase(const std::shared_ptr<Exchange>& exchange);
+  void ExpireOverdue(Clock::time_point now);
+  // Why a peer may wait in vain for this call: it is at a call that pairs with none of ours.
+  std::string OtherProgram(const Exchange& exchange) const;
+  Failure Lost(const Exchange& exchange, int64_t process) const;
+  void Wake();
+
+  const int64_t process_index_;
+  std::vector<Peer> peers_;  // by process; the entry of this one is unused
+  int wake_fd_ = -1;
+  std::thread thread_;
+
+  std::mutex mutex_;
+  bool closing_ = false;
+  std::map<Key, Exchanges> exchanges_;
+};
+
+}  // namespace jax_ep::cpu
+
+#endif  // JAX_EP_XLA_FFI_CPU_MEET_PROCESS_GROUP_H_

@@ -1,0 +1,37 @@
+// What processes of one host do with each other through the kernel: sockets and reading memory.
+#ifndef JAX_EP_XLA_FFI_CPU_MEET_PROCESS_IO_H_
+#define JAX_EP_XLA_FFI_CPU_MEET_PROCESS_IO_H_
+
+#include <sys/socket.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace jax_ep::cpu {
+
+// The same in processes that can reach each other: of one boot, pid namespace and user.
+std::string HostIdentity();
+
+// Of a socket that is not in the file system, and gone with its owner.
+sockaddr_un AbstractAddress(const std::string& name, socklen_t* length);
+
+// How long sending and receiving may take.
+void SetTimeouts(int fd, std::chrono::nanoseconds left);
+
+// False with errno set if not all of it went or came.
+bool SendAll(int fd, const void* data, size_t bytes);
+bool ReceiveAll(int fd, void* data, size_t bytes);
+
+// Reads the memory of process `pid`, `bytes` in all; false with errno set if not all of it came.
+bool ReadProcess(pid_t pid, iovec* local, size_t num_local, iovec* remote, size_t num_remote,
+                 size_t bytes);
+bool ReadProcess(pid_t pid, uint64_t address, void* dst, size_t bytes);
+
+}  // namespace jax_ep::cpu
+
+#endif  // JAX_EP_XLA_FFI_CPU_MEET_PROCESS_IO_H_

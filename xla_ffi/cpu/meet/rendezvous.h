@@ -1,0 +1,64 @@
+// Where the ranks of a group meet. Nobody blocks: a rank leaves its buffers and goes; the last one
+// to come does the work, and each rank's completion is called on a thread of its own.
+#ifndef JAX_EP_XLA_FFI_CPU_MEET_RENDEZVOUS_H_
+#define JAX_EP_XLA_FFI_CPU_MEET_RENDEZVOUS_H_
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <tuple>
+
+#include "xla_ffi/cpu/ops/collective_op.h"
+
+namespace jax_ep::cpu {
+
+// How calls are paired. A device arrives at one call site once per iteration of the loop around
+// it, in order, so within (site, run, group) a rank's arrival belongs to the oldest meeting that
+// still lacks it. Sites are objects of the compiled program, runs are numbered by XLA: no counter
+// survives a run, and independent calls never mix whatever order the devices take them in.
+class Rendezvous {
+ public:
+  // The process's rendezvous. Never destroyed: the watchdog may outlive main().
+  static Rendezvous& Get();
+
+  // Adds one rank to its call. `member.done` is called exactly once: with no failure after the
+  // whole group's work is done, or with one that names the operation and the ranks that are
+  // missing. It may be called before Arrive returns, but then only if this rank came last.
+  void Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64_t group, Member member,
+              const OpFactory& make_op);
+
+  // How long a call waits for its last rank. Calls that wait already keep their deadline.
+  void set_timeout(std::chrono::nanoseconds timeout);
+  std::chrono::nanoseconds timeout() const;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  using Key = std::tuple<uint64_t, int64_t, int64_t>;  // site id, run, group
+
+  struct Meeting {
+    std::shared_ptr<const CallSite> site;
+    Members members;
+    std::vector<bool> arrived;
+    int64_t num_arrived = 0;
+    Clock::time_point deadline;
+  };
+
+  void Watch();
+  void RememberFailed(const Key& key, const Failure& failure);
+
+  mutable std::mutex mutex_;
+  std::condition_variable deadline_changed_;
+  std::chrono::nanoseconds timeout_{std::chrono::seconds(30)};
+  std::map<Key, std::deque<Meeting>> meetings_;
+  std::deque<std::pair<Key, Failure>> failed_;  // for ranks that come after the timeout
+  Clock::time_point next_wake_ = Clock::time_point::max();
+  bool watching_ = false;
+};
+
+}  // namespace jax_ep::cpu
+
+#endif  // JAX_EP_XLA_FFI_CPU_MEET_RENDEZVOUS_H_

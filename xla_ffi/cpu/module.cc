@@ -1,0 +1,55 @@
+// The Python module jax_ep._cpu: the handlers' addresses, and the few calls around them.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <string>
+#include <vector>
+
+#include "xla_ffi/cpu/call_site.h"
+#include "xla_ffi/cpu/handlers.h"
+#include "xla_ffi/cpu/meet/process_group.h"
+#include "xla_ffi/cpu/meet/rendezvous.h"
+#include "xla_ffi/module_common.h"
+
+namespace nb = nanobind;
+
+namespace jax_ep {
+namespace {
+
+nb::dict Handlers() {
+  nb::dict handlers;
+  handlers["jax_ep_layout"] = Stages(kInstantiateLayoutCpu, kLayoutCpu);
+  handlers["jax_ep_dispatch"] = Stages(kInstantiateDispatchCpu, kDispatchCpu);
+  handlers["jax_ep_combine"] = Stages(kInstantiateCombineCpu, kCombineCpu);
+  return handlers;
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.def("handlers", &Handlers, "Stages of each target, as jax.ffi.register_ffi_target takes them.");
+  m.def("state_type", &StateType<CpuSiteState>,
+        "The call sites' state, as jax.ffi.register_ffi_type takes it.");
+  m.def("begin_program", &BeginProgram,
+        "The call sites that are instantiated from now on belong to a new program.");
+  m.def(
+      "set_timeout",
+      [](double seconds) { cpu::Rendezvous::Get().set_timeout(Nanoseconds(seconds)); },
+      nb::arg("seconds"));
+  m.def("timeout",
+        [] { return std::chrono::duration<double>(cpu::Rendezvous::Get().timeout()).count(); });
+  m.def("set_poison_outputs", &SetPoisonOutputs, nb::arg("poison"));
+  m.def("listen", &cpu::ProcessGroup::Listen, nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "connect",
+      [](int64_t process_index, const std::vector<std::string>& addresses, double seconds) {
+        cpu::ProcessGroup::Connect(process_index, addresses, Nanoseconds(seconds));
+      },
+      nb::arg("process_index"), nb::arg("addresses"), nb::arg("seconds"),
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def("disconnect", &cpu::ProcessGroup::Disconnect, nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,203 @@
+// Receivers pull: each row of the output is copied once, from where its token lives. A token of
+// another process crosses once per destination rank, however many of its experts live there.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cuda/core/placement.h"
+#include "xla_ffi/cpu/meet/worker_pool.h"
+#include "xla_ffi/cpu/ops/ops.h"
+
+namespace jax_ep::cpu {
+namespace {
+
+constexpr int64_t kRowsPerItem = 128;  // rows of one destination, one unit of parallel work
+constexpr int64_t kRemoteTokensPerRead = 256;
+
+class DispatchOp final : public CollectiveOp {
+ public:
+  DispatchOp(const DispatchSizes& sizes, const Members& members) : sizes_(sizes) {
+    for (const Member& member : members) {
+      in_.push_back(member.in);
+      out_.push_back(member.out);
+    }
+    wire_.resize(sizes.num_ranks);
+  }
+
+  // With quantisation, what travels is [q: H bytes][scales: H / 128 f32], made once per token.
+  void Prepare(const PeerMemory&) override {
+    if (!sizes_.quantization) return;
+    for (int64_t r = 0; r < sizes_.num_ranks; ++r) {
+      if (is_local(r)) wire_[r].resize(sizes_.num_tokens * wire_bytes());
+    }
+    const int64_t items = (sizes_.num_tokens + kRowsPerItem - 1) / kRowsPerItem;
+    WorkerPool::Get().ParallelFor(sizes_.num_ranks * items, [&](int64_t item) {
+      const int64_t rank = item / items;
+      if (!is_local(rank)) return;
+      const ExactFloatScope exact;
+      const int64_t begin = item % items * kRowsPerItem;
+      const int64_t end = std::min(begin + kRowsPerItem, sizes_.num_tokens);
+      const auto* x = static_cast<const char*>(in_[rank][kDispatchX]);
+      for (int64_t t = begin; t < end; ++t) {
+        char* wire = wire_[rank].data() + t * wire_bytes();
+        quantize_row(sizes_.quantization->input, sizes_.quantization->scale_format,
+                     x + t * sizes_.row_bytes, reinterpret_cast<uint8_t*>(wire),
+                     reinterpret_cast<float*>(wire + sizes_.num_channels), sizes_.num_channels);
+      }
+    });
+  }
+
+  std::vector<uint64_t> Published(int64_t rank) const override {
+    return {reinterpret_cast<uint64_t>(wire_rows(rank)),
+            reinterpret_cast<uint64_t>(in_[rank][kDispatchTopkWeights])};
+  }
+
+  MaybeFailure Finish(const PeerMemory& peers) override {
+    const int64_t items = (sizes_.capacity + kRowsPerItem - 1) / kRowsPerItem;
+    WorkerPool::Get().ParallelFor(sizes_.num_ranks * items, [&](int64_t item) {
+      const int64_t dst = item / items;
+      if (!is_local(dst)) return;
+      const int64_t begin = item % items * kRowsPerItem;
+      FillRows(dst, begin, std::min(begin + kRowsPerItem, sizes_.capacity));
+    });
+    for (int64_t dst = 0; dst < sizes_.num_ranks; ++dst) {
+      if (!is_local(dst)) continue;
+      for (int64_t src = 0; src < sizes_.num_ranks; ++src) {
+        if (peers.is_local(src)) continue;
+        MaybeFailure failure = PullRows(dst, src, peers);
+        if (failure) return failure;
+      }
+    }
+    return std::nullopt;
+  }
+
+ private:
+  bool is_local(int64_t rank) const { return !out_[rank].empty(); }
+  const int32_t* table(int64_t rank, DispatchIn which) const {
+    return static_cast<const int32_t*>(in_[rank][which]);
+  }
+  int64_t wire_bytes() const {
+    return sizes_.quantization
+               ? sizes_.num_channels + sizes_.num_channels / kScaleBlock * int64_t{sizeof(float)}
+               : sizes_.row_bytes;
+  }
+  bool keeps_fp8() const { return sizes_.quantization && !sizes_.quantization->dequantize; }
+  int64_t token_bytes() const { return keeps_fp8() ? sizes_.num_channels : sizes_.row_bytes; }
+  const char* wire_rows(int64_t rank) const {
+    return sizes_.quantization ? wire_[rank].data()
+                               : static_cast<const char*>(in_[rank][kDispatchX]);
+  }
+
+  // The rows [begin, end) of a destination: local sources copied, padding and tail zeroed.
+  void FillRows(int64_t dst, int64_t begin, int64_t end) const {
+    const ExactFloatScope exact;
+    const int32_t* recv_src = table(dst, kDispatchRecvSrc);
+    const int32_t* group_sizes = table(dst, kDispatchGroupSizes);
+    int64_t num_used = 0;
+    for (int64_t e = 0; e < sizes_.num_local_experts; ++e) num_used += group_sizes[e];
+    for (int64_t row = begin; row < end; ++row) {
+      if (recv_src[row] == kNoSource) {
+        if (row < num_used || sizes_.zero_tail) ZeroRow(dst, row);
+        continue;
+      }
+      const int64_t flat_token = recv_src[row] / sizes_.top_k;
+      const int64_t src = flat_token / sizes_.num_tokens;
+      if (!is_local(src)) continue;  // PullRows
+      PutRow(dst, row, wire_rows(src) + flat_token % sizes_.num_tokens * wire_bytes());
+      if (weights_out(dst) == nullptr) continue;
+      weights_out(dst)[row] = static_cast<const float*>(
+          in_[src][kDispatchTopkWeights])[recv_src[row] - src * sizes_.num_tokens * sizes_.top_k];
+    }
+  }
+
+  float* weights_out(int64_t rank) const {
+    return static_cast<float*>(out_[rank][kDispatchWeights]);
+  }
+
+  void ZeroRow(int64_t dst, int64_t row) const {
+    std::memset(static_cast<char*>(out_[dst][kDispatchTokens]) + row * token_bytes(), 0,
+                token_bytes());
+    const int64_t num_scales = sizes_.num_channels / kScaleBlock;
+    if (keeps_fp8()) {
+      std::memset(static_cast<float*>(out_[dst][kDispatchScales]) + row * num_scales, 0,
+                  num_scales * sizeof(float));
+    }
+    if (weights_out(dst) != nullptr) weights_out(dst)[row] = 0.0f;
+  }
+
+  void PutRow(int64_t dst, int64_t row, const char* wire) const {
+    char* token = static_cast<char*>(out_[dst][kDispatchTokens]) + row * token_bytes();
+    const int64_t num_scales = sizes_.num_channels / kScaleBlock;
+    if (!sizes_.quantization) {
+      std::memcpy(token, wire, token_bytes());
+    } else if (sizes_.quantization->dequantize) {
+      dequantize_row(sizes_.quantization->input, reinterpret_cast<const uint8_t*>(wire),
+                     reinterpret_cast<const float*>(wire + sizes_.num_channels), token,
+                     sizes_.num_channels);
+    } else {
+      std::memcpy(token, wire, token_bytes());
+      std::memcpy(static_cast<float*>(out_[dst][kDispatchScales]) + row * num_scales,
+                  wire + sizes_.num_channels, num_scales * sizeof(float));
+    }
+  }
+
+  // All rows that rank `src` of another process sends to `dst`: each token read once, put into each
+  // of its rows.
+  MaybeFailure PullRows(int64_t dst, int64_t src, const PeerMemory& peers) const {
+    const ExactFloatScope exact;
+    const int32_t* recv_src = table(dst, kDispatchRecvSrc);
+    const int32_t* order = table(dst, kDispatchRecvOrder);
+    const int64_t ids_per_rank = sizes_.num_tokens * sizes_.top_k;
+    const uint64_t rows_at = peers.published(src).at(0);
+    const uint64_t weights_at = peers.published(src).at(1);
+    std::vector<float> weights(weights_out(dst) == nullptr ? 0 : ids_per_rank);
+    if (MaybeFailure failure =
+            peers.Read(src, weights_at, weights.data(), weights.size() * sizeof(float))) {
+      return failure;
+    }
+    const int32_t* offsets = table(dst, kDispatchRecvOffsets);
+    const int32_t* begin = order + offsets[src * sizes_.num_tokens];
+    const int32_t* end = order + offsets[(src + 1) * sizes_.num_tokens];
+
+    std::vector<uint64_t> addresses;
+    std::vector<char> buffer(kRemoteTokensPerRead * wire_bytes());
+    while (begin != end) {
+      addresses.clear();
+      int64_t last_token = -1;
+      const int32_t* batch_end = begin;
+      for (; batch_end != end; ++batch_end) {
+        const int64_t token = recv_src[*batch_end] / sizes_.top_k;
+        if (token != last_token) {
+          if (addresses.size() == kRemoteTokensPerRead) break;
+          addresses.push_back(rows_at + (token % sizes_.num_tokens) * wire_bytes());
+          last_token = token;
+        }
+      }
+      MaybeFailure failure = peers.ReadRows(src, addresses, wire_bytes(), buffer.data());
+      if (failure) return failure;
+      int64_t index = -1;
+      last_token = -1;
+      for (; begin != batch_end; ++begin) {
+        const int64_t flat = recv_src[*begin];
+        if (flat / sizes_.top_k != last_token) ++index;
+        last_token = flat / sizes_.top_k;
+        PutRow(dst, *begin, buffer.data() + index * wire_bytes());
+        if (!weights.empty()) weights_out(dst)[*begin] = weights[flat - src * ids_per_rank];
+      }
+    }
+    return std::nullopt;
+  }
+
+  const DispatchSizes sizes_;
+  std::vector<std::vector<const void*>> in_;  // by rank; empty in another process
+  std::vector<std::vector<void*>> out_;
+  std::vector<std::vector<char>> wire_;
+};
+
+}  // namespace
+
+std::unique_ptr<CollectiveOp> MakeDispatchOp(const DispatchSizes& sizes, const Members& members) {
+  return std::make_unique<DispatchOp>(sizes, members);
+}
+
+}  // namespace jax_ep::cpu

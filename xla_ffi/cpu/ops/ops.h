@@ -1,0 +1,87 @@
+// The three collective operations on plain memory. Shapes: T tokens, K experts per token,
+// E experts, R ranks, L = E / R, C capacity, H row length; see docs of jax_ep for their meaning.
+#ifndef JAX_EP_XLA_FFI_CPU_OPS_OPS_H_
+#define JAX_EP_XLA_FFI_CPU_OPS_OPS_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+#include "xla_ffi/cpu/ops/collective_op.h"
+#include "xla_ffi/cpu/ops/row_math.h"
+
+namespace jax_ep::cpu {
+
+// ---- layout: where every row goes --------------------------------------------------------------
+struct LayoutSizes {
+  int64_t num_ranks, num_tokens, top_k, num_experts, capacity, expert_alignment;
+};
+enum LayoutIn { kLayoutTopkIdx };  // i32 [T, K]
+enum LayoutOut {
+  kLayoutSendRow,       // i32 [T, K]  row at the destination, -1 if none
+  kLayoutRecvSrc,       // i32 [C]     (src rank * T + token) * K + k of each row, -1 if none
+  kLayoutRecvOrder,     // i32 [C]     rows by ascending recv_src, then -1
+  kLayoutRecvOffsets,   // i32 [R * T + 1]  where each (src rank, token)'s rows begin in recv_order
+  kLayoutGroupSizes,    // i32 [L]
+  kLayoutExpertCounts,  // i32 [L]
+  kLayoutExpertLoad,    // i32 [E]
+  kLayoutCounters,      // i32 [3]     num_recv, num_dropped, num_invalid
+  kNumLayoutOut
+};
+std::unique_ptr<CollectiveOp> MakeLayoutOp(const LayoutSizes& sizes, const Members& members);
+
+// ---- dispatch: rows to their experts -----------------------------------------------------------
+struct Quantization {
+  FloatType input;
+  ScaleFormat scale_format;
+  bool dequantize;  // rows come out as `input` again, and there is no scales result
+};
+struct DispatchSizes {
+  int64_t num_ranks, num_tokens, top_k, capacity, num_local_experts;
+  int64_t row_bytes;     // of x
+  int64_t num_channels;  // H
+  bool zero_tail;
+  std::optional<Quantization> quantization;
+};
+enum DispatchIn {
+  kDispatchX,            // [T, H]
+  kDispatchRecvSrc,      // i32 [C]
+  kDispatchRecvOrder,    // i32 [C]
+  kDispatchRecvOffsets,  // i32 [R * T + 1]
+  kDispatchGroupSizes,   // i32 [L]
+  kDispatchTopkWeights   // f32 [T, K] or null
+};
+enum DispatchOut {
+  kDispatchTokens,   // [C, H]
+  kDispatchScales,   // f32 [C, H / 128] or null
+  kDispatchWeights,  // f32 [C] or null
+  kNumDispatchOut
+};
+std::unique_ptr<CollectiveOp> MakeDispatchOp(const DispatchSizes& sizes, const Members& members);
+
+// ---- combine: rows back to their tokens, summed ------------------------------------------------
+struct CombineSizes {
+  int64_t num_ranks, num_tokens, top_k, capacity, num_local_experts;
+  int64_t num_channels;  // H
+  FloatType type;
+};
+enum CombineIn {
+  kCombineY,            // [C, H]
+  kCombineTopkIdx,      // i32 [T, K]
+  kCombineSendRow,      // i32 [T, K]
+  kCombineRecvSrc,      // i32 [C]
+  kCombineRecvOrder,    // i32 [C]
+  kCombineRecvOffsets,  // i32 [R * T + 1]
+  kCombineWeights,      // f32 [C] or null: all 1
+  kCombineValues        // f32 [C] or null
+};
+enum CombineOut {
+  kCombineOut,        // [T, H]
+  kCombineCollected,  // f32 [T, K] or null: values at the rows of (token, k), 0 if none
+  kNumCombineOut
+};
+std::unique_ptr<CollectiveOp> MakeCombineOp(const CombineSizes& sizes, const Members& members);
+
+}  // namespace jax_ep::cpu
+
+#endif  // JAX_EP_XLA_FFI_CPU_OPS_OPS_H_

@@ -1,0 +1,125 @@
+#include "xla_ffi/cuda/call_site.h"
+
+namespace jax_ep {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr size_t kStagingAlignment = 256;  // of a buffer in the staging region, in bytes
+
+}  // namespace
+
+ffi::TypeId CudaSiteState::id = {};
+
+ffi::ErrorOr<std::unique_ptr<CudaSiteState>> MakeCudaSite(
+    const char* op, int64_t num_ranks, ffi::Span<const int64_t> members,
+    std::initializer_list<int64_t> static_values) {
+  const auto num_members = static_cast<int64_t>(members.size());
+  if (num_ranks < 1 || num_ranks > gpu::kMaxPeers || num_members % num_ranks != 0) {
+    return ffi::Unexpected(
+        ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                   std::string(op) + ": attribute members has " + std::to_string(num_members) +
+                       " entries, expected a multiple of num_ranks = " + std::to_string(num_ranks) +
+                       ", which must be at most " + std::to_string(gpu::kMaxPeers)));
+  }
+  auto state = std::make_unique<CudaSiteState>();
+  state->op = op;
+  state->num_ranks = static_cast<int>(num_ranks);
+  state->members.assign(members.begin(), members.end());
+  state->operation = HashOperation(op, static_values, members);
+  return state;
+}
+
+// Staging: a buffer that peers cannot reach has a place in the device's staging region for the time
+// of the call, and every call begins again at the region's start.
+//
+// That is right because calls of a device follow one another on its stream, and a peer touches the
+// region only between two mails (group_sync.cuh). It begins after [S2], which observes this call's
+// own [S1], so never before what stands on the stream before the kernel: the copies in. It ends
+// before the kernel does: a peer writes nothing after its last [P1], which the kernel waits for
+// ([P2]), and reads nothing, which it does in layout alone, after [E1] ([E2]). So what the stream
+// does after the kernel, the copies out and the next call's copies in, meets nobody. A replayed
+// command buffer repeats copies and kernel in the same order.
+//
+// After a timeout that no longer holds, here as for XLA's buffers; then the group is broken, and
+// the region is used again only when every rank's device has come to an end.
+ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t stream,
+                      std::initializer_list<SharedBuffer> buffers, GroupCall* call) {
+  SymmetricMemory& memory = SymmetricMemory::Get();
+  const auto fail = [&](const std::string& what) {
+    return ffi::Error(ffi::ErrorCode::kFailedPrecondition, std::string(state.op) + ": " + what);
+  };
+  if (auto error = memory.RecordedError()) {
+    return {ffi::ErrorCode::kDeadlineExceeded, *error};
+  }
+  const int64_t own = memory.Member(ordinal);
+  if (own < 0) {
+    return fail("CUDA device " + std::to_string(ordinal) +
+                " is not set up: jax_ep.finalize() has been called. Call jax_ep.initialize() in "
+                "every process (in a job of one process too)");
+  }
+  const int64_t* group = nullptr;
+  for (size_t i = 0; i < state.members.size(); ++i) {
+    if (state.members[i] == own)
+      group = state.members.data() + i / state.num_ranks * state.num_ranks;
+  }
+  if (group == nullptr) {
+    return fail("CUDA device " + std::to_string(ordinal) +
+                " is not in the mesh that this was compiled for");
+  }
+  if (auto error = memory.FillGroup(group, state.num_ranks, ordinal, call)) return fail(*error);
+  // Ranks share the work by block, so their grids must be equal.
+  call->operation = state.operation + static_cast<uint64_t>(NumSms(ordinal, 0));
+  if (state.num_ranks == 1) return ffi::Error::Success();
+
+  bool with_other_processes = false;
+  for (int r = 0; r < state.num_ranks; ++r) with_other_processes |= group[r] >> 32 != own >> 32;
+  size_t used = 0;  // of the staging region
+  std::string names, reason;
+  for (const SharedBuffer& buffer : buffers) {
+    if (buffer.data == nullptr || buffer.bytes == 0) continue;
+    auto problem = memory.Share(ordinal, buffer.data, buffer.bytes, with_other_processes);
+    if (!problem) continue;
+    if (call->num_staged_ == gpu::kNumAddresses) return fail("too many shared buffers");
+    call->staged_[call->num_staged_++] = {buffer, reinterpret_cast<void*>(call->staging + used)};
+    used += (buffer.staged_bytes() + kStagingAlignment - 1) / kStagingAlignment * kStagingAlignment;
+    names += (names.empty() ? "" : ", ") + std::string(buffer.name);
+    reason = std::move(*problem);
+  }
+  if (used > call->staging_bytes) {
+    return fail("the other ranks cannot reach the memory of " + names + " (" + reason +
+                "), so the call needs " + std::to_string(used) +
+                " bytes of staging region, but device " + std::to_string(ordinal) + " has " +
+                std::to_string(call->staging_bytes) +
+                ". Call jax_ep.initialize(staging_bytes=...) in every process, with the largest "
+                "number that a call needs (in a job of several processes after jax_ep.finalize())");
+  }
+  for (int i = 0; i < call->num_staged_; ++i) {
+    const auto& [buffer, at] = call->staged_[i];
+    if (buffer.use != Use::kInput) continue;
+    const cudaError_t copied =
+        cudaMemcpyAsync(at, buffer.data, buffer.bytes, cudaMemcpyDeviceToDevice, stream);
+    if (copied != cudaSuccess) return CudaStatus(state.op, copied);
+  }
+  return ffi::Error::Success();
+}
+
+cudaError_t GroupCall::CopyOut(cudaError_t launched, cudaStream_t stream) const {
+  for (int i = 0; i < num_staged_ && launched == cudaSuccess; ++i) {
+    const auto& [buffer, at] = staged_[i];
+    if (buffer.use != Use::kOutput) continue;
+    launched = cudaMemcpyAsync(const_cast<void*>(buffer.data), at, buffer.bytes,
+                               cudaMemcpyDeviceToDevice, stream);
+  }
+  return launched;
+}
+
+int NumSms(int32_t ordinal, int64_t wanted) {
+  int count = 0;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, ordinal);
+  if (count < 1) count = 1;
+  if (count > gpu::kMaxBlocks) count = gpu::kMaxBlocks;
+  return wanted > 0 && wanted < count ? static_cast<int>(wanted) : count;
+}
+
+}  // namespace jax_ep

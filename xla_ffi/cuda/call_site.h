@@ -1,0 +1,114 @@
+// What the CUDA handlers share: the state of a call site, and the view of its group.
+#ifndef JAX_EP_XLA_FFI_CUDA_CALL_SITE_H_
+#define JAX_EP_XLA_FFI_CUDA_CALL_SITE_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "xla/ffi/api/ffi.h"
+#include "xla_ffi/hash.h"
+#include "xla_ffi/memory/symmetric_memory.h"
+
+namespace jax_ep {
+
+// One per call site and executable, shared by the process's devices.
+struct CudaSiteState {
+  static xla::ffi::TypeId id;
+  const char* op;
+  int num_ranks;
+  std::vector<int64_t> members;  // as the attribute
+  uint64_t operation;            // hash of the operation and its attributes
+};
+
+xla::ffi::ErrorOr<std::unique_ptr<CudaSiteState>> MakeCudaSite(
+    const char* op, int64_t num_ranks, xla::ffi::Span<const int64_t> members,
+    std::initializer_list<int64_t> static_values);
+
+// What happens to a shared buffer during the call.
+enum class Use {
+  kInput,    // peers read it
+  kScratch,  // peers write it; nobody needs it after the call
+  kOutput,   // peers and this device write it
+  kLanding,  // likewise; if peers cannot reach it, they write a landing area in its place, from which
+             // this device moves on what it finds
+};
+
+// A buffer that peers read or write during the call.
+struct SharedBuffer {
+  const char* name;
+  const void* data;
+  size_t bytes;
+  Use use = Use::kInput;
+  size_t landing_bytes = 0;  // of the landing area
+
+  size_t staged_bytes() const { return use == Use::kLanding ? landing_bytes : bytes; }
+};
+
+// A call of one device: its view of the group, and where its shared buffers are.
+class GroupCall : public gpu::GroupView {
+ public:
+  // What the kernel takes in place of a shared buffer: the buffer, or its place in the staging
+  // region.
+  template <typename T>
+  T* At(T* buffer) const {
+    const Staged* staged = Find(buffer);
+    const bool moves = staged != nullptr && staged->buffer.use != Use::kLanding;
+    return moves ? static_cast<T*>(staged->at) : buffer;
+  }
+
+  // The landing area of a buffer; null if peers reach the buffer.
+  void* LandingOf(const void* buffer) const {
+    const Staged* staged = Find(buffer);
+    return staged != nullptr && staged->buffer.use == Use::kLanding ? staged->at : nullptr;
+  }
+
+  // Ranks whose sizes differ find that they are in different calls.
+  void Distinguish(std::initializer_list<int64_t> sizes) {
+    for (int64_t size : sizes) operation = Mix(operation, static_cast<uint64_t>(size));
+  }
+
+  // After the kernel's launch, on the same stream: outputs go from the staging region to where they
+  // belong. Passes a failed launch on.
+  cudaError_t CopyOut(cudaError_t launched, cudaStream_t stream) const;
+
+ private:
+  friend xla::ffi::Error EnterGroup(const CudaSiteState&, int32_t, cudaStream_t,
+                                    std::initializer_list<SharedBuffer>, GroupCall*);
+  struct Staged {
+    SharedBuffer buffer;
+    void* at;
+  };
+  const Staged* Find(const void* buffer) const {
+    for (int i = 0; i < num_staged_; ++i) {
+      if (staged_[i].buffer.data == buffer) return &staged_[i];
+    }
+    return nullptr;
+  }
+  Staged staged_[gpu::kNumAddresses];
+  int num_staged_ = 0;
+};
+
+// Begins a call: makes the buffers reachable for the group's other ranks, or stages them, and fills
+// the view. Fails if a kernel has recorded an error.
+xla::ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t stream,
+                           std::initializer_list<SharedBuffer> buffers, GroupCall* call);
+
+// SMs that a call uses, of `wanted` ones (0: all).
+int NumSms(int32_t ordinal, int64_t wanted);
+
+inline xla::ffi::Error CudaStatus(const char* op, cudaError_t status) {
+  if (status == cudaSuccess) return xla::ffi::Error::Success();
+  return {xla::ffi::ErrorCode::kInternal, std::string(op) + ": " + cudaGetErrorString(status)};
+}
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_XLA_FFI_CUDA_CALL_SITE_H_

@@ -1,0 +1,86 @@
+// The Python module jax_ep._cuda: the handlers' addresses, and the calls around them.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <string>
+#include <vector>
+
+#include "xla_ffi/cuda/call_site.h"
+#include "xla_ffi/cuda/handlers.h"
+#include "xla_ffi/memory/symmetric_memory.h"
+#include "xla_ffi/module_common.h"
+#include "xla_ffi/probe/link_probe.h"
+
+namespace nb = nanobind;
+
+namespace jax_ep {
+namespace {
+
+nb::dict Handlers(bool recordable) {
+  nb::dict handlers;
+  handlers["jax_ep_layout"] =
+      Stages(kInstantiateLayoutCuda, recordable ? kLayoutCudaRecordable : kLayoutCuda);
+  handlers["jax_ep_dispatch"] =
+      Stages(kInstantiateDispatchCuda, recordable ? kDispatchCudaRecordable : kDispatchCuda);
+  handlers["jax_ep_combine"] =
+      Stages(kInstantiateCombineCuda, recordable ? kCombineCudaRecordable : kCombineCuda);
+  handlers["jax_ep_combine_gradient"] =
+      Stages(kInstantiateCombineGradientCuda,
+             recordable ? kCombineGradientCudaRecordable : kCombineGradientCuda);
+  return handlers;
+}
+
+}  // namespace
+
+NB_MODULE(_cuda, m) {
+  m.def("handlers", &Handlers, nb::arg("recordable"),
+        "Stages of each target, as jax.ffi.register_ffi_target takes them. Recordable: XLA may put "
+        "their calls into command buffers.");
+  m.def("state_type", &StateType<CudaSiteState>,
+        "The call sites' state, as jax.ffi.register_ffi_type takes it.");
+  m.def(
+      "setup",
+      [](int64_t process, int64_t num_processes, const std::vector<int>& ids,
+         const std::vector<int>& ordinals, size_t staging_bytes, bool staged_only) {
+        SymmetricMemory::Get().Setup(process, num_processes, ids, ordinals, staging_bytes,
+                                     staged_only);
+      },
+      nb::arg("process"), nb::arg("num_processes"), nb::arg("ids"), nb::arg("ordinals"),
+      nb::arg("staging_bytes"), nb::arg("staged_only"), nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "export_memory",
+      [](const std::vector<uint64_t>& pointers) { return SymmetricMemory::Get().Export(pointers); },
+      nb::arg("pool_pointers"), nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "import_memory",
+      [](const std::vector<std::string>& exports) { SymmetricMemory::Get().Import(exports); },
+      nb::arg("exports"), nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "close_descriptors", [] { SymmetricMemory::Get().CloseDescriptors(); },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "synchronize",
+      [](double seconds) { return SymmetricMemory::Get().Synchronize(Nanoseconds(seconds)); },
+      nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "release", [](bool ended) { SymmetricMemory::Get().Release(ended); },
+      nb::arg("devices_have_ended"), nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "recorded_error", [] { return SymmetricMemory::Get().RecordedError(); },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "describe", [] { return SymmetricMemory::Get().Describe(); },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "set_timeout",
+      [](double seconds) {
+        SymmetricMemory::Get().SetTimeout(static_cast<uint64_t>(Nanoseconds(seconds).count()));
+      },
+      nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>());
+  RegisterLinkProbe(m);
+}
+
+}  // namespace jax_ep

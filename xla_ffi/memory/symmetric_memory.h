@@ -1,0 +1,163 @@
+// The only part that knows how one GPU's memory becomes another's: peer access and VMM handles.
+//
+// A device has two allocations of its own, which every peer maps: control memory, and a staging
+// region where one is asked for. Payload needs no copy where peers reach XLA's buffers: in one
+// process an address is valid on every device once access is set for its allocation; between
+// processes each exports XLA's pool and the others map it, and an address of the owner is then
+// valid here after adding a constant. A buffer that peers cannot reach is staged: its owner's call
+// uses the staging region in its place (xla_ffi/cuda/call_site.cc) and shows that to the peers.
+//
+// Lifetimes: memory that is shared between processes lives until the last of them has unmapped it,
+// so nobody who leaves, or dies, pulls it from under another's kernels. A device's own allocations
+// are kept until the process ends: a captured command buffer holds their addresses, and may be
+// replayed after Release without a call of ours on the host.
+#ifndef JAX_EP_XLA_FFI_MEMORY_SYMMETRIC_MEMORY_H_
+#define JAX_EP_XLA_FFI_MEMORY_SYMMETRIC_MEMORY_H_
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cuda/launch.h"
+
+namespace jax_ep {
+
+// A file descriptor, closed at the end.
+class Descriptor {
+ public:
+  explicit Descriptor(int fd) : fd_(fd) {}
+  Descriptor(Descriptor&& other) noexcept;
+  ~Descriptor();
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  int get() const { return fd_; }
+
+ private:
+  int fd_;
+};
+
+// An allocation of device memory at an address of this process, for some of its devices.
+class Mapping {
+ public:
+  // Takes no ownership of the allocation's handle. Throws std::runtime_error, naming `what`.
+  Mapping(uint64_t allocation_handle, size_t bytes, const std::vector<int>& ordinals,
+          const std::string& what);
+  ~Mapping();
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+  uint64_t begin() const { return begin_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  uint64_t begin_ = 0;
+  size_t bytes_;
+};
+
+class SymmetricMemory {
+ public:
+  // The process's devices. Never destroyed.
+  static SymmetricMemory& Get();
+
+  // Allocates control memory on these CUDA devices, enables access between them and loads all
+  // kernels. `process` is this process's number of `num_processes`, `ids` are JAX's numbers of the
+  // devices. If they are set up already only the staging regions grow to `staging_bytes`, where
+  // they are smaller.
+  // With `staged_only` all buffers that peers touch are staged. Throws std::runtime_error naming
+  // the device and the call that failed; nothing has changed then.
+  void Setup(int64_t process, int64_t num_processes, const std::vector<int>& ids,
+             const std::vector<int>& ordinals, size_t staging_bytes, bool staged_only);
+
+  // What other processes need to reach this one's devices: a text, good until CloseDescriptors.
+  // `pool_pointers[i]` is an address inside XLA's memory pool on the i-th device of Setup, and has
+  // to stay allocated until Release. Where peers could not map the pool, the device needs a staging
+  // region: without one std::runtime_error says what to do.
+  std::string Export(const std::vector<uint64_t>& pool_pointers);
+
+  // Maps the devices of all other processes; `exports` by process, empty from one without devices.
+  void Import(const std::vector<std::string>& exports);
+
+  // Everybody has imported.
+  void CloseDescriptors();
+
+  // Waits until the devices have no work left; false if that takes longer.
+  bool Synchronize(std::chrono::nanoseconds timeout);
+
+  // Leaves the group: a call that comes later fails, on the host or, replayed, on the device. No
+  // call may be on its way to a device. In this order: tells the devices, unmaps the peers, closes
+  // the descriptors. If the devices have not come to an end the peers stay mapped.
+  void Release(bool devices_have_ended);
+
+  // Holds for calls that wait already, too.
+  void SetTimeout(uint64_t nanoseconds);
+
+  // Fills what a kernel on `ordinal` needs to know of the members (process << 32 | id), by
+  // rank. An error text if a member cannot be reached.
+  std::optional<std::string> FillGroup(const int64_t* members, int num_ranks, int ordinal,
+                                       gpu::GroupView* view);
+
+  // Makes a buffer of device `ordinal` reachable for the devices of this process, and of the others
+  // if there are any in the group; why they cannot reach it otherwise. Cheap after the first call
+  // for an allocation.
+  std::optional<std::string> Share(int ordinal, const void* pointer, size_t bytes,
+                                   bool with_other_processes);
+
+  // process << 32 | id of a device of this process, or -1 if it is not set up.
+  int64_t Member(int ordinal);
+
+  // The first error that a kernel has recorded since Setup, if any, in words.
+  std::optional<std::string> RecordedError();
+
+  // How peers reach this process's buffers, in words.
+  std::string Describe();
+
+ private:
+  struct Device {
+    int ordinal = -1;
+    int64_t member = -1;  // process << 32 | id
+    std::shared_ptr<Mapping> control;
+    std::shared_ptr<Mapping> staging;  // null without
+    size_t staging_bytes = 0;
+    std::shared_ptr<gpu::ErrorRecord> error;  // host address
+    gpu::ErrorRecord* error_on_device = nullptr;
+    bool reusable = false;                  // after Release: the control memory may start again
+    uint64_t pool_begin = 0, pool_end = 0;  // the part of XLA's memory that they map
+    std::map<uint64_t, uint64_t> shared;    // allocations that local devices reach: begin -> end
+
+    gpu::ControlBlock* control_block() const {
+      return reinterpret_cast<gpu::ControlBlock*>(control->begin());
+    }
+  };
+  struct RemoteDevice {
+    std::shared_ptr<Mapping> control, pool, staging;  // null: there is none
+    int64_t shift = 0;                                // from its pool's address there to ours
+  };
+
+  Device* FindLocal(int ordinal);
+  Device MakeDevice(int ordinal, int64_t member, const std::vector<int>& ordinals);
+  void AssignSlots();
+  std::vector<int> Ordinals() const;
+  std::optional<std::string> ShareLocally(Device* device, uint64_t address);
+
+  std::mutex mutex_;
+  int64_t process_ = 0;
+  int64_t num_processes_ = 1;
+  bool staged_only_ = false;
+  std::string pool_problem_;  // why other processes cannot map XLA's memory; empty if they do
+  uint64_t timeout_ns_ = uint64_t{30} * 1000 * 1000 * 1000;
+  std::vector<Device> devices_;
+  std::map<int64_t, RemoteDevice> remote_;   // by member
+  std::map<int64_t, int> slot_;              // of every device, by member
+  std::vector<Descriptor> descriptors_;      // of what is exported
+  std::map<int64_t, Device> retired_;        // what Release has taken away last, by member
+  std::vector<std::shared_ptr<void>> kept_;  // see Lifetimes
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_XLA_FFI_MEMORY_SYMMETRIC_MEMORY_H_
