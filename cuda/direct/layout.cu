@@ -20,14 +20,16 @@
 //           this.
 // Progress: the grid is at most one block an SM; waits are for peers ([S1] waits for nothing) and
 //           for resident blocks.
-// Failure:  a timeout fills the tables with -1 and the counts with 0; see group_sync.cuh.
+// Failure:  a timeout fills the tables with -1 and the counts with 0; see give_up.cuh.
 // Limits:   E <= 1024, R * T * K < 2^31, num_blocks <= kMaxLayoutBlocks.
 #include <algorithm>
 #include <cub/block/block_scan.cuh>
 
 #include "cuda/core/placement.h"
 #include "cuda/direct/kernels.cuh"
-#include "cuda/sync/group_sync.cuh"
+#include "cuda/sync/give_up.cuh"
+#include "cuda/sync/grid.cuh"
+#include "cuda/sync/start_end.cuh"
 
 namespace jax_ep::gpu {
 namespace {

@@ -1,4 +1,4 @@
-// A wait that ends: for kernels outside the protocol of a group (group_sync.cuh has that one).
+// A wait that ends: for kernels outside the protocol of a group (give_up.cuh has those).
 #ifndef JAX_EP_CUDA_SYNC_TIMED_WAIT_CUH_
 #define JAX_EP_CUDA_SYNC_TIMED_WAIT_CUH_
 

@@ -34,7 +34,7 @@ ffi::ErrorOr<std::unique_ptr<CudaSiteState>> MakeCudaSite(
 // of the call, and every call begins again at the region's start.
 //
 // That is right because calls of a device follow one another on its stream, and a peer touches the
-// region only between two mails (group_sync.cuh). It begins after [S2], which observes this call's
+// region only between two mails (cuda/sync/start_end.cuh). It begins after [S2], which observes this call's
 // own [S1], so never before what stands on the stream before the kernel: the copies in. It ends
 // before the kernel does: a peer writes nothing after its last [P1], which the kernel waits for
 // ([P2]), and reads nothing, which it does in layout alone, after [E1] ([E2]). So what the stream

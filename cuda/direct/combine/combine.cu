@@ -34,14 +34,17 @@
 // Progress: sums for peers wait only for [S2]; an own sum waits for peers' sums of the same unit,
 //           which wait for nothing of it. Blocks of a grid do not wait for each other, and begin in
 //           order, so fewer SMs than blocks will do.
-// Failure:  a timeout fills out and collected with NaN; see group_sync.cuh.
+// Failure:  a timeout fills out and collected with NaN; see give_up.cuh.
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses; K <= 32; at most kMaxUnitsPerBlock
 //           units a block; compiled without -ftz, -fmad=false.
 #include "cuda/direct/combine/scout.cuh"
 #include "cuda/direct/kernels.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/rows/row_types.cuh"
-#include "cuda/sync/group_sync.cuh"
+#include "cuda/sync/give_up.cuh"
+#include "cuda/sync/grid.cuh"
+#include "cuda/sync/progress.cuh"
+#include "cuda/sync/start_end.cuh"
 
 namespace jax_ep::gpu {
 namespace {
@@ -86,7 +89,7 @@ class Loader {
       if (lane_ == 0) step = atomicAdd(&shared_.next_own, 1);
       step = __shfl_sync(0xffffffffu, step, 0);
       if (step >= work_.num_steps) return stop();
-      if (step >= there) there = wait_for_more(shared_.box, step);  // [P2]
+      if (step >= there) there = wait_until_arrived(shared_.box, step);  // [P2]
       wait_for_table(kOwn, step);
       if (there != kBroken) {
         fetch(kOwn, step);
@@ -292,7 +295,7 @@ __device__ void run_storer(const Cut& cut, Shared& shared, const char* results) 
   const auto tell = [&](int32_t num_units) {
     if (num_units <= told) return;
     told = num_units;
-    st_release_cta_shared(&shared.box.done[0], num_units);  // then [P1]
+    st_release_cta_shared(&shared.box.written[0], num_units);  // then [P1]
   };
   for (uint32_t n = 0;; ++n) {
     const uint32_t slot = n % kNumResults, use = n / kNumResults;

@@ -5,7 +5,7 @@
 #include "cuda/core/placement.h"
 #include "cuda/direct/kernels.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
-#include "cuda/sync/group_sync.cuh"
+#include "cuda/sync/progress.cuh"
 
 namespace jax_ep::gpu::combine {
 
@@ -303,7 +303,7 @@ class Scout {
         a_.collected[i] = a_.values[row];
       }
     }
-    tell_values(shared_.box);
+    set_values_written(shared_.box);
   }
 
   const Work& work_;

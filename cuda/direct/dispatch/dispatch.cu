@@ -43,7 +43,7 @@
 //           has taken a shared unit stores it, and waits for nobody), and begin in order, so fewer
 //           SMs than blocks will do.
 // Failure:  a timeout fills tokens, scales, weights and dots with NaN, integers with 0; see
-//           group_sync.cuh.
+//           give_up.cuh.
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses; longer ones than a stage go in
 //           pieces; at most kMaxUnitsPerBlock units a block; with fp8 at most kMaxFp8Channels, with
 //           kWeighted at most kMaxWeightedRowBytes, and no pieces.
@@ -51,7 +51,10 @@
 #include "cuda/direct/dispatch/rings.cuh"
 #include "cuda/direct/kernels.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
-#include "cuda/sync/group_sync.cuh"
+#include "cuda/sync/give_up.cuh"
+#include "cuda/sync/grid.cuh"
+#include "cuda/sync/progress.cuh"
+#include "cuda/sync/start_end.cuh"
 
 namespace jax_ep::gpu {
 namespace {
@@ -72,7 +75,7 @@ __device__ void send_weights(const GroupView& g, const DispatchArguments& a, con
     if (row != kNoRow)
       reinterpret_cast<float*>(shared.address[expert / num_local][1])[row] = weight;
   }
-  tell_values(shared.box);
+  set_values_written(shared.box);
 }
 
 // Zeros, by any warp; those of a block share its part.

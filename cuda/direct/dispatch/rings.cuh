@@ -10,7 +10,8 @@
 #include "cuda/rows/fp8_rows.cuh"
 #include "cuda/rows/row_types.cuh"
 #include "cuda/rows/weighted_rows.cuh"
-#include "cuda/sync/group_sync.cuh"
+#include "cuda/sync/give_up.cuh"
+#include "cuda/sync/progress.cuh"
 
 namespace jax_ep::gpu::dispatch {
 
@@ -516,7 +517,7 @@ class Sender : Ring<kMode> {
     __syncwarp();
     if (num_own == num_told_) return;
     num_told_ = num_own;
-    if (lane_ == 0) st_release_cta_shared(&shared_.box.done[this->index_], num_own);
+    if (lane_ == 0) st_release_cta_shared(&shared_.box.written[this->index_], num_own);
   }
 
   const int32_t top_k_;
@@ -559,7 +560,7 @@ class Receiver : Ring<kMode> {
         this->store_next();
         continue;
       }
-      there_ = wait_for_more(shared_.box, next_unit());  // [P2]
+      there_ = wait_until_arrived(shared_.box, next_unit());  // [P2]
       if (there_ == kBroken) break;
     }
     this->dismiss_helpers();
@@ -577,7 +578,7 @@ class Receiver : Ring<kMode> {
   // The next one's unit, by its place in the block.
   __device__ int32_t next_unit() const { return this->index_ + next() / num_peers_ * this->count_; }
   __device__ bool is_there() {
-    if (next_unit() >= there_) there_ = units_there(shared_.box);  // [P2]
+    if (next_unit() >= there_) there_ = units_arrived(shared_.box);  // [P2]
     return there_ != kBroken && next_unit() < there_;
   }
 
