@@ -1,4 +1,4 @@
-"""What the tiers of run_tiers.py share: the machine, the options, jobs of worker.py, builds."""
+"""What the tiers of run_tiers.py share: the machine, the options, jobs, builds."""
 
 import concurrent.futures
 import contextlib
@@ -11,8 +11,10 @@ import re
 import shutil
 import sys
 import time
+from typing import Any
 
-import jobs
+import gpus
+import launcher
 
 STRESS_SECONDS = 6.0  # after which each stress test ends, unless told otherwise
 HERE = pathlib.Path(__file__).resolve().parent
@@ -82,8 +84,8 @@ class Builds:
         build += ["--parallel", str(self.jobs_at_once)]
         for i, command in enumerate((configure, build)):
             step_log = log.with_suffix(f".{i}.log")
-            process = jobs.Process(command, os.environ, step_log)
-            if problems := jobs.run([process], limit=300).problems([process]):
+            process = launcher.Process(command, os.environ, step_log)
+            if problems := launcher.run([process], limit=300).problems([process]):
                 raise RuntimeError(f"building {target}: " + "\n".join(problems))
         return folder
 
@@ -129,7 +131,6 @@ class Context:
             "NCCL_NVLS_ENABLE": "0",
             "NVSHMEM_DISABLE_NVLS": "1",
             "PYTHONHASHSEED": "0",
-            "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": os.pathsep.join(paths),
         }
@@ -153,27 +154,29 @@ class Shape:
         return f"{0.8 / self.ranks_per_gpu:.2f}" if self.num_processes > 1 else "0.6"
 
 
-def run_worker(
+def run_job(
     ctx: Context,
     name: str,
     shape: Shape,
-    arguments: list[str],
+    scenario: tuple[str, ...],
     limit: float,
     *,
+    file: pathlib.Path = HERE / "scenarios.py",
     flags: str = "",
     package: pathlib.Path | None = None,
     expected: dict[int, int] | None = None,
     shared: bool = False,
     **more: str,
 ) -> tuple[pathlib.Path, list[str]]:
-    """Runs worker.py in every process of the shape.
+    """Runs a scenario in every process of the shape.
 
     Args:
         ctx: the machine and the options.
         name: of the job; its folder has the logs.
         shape: of the job.
-        arguments: of worker.py.
+        scenario: a function of the file, and its arguments.
         limit: seconds.
+        file: with the function.
         flags: for XLA, on GPUs.
         package: another folder of jax_ep.
         expected: return codes that are not 0.
@@ -189,39 +192,44 @@ def run_worker(
         if shape.ranks_per_gpu > 1 and ctx.platform != "cpu" and not shared:
             try:
                 service = stack.enter_context(
-                    jobs.multi_process_service(folder, shape.ranks_per_gpu)
+                    gpus.multi_process_service(folder, shape.ranks_per_gpu)
                 )
             except RuntimeError as error:
                 raise SkippedError(f"ranks that share a GPU need MPS: {error}") from error
-        port, processes = jobs.free_port(), []
         if ctx.platform == "cpu":
             flags = "--xla_force_host_platform_device_count="
             flags += "8" if shape.num_processes == 1 else "1"
         elif shape.num_processes == 1:
             flags += " --xla_force_host_platform_device_count=8"  # the CPU backend beside CUDA
-        for process in range(shape.num_processes):
-            environment = ctx.environment(
-                package,
-                XLA_FLAGS=flags.strip(),
-                XLA_PYTHON_CLIENT_MEM_FRACTION=shape.memory_fraction(),
-                JAX_EP_TEST_PROCESS=str(process),
-                JAX_EP_TEST_NUM_PROCESSES=str(shape.num_processes),
-                JAX_EP_TEST_PORT=str(port),
-                JAX_EP_TEST_OUT=str(folder),
-                JAX_EP_TEST_PLATFORM=ctx.platform,
-                JAX_EP_TEST_DEVICE=str(process % max(1, ctx.num_gpus)),
-                JAX_EP_TEST_RANKS_PER_GPU=str(shape.ranks_per_gpu),
-                JAX_EP_TEST_LIMIT=str(limit),
-                **service,
-                **more,
-            )
-            command = [sys.executable, "-X", "faulthandler", str(HERE / "worker.py"), *arguments]
-            log = folder / f"process_{process}.log"
-            processes.append(
-                jobs.Process(command, environment, log, (expected or {}).get(process, 0))
-            )
-        ended = jobs.run(processes, limit)
+        environment = ctx.environment(
+            package,
+            XLA_FLAGS=flags.strip(),
+            XLA_PYTHON_CLIENT_MEM_FRACTION=shape.memory_fraction(),
+            JAX_EP_TEST_RANKS_PER_GPU=str(shape.ranks_per_gpu),
+            **service,
+            **more,
+        )
+        processes = launcher.worker_processes(
+            file,
+            *scenario,
+            num_processes=shape.num_processes,
+            out=folder,
+            limit=limit,
+            environment=environment,
+            platform=ctx.platform,
+            num_gpus=ctx.num_gpus,
+            expected=expected,
+        )
+        ended = launcher.run(processes, limit)
     return folder, ended.problems(processes)
+
+
+def run_pytest(
+    ctx: Context, name: str, shape: Shape, arguments: list[str], limit: float, **more: Any
+) -> tuple[pathlib.Path, list[str]]:
+    """Runs pytest in every process of the shape, in step; the rest is as for `run_job`."""
+    scenario = ("run_pytest", *arguments)
+    return run_job(ctx, name, shape, scenario, limit, file=HERE / "in_step.py", **more)
 
 
 def run_suite(
@@ -238,14 +246,14 @@ def run_suite(
     """Runs test files of tests/, on all ranks, and reads the counts that process 0 left."""
     backend = "processes" if shape.num_processes > 1 else ctx.platform
     words = [backend, *([keyword] if keyword else []), *([ctx.keyword] if ctx.keyword else [])]
-    arguments = ["pytest", *(str(TESTS / file) for file in files)]
+    arguments = [str(TESTS / file) for file in files]
     arguments += ["-k", " and ".join(f"({word})" for word in words), "--maxfail=5", "--tb=short"]
     environment = {
         "JAX_EP_TEST_EXAMPLES": str(ctx.examples),
         "JAX_EP_TEST_CALLS": str(ctx.calls),
         "JAX_EP_TEST_SECONDS": str(ctx.seconds),
     }
-    folder, problems = run_worker(
+    folder, problems = run_pytest(
         ctx,
         tier,
         shape,
@@ -262,7 +270,7 @@ def run_suite(
 
 
 def read_report(path: pathlib.Path, tier: str) -> tuple[list[Line], list[str]]:
-    """What worker.py's pytest plugin left, if it came to that.
+    """What the pytest plugin of in_step.py left, if it came to that.
 
     A test in which the process was stopped, or died, has failed.
     """

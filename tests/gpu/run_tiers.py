@@ -27,7 +27,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-import jobs
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
+
+import gpus
+import launcher
 from context import STRESS_SECONDS, Builds, Context, Line, Result, SkippedError, package_folder
 from tiers import TIERS, Tier, pytest_tier
 
@@ -113,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     with folder_for_run(args.out) as out:
         ctx = Context(
             platform=args.platform,
-            num_gpus=jobs.count_gpus() if args.platform == "cuda" else 2,
+            num_gpus=gpus.count_gpus() if args.platform == "cuda" else 2,
             package=args.package.resolve() if args.package else None,
             out=out,
             quick=args.quick,
@@ -139,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             lines, problems = run_all(ctx, tiers)
         finally:
             ctx.builds.pool.shutdown(wait=False, cancel_futures=True)
-            jobs.stop_everything()
+            launcher.stop_everything()
     for problem in problems:
         print(f"\n==== {problem}")
     print_table(lines)

@@ -1,15 +1,13 @@
-"""What the processes of jobs do that are not pytest: a rank that dies or stalls, command buffers.
+"""Scenarios of the tiers: a rank that dies or stalls, command buffers.
 
-Each returns its exit code or raises; lines that begin with "NOTE: " end up in run_tiers.py's table.
+Lines that begin with "NOTE: " end up in run_tiers.py's table.
 """
 
 import os
 import pathlib
 import re
 import signal
-import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,14 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from job import NUM_PROCESSES, PLATFORM, PROCESS, connect, mark, wait_for_marks
 from thunks import recorded_thunks
 
 import jax_ep
 from jax_ep import reference
-
-PROCESS = int(os.environ["JAX_EP_TEST_PROCESS"])
-OUT = pathlib.Path(os.environ["JAX_EP_TEST_OUT"])
-PLATFORM = os.environ["JAX_EP_TEST_PLATFORM"]
 
 NUM_TOKENS, TOP_K, HIDDEN = 96, 4, 256
 
@@ -93,14 +88,6 @@ class Layer:
 
 def local(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shard.data) for shard in array.addressable_shards])
-
-
-def wait_for(name: str, seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not (OUT / name).exists():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"the other process left no file {name}")
-        time.sleep(0.02)
 
 
 # A rank that dies or stalls ---------------------------------------------------------------------
@@ -182,38 +169,43 @@ def right_calls() -> tuple[Layer, Any, Any]:
     return layer, placed, data
 
 
-def killed() -> int:
+def killed() -> None:
     """The last process is killed with a call in flight; the first, the coordinator, survives."""
+    jax.config.update("jax_enable_recoverability", True)  # JAX lets the coordinator outlive it
+    connect(timeout=60)
     layer, placed, data = right_calls()
     if PROCESS != 0:
         layer.program(*placed)
         os.kill(os.getpid(), signal.SIGKILL)
     hear_of_it(layer, placed, data, other=1)
-    return 0
+    jax_ep.finalize()
 
 
-def stalled() -> int:
+def stalled() -> None:
     """The last process stops calling, until the first has heard of it; then it is told too."""
+    connect(timeout=60)
     layer, placed, data = right_calls()
     if PROCESS == 0:
         hear_of_it(layer, placed, data, other=1)
-        (OUT / "heard").touch()
-        wait_for("told")
+        mark("heard")
+        wait_for_marks("told", 1)
     else:
-        wait_for("heard")
+        wait_for_marks("heard", 1)
         hear_of_it(layer, placed, data, other=0)
-        (OUT / "told").touch()
-    return 0
+        mark("told")
+    jax_ep.finalize()
 
 
 # Command buffers --------------------------------------------------------------------------------
 
 
-def command_buffers(expectation: str) -> int:
+def command_buffers(expectation: str) -> None:
     """Two independent layers in one program, called often, its buffers at changing addresses.
 
     The expectation is where the calls are: "inside" of command buffers or "outside".
     """
+    if NUM_PROCESSES > 1:
+        connect(timeout=60)
     layer = Layer(num_layers=2)
     kept: list[Any] = []
     addresses = set()
@@ -242,12 +234,5 @@ def command_buffers(expectation: str) -> int:
     else:
         assert inside == 0, f"{inside} calls are in command buffers"
         assert outside >= 6, "the dump does not show our calls"
-    return 0
-
-
-SCENARIOS: dict[str, Callable[..., int]] = {
-    f.__name__: f for f in (killed, stalled, command_buffers)
-}
-
-if __name__ == "__main__":
-    sys.exit("started by worker.py")
+    if NUM_PROCESSES > 1:
+        jax_ep.finalize()

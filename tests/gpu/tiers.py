@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
-import jobs
+import launcher
 from context import (
     ROOT,
     TESTS,
@@ -22,8 +22,9 @@ from context import (
     SkippedError,
     package_folder,
     read_report,
+    run_job,
+    run_pytest,
     run_suite,
-    run_worker,
 )
 
 SUITE = [f"test_{name}.py" for name in ("layout", "dispatch", "combine", "gradients", "moe")]
@@ -109,11 +110,11 @@ def race_control(ctx: Context) -> Result:
         package = copy_package(ctx, ctx.builds.wait("broken"), ctx.out / "package_broken")
     start = time.monotonic()
     backend = "processes" if shape.num_processes > 1 else ctx.platform
-    _, found = run_worker(
+    _, found = run_pytest(
         ctx,
         "race-control",
         shape,
-        ["pytest", str(TESTS / STRESS), "-k", f"test_race and {backend}", "--tb=short"],
+        [str(TESTS / STRESS), "-k", f"test_race and {backend}", "--tb=short"],
         60,
         package=package,
         expected=dict.fromkeys(range(shape.num_processes), 1),
@@ -167,8 +168,8 @@ def native(ctx: Context) -> Result:
             command += [*(only if tool == "racecheck" else []), str(program), "--small", *ranks]
             runs.append((f"compute-sanitizer {tool}", command, 90))
     for i, (what, command, limit) in enumerate(runs):
-        process = jobs.Process(command, os.environ, folder / f"run_{i}.log", 3 if i == 1 else 0)
-        ended = jobs.run([process], ctx.limit(limit))
+        process = launcher.Process(command, os.environ, folder / f"run_{i}.log", 3 if i == 1 else 0)
+        ended = launcher.run([process], ctx.limit(limit))
         found = ended.problems([process])
         line = Line("native", what, seconds=ended.seconds)
         line.passed, line.failed = (0, 1) if found else (1, 0)
@@ -182,17 +183,19 @@ def native(ctx: Context) -> Result:
 
 
 def scenarios_tier(
-    tier: str, ctx: Context, runs: list[tuple[str, Shape, list[str], dict[int, int], str, str]]
+    tier: str,
+    ctx: Context,
+    runs: list[tuple[str, Shape, tuple[str, ...], dict[int, int], str, str]],
 ) -> Result:
     """One job for each (name, shape, arguments, return codes, XLA's flags, JAX_EP_TIMEOUT)."""
     lines, problems = [], []
-    for name, shape, arguments, expected, flags, timeout in runs:
+    for name, shape, scenario, expected, flags, timeout in runs:
         start = time.monotonic()
-        _, found = run_worker(
+        _, found = run_job(
             ctx,
             f"{tier}-{name}",
             shape,
-            arguments,
+            scenario,
             75,
             flags=flags,
             expected=expected,
@@ -216,8 +219,8 @@ def failures(ctx: Context) -> Result:
         "failures",
         ctx,
         [
-            ("killed", shape, ["killed"], {1: -9}, "", "3"),
-            ("stalled", shape, ["stalled"], {}, "", "3"),
+            ("killed", shape, ("killed",), {1: -9}, "", "3"),
+            ("stalled", shape, ("stalled",), {}, "", "3"),
         ],
     )
 
@@ -240,7 +243,7 @@ def command_buffers(ctx: Context) -> Result:
         flags += " --xla_dump_hlo_as_text"
         if mode:
             flags += f" --xla_gpu_command_buffer_scheduling_mode={mode}"
-        runs.append((name, shape, ["command_buffers", expectation], {}, flags, "10"))
+        runs.append((name, shape, ("command_buffers", expectation), {}, flags, "10"))
     return scenarios_tier("command-buffers", ctx, runs)
 
 
@@ -259,11 +262,11 @@ def example(ctx: Context) -> Result:
     flags += f" --learning-rate=1e-2 --eval-every=4 --sample-bytes=4 --dtype=float32 --ep={ep}"
     flags += " --dp=1"
 
-    def process(name: str, *more: str, **environment: str) -> jobs.Process:
+    def process(name: str, *more: str, **environment: str) -> launcher.Process:
         command = [sys.executable, str(ROOT / "examples" / "train_moe_lm.py"), *flags.split()]
         command += [f"--out={folder / name.split('.')[0]}", *more]
         precise = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # not TF32
-        return jobs.Process(
+        return launcher.Process(
             command, ctx.environment(None, **precise, **environment), folder / f"{name}.log"
         )
 
@@ -276,7 +279,7 @@ def example(ctx: Context) -> Result:
     }
     if ctx.num_gpus > 1 and not ctx.quick:
         port, common = (
-            jobs.free_port(),
+            launcher.free_port(),
             f"--distributed --num-processes={ep} --coordinator=127.0.0.1",
         )
         groups["a process per GPU"] = [
@@ -290,7 +293,7 @@ def example(ctx: Context) -> Result:
         ]
     lines, problems = [], []
     for (what, group), out in zip(groups.items(), ("one", "several"), strict=False):
-        ended = jobs.run(group, ctx.limit(100))
+        ended = launcher.run(group, ctx.limit(100))
         found = ended.problems(group)
         line = Line("example", what, seconds=ended.seconds)
         if not found:
@@ -314,8 +317,8 @@ def example(ctx: Context) -> Result:
 def run_file(ctx: Context, name: str, path: pathlib.Path, limit: float) -> Result:
     """Runs a file or folder by pytest in one process, which may start others."""
     keyword = ["-k", ctx.keyword] if ctx.keyword else []
-    arguments = ["pytest", str(path), *keyword, "--tb=short"]
-    folder, problems = run_worker(ctx, name, Shape(1), arguments, limit)
+    arguments = [str(path), *keyword, "--tb=short"]
+    folder, problems = run_pytest(ctx, name, Shape(1), arguments, limit)
     lines, failed = read_report(folder / "report_0.json", name)
     return Result(lines, failed + problems)
 

@@ -1,25 +1,29 @@
 """Jobs of several processes on this host, on CPU."""
 
-import functools
 import pathlib
-import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from launcher import Finished, run
+from launcher import Finished, run_scenario
 
-_WORKER = pathlib.Path(__file__).with_name("worker.py")
+_SCENARIOS = pathlib.Path(__file__).with_name("scenarios")
 
 SHAPES = [(2, 4), (4, 2)]  # processes, devices of each
 
 
+Job = Callable[..., list[Finished]]
+
+
 @pytest.fixture
-def job(tmp_path: pathlib.Path):
-    return functools.partial(run, _WORKER, out=tmp_path)
+def job(tmp_path: pathlib.Path) -> Job:
+    """What runs a scenario: a file of scenarios/, a function of it, and its arguments."""
 
+    def start(file: str, scenario: str, *arguments: str, **options: object) -> list[Finished]:
+        path = _SCENARIOS / f"{file}.py"
+        return run_scenario(path, scenario, *arguments, out=tmp_path, **options)
 
-def _lines(finished: Finished, word: str) -> list[str]:
-    return re.findall(rf"^{word} (.*)$", finished.log, re.MULTILINE)
+    return start
 
 
 # Results ------------------------------------------------------------------------------------------
@@ -27,7 +31,13 @@ def _lines(finished: Finished, word: str) -> list[str]:
 
 def _results(out: pathlib.Path, num_processes: int, num_devices: int) -> dict[str, np.ndarray]:
     out.mkdir()
-    run(_WORKER, "results", num_processes=num_processes, num_devices=num_devices, out=out)
+    run_scenario(
+        _SCENARIOS / "results.py",
+        "results",
+        num_processes=num_processes,
+        num_devices=num_devices,
+        out=out,
+    )
     merged: dict[str, np.ndarray] = {}
     for process in range(num_processes):
         with np.load(out / f"process_{process}.npz") as saved:
@@ -63,21 +73,21 @@ def test_same_bits_as_one_process(
 
 
 @pytest.mark.parametrize(("num_processes", "num_devices"), SHAPES)
-def test_independent_calls_pair_rightly(job, num_processes: int, num_devices: int) -> None:
-    job("pairing", num_processes=num_processes, num_devices=num_devices)
+def test_independent_calls_pair_rightly(job: Job, num_processes: int, num_devices: int) -> None:
+    job("pairing", "pairing", num_processes=num_processes, num_devices=num_devices)
 
 
 @pytest.mark.parametrize(
     "how", ["cost_analysis", "compiler_options", "lowered_twice", "local_programs"]
 )
-def test_one_process_compiles_more_than_the_others(job, how: str) -> None:
+def test_one_process_compiles_more_than_the_others(job: Job, how: str) -> None:
     """The rows are right, or an error says what to look for; never silently wrong.
 
     Runs are numbered from a hash of the program, and the program holds the lines of code that it
     was traced from. A process that traces a function from another line cannot be paired with.
     """
-    finished = job("extra_compile", how, num_processes=2, num_devices=2)
-    errors = [line for process in finished for line in _lines(process, "ERROR")]
+    finished = job("pairing", "extra_compile", how, num_processes=2, num_devices=2)
+    errors = [line for process in finished for line in process.lines("ERROR")]
     num_right = sum("RIGHT" in process.log.splitlines() for process in finished)
     assert (len(errors), num_right) in ((0, 2), (2, 0))
     if how == "local_programs":
@@ -89,28 +99,30 @@ def test_one_process_compiles_more_than_the_others(job, how: str) -> None:
 # A process that does not come ---------------------------------------------------------------------
 
 
-def test_killed_process(job) -> None:
+def test_killed_process(job: Job) -> None:
     """The survivors hear of it at once, from us, and exit with code 0."""
-    finished = job("killed", num_processes=3, num_devices=2, expected={2: -9}, timeout=60)
+    finished = job(
+        "failures", "killed", num_processes=3, num_devices=2, expected={2: -9}, timeout=60
+    )
     for survivor in finished[:2]:
-        assert float(_lines(survivor, "SECONDS")[0]) < 5
-        for message in _lines(survivor, "ERROR") + _lines(survivor, "AGAIN"):
+        assert float(survivor.lines("SECONDS")[0]) < 5
+        for message in survivor.lines("ERROR") + survivor.lines("AGAIN"):
             assert message.startswith("UNAVAILABLE: "), message
             assert "jax_ep_" in message
             assert "process 2 (pid" in message or "process 2" in message, message
             assert "died" in message
-        assert len(_lines(survivor, "ERROR")) == len(_lines(survivor, "AGAIN")) == 1
+        assert len(survivor.lines("ERROR")) == len(survivor.lines("AGAIN")) == 1
 
 
-def test_stalled_process(job) -> None:
-    finished = job("stalled", num_processes=2, num_devices=2)
-    (message,) = _lines(finished[0], "ERROR")
+def test_stalled_process(job: Job) -> None:
+    finished = job("failures", "stalled", num_processes=2, num_devices=2)
+    (message,) = finished[0].lines("ERROR")
     assert message.startswith("DEADLINE_EXCEEDED: jax_ep_layout: rank 2 (process 1), 3 (process 1)")
 
 
-def test_late_process(job) -> None:
-    finished = job("late", num_processes=2, num_devices=2)
-    (early,), (late,) = _lines(finished[0], "ERROR"), _lines(finished[1], "ERROR")
+def test_late_process(job: Job) -> None:
+    finished = job("failures", "late", num_processes=2, num_devices=2)
+    (early,), (late,) = finished[0].lines("ERROR"), finished[1].lines("ERROR")
     assert early.startswith("DEADLINE_EXCEEDED: jax_ep_layout: rank 2 (process 1), 3 (process 1)")
     assert late.startswith("UNAVAILABLE: process 0 gave up: jax_ep_layout: rank 2 (process 1)")
     assert all("RIGHT" in f.log for f in finished)
@@ -119,41 +131,41 @@ def test_late_process(job) -> None:
 # Set-up and tear-down -----------------------------------------------------------------------------
 
 
-def test_missing_process(job) -> None:
-    finished = job("missing", num_processes=3, num_devices=1)
+def test_missing_process(job: Job) -> None:
+    finished = job("set_up", "missing", num_processes=3, num_devices=1)
     for process in range(2):
-        (message,) = _lines(finished[process], "ERROR")
+        (message,) = finished[process].lines("ERROR")
         assert message.startswith(
             "jax_ep.initialize: process 2 of 3 did not call jax_ep.initialize() within 1.5 s"
         )
 
 
-def test_initialize_again_after_a_missing_process(job) -> None:
+def test_initialize_again_after_a_missing_process(job: Job) -> None:
     """However often each process has tried before."""
-    finished = job("retried_after_missing", num_processes=3, num_devices=1)
+    finished = job("set_up", "retried_after_missing", num_processes=3, num_devices=1)
     for process in range(3):
         assert "RIGHT" in finished[process].log.splitlines()
-        errors = _lines(finished[process], "ERROR")
+        errors = finished[process].lines("ERROR")
         assert len(errors) == (2 if process < 2 else 0)
         for message in errors:
             assert "process 2 of 3 did not call jax_ep.initialize() within 1.0 s" in message
 
 
-def test_initialize_again_after_a_failure(job) -> None:
+def test_initialize_again_after_a_failure(job: Job) -> None:
     """One process finds the fault, all hear of it soon, and all can try again."""
-    finished = job("retried_after_failure", num_processes=3, num_devices=1)
+    finished = job("set_up", "retried_after_failure", num_processes=3, num_devices=1)
     for process in finished:
-        (message,) = _lines(process, "ERROR")
+        (message,) = process.lines("ERROR")
         assert "may not read the memory of process 1 (process_vm_readv: " in message, message
-        assert float(_lines(process, "SECONDS")[0]) < 15
-        (refused,) = _lines(process, "REFUSED")
+        assert float(process.lines("SECONDS")[0]) < 15
+        (refused,) = process.lines("REFUSED")
         assert "call jax_ep.initialize() in every process" in refused
         assert "RIGHT" in process.log.splitlines()
 
 
-def test_forgotten_initialize(job) -> None:
-    for finished in job("forgotten", num_processes=2, num_devices=1):
-        (message,) = _lines(finished, "ERROR")
+def test_forgotten_initialize(job: Job) -> None:
+    for finished in job("set_up", "forgotten", num_processes=2, num_devices=1):
+        (message,) = finished.lines("ERROR")
         assert "the mesh spans processes; call jax_ep.initialize() in every process" in message
 
 
@@ -161,17 +173,17 @@ def test_forgotten_initialize(job) -> None:
     "how",
     ["in_turn", "in_reverse", "shutdown_first", "some_at_exit", "at_exit", "unblocked", "again"],
 )
-def test_tear_down(job, how: str) -> None:
+def test_tear_down(job: Job, how: str) -> None:
     """Exit code 0, whoever leaves first."""
-    for finished in job("tear_down", how, num_processes=3, num_devices=1):
-        (twice,) = _lines(finished, "TWICE")
+    for finished in job("set_up", "tear_down", how, num_processes=3, num_devices=1):
+        (twice,) = finished.lines("TWICE")
         assert twice.startswith("jax_ep.initialize: this process is connected already")
         if how == "again":
-            (after,) = _lines(finished, "AFTER")
+            (after,) = finished.lines("AFTER")
             assert "call jax_ep.initialize() in each of them first" in after
 
 
-def test_memory_that_may_not_be_read(job) -> None:
-    finished = job("unreadable", num_processes=2, num_devices=1)
-    (message,) = _lines(finished[0], "ERROR")
+def test_memory_that_may_not_be_read(job: Job) -> None:
+    finished = job("set_up", "unreadable", num_processes=2, num_devices=1)
+    (message,) = finished[0].lines("ERROR")
     assert "process 0 may not read the memory of process 1 (process_vm_readv: " in message

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 
 import pytest
-from gpu.jobs import count_gpus
-from launcher import Finished, run
+from gpus import count_gpus
+from launcher import Finished, run_scenario
 
-_WORKER = pathlib.Path(__file__).with_name("worker_cuda.py")
+_SCENARIOS = pathlib.Path(__file__).with_name("scenarios")
 # Without MPS the processes of a GPU take turns, so a wait for a peer takes milliseconds.
 _SECONDS = 240
 _POOL = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1"}
@@ -36,32 +36,21 @@ Job = Callable[..., list[Finished]]
 
 @pytest.fixture
 def job(tmp_path: pathlib.Path) -> Job:
-    def start(
-        *arguments: str,
-        num_processes: int,
-        environment: dict[str, str],
-        expected: dict[int, int] | None = None,
-    ) -> list[Finished]:
-        return run(
-            _WORKER,
+    """What runs a scenario: a file of scenarios/, a function of it, and its arguments."""
+
+    def start(file: str, scenario: str, *arguments: str, **options: object) -> list[Finished]:
+        return run_scenario(
+            _SCENARIOS / f"{file}.py",
+            scenario,
             *arguments,
-            num_processes=num_processes,
             num_devices=1,
+            num_gpus=NUM_GPUS,
             out=tmp_path,
             timeout=_SECONDS,
-            expected=expected,
-            environment={
-                "JAX_PLATFORMS": "cuda",
-                "JAX_EP_TEST_NUM_GPUS": str(NUM_GPUS),
-                **environment,
-            },
+            **options,
         )
 
     return start
-
-
-def _lines(finished: Finished, word: str) -> list[str]:
-    return re.findall(rf"^{word} (.*)$", finished.log, re.MULTILINE)
 
 
 def _check_right(finished: list[Finished], times: int = 1) -> None:
@@ -88,26 +77,39 @@ def test_equals_the_oracle(
 ) -> None:
     num_tokens = "16384" if environment is _GROWING else "24"
     finished = job(
-        "right", num_tokens, str(1 << 27), num_processes=num_processes, environment=environment
+        "cuda_paths",
+        "right",
+        num_tokens,
+        str(1 << 27),
+        num_processes=num_processes,
+        environment=environment,
     )
     _check_right(finished)
     for process in finished:
-        assert f"; {path} path" in _lines(process, "PATH")[0]
+        assert f"; {path} path" in process.lines("PATH")[0]
 
 
 def test_each_owner_chooses_its_path(job: Job) -> None:
-    environment = {**_POOL, "JAX_EP_TEST_STAGED": "0 2"}
-    finished = job("right", "24", str(1 << 20), num_processes=4, environment=environment)
+    staged = dict.fromkeys((0, 2), _STAGED)
+    finished = job(
+        "cuda_paths",
+        "right",
+        "24",
+        str(1 << 20),
+        num_processes=4,
+        environment=_POOL,
+        environments=staged,
+    )
     _check_right(finished)
     for i, process in enumerate(finished):
         path = "direct" if i % 2 else "staged"
-        assert f"; {path} path" in _lines(process, "PATH")[0]
+        assert f"; {path} path" in process.lines("PATH")[0]
 
 
 def test_memory_that_grew(job: Job) -> None:
-    finished = job("grown", num_processes=2, environment=_GROWING)
+    finished = job("cuda_paths", "grown", num_processes=2, environment=_GROWING)
     for process in finished:
-        (message,) = _lines(process, "GROWN")
+        (message,) = process.lines("GROWN")
         assert "FAILED_PRECONDITION" in message
         assert "outside the part of XLA's memory that the other processes have mapped" in message
         assert "jax_ep.initialize(staging_bytes=...)" in message
@@ -115,9 +117,9 @@ def test_memory_that_grew(job: Job) -> None:
 
 
 def test_too_small_a_region(job: Job) -> None:
-    finished = job("too_small", num_processes=2, environment=_STAGED)
+    finished = job("cuda_paths", "too_small", num_processes=2, environment=_STAGED)
     for process in finished:
-        (message,) = _lines(process, "SMALL")
+        (message,) = process.lines("SMALL")
         assert "FAILED_PRECONDITION" in message
         # The first call is the layout: 24 tokens, 3 ids of 4 bytes, rounded up.
         assert "topk_idx" in message
@@ -126,9 +128,9 @@ def test_too_small_a_region(job: Job) -> None:
 
 
 def test_memory_that_cannot_be_mapped(job: Job) -> None:
-    finished = job("not_exportable", num_processes=2, environment=_ASYNC)
+    finished = job("cuda_paths", "not_exportable", num_processes=2, environment=_ASYNC)
     for process in finished:
-        (message,) = _lines(process, "ERROR")
+        (message,) = process.lines("ERROR")
         assert "other processes cannot map XLA's memory" in message
         assert "jax_ep.initialize(staging_bytes=...)" in message
     _check_right(finished)
@@ -136,8 +138,8 @@ def test_memory_that_cannot_be_mapped(job: Job) -> None:
 
 @pytest.mark.skipif(NUM_GPUS < 2, reason="a single process needs two GPUs for two ranks")
 def test_one_process(job: Job) -> None:
-    finished = job("alone", num_processes=1, environment=_STAGED | _NO_REPLAY)
-    (small,), (after,) = _lines(finished[0], "SMALL"), _lines(finished[0], "AFTER")
+    finished = job("cuda_paths", "alone", num_processes=1, environment=_STAGED | _NO_REPLAY)
+    (small,), (after,) = finished[0].lines("SMALL"), finished[0].lines("AFTER")
     assert "jax_ep.initialize(staging_bytes=...)" in small
     assert "jax_ep.finalize() has been called. Call jax_ep.initialize()" in after
     _check_right(finished, times=2)
@@ -152,34 +154,38 @@ _TOLD = r"was told by rank [01], which has given up on rank 2 and says why"
 
 @pytest.mark.parametrize("environment", [_POOL, _STAGED], ids=["direct", "staged"])
 def test_stalled_rank(job: Job, environment: dict[str, str]) -> None:
-    finished = job("stalled", num_processes=3, environment=environment | _NO_REPLAY)
+    finished = job(
+        "cuda_failures", "stalled", num_processes=3, environment=environment | _NO_REPLAY
+    )
     for process in finished[:2]:
-        assert 2.5 < float(_lines(process, "SECONDS")[0]) < 15
-        assert _lines(process, "POISONED") == ["True"]
-        (message,) = _lines(process, "CHECK")
+        assert 2.5 < float(process.lines("SECONDS")[0]) < 15
+        assert process.lines("POISONED") == ["True"]
+        (message,) = process.lines("CHECK")
         assert re.match(
             rf"jax_ep_layout: rank \d ({_WAITED}|{_TOLD}); the group is broken", message
         )
-        (again,) = _lines(process, "AGAIN")
+        (again,) = process.lines("AGAIN")
         seconds, error = again.split(" ", 1)
         assert float(seconds) < 2
         assert error.startswith(f"DEADLINE_EXCEEDED: {message}")
         printed = [x for x in process.log.splitlines() if x.startswith("jax_ep: jax_ep_")]
         assert printed == [f"jax_ep: {message}"]
     # The first to give up tells the other one, which may have given up itself by then.
-    messages = [_lines(process, "CHECK")[0] for process in finished[:2]]
+    messages = [process.lines("CHECK")[0] for process in finished[:2]]
     assert any(re.search(_WAITED, message) for message in messages), messages
     _check_right(finished, times=2)
 
 
 def test_killed_rank(job: Job) -> None:
     """The survivors hear of it from us, long before JAX's heartbeat, and exit with code 0."""
-    finished = job("killed", num_processes=3, environment=_POOL | _NO_REPLAY, expected={2: -9})
+    finished = job(
+        "cuda_failures", "killed", num_processes=3, environment=_POOL | _NO_REPLAY, expected={2: -9}
+    )
     for survivor in finished[:2]:
-        assert float(_lines(survivor, "SECONDS")[0]) < 20
-        (message,) = _lines(survivor, "ERROR")
+        assert float(survivor.lines("SECONDS")[0]) < 20
+        (message,) = survivor.lines("ERROR")
         assert re.search(r"jax_ep_\w+: rank \d (waited for|was told by) rank \d", message), message
-        (again,) = _lines(survivor, "AGAIN")
+        (again,) = survivor.lines("AGAIN")
         assert float(again.split(" ", 1)[0]) < 2
 
 
@@ -192,9 +198,9 @@ def test_killed_rank(job: Job) -> None:
 def test_tear_down(job: Job, how: str) -> None:
     """Exit code 0, whoever leaves first."""
     environment = _POOL | _NO_REPLAY if how == "again" else _POOL
-    finished = job("tear_down", how, num_processes=2, environment=environment)
+    finished = job("cuda_failures", "tear_down", how, num_processes=2, environment=environment)
     _check_right(finished, times=3 if how == "again" else 1)
     if how == "again":
         for process in finished:
-            (after,) = _lines(process, "AFTER")
+            (after,) = process.lines("AFTER")
             assert "jax_ep.finalize() has been called. Call jax_ep.initialize()" in after

@@ -1,44 +1,16 @@
-"""What one process of a job does: `worker.py SCENARIO [ARGUMENT...]`. Started by run_tiers.py.
+"""Runs pytest in every process of a job, in step: the suite on one rank a process."""
 
-    worker.py pytest FILE... [OPTION...]   runs pytest, in step with the other processes
-
-The other scenarios are in scenarios.py. The job is described by JAX_EP_TEST_PROCESS,
-JAX_EP_TEST_NUM_PROCESSES, JAX_EP_TEST_PORT, JAX_EP_TEST_OUT (its directory), JAX_EP_TEST_PLATFORM
-and JAX_EP_TEST_DEVICE (the local device of this process; not set: all devices).
-"""
-
-import faulthandler
 import json
-import os
 import pathlib
-import sys
-import time
 from typing import Any
 
+import hypothesis
 import jax
+import pytest
+from exchange import SocketExchange
+from job import NUM_PROCESSES, OUT, PLATFORM, PROCESS, connect
 
 import jax_ep
-
-TESTS = pathlib.Path(__file__).resolve().parents[1]
-PROCESS = int(os.environ["JAX_EP_TEST_PROCESS"])
-NUM_PROCESSES = int(os.environ["JAX_EP_TEST_NUM_PROCESSES"])
-OUT = pathlib.Path(os.environ["JAX_EP_TEST_OUT"])
-PLATFORM = os.environ["JAX_EP_TEST_PLATFORM"]
-
-
-def join() -> None:
-    """Makes this process one of the job, for JAX and for jax_ep."""
-    if NUM_PROCESSES == 1:
-        return
-    if sys.argv[1] == "killed":  # JAX lets the coordinator outlive it; otherwise all leave together
-        jax.config.update("jax_enable_recoverability", True)
-    options: dict[str, Any] = {}
-    if PLATFORM != "cpu":
-        options["local_device_ids"] = [int(os.environ["JAX_EP_TEST_DEVICE"])]
-    address = f"127.0.0.1:{os.environ['JAX_EP_TEST_PORT']}"
-    jax.distributed.initialize(address, NUM_PROCESSES, PROCESS, **options)
-    jax.devices(PLATFORM)  # its client exists before jax_ep.initialize() looks for it
-    jax_ep.initialize(timeout=60)
 
 
 class Report:
@@ -103,10 +75,9 @@ class Report:
 
 def run_pytest(*arguments: str) -> int:
     """Runs pytest here; with several processes, on the backend that spans them."""
-    import hypothesis
-    import pytest
-
-    sys.path[:0] = [str(TESTS), str(TESTS / "support")]
+    if NUM_PROCESSES > 1:
+        connect(timeout=60)
+        print(f"process {PROCESS} of {NUM_PROCESSES} has joined")
     hypothesis.settings.register_profile(
         "in_step",
         derandomize=True,  # the same examples in every process and every run
@@ -117,37 +88,15 @@ def run_pytest(*arguments: str) -> int:
     )
     hypothesis.settings.load_profile("in_step")
     if NUM_PROCESSES > 1:
-        import backends
-        from exchange import SocketExchange
+        import backends  # not before: its settings take what the profile leaves
 
         exchange = SocketExchange(OUT / "exchange", PROCESS, NUM_PROCESSES)
         backends.use_processes(PLATFORM, exchange)
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-o", "faulthandler_timeout=60"]
     report = Report(OUT / f"report_{PROCESS}.json")
     status = int(pytest.main([*options, *arguments], plugins=[report]))
-    if NUM_PROCESSES > 1 and status <= 1:
-        exchange.all_gather(None)  # nobody leaves while others still need it
-    return status
-
-
-def main() -> None:
-    limit = float(os.environ.get("JAX_EP_TEST_LIMIT", "600"))
-    faulthandler.dump_traceback_later(max(1.0, limit - 3), exit=False)
-    start = time.monotonic()
-    join()
-    print(f"process {PROCESS} of {NUM_PROCESSES} joined in {time.monotonic() - start:.1f} s")
-    scenario, *arguments = sys.argv[1:]
-    if scenario == "pytest":
-        status = run_pytest(*arguments)
-    else:
-        import scenarios
-
-        status = scenarios.SCENARIOS[scenario](*arguments)
-    sys.stdout.flush()
     if NUM_PROCESSES > 1:
+        if status <= 1:
+            exchange.all_gather(None)  # nobody leaves while others still need it
         jax_ep.finalize()
-    raise SystemExit(status)
-
-
-if __name__ == "__main__":
-    main()
+    return status

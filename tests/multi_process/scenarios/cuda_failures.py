@@ -1,0 +1,121 @@
+"""A process on a GPU that dies or stalls, and leaving in several orders."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from cuda_layer import Layer, connect
+from job import (
+    CALL_ERRORS,
+    IS_LAST,
+    NUM_PROCESSES,
+    PROCESS,
+    coordinator_leaves_last,
+    join,
+    leave_as,
+    mark,
+    wait_for_marks,
+)
+from layers import local_parts
+
+import jax_ep
+
+
+def stalled() -> None:
+    """The last rank does not call. The others are told; then all begin anew."""
+    join()
+    connect(staging_bytes=1 << 20)
+    layer = Layer()
+    layer.check()
+    if not IS_LAST:
+        jax_ep.set_timeout(1000)
+        start = time.monotonic()
+        results = layer.program(*layer.data)
+        jax_ep.set_timeout(3)  # holds for the kernel that waits already
+        jax.block_until_ready(results)
+        print(f"SECONDS {time.monotonic() - start:.2f}")
+        floats = [p for n, _, p in local_parts(results) if n != "['recv_src']"]
+        # bfloat16 and float8 are seen as uint16 and uint8 here.
+        is_nan: dict[Any, Callable[[Any], Any]] = {
+            np.dtype(np.float32): np.isnan,
+            np.dtype(np.uint16): lambda p: (p & 0x7FFF) > 0x7F80,
+            np.dtype(np.uint8): lambda p: (p & 0x7F) == 0x7F,
+        }
+        nan = [is_nan[p.dtype](p) for p in floats]
+        print("POISONED", all(part.all() for part in nan))
+        try:
+            jax_ep.check()
+        except RuntimeError as error:
+            print("CHECK", error)
+        layer.print_error("AGAIN")
+        mark("told")
+    wait_for_marks("told", NUM_PROCESSES - 1)
+    jax_ep.finalize()
+    jax_ep.check()  # forgotten
+    jax_ep.set_timeout(60)
+    connect(staging_bytes=1 << 20)
+    Layer().check()  # what XLA replays of the old program gives NaN
+
+
+def killed() -> None:
+    """The last process is killed between calls; the others must learn it from us, and soon.
+
+    With recoverability JAX lets the others exit with code 0, as long as the coordinator, process 0,
+    leaves last.
+    """
+    jax.config.update("jax_enable_recoverability", True)
+    join()
+    connect(staging_bytes=1 << 20)
+    layer = Layer()
+    layer.check()
+    mark("right")
+    wait_for_marks("right", NUM_PROCESSES)
+    jax_ep.set_timeout(4)
+    if IS_LAST:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        while time.monotonic() < start + 60:
+            layer.call()
+            jax_ep.check()
+    except CALL_ERRORS as error:
+        print(f"SECONDS {time.monotonic() - start:.2f}")
+        print("ERROR", str(error).replace("\n", " "))
+    layer.print_error("AGAIN")
+    assert float(jax.jit(lambda x: x.sum())(np.ones(4))) == 4
+    jax_ep.finalize()
+    coordinator_leaves_last()
+
+
+def tear_down(how: str) -> None:
+    """Leaves in several orders, after a call that everybody has waited for."""
+    join()
+    connect(staging_bytes=1 << 20)
+    layer = Layer()
+    layer.check()
+    if how == "again":
+        jax_ep.finalize()
+        jax_ep.finalize()
+        layer.print_error("AFTER")
+        for _ in range(2):
+            connect(staging_bytes=1 << 20)
+            layer.check()
+            jax_ep.finalize()
+    elif how == "in_turn":
+        leave_as(PROCESS)
+    elif how == "shutdown_first":
+        jax.distributed.shutdown()
+        jax_ep.finalize()
+    elif how == "some_at_exit":
+        if PROCESS == 0:
+            jax_ep.finalize()
+    elif how == "at_exit":
+        pass
+    elif how == "unblocked":
+        layer.program(*layer.data)  # nobody waits for the last one
+    else:
+        raise ValueError(how)

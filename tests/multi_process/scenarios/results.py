@@ -1,0 +1,87 @@
+"""What every verb gives on several meshes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from job import OUT, PROCESS, join
+from layers import example, local_parts, make_mesh, per_shard, put
+
+import jax_ep
+
+LAYOUT_FIELDS = (
+    "send_row",
+    "recv_src",
+    "recv_order",
+    "group_sizes",
+    "expert_counts",
+    "expert_load",
+    "num_recv",
+    "num_dropped",
+    "num_invalid",
+)
+
+
+def verbs(axis_name: Any, num_ranks: int, capacity: int | None, alignment: int) -> Any:
+    """Everything that the verbs give for one shard."""
+
+    def f(ids: Any, x: Any, weights: Any, g: Any) -> Any:
+        layout = jax_ep.make_layout(
+            ids,
+            num_experts=2 * num_ranks,
+            axis_name=axis_name,
+            capacity=capacity,
+            expert_alignment=alignment,
+        )
+        rows = jnp.arange(layout.capacity, dtype=jnp.bfloat16)[:, None]
+
+        def layer(x: Any, weights: Any) -> Any:
+            recv = jax_ep.dispatch(x, layout, weights)
+            return jax_ep.combine(recv.tokens * 2 + rows, layout, recv.weights)
+
+        def plain(x: Any) -> Any:
+            return jax_ep.combine(jax_ep.dispatch(x, layout).tokens + rows, layout)
+
+        out, vjp = jax.vjp(layer, x, weights)
+        out_plain, vjp_plain = jax.vjp(plain, x)
+        fp8 = {
+            f"{scales} {dequantize}": tuple(
+                jax_ep.dispatch(x, layout, weights, fp8=scales, dequantize=dequantize)[:3]
+            )
+            for scales in ("float32", "power_of_two")
+            for dequantize in (False, True)
+        }
+        return {
+            "layout": {name: getattr(layout, name) for name in LAYOUT_FIELDS},
+            "dispatch": tuple(jax_ep.dispatch(x, layout, weights)[:2]),
+            "integers": jax_ep.dispatch(ids.repeat(4, axis=1), layout).tokens,
+            "fp8": fp8,
+            "combine": (out, out_plain),
+            "gradients": (vjp(g), vjp_plain(g)),
+        }
+
+    return f
+
+
+def results() -> None:
+    """Saves what every verb gives on several meshes of eight devices."""
+    join()
+    jax_ep.initialize()
+    jax_ep._cpu.set_poison_outputs(True)
+    permuted = [5, 0, 6, 3, 1, 7, 4, 2]  # neighbours live in different processes
+    saved = {}
+    for name, mesh, axis_name, num_ranks, capacity, alignment in (
+        ("ep", make_mesh((8,), ("ep",)), "ep", 8, None, 1),
+        ("ep, dropping", make_mesh((8,), ("ep",)), "ep", 8, 64, 16),
+        ("permuted", make_mesh((8,), ("ep",), permuted), "ep", 8, None, 8),
+        ("dp, ep", make_mesh((2, 4), ("dp", "ep")), "ep", 4, None, 1),
+        ("ep, dp", make_mesh((4, 2), ("ep", "dp")), "ep", 4, 80, 8),
+        ("tuple", make_mesh((2, 2, 2), ("a", "dp", "b"), permuted), ("b", "a"), 4, None, 1),
+    ):
+        data = [put(mesh, array, P(mesh.axis_names)) for array in example(mesh, num_ranks)]
+        f = per_shard(mesh, verbs(axis_name, num_ranks, capacity, alignment))
+        for key, index, part in local_parts(f(*data)):
+            saved[f"{name}|{key}|{index}"] = part
+    np.savez(OUT / f"process_{PROCESS}.npz", **saved)

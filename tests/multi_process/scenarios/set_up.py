@@ -1,0 +1,143 @@
+"""initialize() that fails or is missing, and leaving in several orders."""
+
+import ctypes
+import time
+
+import jax
+from job import IS_LAST, NUM_PROCESSES, PROCESS, join, leave_as, mark, wait_for_marks
+from layers import check_pair, layer_and_data
+
+import jax_ep
+
+
+def missing() -> None:
+    """The last process does not call initialize(); then it does, and so do the others again."""
+    join()
+    if IS_LAST:
+        wait_for_marks("done", NUM_PROCESSES - 1)
+        return
+    try:
+        jax_ep.initialize(timeout=1.5)
+    except RuntimeError as error:
+        print("ERROR", error)
+    mark("done")
+    wait_for_marks("done", NUM_PROCESSES - 1)
+
+
+def retried_after_missing() -> None:
+    """The last process comes to initialize() when the others have tried twice, in vain."""
+    join()
+    if PROCESS < NUM_PROCESSES - 1:
+        for _ in range(2):
+            try:
+                jax_ep.initialize(timeout=1)
+            except RuntimeError as error:
+                print("ERROR", error)
+        mark("done")
+    wait_for_marks("done", NUM_PROCESSES - 1)
+    jax_ep.initialize(timeout=30)
+    f, data, ids = layer_and_data()
+    check_pair(f(*data), ids)
+    print("RIGHT")
+
+
+def retried_after_failure() -> None:
+    """Process 1 cannot be read at first; then it can, and all try again."""
+    join()
+    libc = drop_ptrace_capability()
+    if PROCESS == 1:
+        assert libc.prctl(4, 0, 0, 0, 0) == 0  # PR_SET_DUMPABLE
+    start = time.monotonic()
+    try:
+        jax_ep.initialize(timeout=30)
+    except RuntimeError as error:
+        print(f"SECONDS {time.monotonic() - start:.2f}")
+        print("ERROR", error)
+    # Nothing is left: this raises nothing, and a program that spans processes is refused.
+    jax_ep.finalize()
+    f, data, ids = layer_and_data()
+    try:
+        f(*data)
+    except RuntimeError as error:
+        print("REFUSED", error)
+    if PROCESS == 1:
+        assert libc.prctl(4, 1, 0, 0, 0) == 0
+    mark("done")
+    wait_for_marks("done", NUM_PROCESSES)
+    jax_ep.initialize(timeout=30)
+    check_pair(f(*data), ids)
+    print("RIGHT")
+
+
+def forgotten() -> None:
+    """Nobody calls initialize()."""
+    join()
+    f, data, _ = layer_and_data()
+    try:
+        jax.block_until_ready(f(*data))
+    except RuntimeError as error:
+        print("ERROR", error)
+
+
+def drop_ptrace_capability() -> ctypes.CDLL:
+    """Gives up CAP_SYS_PTRACE, which root has: with it nothing is unreadable. Returns libc."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    for i in range(3):
+        sets[i] &= ~(1 << 19)
+    assert libc.capset(header, sets) == 0
+    return libc
+
+
+def unreadable() -> None:
+    """The last process forbids others to read its memory."""
+    join()
+    libc = drop_ptrace_capability()
+    if IS_LAST:
+        assert libc.prctl(4, 0, 0, 0, 0) == 0  # PR_SET_DUMPABLE
+    try:
+        jax_ep.initialize(timeout=5)
+    except RuntimeError as error:
+        print("ERROR", error)
+    mark("done")
+    wait_for_marks("done", NUM_PROCESSES)
+
+
+def tear_down(how: str) -> None:
+    """Leaves in several orders, after a call that everybody has waited for."""
+    join()
+    jax_ep.initialize()
+    try:
+        jax_ep.initialize()
+    except RuntimeError as error:
+        print("TWICE", error)
+    f, data, ids = layer_and_data()
+    check_pair(f(*data), ids)
+    if how == "again":
+        jax_ep.finalize()
+        jax_ep.finalize()
+        jax_ep.initialize()
+        check_pair(f(*data), ids)
+        jax_ep.finalize()
+        try:
+            jax.block_until_ready(f(*data))
+        except RuntimeError as error:
+            print("AFTER", error)
+    elif how == "in_turn":
+        leave_as(PROCESS)
+    elif how == "in_reverse":
+        leave_as(NUM_PROCESSES - 1 - PROCESS)
+    elif how == "shutdown_first":
+        jax.distributed.shutdown()
+        jax_ep.finalize()
+    elif how == "some_at_exit":
+        if PROCESS == 0:
+            jax_ep.finalize()
+    elif how == "at_exit":
+        pass
+    elif how == "unblocked":
+        f(*data)  # nobody waits for the last one
+    else:
+        raise ValueError(how)

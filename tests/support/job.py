@@ -1,0 +1,78 @@
+"""What one process of a job knows of it: its number, its folder; how it joins, waits and leaves.
+
+For scenarios, the functions that worker.py runs. The launcher describes the job in
+JAX_EP_TEST_{PROCESS,NUM_PROCESSES,PORT,OUT,PLATFORM}, and in JAX_EP_TEST_DEVICE the one local
+device that this process has on a platform with GPUs.
+"""
+
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+import jax_ep
+
+PROCESS = int(os.environ["JAX_EP_TEST_PROCESS"])
+NUM_PROCESSES = int(os.environ["JAX_EP_TEST_NUM_PROCESSES"])
+IS_LAST = PROCESS == NUM_PROCESSES - 1
+OUT = pathlib.Path(os.environ["JAX_EP_TEST_OUT"])
+PLATFORM = os.environ["JAX_EP_TEST_PLATFORM"]
+
+CALL_ERRORS = (RuntimeError, ValueError)
+"""What a failed call raises: JAX's own is a RuntimeError; where it waits for several arrays at once
+it raises a ValueError."""
+
+
+def join() -> None:
+    """Makes this process one of the job, for JAX. Alone it has all devices."""
+    if NUM_PROCESSES == 1:
+        return
+    options: dict[str, Any] = {}
+    if PLATFORM != "cpu":
+        options["local_device_ids"] = [int(os.environ["JAX_EP_TEST_DEVICE"])]
+    address = f"127.0.0.1:{os.environ['JAX_EP_TEST_PORT']}"
+    jax.distributed.initialize(address, NUM_PROCESSES, PROCESS, **options)
+
+
+def connect(**options: Any) -> None:
+    """Makes this process one of the job, for JAX and for jax_ep."""
+    join()
+    jax.devices(PLATFORM)  # its client exists before jax_ep.initialize() looks for it
+    jax_ep.initialize(**options)
+
+
+def mark(name: str) -> None:
+    """Leaves a file that the others can wait for."""
+    (OUT / f"{name}_{PROCESS}").touch()
+
+
+def wait_for_marks(name: str, count: int, seconds: float = 60) -> None:
+    """Returns when so many processes have left their mark."""
+    deadline = time.monotonic() + seconds
+    while len(list(OUT.glob(f"{name}_*"))) < count:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"fewer than {count} processes left the mark {name!r}")
+        time.sleep(0.02)
+
+
+def leave_as(place: int) -> None:
+    """Calls finalize() when `place` processes have left before."""
+    wait_for_marks("left", place)
+    jax_ep.finalize()
+    mark("left")
+
+
+def coordinator_leaves_last(seconds: float = 60) -> None:
+    """Process 0 returns when the other survivors of a job that lost one process have ended."""
+    (OUT / f"pid_{os.getpid()}").touch()
+    if PROCESS != 0:
+        return
+    wait_for_marks("pid", NUM_PROCESSES - 1)
+    others = {int(f.name.removeprefix("pid_")) for f in OUT.glob("pid_*")} - {os.getpid()}
+    deadline = time.monotonic() + seconds
+    while any(pathlib.Path(f"/proc/{pid}").exists() for pid in others):
+        if time.monotonic() > deadline:
+            raise TimeoutError("the other survivors do not end")
+        time.sleep(0.02)

@@ -1,0 +1,29 @@
+"""One process of a job: `worker.py FILE SCENARIO [ARGUMENT...]`. Started by launcher.py.
+
+FILE is a Python file, SCENARIO a function of it. What it returns is the exit code; one that returns
+None lets the interpreter exit the usual way, through jax_ep's and JAX's own tear-down.
+"""
+
+import faulthandler
+import importlib
+import os
+import pathlib
+import sys
+
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    file, scenario, *arguments = sys.argv[1:]
+    path = pathlib.Path(file).resolve()
+    # The launcher ends this process at its limit; before that it says where it is.
+    limit = float(os.environ["JAX_EP_TEST_LIMIT"])
+    faulthandler.dump_traceback_later(max(1.0, limit - 3), exit=False)
+    sys.path[:0] = [str(path.parent), str(TESTS), str(TESTS / "support")]
+    status = getattr(importlib.import_module(path.stem), scenario)(*arguments)
+    sys.stdout.flush()
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()
