@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "cuda/core/placement.h"
+#include "cuda/memory/timeline.h"
 
 namespace jax_ep::gpu {
 
@@ -86,8 +87,13 @@ struct ControlBlock {
   Local local;
   // Of the running layout: per block of ids its rows to each expert, then its invalid ids.
   alignas(16) int32_t layout_counts[kMaxLayoutBlocks][kMaxExperts + 4];
+#ifdef JAX_EP_TIMELINE
+  CallTimeline<kMaxBlocks> timeline[kNumTimelines];
+#endif
 };
+#ifndef JAX_EP_TIMELINE
 static_assert(sizeof(ControlBlock) < 1 << 20, "control memory is at most 1 MB a device");
+#endif
 
 // What a record is about.
 enum Phase : uint32_t {
