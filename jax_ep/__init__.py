@@ -18,14 +18,17 @@ except ImportError as error:
     ) from error
 
 from jax_ep.api import Dispatched, combine, dispatch, make_layout, moe
+from jax_ep.errors import check
 from jax_ep.layout import Layout, capacity
-from jax_ep.runtime import check, finalize, get_timeout, initialize, set_timeout
+from jax_ep.runtime import finalize, initialize
+from jax_ep.timeouts import Timeout, get_timeout, set_timeout
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Dispatched",
     "Layout",
+    "Timeout",
     "capacity",
     "check",
     "combine",

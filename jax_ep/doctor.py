@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep import reference, runtime
+from jax_ep import _native, reference
 
 _COMPUTE_CAPABILITY = "9.0"  # what the CUDA kernels are compiled for: Hopper
 _LEAST_NVCC = 13
@@ -147,8 +147,8 @@ def check_software() -> list[Finding]:
         ),
         Finding("ok", "CPU part: built"),
     ]
-    if runtime._cuda is not None:
-        build = runtime._cuda.probe_build()
+    if _native.cuda is not None:
+        build = _native.cuda.probe_build()
         findings.append(
             Finding(
                 "ok",
@@ -197,7 +197,7 @@ def check_machine(gpus: Sequence[Gpu]) -> list[Finding]:
         else Finding(gap, "JAX's CUDA plugin: not installed", _PLUGIN_COMMAND)
     )
     nvcc = _nvcc()
-    if runtime._cuda is None:
+    if _native.cuda is None:
         findings.append(
             Finding(gap, "CUDA part: not built; in jax_ep's source directory run", _BUILD_COMMAND)
         )
@@ -207,7 +207,7 @@ def check_machine(gpus: Sequence[Gpu]) -> list[Finding]:
         what = "not found" if nvcc is None else f"{nvcc[0]} is of CUDA {nvcc[1]}"
         findings.append(
             Finding(
-                gap if runtime._cuda is None else "info",
+                gap if _native.cuda is None else "info",
                 f"nvcc: {what}; building the CUDA part needs {_LEAST_NVCC}.0 or newer (from "
                 "NVIDIA's package repository, https://developer.nvidia.com/cuda-downloads)",
                 _NVCC_COMMAND,
@@ -233,7 +233,7 @@ def check_peer_access(ordinals: Sequence[int]) -> list[Finding]:
     apart = [
         f"{a}->{b}"
         for a, b in itertools.permutations(ordinals, 2)
-        if not runtime._cuda.probe_peer_access(a, b)
+        if not _native.cuda.probe_peer_access(a, b)
     ]
     if apart:
         text = f"peer access: none for {', '.join(apart)}; these GPUs cannot be in one EP group"
@@ -284,7 +284,7 @@ def self_test(devices: Sequence[Any]) -> str | None:
         mapped = jax.shard_map(layer, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
         results = [np.asarray(a) for a in jax.jit(mapped)(*operands)]
     finally:
-        jax_ep.set_timeout(before)
+        jax_ep.set_timeout(**before._asdict())
 
     layout = reference.make_layout(ids, num_experts=num_experts, expert_alignment=8)
     tokens, row_weights = reference.dispatch(x, layout, weights)
@@ -338,7 +338,7 @@ def examine() -> list[Finding]:
         else Finding("info", f"CPU backend: not tested, JAX hides it: {no_cpu}")
     )
     usable = [d for d in jax_gpus if str(d.compute_capability) == _COMPUTE_CAPABILITY]
-    if usable and runtime._cuda is not None:
+    if usable and _native.cuda is not None:
         findings += check_peer_access([d.local_hardware_id for d in usable])
         findings.append(check_self_test("CUDA", usable))
     elif not jax_gpus and any(g.compute_capability == _COMPUTE_CAPABILITY for g in gpus):

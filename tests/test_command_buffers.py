@@ -10,7 +10,7 @@ import sys
 import pytest
 from sharded_layers import CUDA_OPS
 
-from jax_ep import compat, runtime
+from jax_ep import _native, compat, environment, runtime
 
 FLAG = "--xla_gpu_command_buffer_scheduling_mode"
 
@@ -34,7 +34,7 @@ FLAG = "--xla_gpu_command_buffer_scheduling_mode"
     ],
 )
 def test_modes_that_keep_the_order(flags: str, expected: bool) -> None:
-    assert runtime.command_buffers_keep_order(flags) == expected
+    assert environment.command_buffers_keep_order(flags) == expected
 
 
 # What is registered for CUDA, by target, and whether XLA takes it as recordable. The CPU client's
@@ -98,7 +98,7 @@ def test_what_is_registered(flags: str, expected: bool, tmp_path: pathlib.Path) 
 def test_flags_that_come_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is registered cannot be changed, so the call says what to do."""
     monkeypatch.setattr(compat, "has_live_client", lambda _: True)
-    monkeypatch.setattr(runtime, "_cuda", object())
+    monkeypatch.setattr(_native, "cuda", object())
     monkeypatch.setattr(runtime, "_set_up_cuda", lambda: None)
     monkeypatch.setattr(runtime, "_recordable", True)
     runtime.require_cuda("jax_ep_layout")

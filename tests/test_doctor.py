@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jax_ep
-from jax_ep import doctor, reference, runtime
+from jax_ep import _native, doctor, reference
 
 H200 = "NVIDIA H200, 9.0, 580.159.03"
 NVLINK = """GPU 0: NVIDIA H200 (UUID: GPU-0)
@@ -51,7 +51,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
         if nvcc:
             program("nvcc", f"Cuda compilation tools, release {nvcc}.0, V{nvcc}.0.88\n")
         monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
-        monkeypatch.setattr(runtime, "_cuda", cuda)
+        monkeypatch.setattr(_native, "cuda", cuda)
         found = {"jax-cuda13-plugin": "0.11.2"} if plugin else {}
         monkeypatch.setattr(
             doctor,
@@ -202,7 +202,7 @@ def test_gpus_without_peer_access(monkeypatch: pytest.MonkeyPatch) -> None:
         def probe_peer_access(first: int, second: int) -> bool:
             return (first, second) != (1, 0)
 
-    monkeypatch.setattr(runtime, "_cuda", Cuda)
+    monkeypatch.setattr(_native, "cuda", Cuda)
     (finding,) = doctor.check_peer_access([0, 1])
     assert (finding.state, "1->0" in finding.text) == ("info", True)
     assert doctor.check_peer_access([0, 2])[0].state == "ok"

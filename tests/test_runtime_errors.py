@@ -236,7 +236,7 @@ def timeout(seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        jax_ep.set_timeout(before)
+        jax_ep.set_timeout(**before._asdict())
 
 
 def three_ranks(device_backend: JaxBackend) -> tuple[BackendLayout, NDArray[np.float32]]:
@@ -343,23 +343,37 @@ def test_late_rank(device_backend: JaxBackend) -> None:
 def test_set_timeout() -> None:
     for seconds in (0.25, 7, 3600.0):
         with timeout(seconds):
-            assert jax_ep.get_timeout() == seconds
+            assert jax_ep.get_timeout() == (seconds, seconds)
             for bad in (0, -1, 1e10, float("inf"), float("nan")):
                 message = f"set_timeout: seconds must be above 0 and at most 1e+08; got {bad}"
                 with pytest.raises(ValueError, match=re.escape(message)):
                     jax_ep.set_timeout(bad)
             with pytest.raises(TypeError, match="seconds must be a number; got '3'"):
                 jax_ep.set_timeout("3")  # type: ignore[arg-type]
-            assert jax_ep.get_timeout() == seconds  # a refused one changes nothing
+            assert jax_ep.get_timeout() == (seconds, seconds)  # a refused one changes nothing
 
 
-def import_with_timeout(value: str | None) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_EP_TIMEOUT"}
+def test_set_one_timeout() -> None:
+    with timeout(7):
+        jax_ep.set_timeout(arrival=100)
+        assert jax_ep.get_timeout() == jax_ep.Timeout(arrival=100, progress=7)
+        jax_ep.set_timeout(progress=2)
+        assert jax_ep.get_timeout() == (100, 2)
+        jax_ep.set_timeout(5, arrival=6)
+        assert jax_ep.get_timeout() == (6, 5)
+        with pytest.raises(ValueError, match="set_timeout: progress must be above 0"):
+            jax_ep.set_timeout(9, progress=0)
+        with pytest.raises(TypeError, match="pass seconds, arrival or progress"):
+            jax_ep.set_timeout()
+        assert jax_ep.get_timeout() == (6, 5)
+
+
+def import_with_timeouts(**values: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_TIMEOUT")}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    if value is not None:
-        environment["JAX_EP_TIMEOUT"] = value
+    environment.update({f"JAX_EP_{name}": value for name, value in values.items()})
     return subprocess.run(
-        [sys.executable, "-c", "import jax_ep; print(jax_ep.get_timeout())"],
+        [sys.executable, "-c", "import jax_ep; print(*jax_ep.get_timeout())"],
         env=environment,
         capture_output=True,
         text=True,
@@ -367,19 +381,28 @@ def import_with_timeout(value: str | None) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(("value", "expected"), [(None, "30.0"), ("2.5", "2.5"), ("1e2", "100.0")])
-def test_timeout_from_the_environment(value: str | None, expected: str) -> None:
-    result = import_with_timeout(value)
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, "600.0 30.0"),
+        ({"TIMEOUT": "2.5"}, "2.5 2.5"),
+        ({"ARRIVAL_TIMEOUT": "1e2"}, "100.0 30.0"),
+        ({"PROGRESS_TIMEOUT": "5", "TIMEOUT": "8"}, "8.0 5.0"),
+    ],
+)
+def test_timeouts_from_the_environment(values: dict[str, str], expected: str) -> None:
+    result = import_with_timeouts(**values)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == expected
 
 
+@pytest.mark.parametrize("name", ["TIMEOUT", "ARRIVAL_TIMEOUT", "PROGRESS_TIMEOUT"])
 @pytest.mark.parametrize("value", ["soon", "-3", "nan"])
-def test_bad_timeout_in_the_environment(value: str) -> None:
-    result = import_with_timeout(value)
+def test_bad_timeout_in_the_environment(name: str, value: str) -> None:
+    result = import_with_timeouts(**{name: value})
     assert result.returncode != 0
     expected = (
-        "ValueError: environment variable JAX_EP_TIMEOUT must be a number of seconds above 0; got "
+        f"ValueError: environment variable JAX_EP_{name} must be a number of seconds above 0; got "
         f"{value!r}"
     )
     assert expected in result.stderr

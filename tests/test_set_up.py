@@ -10,31 +10,32 @@ from collections.abc import Iterator
 import pytest
 
 import jax_ep
-from jax_ep import runtime
+from jax_ep import _native, runtime
+from jax_ep.errors import Watcher
 
 RECORD = "jax_ep_dispatch: rank 0 waited for rank 1 to come until the timeout"
 
 
 class FakeCuda:
-    """What `runtime` asks of the CUDA module, with a record that a test can write."""
+    """What is asked of the CUDA module, with a record that a test can write."""
 
     def __init__(self) -> None:
         self.record: str | None = None
-        self.timeouts: list[float] = []
+        self.timeouts: list[tuple[float, float]] = []
         self.looked = threading.Event()
 
     def recorded_error(self) -> str | None:
         self.looked.set()
         return self.record
 
-    def set_timeout(self, seconds: float) -> None:
-        self.timeouts.append(seconds)
+    def set_timeout(self, arrival: float, progress: float) -> None:
+        self.timeouts.append((arrival, progress))
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
-    monkeypatch.setattr(runtime, "_cuda", fake)
+    monkeypatch.setattr(_native, "cuda", fake)
     return fake
 
 
@@ -58,20 +59,20 @@ def test_check_raises_as_often_as_it_is_called(cuda: FakeCuda) -> None:
 
 
 def test_check_without_a_cuda_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_cuda", None)
+    monkeypatch.setattr(_native, "cuda", None)
     jax_ep.check()
     assert runtime.describe() == "CUDA: not built"
 
 
 @pytest.fixture
-def watcher(cuda: FakeCuda) -> Iterator[runtime._Watcher]:
-    watcher = runtime._Watcher()
+def watcher(cuda: FakeCuda) -> Iterator[Watcher]:
+    watcher = Watcher()
     yield watcher
     watcher.stop()
 
 
 def test_watcher_prints_once(
-    cuda: FakeCuda, watcher: runtime._Watcher, capfd: pytest.CaptureFixture[str]
+    cuda: FakeCuda, watcher: Watcher, capfd: pytest.CaptureFixture[str]
 ) -> None:
     wait_for_look(cuda)
     assert capfd.readouterr().err == ""
@@ -85,7 +86,7 @@ def test_watcher_prints_once(
 
 
 def test_watcher_takes_a_last_look(
-    cuda: FakeCuda, watcher: runtime._Watcher, capfd: pytest.CaptureFixture[str]
+    cuda: FakeCuda, watcher: Watcher, capfd: pytest.CaptureFixture[str]
 ) -> None:
     watcher._stopped.set()
     watcher._thread.join(30)
@@ -100,9 +101,10 @@ def test_set_timeout_reaches_cuda_at_once(cuda: FakeCuda) -> None:
         jax_ep.set_timeout(7)
         with pytest.raises(ValueError, match="must be above 0"):
             jax_ep.set_timeout(-1)
-        assert cuda.timeouts == [7]
+        jax_ep.set_timeout(progress=3)
+        assert cuda.timeouts == [(7, 7), (7, 3)]
     finally:
-        jax_ep.set_timeout(before)
+        jax_ep.set_timeout(**before._asdict())
 
 
 def test_initialize_alone() -> None:
@@ -147,13 +149,13 @@ def test_path_from_the_environment() -> None:
     assert message in refused.stderr
 
 
-@pytest.mark.skipif(runtime._cuda is None, reason="jax_ep is built without CUDA")
+@pytest.mark.skipif(_native.cuda is None, reason="jax_ep is built without CUDA")
 def test_cuda_module_before_set_up() -> None:
     """Nothing of this calls into CUDA, so it needs neither GPU nor driver."""
     if "not set up" not in runtime.describe():
         pytest.skip("CUDA devices are set up in this process")
-    assert runtime._cuda.recorded_error() is None
-    assert runtime._cuda.synchronize(1.0)
-    runtime._cuda.release(True)
-    runtime._cuda.release(False)
-    runtime._cuda.close_descriptors()
+    assert _native.cuda.recorded_error() is None
+    assert _native.cuda.synchronize(1.0)
+    _native.cuda.release(True)
+    _native.cuda.release(False)
+    _native.cuda.close_descriptors()

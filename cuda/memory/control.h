@@ -104,10 +104,12 @@ enum Phase : uint32_t {
   kNotResident,  // own blocks found no SM: their numbers in place of epochs
   kToldByPeer,   // the peer has given up: whom it has waited for in place of the epoch seen
   kTwoAtOnce,    // another call was running on this device
+  kPeerDied,     // the peer's process has died: the host's abort in place of the epoch seen
 };
 
 // What a device and its host tell each other: lies in host-mapped memory. The device writes a
-// timeout, once; the host writes how long to wait, which holds for replayed command buffers too.
+// timeout, once; the host writes how long to wait, and that a wait has to end, which holds for
+// replayed command buffers too.
 struct ErrorRecord {
   uint64_t valid;  // written last
   uint64_t operation;
@@ -117,7 +119,10 @@ struct ErrorRecord {
   uint32_t phase;  // a Phase
   uint64_t expected_epoch;
   uint64_t seen_epoch;
-  uint64_t timeout_ns;  // written by the host
+  // Written by the host.
+  uint64_t arrival_timeout_ns;   // for a peer to come
+  uint64_t progress_timeout_ns;  // for a peer to go on, once it has come
+  uint64_t abort;                // 0, or 1 + the slot of a device whose process has died
 };
 
 }  // namespace jax_ep::gpu

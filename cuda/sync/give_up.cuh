@@ -23,9 +23,12 @@ enum class OpKind : uint32_t { kLayout, kDispatch, kCombine, kCombineGradient };
 
 // Whether a wait has taken as long as it may. That lies in the host's memory, where a replayed
 // command buffer sees changes; reading it takes microseconds, so short waits do not.
-__device__ inline bool has_timed_out(const GroupView& g, uint64_t nanoseconds) {
+__device__ inline bool has_timed_out(const GroupView& g, uint32_t phase, uint64_t nanoseconds) {
   constexpr uint64_t kShort = 1000 * 1000;
-  return nanoseconds > kShort && nanoseconds > ld_relaxed_sys(&g.error->timeout_ns);
+  if (nanoseconds <= kShort) return false;
+  const uint64_t* timeout_ns =
+      phase == kStart ? &g.error->arrival_timeout_ns : &g.error->progress_timeout_ns;
+  return nanoseconds > ld_relaxed_sys(timeout_ns);
 }
 
 // Breaks the group on this device, once, and tells its host and its peers: they must not take for
@@ -64,7 +67,7 @@ __device__ inline bool may_wait(const GroupView& g, OpKind kind, int peer, uint3
   if (is_broken(g, kind)) return false;
   const uint64_t now = globaltimer_ns();
   if (start == 0) start = now;
-  if (!has_timed_out(g, now - start)) return true;
+  if (!has_timed_out(g, phase, now - start)) return true;
   break_group(g, kind, peer, phase, expected, seen);
   return false;
 }

@@ -31,7 +31,7 @@ import jax
 from jax.sharding import Mesh
 
 import jax_ep
-from jax_ep import doctor, runtime
+from jax_ep import _native, doctor, runtime
 from jax_ep.bench import measure, operations, report, traffic
 from jax_ep.bench.link import Link, measure_link
 from jax_ep.bench.traffic import Point, Traffic
@@ -187,7 +187,7 @@ def _environment(mesh: Mesh) -> dict[str, Any]:
         "device": device.device_kind,
         "ranks": mesh.size,
         "cores": os.cpu_count(),
-        "timeout_s": jax_ep.get_timeout(),
+        "timeout_s": jax_ep.get_timeout()._asdict(),
         "peers": runtime.describe() if device.platform != "cpu" else None,
         "variables": {
             name: value
@@ -338,10 +338,10 @@ def _measure_link(mesh: Mesh, num_sms: Sequence[int]) -> Link | None:
     devices = list(mesh.devices.flat)
     if devices[0].platform == "cpu":
         return None
-    if runtime._cuda is None:
+    if _native.cuda is None:
         print("W, B: n/a: this installation of jax_ep has no CUDA part (python -m jax_ep.doctor)")
         return None
-    link = measure_link(runtime._cuda, [d.local_hardware_id for d in devices])
+    link = measure_link(_native.cuda, [d.local_hardware_id for d in devices])
     for line in link.lines(num_sms):
         print(line)
     return link

@@ -124,7 +124,7 @@ def what_is_told(layer: Layer, placed: Any, data: Any) -> tuple[str, float]:
 
 def hear_of_it(layer: Layer, placed: Any, data: Any, other: int) -> None:
     """Calls until one is not right; checks what this process is told, and how soon."""
-    timeout = jax_ep.get_timeout()
+    timeout = jax_ep.get_timeout().arrival
     deadline = time.monotonic() + 30
     while True:
         outcome, seconds, results = call(layer, placed, data)

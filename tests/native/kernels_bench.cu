@@ -270,7 +270,7 @@ class Bench {
       CHECK_CUDA(cudaMemset(b.control, 0, sizeof(ControlBlock)));
       CHECK_CUDA(cudaHostAlloc(&b.error, sizeof(ErrorRecord), cudaHostAllocPortable));
       std::memset(b.error, 0, sizeof(ErrorRecord));
-      b.error->timeout_ns = 5'000'000'000;
+      b.error->arrival_timeout_ns = b.error->progress_timeout_ns = 5'000'000'000;
       b.ids = Allocate<int32_t>(ids_here);
       CHECK_CUDA(cudaMemcpy(b.ids, ids[r].data(), ids_here * 4, cudaMemcpyHostToDevice));
       b.send_row = Allocate<int32_t>(ids_here);

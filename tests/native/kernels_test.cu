@@ -121,7 +121,7 @@ class Group {
     view.control = control_[rank];
     CHECK_CUDA(cudaHostGetDevicePointer(&view.error, error_[rank], 0));
     view.operation = operation;
-    error_[rank]->timeout_ns = timeout_ns;
+    error_[rank]->arrival_timeout_ns = error_[rank]->progress_timeout_ns = timeout_ns;
     view.rank = rank;
     view.num_ranks = num_ranks;
     for (int q = 0; q < num_ranks; ++q) {

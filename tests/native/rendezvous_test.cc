@@ -200,8 +200,8 @@ void LateRank() {
   constexpr int64_t kRanks = 4;
   const auto site = MakeSite(std::vector<int64_t>(kRanks));
   Rendezvous& rendezvous = Rendezvous::Get();
-  const auto before = rendezvous.timeout();
-  rendezvous.set_timeout(milliseconds(100));
+  const auto before = rendezvous.timeouts();
+  rendezvous.set_timeouts({milliseconds(100), milliseconds(100)});
   std::vector<int64_t> in(kRanks, 1), out(kRanks, -1);
   std::vector<Outcome> outcomes(kRanks);
   for (int64_t rank : {0, 1, 3}) {
@@ -217,7 +217,7 @@ void LateRank() {
   const MaybeFailure failure = outcomes[2].Wait();
   CHECK(failure && failure->code == FailureCode::kDeadlineExceeded);
   CHECK(out == std::vector<int64_t>(kRanks, -1));
-  rendezvous.set_timeout(before);
+  rendezvous.set_timeouts(before);
   RunThreads(kRanks, [&](int64_t rank) {
     Outcome outcome;
     ArriveWith(site, 2, rank, &in[rank], &out[rank], outcome.completion());
@@ -231,8 +231,8 @@ void TimeoutsUnderLoad() {
   constexpr int64_t kRanks = 4, kRuns = 150;
   const auto site = MakeSite(std::vector<int64_t>(kRanks));
   Rendezvous& rendezvous = Rendezvous::Get();
-  const auto before = rendezvous.timeout();
-  rendezvous.set_timeout(milliseconds(2));
+  const auto before = rendezvous.timeouts();
+  rendezvous.set_timeouts({milliseconds(2), milliseconds(2)});
   std::atomic<int64_t> num_failed{0};
   RunThreads(kRanks, [&](int64_t rank) {
     std::mt19937 random(static_cast<unsigned>(rank));
@@ -249,7 +249,7 @@ void TimeoutsUnderLoad() {
       }
     }
   });
-  rendezvous.set_timeout(before);
+  rendezvous.set_timeouts(before);
   std::printf("  %ld of %ld arrivals timed out\n", num_failed.load(), kRanks * kRuns);
 }
 
@@ -460,7 +460,8 @@ class StoppingOp final : public CollectiveOp {
 // What was read from a peer that had given up is never taken for a result.
 void PeerThatGivesUpWhileItIsRead() {
   InTwoProcesses([](int64_t process, pid_t other, int socket) {
-    Rendezvous::Get().set_timeout(process == 0 ? milliseconds(100) : milliseconds(30000));
+    const auto timeout = process == 0 ? milliseconds(100) : milliseconds(30000);
+    Rendezvous::Get().set_timeouts({timeout, timeout});
     int64_t num_during_read = 0;
     char byte = 0;
     for (int64_t run = 0; run < 20; ++run) {

@@ -42,6 +42,7 @@ using jax_ep::SymmetricMemory;
 using jax_ep::Use;
 using jax_ep::gpu::ControlBlock;
 using jax_ep::gpu::GroupView;
+using std::chrono::nanoseconds;
 
 constexpr size_t kPoolBytes = fake_cuda::kGranularity;
 
@@ -106,16 +107,18 @@ int NumDescriptors() {
 
 void OneProcess() {
   char* const pool = MakePool();
-  Memory().SetTimeout(5);
+  Memory().SetTimeouts({nanoseconds(5), nanoseconds(3)});
   Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
   Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
   const GroupView first = View({0, 1}, 0), second = View({0, 1}, 1);
   CHECK(first.rank == 0 && second.rank == 1);
   CHECK(first.peer[1].control == second.control && second.peer[0].control == first.control);
   CHECK(first.peer[1].slot_there == 0 && first.peer[1].slot_here == 1);
-  CHECK(first.error->timeout_ns == 5);
-  Memory().SetTimeout(6);
-  CHECK(first.error->timeout_ns == 6 && second.error->timeout_ns == 6);
+  CHECK(first.error->arrival_timeout_ns == 5 && first.error->progress_timeout_ns == 3);
+  Memory().SetTimeouts({nanoseconds(6), nanoseconds(4)});
+  for (const GroupView& view : {first, second}) {
+    CHECK(view.error->arrival_timeout_ns == 6 && view.error->progress_timeout_ns == 4);
+  }
   CHECK(!Memory().Share(0, pool, 100, false));
 
   // Direct: the call sees the buffers themselves.
@@ -183,7 +186,8 @@ void OneProcess() {
   const GroupView again = View({0, 1}, 0);
   CHECK(again.control == first.control && again.error == first.error);
   CHECK(again.control->local.broken == 0 && again.control->local.epoch[1] == 0);
-  CHECK(!Memory().RecordedError() && again.error->timeout_ns == 6);
+  CHECK(!Memory().RecordedError() && again.error->arrival_timeout_ns == 6);
+  CHECK(again.error->progress_timeout_ns == 4);
   CHECK(again.staging != 0 && again.staging_bytes == 1 << 12);
 
   // A larger region replaces the smaller, which stays; it survives Release.

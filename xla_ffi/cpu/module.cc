@@ -1,10 +1,12 @@
 // The Python module jax_ep._cpu: the handlers' addresses, and the few calls around them.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "xla_ffi/cpu/call_site.h"
@@ -12,6 +14,7 @@
 #include "xla_ffi/cpu/meet/process_group.h"
 #include "xla_ffi/cpu/meet/rendezvous.h"
 #include "xla_ffi/module_common.h"
+#include "xla_ffi/timeouts.h"
 
 namespace nb = nanobind;
 
@@ -36,10 +39,18 @@ NB_MODULE(_cpu, m) {
         "The call sites that are instantiated from now on belong to a new program.");
   m.def(
       "set_timeout",
-      [](double seconds) { cpu::Rendezvous::Get().set_timeout(Nanoseconds(seconds)); },
-      nb::arg("seconds"));
-  m.def("timeout",
-        [] { return std::chrono::duration<double>(cpu::Rendezvous::Get().timeout()).count(); });
+      [](double arrival, double progress) {
+        cpu::Rendezvous::Get().set_timeouts({Nanoseconds(arrival), Nanoseconds(progress)});
+      },
+      nb::arg("arrival"), nb::arg("progress"), "In seconds.");
+  m.def(
+      "timeout",
+      [] {
+        const Timeouts timeouts = cpu::Rendezvous::Get().timeouts();
+        return std::pair(std::chrono::duration<double>(timeouts.arrival).count(),
+                         std::chrono::duration<double>(timeouts.progress).count());
+      },
+      "Arrival and progress, in seconds.");
   m.def("set_poison_outputs", &SetPoisonOutputs, nb::arg("poison"));
   m.def("listen", &cpu::ProcessGroup::Listen, nb::call_guard<nb::gil_scoped_release>());
   m.def(

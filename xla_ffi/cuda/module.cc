@@ -76,10 +76,10 @@ NB_MODULE(_cuda, m) {
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "set_timeout",
-      [](double seconds) {
-        SymmetricMemory::Get().SetTimeout(static_cast<uint64_t>(Nanoseconds(seconds).count()));
+      [](double arrival, double progress) {
+        SymmetricMemory::Get().SetTimeouts({Nanoseconds(arrival), Nanoseconds(progress)});
       },
-      nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>());
+      nb::arg("arrival"), nb::arg("progress"), nb::call_guard<nb::gil_scoped_release>());
   RegisterLinkProbe(m);
 }
 

@@ -178,6 +178,12 @@ std::shared_ptr<Mapping> MapPeer(int64_t pid, int fd, size_t bytes,
   return std::make_shared<Mapping>(handle.get(), bytes, ordinals, what);
 }
 
+// For the kernels that run, too.
+void WriteTimeouts(const Timeouts& timeouts, gpu::ErrorRecord* record) {
+  __atomic_store_n(&record->arrival_timeout_ns, timeouts.arrival.count(), __ATOMIC_RELEASE);
+  __atomic_store_n(&record->progress_timeout_ns, timeouts.progress.count(), __ATOMIC_RELEASE);
+}
+
 // The driver's own kernels for copies are loaded at their first use, which may wait for the whole
 // device; later a peer may be spinning there.
 void WarmUpCopies(const Mapping& staging, const std::string& what) {
@@ -323,7 +329,7 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
       const DeviceScope scope(device.ordinal);
       const std::string what = "control memory" + OnDevice(device.ordinal);
       std::memset(device.error.get(), 0, sizeof(gpu::ErrorRecord));
-      device.error->timeout_ns = timeout_ns_;
+      WriteTimeouts(timeouts_, device.error.get());
       Check(cudaMemset(device.control_block(), 0, sizeof(gpu::ControlBlock)), what);
       Check(cudaDeviceSynchronize(), what);
     }
@@ -493,12 +499,10 @@ void SymmetricMemory::Release(bool devices_have_ended) {
   pool_problem_.clear();
 }
 
-void SymmetricMemory::SetTimeout(uint64_t nanoseconds) {
+void SymmetricMemory::SetTimeouts(const Timeouts& timeouts) {
   std::lock_guard<std::mutex> lock(mutex_);
-  timeout_ns_ = nanoseconds;
-  for (const Device& device : devices_) {
-    __atomic_store_n(&device.error->timeout_ns, nanoseconds, __ATOMIC_RELEASE);
-  }
+  timeouts_ = timeouts;
+  for (const Device& device : devices_) WriteTimeouts(timeouts_, device.error.get());
 }
 
 std::optional<std::string> SymmetricMemory::FillGroup(const int64_t* members, int num_ranks,

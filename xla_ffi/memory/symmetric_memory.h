@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#include "xla_ffi/timeouts.h"
 
 namespace jax_ep {
 
@@ -94,7 +95,7 @@ class SymmetricMemory {
   void Release(bool devices_have_ended);
 
   // Holds for calls that wait already, too.
-  void SetTimeout(uint64_t nanoseconds);
+  void SetTimeouts(const Timeouts& timeouts);
 
   // Fills what a kernel on `ordinal` needs to know of the members (process << 32 | id), by
   // rank. An error text if a member cannot be reached.
@@ -149,7 +150,7 @@ class SymmetricMemory {
   int64_t num_processes_ = 1;
   bool staged_only_ = false;
   std::string pool_problem_;  // why other processes cannot map XLA's memory; empty if they do
-  uint64_t timeout_ns_ = uint64_t{30} * 1000 * 1000 * 1000;
+  Timeouts timeouts_;
   std::vector<Device> devices_;
   std::map<int64_t, RemoteDevice> remote_;   // by member
   std::map<int64_t, int> slot_;              // of every device, by member

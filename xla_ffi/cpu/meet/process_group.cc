@@ -58,7 +58,7 @@ struct Header {
 struct ProcessGroup::Exchange {
   Key key;
   Clock::time_point deadline;
-  std::chrono::nanoseconds timeout{};
+  Timeouts timeouts;
 
   // From this process; absent while only others have come.
   std::string op_name;
@@ -303,7 +303,7 @@ ProcessGroup::~ProcessGroup() {
 // ---------------------------------------------------------------- a call
 
 void ProcessGroup::Submit(const CallSite& site, int64_t run, int64_t group,
-                          std::unique_ptr<CollectiveOp> op, std::chrono::nanoseconds timeout,
+                          std::unique_ptr<CollectiveOp> op, const Timeouts& timeouts,
                           Completion completion) {
   const int64_t* processes = site.group_processes(group);
   Exchange local;
@@ -347,8 +347,8 @@ void ProcessGroup::Submit(const CallSite& site, int64_t run, int64_t group,
   exchange->others = std::move(local.others);
   exchange->op = std::move(op);
   exchange->completion = std::move(completion);
-  exchange->timeout = timeout;
-  exchange->deadline = Clock::now() + timeout;
+  exchange->timeouts = timeouts;
+  exchange->deadline = Clock::now() + timeouts.arrival;
   if (closing_ && !exchange->failure) {
     exchange->failure = Failure{FailureCode::kUnavailable,
                                 exchange->op_name + ": jax_ep.finalize() has been called"};
@@ -386,7 +386,8 @@ void ProcessGroup::StartIfReady(const std::shared_ptr<Exchange>& exchange) {
       if (self->peers_[p].alive) self->Receive(p);
     }
     exchange->local_done = true;
-    exchange->deadline = Clock::now() + exchange->timeout;  // the others have their own work to end
+    // The others have their own work to end.
+    exchange->deadline = Clock::now() + exchange->timeouts.progress;
     if (exchange->failure) failure = exchange->failure;
     if (failure) {
       self->Fail(exchange, *failure, /*tell_peers=*/true);

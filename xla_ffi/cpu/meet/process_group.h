@@ -36,6 +36,7 @@
 #include <vector>
 
 #include "xla_ffi/cpu/ops/collective_op.h"
+#include "xla_ffi/timeouts.h"
 
 namespace jax_ep::cpu {
 
@@ -65,7 +66,7 @@ class ProcessGroup : public std::enable_shared_from_this<ProcessGroup> {
   // Hands over a call whose ranks of this process have all come. Prepare, Finish and `completion`
   // run on threads of the worker pool or on this one.
   void Submit(const CallSite& site, int64_t run, int64_t group, std::unique_ptr<CollectiveOp> op,
-              std::chrono::nanoseconds timeout, Completion completion);
+              const Timeouts& timeouts, Completion completion);
 
  private:
   using Clock = std::chrono::steady_clock;

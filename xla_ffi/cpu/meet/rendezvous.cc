@@ -65,14 +65,14 @@ Rendezvous& Rendezvous::Get() {
   return *rendezvous;
 }
 
-void Rendezvous::set_timeout(std::chrono::nanoseconds timeout) {
+void Rendezvous::set_timeouts(const Timeouts& timeouts) {
   std::lock_guard<std::mutex> lock(mutex_);
-  timeout_ = timeout;
+  timeouts_ = timeouts;
 }
 
-std::chrono::nanoseconds Rendezvous::timeout() const {
+Timeouts Rendezvous::timeouts() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return timeout_;
+  return timeouts_;
 }
 
 void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64_t group,
@@ -131,7 +131,7 @@ void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64
       fresh.site = site;
       fresh.members.resize(num_ranks);
       fresh.arrived.resize(num_ranks);
-      fresh.deadline = Clock::now() + timeout_;
+      fresh.deadline = Clock::now() + timeouts_.arrival;
       queue.push_back(std::move(fresh));
       meeting = std::prev(queue.end());
     }
@@ -168,7 +168,7 @@ void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64
   }
   auto members = std::make_shared<Members>(std::move(full));
   try {
-    process_group->Submit(*site, run, group, std::move(op), timeout(),
+    process_group->Submit(*site, run, group, std::move(op), timeouts(),
                           [members](const MaybeFailure& f) { CompleteAll(*members, f, -1); });
   } catch (const std::exception& e) {
     CompleteAll(*members, Failure{FailureCode::kInternal, site->op + ": " + e.what()}, -1);

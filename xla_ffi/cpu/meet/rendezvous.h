@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "xla_ffi/cpu/ops/collective_op.h"
+#include "xla_ffi/timeouts.h"
 
 namespace jax_ep::cpu {
 
@@ -32,8 +33,8 @@ class Rendezvous {
               const OpFactory& make_op);
 
   // How long a call waits for its last rank. Calls that wait already keep their deadline.
-  void set_timeout(std::chrono::nanoseconds timeout);
-  std::chrono::nanoseconds timeout() const;
+  void set_timeouts(const Timeouts& timeouts);
+  Timeouts timeouts() const;
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -52,7 +53,7 @@ class Rendezvous {
 
   mutable std::mutex mutex_;
   std::condition_variable deadline_changed_;
-  std::chrono::nanoseconds timeout_{std::chrono::seconds(30)};
+  Timeouts timeouts_;
   std::map<Key, std::deque<Meeting>> meetings_;
   std::deque<std::pair<Key, Failure>> failed_;  // for ranks that come after the timeout
   Clock::time_point next_wake_ = Clock::time_point::max();

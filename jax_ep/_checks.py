@@ -1,0 +1,26 @@
+"""Checks of arguments that several modules take."""
+
+import numbers
+import operator
+
+_LONGEST = 1e8  # seconds; fits 64-bit nanoseconds with room to add to a clock
+
+
+def checked_seconds(what: str, value: float) -> float:
+    """`value` as a float, if it is a time that can be waited; errors name it `what`."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{what} must be a number; got {value!r}")
+    if not 0 < value <= _LONGEST:
+        raise ValueError(f"{what} must be above 0 and at most {_LONGEST:g}; got {value}")
+    return float(value)
+
+
+def checked_bytes(what: str, value: int) -> int:
+    """`value` as an int, if it is a size; errors name it `what`."""
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be an integer; got {value!r}") from None
+    if value < 0:
+        raise ValueError(f"{what} must be at least 0; got {value}")
+    return value

@@ -1,0 +1,67 @@
+"""The one reader of environment variables and of XLA's flags."""
+
+import os
+import pathlib
+import re
+
+from jax_ep._checks import checked_seconds
+
+SCHEDULING_FLAG = "--xla_gpu_command_buffer_scheduling_mode"
+
+_TIMEOUT = "JAX_EP_TIMEOUT"
+_ARRIVAL_TIMEOUT = "JAX_EP_ARRIVAL_TIMEOUT"
+_PROGRESS_TIMEOUT = "JAX_EP_PROGRESS_TIMEOUT"
+_PATH = "JAX_EP_PATH"
+_PATHS = ("direct", "staged")
+_ORDERED_MODES = ("LHS", "SERIALIZE")  # the first is XLA's default
+
+
+def timeouts() -> tuple[float | None, float | None]:
+    """Seconds to wait for a rank's arrival and for its progress; None where nothing is said."""
+    both = _seconds(_TIMEOUT)
+    arrival, progress = _seconds(_ARRIVAL_TIMEOUT), _seconds(_PROGRESS_TIMEOUT)
+    return both if arrival is None else arrival, both if progress is None else progress
+
+
+def _seconds(variable: str) -> float | None:
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    try:
+        return checked_seconds(variable, float(text))
+    except ValueError as error:
+        raise ValueError(
+            f"environment variable {variable} must be a number of seconds above 0; got {text!r}"
+        ) from error
+
+
+def path() -> str:
+    """How rows reach peers: "direct" where they can map XLA's memory, or "staged"."""
+    name = os.environ.get(_PATH, _PATHS[0])
+    if name not in _PATHS:
+        raise ValueError(
+            f"environment variable {_PATH} must be one of {', '.join(_PATHS)}; got {name!r}"
+        )
+    return name
+
+
+def xla_flags() -> str:
+    """What XLA takes as its flags: the variable's text, or that of the file which it names."""
+    text = os.environ.get("XLA_FLAGS", "")
+    if not text.strip() or text.lstrip().startswith("-"):
+        return text
+    try:
+        return pathlib.Path(text).read_text()
+    except OSError:
+        return ""  # XLA ends the process over it
+
+
+def command_buffers_keep_order(flags: str) -> bool:
+    """Whether command buffers made under XLA's `flags` run a device's calls one after the other.
+
+    The kernels need that, in the same order on all ranks: they wait for their peers, and share the
+    device's control memory. Outside command buffers a device's stream sees to it. A mode that is
+    not known to keep the order counts as one that does not.
+    """
+    modes = re.findall(rf"""(?:^|\s){SCHEDULING_FLAG}=("[^"]*"|'[^']*'|\S*)""", flags)
+    return not modes or modes[-1].strip("\"'") in _ORDERED_MODES

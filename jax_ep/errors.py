@@ -1,0 +1,60 @@
+"""Errors that CUDA kernels record: raised by `check`, printed by a watcher."""
+
+import sys
+import threading
+
+from jax_ep import _native
+
+_WATCH_INTERVAL = 0.25  # seconds
+
+
+def check() -> None:
+    """Raises the error that a CUDA kernel of this process has recorded, if one has.
+
+    A kernel that waits in vain for a rank cannot raise: after the timeout it fills its results with
+    NaN (integers with 0, rows with -1) and records what it waited for. The group is broken then:
+    later calls fail at once, in this process and, after their own timeout, in the others.
+    ``jax.block_until_ready`` does not show it, so call ``check`` after it where NaN would go
+    unnoticed, say before a checkpoint is written. The next call of an operation raises the error
+    too, and it is printed once to stderr within a second; neither happens by itself in a program
+    that XLA replays from a command buffer, the printing does.
+
+    Once every rank can come again, ``finalize()`` and ``initialize()`` in all processes mend the
+    group. On CPU the operations raise by themselves, and this does nothing.
+
+    Raises:
+        RuntimeError: the record in words: the operation, the rank, the rank it waited for, and the
+            epochs (calls of this pair of ranks) that it expected and saw.
+    """
+    error = None if _native.cuda is None else _native.cuda.recorded_error()
+    if error is not None:
+        raise RuntimeError(error)
+
+
+class Watcher:
+    """Prints the first error that a kernel records, once.
+
+    It looks at host memory that the kernels write, without a call into CUDA.
+    """
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+        self._printed = False
+        self._thread = threading.Thread(target=self._watch, name="jax_ep watcher", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._printed and not self._stopped.wait(_WATCH_INTERVAL):
+            self._look()
+
+    def _look(self) -> None:
+        error = _native.cuda.recorded_error()
+        if error is not None and not self._printed:
+            self._printed = True
+            print(f"jax_ep: {error}", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """Ends the thread, after a last look."""
+        self._stopped.set()
+        self._thread.join()
+        self._look()
