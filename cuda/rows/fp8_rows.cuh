@@ -87,6 +87,30 @@ __device__ void quantize_row(const DispatchArguments& a, const char* x, char* wi
   }
 }
 
+// The products of a row as it crosses with its scales: `size` vectors from vector `begin` on, by a
+// warp.
+template <typename Vector>
+__device__ void dequantize_vectors(const DispatchArguments& a, const char* wire, int32_t begin,
+                                   int32_t size, uint4* products) {
+  const auto* scales = reinterpret_cast<const float*>(wire + a.num_channels);
+#pragma unroll 4
+  for (int32_t i = static_cast<int32_t>(threadIdx.x) % 32; i < size; i += 32) {
+    const int32_t channel = (begin + i) * Vector::kCount;
+    const float scale = scales[channel / kScaleBlock];
+    float value[Vector::kCount];
+#pragma unroll
+    for (int c = 0; c < Vector::kCount; c += 4) {
+      const auto f =
+          static_cast<float4>(*reinterpret_cast<const __nv_fp8x4_e4m3*>(wire + channel + c));
+      value[c] = __fmul_rn(f.x, scale);
+      value[c + 1] = __fmul_rn(f.y, scale);
+      value[c + 2] = __fmul_rn(f.z, scale);
+      value[c + 3] = __fmul_rn(f.w, scale);
+    }
+    products[i] = Vector::store(value);
+  }
+}
+
 }  // namespace jax_ep::gpu
 
 #endif  // JAX_EP_CUDA_ROWS_FP8_ROWS_CUH_

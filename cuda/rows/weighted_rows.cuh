@@ -1,9 +1,13 @@
-// Rows of combine's gradient: a token's cotangent times the weights of its rows, and the dot products
-// with the rows of y, a part of the channels by each of several warps.
+// The codec of combine's gradient: a token's cotangent crosses; tokens hold its products with the
+// weights of its rows, and dots the dot products with the rows of y. Several warps share the channels.
 #ifndef JAX_EP_CUDA_ROWS_WEIGHTED_ROWS_CUH_
 #define JAX_EP_CUDA_ROWS_WEIGHTED_ROWS_CUH_
 
 #include "cuda/launch.h"
+#include "cuda/ptx/bulk_copy.cuh"
+#include "cuda/rows/copy_rows.cuh"
+#include "cuda/rows/row_format.h"
+#include "cuda/rows/row_types.cuh"
 
 namespace jax_ep::gpu {
 
@@ -78,6 +82,45 @@ __device__ float multiply_part(const DispatchArguments& a, const char* x, uint64
   }
   return dot_of_lane;
 }
+
+class WeightedRows : public RowsOfX {
+ public:
+  static constexpr RowFormat kFormat = kWeightedFormat;
+  struct Extra {
+    int32_t row;  // its number
+  };
+
+  __device__ WeightedRows(const DispatchArguments& a, char* /*ring_memory*/) : RowsOfX(a) {}
+
+  __device__ Extra extra_of(uint64_t /*scales*/, int32_t row) const { return {row}; }
+
+  // As tokens are, helpers store it.
+  __device__ void store(const char* stage, uint32_t bytes, uint64_t to, bool verbatim,
+                        const Extra&) const {
+    if (to != 0 && verbatim) bulk_store(reinterpret_cast<void*>(to), stage, bytes);
+    bulk_commit_group();
+  }
+
+  // The lane's row of y.
+  __device__ void fetch_ahead(const Extra& extra, uint32_t bytes) const {
+    bulk_prefetch_l2(static_cast<const char*>(a_.y) + int64_t{extra.row} * a_.row_bytes, bytes);
+  }
+  __device__ void help(const char* stage, char* beside, uint64_t to, const Extra& extra,
+                       int32_t part) const {
+    with_vector(a_.type, [&](auto vector) {
+      reinterpret_cast<float*>(beside)[part * 32 + lane_of_warp()] =
+          multiply_part<decltype(vector), kNumWeightedHelpers>(a_, stage, to, extra.row, part);
+    });
+  }
+  __device__ void finish(const char* beside, uint64_t to, const Extra& extra) const {
+    if (to == 0) return;
+    float dot = 0.0f;
+    for (int p = 0; p < kNumWeightedHelpers; ++p) {
+      dot += reinterpret_cast<const float*>(beside)[p * 32 + lane_of_warp()];
+    }
+    a_.dots[extra.row] = dot;
+  }
+};
 
 }  // namespace jax_ep::gpu
 

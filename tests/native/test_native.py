@@ -92,6 +92,29 @@ def test_rendezvous(tmp_path: pathlib.Path, sanitizer: str, control: str, findin
     assert finding in seen.stderr
 
 
+@pytest.mark.timeout(300)
+def test_plans(tmp_path: pathlib.Path) -> None:
+    """How the kernels cut rows and share their memory: host code, without CUDA or a GPU."""
+    sanitizer = "address,undefined"
+    program = tmp_path / "plan_test"
+    source = _TEST.with_name("plan_test.cc")
+    subprocess.run(
+        [
+            _compiler(sanitizer, tmp_path),
+            *_FLAGS,
+            f"-fsanitize={sanitizer}",
+            f"-I{_ROOT}",
+            source,
+            "-o",
+            program,
+        ],
+        check=True,
+        timeout=120,
+    )
+    done = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def _cuda_headers() -> pathlib.Path:
     nvcc = shutil.which("nvcc")
     roots = [pathlib.Path("/usr/local/cuda")]

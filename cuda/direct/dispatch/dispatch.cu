@@ -30,13 +30,16 @@
 //           stages          | shared memory  | ring's loads; sums over a      | ring's stores,
 //                           |                | helper's channels: the helper  | helpers
 // Protocol: 1. [S1] show tokens, weights, scales, landing; [S2] wait for all.
-//           2. Senders store their units, receivers those that are there.
-//           3. [P1] when units are written at the peers, the block tells the peers' blocks how many,
-//           the last one when the weights are; [P2] a receiver knows the count before it fetches a
-//           unit. A block ends when it has told all and knows all.
+//           2. Senders store their units, receivers those that have arrived.
+//           3. [P1] when units are written at the peers, the block publishes to the peers' blocks
+//           how many, the last one when the weights are; [P2] a receiver knows the count before it
+//           fetches a unit. A block ends when it has published all and all has arrived.
 //           In a ring, unit n uses stage n % S: [L] its load completes the stage's barrier (phase
 //           n / S), [F] its stores have read the stage before unit n + S is loaded; [M] the helpers
 //           are through with unit n before unit n + 1 counts as stored.
+//           plan.h divides the shared memory, shared.cuh is what its warps share, ring.cuh the stages,
+//           sender.cuh and receiver.cuh who fills and empties them; the rings know nothing of what a
+//           row becomes: those are the codecs of cuda/rows/.
 // Reuse:    no memory outlives the call but the control block, whose progress only grows.
 // Progress: senders wait for [S2] and their helpers, which wait for loads alone; receivers also for
 //           the peers' senders of the same block. Blocks of a grid do not wait for each other (who
@@ -47,10 +50,20 @@
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses; longer ones than a stage go in
 //           pieces; at most kMaxUnitsPerBlock units a block; with fp8 at most kMaxFp8Channels, with
 //           kWeighted at most kMaxWeightedRowBytes, and no pieces.
+#include <type_traits>
+
 #include "cuda/core/placement.h"
-#include "cuda/direct/dispatch/rings.cuh"
+#include "cuda/direct/dispatch/plan.h"
+#include "cuda/direct/dispatch/receiver.cuh"
+#include "cuda/direct/dispatch/ring.cuh"
+#include "cuda/direct/dispatch/sender.cuh"
+#include "cuda/direct/dispatch/shared.cuh"
 #include "cuda/direct/kernels.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
+#include "cuda/rows/copy_rows.cuh"
+#include "cuda/rows/dequantized_rows.cuh"
+#include "cuda/rows/quantized_rows.cuh"
+#include "cuda/rows/weighted_rows.cuh"
 #include "cuda/sync/give_up.cuh"
 #include "cuda/sync/grid.cuh"
 #include "cuda/sync/progress.cuh"
@@ -62,28 +75,29 @@ namespace {
 using namespace dispatch;
 
 // Stores the weights of a block's tokens, at the units that begin them; by a warp.
-__device__ void send_weights(const GroupView& g, const DispatchArguments& a, const Cut& cut,
-                             Shared& shared, int32_t first_unit) {
+template <typename Rows>
+__device__ void send_weights(const DispatchArguments& a, const Plan& plan, Shared<Rows>& shared,
+                             int32_t first_unit) {
   const int64_t end_unit = first_unit + shared.box.num_units;
-  const int64_t begin = (first_unit + cut.num_pieces - 1) / cut.num_pieces * a.top_k;
-  const int64_t end = (end_unit + cut.num_pieces - 1) / cut.num_pieces * a.top_k;
+  const int64_t begin = (first_unit + plan.num_pieces - 1) / plan.num_pieces * a.top_k;
+  const int64_t end = (end_unit + plan.num_pieces - 1) / plan.num_pieces * a.top_k;
   const auto num_local = static_cast<int32_t>(a.num_local_experts);
 #pragma unroll 4
   for (int64_t i = begin + static_cast<int64_t>(threadIdx.x) % 32; i < end; i += 32) {
     const int32_t row = a.send_row[i], expert = a.topk_idx[i];
     const float weight = a.topk_weights[i];
     if (row != kNoRow)
-      reinterpret_cast<float*>(shared.address[expert / num_local][1])[row] = weight;
+      reinterpret_cast<float*>(shared.address[expert / num_local][kWeights])[row] = weight;
   }
   set_values_written(shared.box);
 }
 
 // Zeros, by any warp; those of a block share its part.
-template <Mode kMode>
-__device__ void zero_rest(const DispatchArguments& a, Shared& shared) {
+template <typename Rows>
+__device__ void zero_rest(const DispatchArguments& a, Shared<Rows>& shared) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
-  const int64_t row_bytes = tokens_row_bytes<kMode>(a);
-  const int64_t num_scales = kMode == Mode::kQuantize ? a.num_channels / kScaleBlock : 0;
+  const int64_t row_bytes = Rows::tokens_row_bytes(a);
+  const int64_t num_scales = Rows::num_scales(a);
   int32_t used = 0;
   if (!a.zero_tail) {
     for (int64_t e = lane; e < a.num_local_experts; e += 32) used += a.group_sizes[e];
@@ -111,111 +125,80 @@ __device__ void zero_rest(const DispatchArguments& a, Shared& shared) {
   }
 }
 
-template <Mode kMode>
-__global__ __launch_bounds__(kNumThreads<kMode>,
+template <typename Rows>
+constexpr OpKind kOpKind =
+    std::is_same_v<Rows, WeightedRows> ? OpKind::kCombineGradient : OpKind::kDispatch;
+
+template <typename Rows>
+__global__ __launch_bounds__(kNumThreads<Rows>,
                              1) void dispatch_kernel(const __grid_constant__ GroupView g,
                                                      const __grid_constant__ DispatchArguments a,
-                                                     const __grid_constant__ Cut cut) {
+                                                     const __grid_constant__ Plan plan) {
+  constexpr int kNumHelpers = Rows::kFormat.num_helpers;
   extern __shared__ __align__(128) char rings[];
-  __shared__ Shared shared;
+  __shared__ Shared<Rows> shared;
   const auto warp = static_cast<int32_t>(threadIdx.x) / 32;
-  const int32_t num_rings = cut.num_senders + cut.num_receivers;
-  const int64_t num_units = a.num_tokens * cut.num_pieces;
+  const int32_t num_rings = plan.num_senders + plan.num_receivers;
+  const int64_t num_units = a.num_tokens * plan.num_pieces;
   const int32_t first = first_unit(num_units, blockIdx.x);
   const int32_t num_own = first_unit(num_units, blockIdx.x + 1) - first;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < num_rings * cut.num_stages; ++s) {
+    for (int s = 0; s < num_rings * plan.num_stages; ++s) {
       mbarrier_init(&shared.full[s], 1);
-      if (kNumHelpers<kMode> > 0) mbarrier_init(&shared.multiplied[s], kNumHelpers<kMode>);
+      if (kNumHelpers > 0) mbarrier_init(&shared.computed[s], kNumHelpers);
     }
     fence_mbarrier_init();
     shared.num_batches = 0;
-    shared.box = {{}, cut.num_senders, num_own, 0, a.weights == nullptr};
+    shared.box = {{}, plan.num_senders, num_own, 0, a.weights == nullptr};
   }
-  const bool lands = a.landing != nullptr;
   const auto tokens = reinterpret_cast<uint64_t>(a.tokens);
   const auto weights = reinterpret_cast<uint64_t>(a.weights);
   const auto scales = reinterpret_cast<uint64_t>(a.scales);
   const uint64_t own[kNumAddresses] = {tokens, weights, scales, 0};
   if (blockIdx.x == 0) {
-    const uint64_t shown[kNumAddresses] = {lands ? 0 : tokens, weights, scales,
+    const uint64_t shown[kNumAddresses] = {a.landing != nullptr ? 0 : tokens, weights, scales,
                                            reinterpret_cast<uint64_t>(a.landing)};
-    send_start(g, kOpKind<kMode>, shown);  // [S1]
+    send_start(g, kOpKind<Rows>, shown);  // [S1]
   }
   bool ok = true;
-  if (num_own > 0) ok = receive_start(g, kOpKind<kMode>, own, shared.address);  // [S2]
+  if (num_own > 0) ok = receive_start(g, kOpKind<Rows>, own, shared.address);  // [S2]
   if (num_own == 0) __syncthreads();
   if (ok && num_own > 0) {
-    const int32_t slot = warp / (1 + kNumHelpers<kMode>), part = warp % (1 + kNumHelpers<kMode>);
-    char* memory = rings + slot * (kRingBytes / num_rings / 128 * 128);
+    const int32_t slot = warp / kWarpsOfRing<Rows>, part = warp % kWarpsOfRing<Rows>;
+    char* memory = rings + slot * RingBytes(num_rings);
     if (slot < num_rings && part > 0) {
-      Ring<kMode>(g, a, cut, shared, 0, 1, slot, first, memory).help(part - 1);
-    } else if (slot < cut.num_senders) {
-      Sender<kMode>(g, a, cut, shared, slot, first, memory).run();
+      Ring<Rows>(g, a, plan, shared, 0, 1, slot, first, memory).help(part - 1);
+    } else if (slot < plan.num_senders) {
+      Sender<Rows>(g, a, plan, shared, slot, first, memory).run();
     } else if (slot < num_rings) {
-      ok = Receiver<kMode>(g, a, cut, shared, slot - cut.num_senders, first, memory).run();
-    } else if (warp == kMessenger<kMode>) {
-      ok = run_messenger(g, kOpKind<kMode>, shared.box);
-    } else if (warp == kWeigher<kMode> && a.weights != nullptr) {
-      send_weights(g, a, cut, shared, first);
+      ok = Receiver<Rows>(g, a, plan, shared, slot - plan.num_senders, first, memory).run();
+    } else if (warp == kMessenger<Rows>) {
+      ok = run_messenger(g, kOpKind<Rows>, shared.box);
+    } else if (warp == kWeightSender<Rows> && a.weights != nullptr) {
+      send_weights(a, plan, shared, first);
     }
   }
-  if (warp != kMessenger<kMode>) zero_rest<kMode>(a, shared);
+  if (warp != kMessenger<Rows>) zero_rest<Rows>(a, shared);
   const Finish finish = finish_block(g, ok);
   if (finish == Finish::kNotLast) return;
   if (finish == Finish::kFail) {
-    fill(a.tokens, a.capacity * tokens_row_bytes<kMode>(a), a.is_integer ? 0 : kNan);
-    if (kMode == Mode::kQuantize) {
-      fill(a.scales, a.capacity * a.num_channels / kScaleBlock * 4, kNan);
-    }
+    fill(a.tokens, a.capacity * Rows::tokens_row_bytes(a), a.is_integer ? 0 : kNan);
+    fill(a.scales, a.capacity * Rows::num_scales(a) * 4, kNan);
     if (a.weights != nullptr) fill(a.weights, a.capacity * 4, kNan);
     if (a.dots != nullptr) fill(a.dots, a.capacity * 4, kNan);
   }
   end_call(g);
 }
 
-template <Mode kMode>
+template <typename Rows>
 cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_sms,
                    cudaStream_t stream) {
-  if (a.row_bytes <= 0) return cudaErrorInvalidValue;
-  Cut cut;
-  int64_t num_pieces = 1, num_stages;
-  int32_t num_rings;
-  if (kMode == Mode::kCopy) {
-    // Equal pieces, each a multiple of 16 bytes.
-    num_pieces = (a.row_bytes + kMaxPieceBytes - 1) / kMaxPieceBytes;
-    cut.stage_bytes =
-        static_cast<int32_t>(((a.row_bytes + num_pieces - 1) / num_pieces + 15) / 16 * 16);
-    num_rings = a.num_tokens * num_pieces <= int64_t{kFewUnits} * num_sms ? 2 : kMaxRings<kMode>;
-    num_stages = kRingBytes / num_rings / cut.stage_bytes;
-  } else {
-    if (kIsQuantized<kMode> ? a.num_channels > kMaxFp8Channels
-                            : a.row_bytes > kMaxWeightedRowBytes) {
-      return cudaErrorInvalidValue;
-    }
-    cut.stage_bytes = static_cast<int32_t>(LandingRowBytes(a.mode, a.num_channels, a.row_bytes)) +
-                      kDotsBytes<kMode>;
-    const int64_t buffers = kMode == Mode::kDequantize ? kNumBuffers * kBufferBytes : 0;
-    num_rings = kMaxRings<kMode> + 2;
-    do {
-      num_rings -= 2;
-      num_stages = (kRingBytes / num_rings / 128 * 128 - buffers) / cut.stage_bytes;
-    } while (num_stages < kMinStages);
-  }
-  cut.num_pieces = static_cast<int32_t>(num_pieces);
-  // Half of them receive, unless all that crosses is where it belongs.
-  const bool is_final = a.top_k == 1 && a.landing == nullptr && kIsCopied<kMode>;
-  cut.num_receivers = group.num_ranks == 1 || is_final ? 0 : num_rings / 2;
-  cut.num_senders = num_rings - cut.num_receivers;
-  const int64_t most = kMaxStages / num_rings;
-  cut.num_stages = static_cast<int32_t>(num_stages < most ? num_stages : most);
-  const int64_t rows = (a.top_k + group.num_ranks - 1) / group.num_ranks;  // of a unit, about
-  cut.fetches_ahead =
-      kMode == Mode::kWeighted && num_sms <= kMaxFetchingSms &&
-      int64_t{num_sms} * num_rings * (cut.num_stages - 1) * rows * a.row_bytes <= kMaxFetchedBytes;
-  if (a.num_tokens * cut.num_pieces / num_sms >= kMaxUnitsPerBlock) return cudaErrorInvalidValue;
-  dispatch_kernel<kMode>
-      <<<static_cast<unsigned>(num_sms), kNumThreads<kMode>, kRingBytes, stream>>>(group, a, cut);
+  const Sizes sizes{a.num_tokens,    a.top_k, LandingRowBytes(a.mode, a.num_channels, a.row_bytes),
+                    group.num_ranks, num_sms, a.landing != nullptr};
+  Plan plan;
+  if (!MakePlan(Rows::kFormat, sizes, &plan)) return cudaErrorInvalidValue;
+  dispatch_kernel<Rows>
+      <<<static_cast<unsigned>(num_sms), kNumThreads<Rows>, kRingBytes, stream>>>(group, a, plan);
   return cudaGetLastError();
 }
 
@@ -224,21 +207,21 @@ cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_s
 cudaError_t LaunchDispatch(const GroupView& group, const DispatchArguments& a, int num_sms,
                            cudaStream_t stream) {
   switch (a.mode) {
-    case Mode::kCopy:
-      return Launch<Mode::kCopy>(group, a, num_sms, stream);
-    case Mode::kQuantize:
-      return Launch<Mode::kQuantize>(group, a, num_sms, stream);
-    case Mode::kDequantize:
-      return Launch<Mode::kDequantize>(group, a, num_sms, stream);
-    case Mode::kWeighted:
-      return Launch<Mode::kWeighted>(group, a, num_sms, stream);
+    case DispatchMode::kCopy:
+      return Launch<CopyRows>(group, a, num_sms, stream);
+    case DispatchMode::kQuantize:
+      return Launch<QuantizedRows>(group, a, num_sms, stream);
+    case DispatchMode::kDequantize:
+      return Launch<DequantizedRows>(group, a, num_sms, stream);
+    case DispatchMode::kWeighted:
+      return Launch<WeightedRows>(group, a, num_sms, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 cudaError_t PrepareDispatch() {
-  for (auto* kernel : {dispatch_kernel<Mode::kCopy>, dispatch_kernel<Mode::kQuantize>,
-                       dispatch_kernel<Mode::kDequantize>, dispatch_kernel<Mode::kWeighted>}) {
+  for (auto* kernel : {dispatch_kernel<CopyRows>, dispatch_kernel<QuantizedRows>,
+                       dispatch_kernel<DequantizedRows>, dispatch_kernel<WeightedRows>}) {
     if (cudaError_t e = PrepareKernel(kernel, kRingBytes); e != cudaSuccess) return e;
   }
   return cudaSuccess;
