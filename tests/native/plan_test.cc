@@ -1,11 +1,12 @@
 // How the kernels cut rows and share their memory, over many sizes: host code that needs no GPU.
-#include "cuda/direct/dispatch/plan.h"
+#include "cuda/direct/combine/plan.h"
 
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
 
+#include "cuda/direct/dispatch/plan.h"
 #include "cuda/direct/pieces.h"
 #include "cuda/memory/control.h"
 #include "cuda/rows/row_format.h"
@@ -114,10 +115,49 @@ void TestDispatch() {
   REQUIRE(!dispatch::MakePlan(kCopyFormat, {1, 1, 0, 2, 132, false}, &plan), "empty rows");
 }
 
+void TestCombine() {
+  ForRows([](int64_t row_bytes) {
+    for (const int64_t num_tokens : {1, 2, 5, 131, 32768}) {
+      for (const int32_t num_sms : {1, 16, 132}) {
+        for (const int64_t top_k : {1, 32}) {
+          combine::Plan plan{};
+          int32_t num_blocks = 0;
+          if (!combine::MakePlan(num_tokens, top_k, row_bytes, num_sms, &plan, &num_blocks)) {
+            const int64_t num_units = num_tokens * plan.num_pieces;
+            REQUIRE(num_units > INT32_MAX || num_units / num_sms >= kMaxUnitsPerBlock, "%ld bytes",
+                    long(row_bytes));
+            continue;
+          }
+          REQUIRE(IsCut(row_bytes, plan.num_pieces, plan.piece_bytes) &&
+                      plan.piece_bytes <= combine::kMaxPieceBytes,
+                  "%ld bytes: %d pieces of %d", long(row_bytes), plan.num_pieces, plan.piece_bytes);
+          REQUIRE(
+              num_blocks > 0 && num_blocks <= num_sms && num_blocks <= num_tokens * plan.num_pieces,
+              "%ld bytes: %d blocks", long(row_bytes), num_blocks);
+          // Tables, results and stages; an adder reads a longest piece from any stage.
+          const int64_t bytes =
+              combine::TablesBytes(top_k) +
+              int64_t{combine::kNumResults + 2 * plan.num_stages} * plan.piece_bytes;
+          REQUIRE(plan.num_stages >= combine::kMinStages &&
+                      plan.num_stages <= combine::kMaxStages &&
+                      bytes + combine::kMaxPieceBytes - plan.piece_bytes <= combine::kRingBytes,
+                  "%ld bytes: %d stages", long(row_bytes), plan.num_stages);
+        }
+      }
+    }
+  });
+  combine::Plan plan{};
+  int32_t num_blocks = 0;
+  REQUIRE(!combine::MakePlan(int64_t{1} << 31, 1, 16, 132, &plan, &num_blocks), "too many");
+  REQUIRE(!combine::MakePlan(0, 1, 16, 132, &plan, &num_blocks), "no tokens");
+  REQUIRE(!combine::MakePlan(1, 1, 0, 132, &plan, &num_blocks), "empty rows");
+}
+
 }  // namespace
 
 int main() {
   TestPieces();
   TestDispatch();
+  TestCombine();
   std::printf("plans hold\n");
 }

@@ -1,141 +1,13 @@
-// What the warps of combine share, and its scout. combine.cu states the protocol.
+// The warp that finds out what is to be added, and sends the values. combine.cu states the protocol.
 #ifndef JAX_EP_CUDA_DIRECT_COMBINE_SCOUT_CUH_
 #define JAX_EP_CUDA_DIRECT_COMBINE_SCOUT_CUH_
 
 #include "cuda/core/placement.h"
-#include "cuda/direct/kernels.cuh"
+#include "cuda/direct/combine/shared.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/sync/progress.cuh"
 
 namespace jax_ep::gpu::combine {
-
-// Of a sum. A pipeline is named after what it makes first.
-enum Kind { kForPeers, kOwn };
-
-constexpr int kAdderWarps = 7;  // of a pipeline
-constexpr int kNumAdders = kAdderWarps * 32;
-// Roles of the warps after both pipelines' adders; loaders by kind.
-constexpr int kLoader = 2 * kAdderWarps, kStorer = kLoader + 2, kMessenger = kStorer + 1,
-              kScout = kMessenger + 1;
-constexpr int kNumThreads = (kScout + 1) * 32;
-constexpr int kVectorsEach = 4;  // of 16 bytes: what an adder has of a piece
-constexpr int64_t kMaxPieceBytes = kNumAdders * kVectorsEach * 16;
-constexpr int64_t kMinPieceBytes = 1024;
-constexpr int kNumResults = 2;
-constexpr int kUnread = 1;      // newest results that may still be read
-constexpr int kMaxStages = 24;  // of a pipeline
-constexpr int kNumJobs = 16;    // of a pipeline, in flight
-constexpr int kMaxJobRows = 2;
-static_assert(kNumJobs <= 16 && kMaxJobRows < 4);  // the loader keeps two bits a job
-constexpr int kPatience = 32;                      // looks for a result before a pause is used
-constexpr int64_t kRingBytes = 220 * 1024;  // of shared memory, for stages, results and tables
-
-// How rows are cut, and the stages of each pipeline.
-struct Cut {
-  int32_t num_pieces;
-  int32_t piece_bytes;
-  int32_t num_stages;  // of each pipeline
-};
-
-// What the scout finds for the loaders and adders: 32 sums for peers, and 32 of this rank's own
-// units. Two tables of each, in turn.
-constexpr int kTableSums = 32;
-constexpr int kNumTables = 2;
-// A sum's rows in the order in which they are added: this rank's in k order, then, of own units, the
-// peers' sums by rank.
-struct alignas(16) SumHead {
-  int32_t count;
-  uint32_t bytes;   // of each row
-  uint64_t offset;  // of the sum, in partial or in out
-  // Bit i, of own units: row i is the last one of this rank's, whose sum is then rounded; it is a
-  // peer's sum; this rank's comes before it.
-  uint32_t ends, is_sum, follows_own;
-  int32_t num_done;  // of units, once this sum is stored: for the peers
-};
-struct Tables {
-  SumHead* head[2];     // by kind: [kNumTables][kTableSums]
-  uint64_t* source[2];  // by kind: [kNumTables][kTableSums][K], where the row begins
-  float* weight[2];     // likewise, 1 without weights
-  int32_t* peer;        // for whom a sum is: [kNumTables][kTableSums]; the first table is filled
-                        // before [S2], so that it cannot hold that rank's address
-
-  static constexpr int32_t kSums = kNumTables * kTableSums;
-  __host__ __device__ static constexpr int64_t bytes(int64_t top_k) {
-    return kSums * (4 + 2 * (static_cast<int64_t>(sizeof(SumHead)) + 12 * top_k));
-  }
-  __device__ Tables(char* memory, int32_t top_k) {
-    auto* heads = reinterpret_cast<SumHead*>(memory);
-    auto* sources = reinterpret_cast<uint64_t*>(heads + 2 * kSums);
-    auto* weights = reinterpret_cast<float*>(sources + 2 * kSums * top_k);
-    for (const int kind : {kForPeers, kOwn}) {
-      head[kind] = heads + kind * kSums;
-      source[kind] = sources + kind * kSums * top_k;
-      weight[kind] = weights + kind * kSums * top_k;
-    }
-    peer = reinterpret_cast<int32_t*>(weights + 2 * kSums * top_k);
-  }
-  // Where a sum stands in them.
-  __device__ static int32_t entry(int32_t sum) { return sum % kSums; }
-};
-
-// Rows of a sum, in consecutive stages (the first follows the last), that the adders add up.
-struct alignas(16) Job {
-  int32_t sum;  // kStop: there are no more jobs
-  int32_t first_row, num_rows;
-  int32_t first_stage;
-};
-constexpr int32_t kStop = -1;
-struct Result {
-  uint64_t to;
-  uint32_t bytes;  // 0: nothing more comes
-  int32_t num_done;
-};
-
-struct Pipeline {
-  uint64_t full[kNumJobs], empty[kNumJobs];  // [L], [F]
-  Job job[kNumJobs];
-};
-
-struct Shared {
-  uint64_t address[kMaxPeers][kNumAddresses];
-  uint64_t filled[2][kNumTables], used[2][kNumTables];  // [T], [U], by kind
-  Pipeline pipeline[2];                                 // by kind
-  uint64_t written[kNumResults], drained[kNumResults];  // [W], [D]
-  Result result[kNumResults];
-  int32_t next_own;  // own unit that no loader has taken
-  Mailbox box;
-};
-
-__device__ inline void wait_phase(uint64_t* barrier, uint32_t use) {
-  mbarrier_wait_parity(barrier, use & 1);
-}
-
-// The units of a block, and the sums that they need.
-struct Work {
-  const GroupView& g;
-  const CombineArguments& a;
-  const Cut& cut;
-  const int64_t row_bytes;
-  const int32_t first_unit, num_steps;  // of the block: a step is a unit
-
-  __device__ int32_t num_sums(int kind) const {
-    return kind == kOwn ? num_steps : num_steps * (g.num_ranks - 1);
-  }
-  // The i-th peer after this rank: sums for peers go step by step, and in this order.
-  __device__ int32_t peer(int32_t i) const {
-    const int32_t r = g.rank + i;
-    return r < g.num_ranks ? r : r - g.num_ranks;
-  }
-  __device__ int64_t token_of(int32_t step) const {
-    const int32_t unit = first_unit + step;
-    return cut.num_pieces == 1 ? unit : unit / cut.num_pieces;
-  }
-  // Where a step's piece begins in the row.
-  __device__ int64_t offset_of(int32_t step) const {
-    return cut.num_pieces == 1 ? 0
-                               : int64_t{(first_unit + step) % cut.num_pieces} * cut.piece_bytes;
-  }
-};
 
 // Fills the tables. Each lane looks after a sum, so that lookups, which depend on one another and
 // take long while memory is busy, are made for 32 sums at a time.
@@ -154,7 +26,7 @@ class Scout {
 
   // Fills the first tables; needs nothing of the peers.
   __device__ void begin() {
-    for (const Kind kind : {kForPeers, kOwn}) {
+    for (const SumKind kind : {kForPeers, kOwn}) {
       if (work_.num_sums(kind) > 0) fill_table(kind, 0);
     }
   }
@@ -164,7 +36,7 @@ class Scout {
     const auto is_left = [&](int kind) { return next[kind] * kTableSums < work_.num_sums(kind); };
     if (a_.values != nullptr) send_values();
     while (is_left(kForPeers) || is_left(kOwn)) {
-      for (const Kind kind : {kForPeers, kOwn}) {
+      for (const SumKind kind : {kForPeers, kOwn}) {
         const int32_t slot = next[kind] % kNumTables, use = next[kind] / kNumTables;
         if (!is_left(kind)) continue;
         const bool is_free =
@@ -176,23 +48,23 @@ class Scout {
   }
 
  private:
-  __device__ void fill_table(Kind kind, int32_t table) {
+  __device__ void fill_table(SumKind kind, int32_t table) {
     const int32_t sum = table * kTableSums + lane_;
     if (sum < work_.num_sums(kind)) {
       const int32_t entry = Tables::entry(sum);
       uint64_t* source = tables_.source[kind] + entry * top_k_;
       float* weight = tables_.weight[kind] + entry * top_k_;
       const int32_t num_peers = work_.g.num_ranks - 1;
-      const int32_t step = kind == kOwn ? sum : sum / num_peers;
-      const int64_t t = work_.token_of(step), at = work_.offset_of(step);
+      const int32_t unit = kind == kOwn ? sum : sum / num_peers;
+      const int64_t t = work_.token_of(unit), at = work_.offset_of(unit);
       SumHead head{};
-      head.bytes = static_cast<uint32_t>(min(int64_t{work_.cut.piece_bytes}, row_bytes_ - at));
+      head.bytes = static_cast<uint32_t>(min(int64_t{work_.plan.piece_bytes}, row_bytes_ - at));
       if (kind == kForPeers) {
         const int32_t i = sum % num_peers;
         const int32_t peer = work_.peer(i + 1);
         tables_.peer[entry] = peer;
         head.offset = (work_.g.rank * a_.num_tokens + t) * row_bytes_ + at;
-        head.num_done = i == num_peers - 1 ? step + 1 : step;
+        head.units_done = i == num_peers - 1 ? unit + 1 : unit;
         find_for_peer(peer, t, at, head, source, weight);
       } else {
         head.offset = t * row_bytes_ + at;
@@ -218,7 +90,7 @@ class Scout {
       for (int i = 0; i < kAtOnce; ++i) {
         row[i] = begin + i < head.count ? a_.recv_order[first + begin + i] : kNoRow;
       }
-      note(row, at, source + begin, weight + begin);
+      add_rows(row, at, source + begin, weight + begin);
     }
   }
 
@@ -244,7 +116,7 @@ class Scout {
         peers[0] |= rank < 64 ? uint64_t{1} << rank : 0;
         peers[1] |= rank < 64 ? 0 : uint64_t{1} << (rank - 64);
       }
-      head.count += note(row, at, source + head.count, weight + head.count);
+      head.count += add_rows(row, at, source + head.count, weight + head.count);
     }
     const bool has_own = head.count > 0;
     if (has_own) head.ends = 1u << (head.count - 1);
@@ -262,8 +134,8 @@ class Scout {
   }
 
   // Notes those that are rows of y, from `at` on, and their weights; returns how many they are.
-  __device__ int32_t note(const int32_t (&row)[kAtOnce], int64_t at, uint64_t* source,
-                          float* weight) {
+  __device__ int32_t add_rows(const int32_t (&row)[kAtOnce], int64_t at, uint64_t* source,
+                              float* weight) {
     float w[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -281,9 +153,9 @@ class Scout {
 
   // Sends the values of all rows that belong to the block's units, at those that begin a token.
   __device__ void send_values() {
-    const int64_t pieces = work_.cut.num_pieces;
+    const int64_t pieces = work_.plan.num_pieces;
     const int64_t begin = (work_.first_unit + pieces - 1) / pieces;  // tokens
-    const int64_t end = (work_.first_unit + work_.num_steps + pieces - 1) / pieces;
+    const int64_t end = (work_.first_unit + work_.num_units + pieces - 1) / pieces;
     for (int r = 0; r < work_.g.num_ranks && begin < end; ++r) {
       if (r == work_.g.rank) continue;
       auto* collected = reinterpret_cast<float*>(shared_.address[r][1]);

@@ -1,0 +1,118 @@
+// The warps that add up. combine.cu states the protocol.
+#ifndef JAX_EP_CUDA_DIRECT_COMBINE_ADDER_CUH_
+#define JAX_EP_CUDA_DIRECT_COMBINE_ADDER_CUH_
+
+#include "cuda/direct/combine/shared.cuh"
+#include "cuda/ptx/bulk_copy.cuh"
+#include "cuda/rows/row_types.cuh"
+
+namespace jax_ep::gpu::combine {
+
+// Adds up what the loader fetches, in the order in which it does, from the pipeline's job n on. Ends
+// with a job that tells it to, and returns the number of the next one.
+template <typename Vector, SumKind kKind>
+__device__ uint32_t run_adder(PipelineIndex of_pipeline, const Work& work, Shared& shared,
+                              const Tables& tables, const char* stages, char* results, uint32_t n) {
+  constexpr int kCount = Vector::kCount;
+  const int32_t adder = static_cast<int32_t>(threadIdx.x) - of_pipeline * kNumAdders;
+  const int32_t lane = adder % 32, piece_bytes = work.plan.piece_bytes;
+  Pipeline& pipeline = shared.pipeline[of_pipeline];
+  float sum[kVectorsEach][kCount] = {};  // of this rank's rows, then, for own units, of the ranks
+  uint4 own[kVectorsEach] = {};          // the rounded sum of this rank's rows, for own units
+  const auto add = [&](int j, uint4 vector) {
+    float x[kCount];
+    Vector::load(vector, x);
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) sum[j][c] = __fadd_rn(sum[j][c], x[c]);
+  };
+  uint32_t num_results = 0;
+  while (true) {
+    wait_phase(&pipeline.full[n % kNumJobs], n / kNumJobs);  // [L]
+    const Job job = pipeline.job[n % kNumJobs];
+    if (kKind == kOwn && job.sum == kStop) return n + 1;
+    const int32_t entry = Tables::entry(max(job.sum, 0));
+    const SumHead head = tables.head[kKind][entry];
+    const float* weights = tables.weight[kKind] + entry * static_cast<int32_t>(work.a.top_k);
+    const int32_t end_row = job.first_row + job.num_rows;
+    int32_t stage = job.first_stage;
+    for (int32_t i = job.first_row; i < end_row; ++i) {
+      // Beyond the piece's end lie any numbers, which nobody stores.
+      const auto* row = reinterpret_cast<const uint4*>(stages + stage * piece_bytes) + adder;
+      if (++stage == work.plan.num_stages) stage = 0;
+      if (kKind == kOwn && (head.is_sum >> i & 1) != 0) {
+        const bool follows_own = (head.follows_own >> i & 1) != 0;
+#pragma unroll
+        for (int j = 0; j < kVectorsEach; ++j) {
+          if (follows_own) add(j, own[j]);
+          add(j, row[j * kNumAdders]);
+        }
+        continue;
+      }
+      const float weight = weights[i];
+#pragma unroll
+      for (int j = 0; j < kVectorsEach; ++j) {
+        float x[kCount];
+        Vector::load(row[j * kNumAdders], x);
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) sum[j][c] = __fadd_rn(sum[j][c], __fmul_rn(weight, x[c]));
+      }
+      if (kKind == kOwn && (head.ends >> i & 1) != 0) {
+#pragma unroll
+        for (int j = 0; j < kVectorsEach; ++j) {
+          own[j] = Vector::store(sum[j]);  // as what crosses a link
+#pragma unroll
+          for (int c = 0; c < kCount; ++c) sum[j][c] = 0.0f;
+        }
+      }
+    }
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&pipeline.empty[n % kNumJobs]);  // [F]
+    ++n;
+    if (job.sum != kStop && end_row < head.count) continue;
+    if (kKind == kOwn) {
+      // This rank's sum comes last where no peer of a higher rank has rows.
+      const bool adds_own = head.ends != 0 && head.follows_own == 0;
+      auto* out = reinterpret_cast<uint4*>(static_cast<char*>(work.a.out) + head.offset);
+#pragma unroll
+      for (int j = 0; j < kVectorsEach; ++j) {
+        if (adds_own) add(j, own[j]);
+        const int32_t i = adder + j * kNumAdders;
+        if (i * 16 < static_cast<int32_t>(head.bytes)) out[i] = Vector::store(sum[j]);
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) sum[j][c] = 0.0f;
+      }
+    } else {
+      const uint32_t slot = num_results % kNumResults;
+      if (num_results >= kNumResults) {
+        wait_phase(&shared.drained[slot], num_results / kNumResults - 1);  // [D]
+      }
+      ++num_results;
+      if (job.sum == kStop) {
+        if (adder == 0) shared.result[slot] = {0, 0, work.num_units};
+      } else {
+        auto* result = reinterpret_cast<uint4*>(results + slot * piece_bytes);
+#pragma unroll
+        for (int j = 0; j < kVectorsEach; ++j) {
+          const int32_t i = adder + j * kNumAdders;
+          if (i * 16 < static_cast<int32_t>(head.bytes)) result[i] = Vector::store(sum[j]);
+#pragma unroll
+          for (int c = 0; c < kCount; ++c) sum[j][c] = 0.0f;
+        }
+        if (adder == 0) {
+          const uint64_t partial = shared.address[tables.peer[entry]][0];
+          shared.result[slot] = {partial + head.offset, head.bytes, head.units_done};
+        }
+      }
+      fence_proxy_async_shared();  // the copy engine reads what was written
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(&shared.written[slot]);  // [W]
+      if (job.sum == kStop) return n;
+    }
+    __syncwarp();  // all lanes have read the entry
+    if (lane == 0) mbarrier_arrive(&shared.used[kKind][job.sum / kTableSums % kNumTables]);  // [U]
+  }
+}
+
+}  // namespace jax_ep::gpu::combine
+
+#endif  // JAX_EP_CUDA_DIRECT_COMBINE_ADDER_CUH_
