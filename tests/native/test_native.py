@@ -144,7 +144,7 @@ def test_symmetric_memory(tmp_path: pathlib.Path) -> None:
             "-isystem",
             headers,
             _TEST.with_name("symmetric_memory_test.cc"),
-            _ROOT / "xla_ffi" / "memory" / "symmetric_memory.cc",
+            *sorted((_ROOT / "xla_ffi" / "memory").glob("*.cc")),
             _ROOT / "xla_ffi" / "cuda" / "call_site.cc",
             "-o",
             program,

@@ -25,40 +25,10 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#include "xla_ffi/memory/mapping.h"
 #include "xla_ffi/timeouts.h"
 
 namespace jax_ep {
-
-// A file descriptor, closed at the end.
-class Descriptor {
- public:
-  explicit Descriptor(int fd) : fd_(fd) {}
-  Descriptor(Descriptor&& other) noexcept;
-  ~Descriptor();
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  int get() const { return fd_; }
-
- private:
-  int fd_;
-};
-
-// An allocation of device memory at an address of this process, for some of its devices.
-class Mapping {
- public:
-  // Takes no ownership of the allocation's handle. Throws std::runtime_error, naming `what`.
-  Mapping(uint64_t allocation_handle, size_t bytes, const std::vector<int>& ordinals,
-          const std::string& what);
-  ~Mapping();
-  Mapping(const Mapping&) = delete;
-  Mapping& operator=(const Mapping&) = delete;
-  uint64_t begin() const { return begin_; }
-  size_t bytes() const { return bytes_; }
-
- private:
-  uint64_t begin_ = 0;
-  size_t bytes_;
-};
 
 class SymmetricMemory {
  public:

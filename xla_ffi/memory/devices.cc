@@ -1,0 +1,281 @@
+// Set-up and release of this process's devices, and what a call needs to know of its group.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <future>
+#include <sstream>
+#include <thread>
+#include <utility>
+
+#include "xla_ffi/memory/driver.h"
+#include "xla_ffi/memory/symmetric_memory.h"
+
+namespace jax_ep {
+namespace {
+
+int64_t MemberCode(int64_t process, int64_t id) { return process << 32 | id; }
+
+// For the kernels that run, too.
+void WriteTimeouts(const Timeouts& timeouts, gpu::ErrorRecord* record) {
+  __atomic_store_n(&record->arrival_timeout_ns, timeouts.arrival.count(), __ATOMIC_RELEASE);
+  __atomic_store_n(&record->progress_timeout_ns, timeouts.progress.count(), __ATOMIC_RELEASE);
+}
+
+// The driver's own kernels for copies are loaded at their first use, which may wait for the whole
+// device; later a peer may be spinning there.
+void WarmUpCopies(const Mapping& staging, const std::string& what) {
+  auto* begin = reinterpret_cast<char*>(staging.begin());
+  for (size_t bytes : {size_t{256}, staging.bytes() / 2}) {
+    Check(cudaMemcpyAsync(begin, begin + staging.bytes() / 2, bytes, cudaMemcpyDeviceToDevice),
+          what);
+  }
+  Check(cudaDeviceSynchronize(), what);
+}
+
+}  // namespace
+
+SymmetricMemory& SymmetricMemory::Get() {
+  static SymmetricMemory* const memory = new SymmetricMemory;
+  return *memory;
+}
+
+SymmetricMemory::Device* SymmetricMemory::FindLocal(int ordinal) {
+  for (Device& device : devices_) {
+    if (device.ordinal == ordinal) return &device;
+  }
+  return nullptr;
+}
+
+std::vector<int> SymmetricMemory::Ordinals() const {
+  std::vector<int> ordinals;
+  for (const Device& device : devices_) ordinals.push_back(device.ordinal);
+  return ordinals;
+}
+
+int64_t SymmetricMemory::Member(int ordinal) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const Device* device = FindLocal(ordinal);
+  return device == nullptr ? -1 : device->member;
+}
+
+SymmetricMemory::Device SymmetricMemory::MakeDevice(int ordinal, int64_t member,
+                                                    const std::vector<int>& ordinals) {
+  const DeviceScope scope(ordinal);
+  const std::string on = OnDevice(ordinal);
+  int major = 0;
+  Check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal),
+        "compute capability" + on);
+  if (major != 9) {
+    Throw("the CUDA kernels are built for Hopper (sm_90a); CUDA device " + std::to_string(ordinal) +
+          " has compute capability " + std::to_string(major) + ".x");
+  }
+  for (int other : ordinals) {
+    if (other == ordinal) continue;
+    int possible = 0;
+    Check(cudaDeviceCanAccessPeer(&possible, ordinal, other), "cudaDeviceCanAccessPeer" + on);
+    if (possible == 0) {
+      Throw("CUDA device " + std::to_string(ordinal) + " cannot reach the memory of device " +
+            std::to_string(other));
+    }
+    const cudaError_t status = cudaDeviceEnablePeerAccess(other, 0);
+    if (status == cudaErrorPeerAccessAlreadyEnabled) {
+      cudaGetLastError();  // by XLA; a later check must not report it
+    } else {
+      Check(status, "cudaDeviceEnablePeerAccess" + on);
+    }
+  }
+  Device device;
+  if (const auto last = retired_.find(member); last != retired_.end()) {
+    // Its former peers have ended their calls, and this device's come one after the other.
+    device.staging = last->second.staging;
+    device.staging_bytes = last->second.staging_bytes;
+    if (last->second.reusable) {
+      device.control = last->second.control;
+      device.error = last->second.error;
+    }
+  }
+  if (device.control == nullptr) {
+    device.control = Allocate(ordinal, sizeof(gpu::ControlBlock), ordinals, "control memory" + on);
+    gpu::ErrorRecord* record = nullptr;
+    Check(cudaHostAlloc(&record, sizeof *record, cudaHostAllocMapped), "error record" + on);
+    device.error = {record, [](gpu::ErrorRecord* r) { cudaFreeHost(r); }};
+  }
+  device.ordinal = ordinal;
+  device.member = member;
+  Check(cudaHostGetDevicePointer(&device.error_on_device, device.error.get(), 0),
+        "error record" + on);
+  Check(gpu::PrepareKernels(), "loading the kernels" + on);
+  Check(cudaDeviceSynchronize(), "set-up" + on);
+  return device;
+}
+
+void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::vector<int>& ids,
+                            const std::vector<int>& ordinals, size_t staging_bytes,
+                            bool staged_only) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<Device> devices = devices_;
+  bool changed = devices.empty();
+  if (devices.empty()) {
+    for (size_t i = 0; i < ordinals.size(); ++i) {
+      devices.push_back(MakeDevice(ordinals[i], MemberCode(process, ids.at(i)), ordinals));
+    }
+  }
+  for (Device& device : devices) {
+    if (device.staging_bytes >= staging_bytes) continue;
+    const DeviceScope scope(device.ordinal);
+    const std::string what = "a staging region of " + std::to_string(staging_bytes) + " bytes" +
+                             OnDevice(device.ordinal);
+    auto staging = Allocate(device.ordinal, staging_bytes, ordinals, what);
+    WarmUpCopies(*staging, what);
+    device.staging = std::move(staging);
+    device.staging_bytes = staging_bytes;
+    changed = true;
+  }
+  if (devices_.empty()) {
+    // Nothing fails from here on for want of anything. All ranks of a process that begins anew are
+    // in it and start at epoch 0: captured command buffers work again too.
+    for (const Device& device : devices) {
+      const DeviceScope scope(device.ordinal);
+      const std::string what = "control memory" + OnDevice(device.ordinal);
+      std::memset(device.error.get(), 0, sizeof(gpu::ErrorRecord));
+      WriteTimeouts(timeouts_, device.error.get());
+      Check(cudaMemset(device.control_block(), 0, sizeof(gpu::ControlBlock)), what);
+      Check(cudaDeviceSynchronize(), what);
+    }
+  }
+  staged_only_ = staged_only;
+  if (!changed) return;
+  for (const Device& device : devices) {
+    kept_.insert(kept_.end(), {device.control, device.staging, device.error});
+  }
+  process_ = process;
+  num_processes_ = num_processes;
+  devices_ = std::move(devices);
+  retired_.clear();
+  AssignSlots();
+}
+
+void SymmetricMemory::AssignSlots() {
+  slot_.clear();
+  for (const Device& device : devices_) slot_[device.member] = 0;
+  for (const auto& [member, remote] : remote_) slot_[member] = 0;
+  int next = 0;
+  for (auto& [member, slot] : slot_) slot = next++;  // ascending: the same numbers everywhere
+  if (next > gpu::kMaxPeers) Throw("more devices than an NVLink domain has");
+}
+
+bool SymmetricMemory::Synchronize(std::chrono::nanoseconds timeout) {
+  std::vector<int> ordinals;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ordinals = Ordinals();
+  }
+  if (ordinals.empty()) return true;
+  // There is no wait for a device with a timeout, so a thread waits; if the wait never ends it
+  // goes with the process.
+  const auto ended = std::make_shared<std::promise<void>>();
+  std::future<void> all_ended = ended->get_future();
+  std::thread([ordinals, ended] {
+    for (int ordinal : ordinals) {
+      // A device that has failed has no work left either.
+      if (cudaSetDevice(ordinal) == cudaSuccess) cudaDeviceSynchronize();
+    }
+    ended->set_value();
+  }).detach();
+  return all_ended.wait_for(timeout) == std::future_status::ready;
+}
+
+void SymmetricMemory::Release(bool devices_have_ended) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (devices_.empty()) return;
+  for (Device& device : devices_) {
+    CUcontext saved = nullptr;
+    Driver::Get().cuCtxGetCurrent(&saved);
+    // On a device that has failed it fails, and there is nothing left to tell.
+    if (devices_have_ended && cudaSetDevice(device.ordinal) == cudaSuccess) {
+      cudaMemset(&device.control_block()->local.broken, 0xff, sizeof(uint32_t));
+      cudaDeviceSynchronize();
+    }
+    cudaGetLastError();
+    Driver::Get().cuCtxSetCurrent(saved);
+    // A job of several processes numbers its devices anew, and maps its peers at other addresses.
+    device.reusable = devices_have_ended && num_processes_ == 1;
+    device.shared.clear();
+    device.pool_begin = device.pool_end = 0;
+    retired_[device.member] = std::move(device);
+  }
+  if (!devices_have_ended) {
+    for (const auto& [member, remote] : remote_) {
+      kept_.insert(kept_.end(), {remote.control, remote.pool, remote.staging});
+    }
+  }
+  remote_.clear();
+  descriptors_.clear();
+  devices_.clear();
+  slot_.clear();
+  pool_problem_.clear();
+}
+
+void SymmetricMemory::SetTimeouts(const Timeouts& timeouts) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  timeouts_ = timeouts;
+  for (const Device& device : devices_) WriteTimeouts(timeouts_, device.error.get());
+}
+
+std::optional<std::string> SymmetricMemory::FillGroup(const int64_t* members, int num_ranks,
+                                                      int ordinal, gpu::GroupView* view) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const Device* own = FindLocal(ordinal);
+  if (own == nullptr) return "CUDA device " + std::to_string(ordinal) + " was not set up";
+  view->control = own->control_block();
+  view->error = own->error_on_device;
+  view->staging = own->staging == nullptr ? 0 : own->staging->begin();
+  view->staging_bytes = own->staging_bytes;
+  view->num_ranks = num_ranks;
+  view->rank = -1;
+  for (int r = 0; r < num_ranks; ++r) {
+    gpu::PeerView& peer = view->peer[r];
+    peer = {};
+    if (members[r] == own->member) view->rank = r;
+    if (members[r] >> 32 == process_) {
+      for (const Device& local : devices_) {
+        if (local.member != members[r]) continue;
+        peer.control = local.control_block();
+        peer.staging = local.staging == nullptr ? 0 : local.staging->begin();
+      }
+    } else if (const auto it = remote_.find(members[r]); it != remote_.end()) {
+      const RemoteDevice& remote = it->second;
+      peer.control = reinterpret_cast<gpu::ControlBlock*>(remote.control->begin());
+      peer.staging = remote.staging == nullptr ? 0 : remote.staging->begin();
+      peer.shift = remote.shift;
+    }
+    if (peer.control == nullptr) {
+      return "rank " + std::to_string(r) + " lives on device " +
+             std::to_string(members[r] & 0xffffffff) + " of process " +
+             std::to_string(members[r] >> 32) +
+             ", which this process is not connected to; call jax_ep.initialize() in every process";
+    }
+    peer.slot_here = slot_.at(members[r]);
+    peer.slot_there = slot_.at(own->member);
+  }
+  if (view->rank < 0) return "CUDA device " + std::to_string(ordinal) + " is not in this group";
+  return std::nullopt;
+}
+
+std::string SymmetricMemory::Describe() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (devices_.empty()) return "CUDA: not set up";
+  std::ostringstream out;
+  out << "CUDA: " << devices_.size() << " device(s) of this process, " << remote_.size()
+      << " of others; ";
+  if (staged_only_ || !pool_problem_.empty()) {
+    out << "staged path (" << (staged_only_ ? "JAX_EP_PATH=staged" : pool_problem_) << ")";
+  } else {
+    out << "direct path: peers read and write XLA's memory";
+  }
+  out << "; staging region of " << devices_.front().staging_bytes << " bytes a device";
+  return out.str();
+}
+
+}  // namespace jax_ep

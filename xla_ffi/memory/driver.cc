@@ -1,0 +1,51 @@
+#include "xla_ffi/memory/driver.h"
+
+#include <stdexcept>
+
+namespace jax_ep {
+
+void Throw(const std::string& what) { throw std::runtime_error(kPrefix + what); }
+
+void Check(cudaError_t status, const std::string& what) {
+  if (status != cudaSuccess) Throw(what + ": " + cudaGetErrorString(status));
+}
+
+void Check(CUresult status, const std::string& what) {
+  if (status != CUDA_SUCCESS) Throw(what + ": " + Driver::Get().Text(status));
+}
+
+std::string OnDevice(int ordinal) { return " on CUDA device " + std::to_string(ordinal); }
+
+const Driver& Driver::Get() {
+  static const Driver* const driver = new Driver;
+  return *driver;
+}
+
+std::string Driver::Text(CUresult result) const {
+  const char* text = nullptr;
+  cuGetErrorString(result, &text);
+  return text == nullptr ? "unknown error" : text;
+}
+
+void* Driver::Address(const char* name) {
+  void* address = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion(name, &address, 12000, cudaEnableDefault, &result);
+  if (status != cudaSuccess || address == nullptr) Throw(std::string("no ") + name);
+  return address;
+}
+
+DeviceScope::DeviceScope(int ordinal) {
+  if (Driver::Get().cuCtxGetCurrent(&saved_) != CUDA_SUCCESS) saved_ = nullptr;
+  Check(cudaSetDevice(ordinal), "cudaSetDevice " + std::to_string(ordinal));
+}
+
+DeviceScope::DeviceScope(int ordinal, std::nothrow_t) {
+  if (Driver::Get().cuCtxGetCurrent(&saved_) != CUDA_SUCCESS) saved_ = nullptr;
+  cudaSetDevice(ordinal);
+}
+
+DeviceScope::~DeviceScope() { Driver::Get().cuCtxSetCurrent(saved_); }
+
+}  // namespace jax_ep
