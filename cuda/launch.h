@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/core/limits.h"
 #include "cuda/memory/control.h"
 
 namespace jax_ep::gpu {
@@ -69,9 +70,6 @@ struct DispatchArguments {
   bool is_integer;  // x's type
 };
 
-inline constexpr int kScaleBlock = 128;                     // channels that share an fp8 scale
-inline constexpr int64_t kMaxFp8Channels = 1 << 15;         // of a row that fp8 dispatch takes
-inline constexpr int64_t kMaxWeightedRowBytes = 40 * 1024;  // that kWeighted takes
 // A quantised row as it crosses a link: the numbers, then the scales, then up to 12 bytes unused.
 constexpr int64_t WireRowBytes(int64_t num_channels) {
   return num_channels + (num_channels / kScaleBlock * 4 + 15) / 16 * 16;

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
 
-from jax_ep import ffi
+from jax_ep import ffi, limits
 from jax_ep.layout import Layout
 
 Array = jax.Array
@@ -97,7 +97,7 @@ def _combine_weighted_bwd(
 ) -> tuple[None, Array, Array]:
     layout, y, weights = residuals
     row_bytes = y.shape[1] * y.dtype.itemsize
-    fits = row_bytes <= ffi.MAX_GRADIENT_ROW_BYTES
+    fits = row_bytes <= limits.MAX_WEIGHTED_ROW_BYTES
     rule = combine_gradient if fits else _combine_gradient_in_steps
     return None, *rule(layout, y, weights, g)
 

@@ -18,14 +18,10 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_ep import _cpu, compat, group, runtime
+from jax_ep import _cpu, compat, group, limits, runtime
 from jax_ep.layout import Layout
 
 FP8 = jnp.float8_e4m3fn
-SCALE_BLOCK = 128  # channels that share one fp8 scale
-
-# Of a row of y, for ``bind_combine_gradient``: kMaxWeightedRowBytes in cuda/launch.h.
-MAX_GRADIENT_ROW_BYTES = 40 * 1024
 
 # Values of the attribute `quantization`.
 NO_QUANTIZATION = 0
@@ -150,8 +146,8 @@ def bind_combine_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """Calls ``jax_ep_combine_gradient``; returns d_y [C, H] and d_weights [C] of ``combine``.
 
-    A row of y has at most ``MAX_GRADIENT_ROW_BYTES`` bytes. With ``zero_tail=False`` the tail of
-    d_y may be anything; d_weights is 0 there.
+    A row of y has at most ``limits.MAX_WEIGHTED_ROW_BYTES`` bytes. With ``zero_tail=False`` the
+    tail of d_y may be anything; d_weights is 0 there.
     """
     d_y, d_weights = _combine_gradient_p.bind(
         g, *_tables(layout), layout.group_sizes, y, weights, **_dispatch_sizes(layout)
@@ -206,7 +202,7 @@ def _dispatch_shapes(
     results = [x.update(shape=(capacity, num_channels), dtype=tokens_dtype, weak_type=False)]
     f32 = functools.partial(x.update, dtype=jnp.dtype(jnp.float32), weak_type=False)
     if keeps_fp8:
-        results.append(f32(shape=(capacity, num_channels // SCALE_BLOCK)))
+        results.append(f32(shape=(capacity, num_channels // limits.SCALE_BLOCK)))
     if has_weights:
         results.append(f32(shape=(capacity,)))
     return results
@@ -256,6 +252,7 @@ def _lower(target: str, platform: str, ctx: Any, *operands: Any, **params: Any) 
             # topk_idx and send_row say where a sender's rows go. There the receiver fetches them.
             del order[2:4]
     else:
+        _check_limits_of_cuda(target, ctx.avals_in, params)
         runtime.require_cuda(target)
         results += _scratch(target, ctx.avals_in, params)
     attributes = {name: np.int64(value) for name, value in params.items()}
@@ -265,6 +262,28 @@ def _lower(target: str, platform: str, ctx: Any, *operands: Any, **params: Any) 
         handler_ctx, *(operands[i] for i in order), members=members, **attributes
     )
     return values[: len(ctx.avals_out)]
+
+
+_VERBS = {
+    "jax_ep_layout": "jax_ep.make_layout",
+    "jax_ep_dispatch": "jax_ep.dispatch",
+    "jax_ep_combine": "jax_ep.combine",
+    "jax_ep_combine_gradient": "jax_ep.combine's gradient",
+}
+
+
+def _check_limits_of_cuda(target: str, avals: Sequence[Any], params: dict[str, Any]) -> None:
+    topk_idx = avals[0 if target == "jax_ep_layout" else 2]
+    is_fp8 = params.get("quantization", NO_QUANTIZATION) != NO_QUANTIZATION
+    limits.check_cuda(
+        _VERBS[target],
+        num_ranks=params["num_ranks"],
+        num_tokens=topk_idx.shape[0],
+        top_k=topk_idx.shape[1],
+        num_sms=0 if target == "jax_ep_layout" else params["num_sms"],
+        num_experts=params.get("num_experts"),
+        num_fp8_channels=avals[0].shape[1] if is_fp8 else None,
+    )
 
 
 def _scratch(target: str, avals: Sequence[Any], params: dict[str, Any]) -> list[Any]:

@@ -41,6 +41,9 @@ FLOAT8_MAX = np.float32(448)
 SMALLEST_AMAX = np.float32(2.0**-100)
 """Floor of a group's largest magnitude; keeps scale and inverse normal float32 numbers."""
 
+MAX_ROWS = 2**31 - 2**20
+"""What rows and padding of a group may come to, and a capacity: they are counted in int32."""
+
 
 # Layout -------------------------------------------------------------------------------------------
 
@@ -157,8 +160,8 @@ def make_layout(
 
     Raises:
         TypeError: topk_idx is not int32.
-        ValueError: topk_idx is not [R, T, K], has an empty axis or 2**31 entries or more; E is not
-            a multiple of R; K > E; A < 1; C is not a positive multiple of A.
+        ValueError: topk_idx is not [R, T, K] or has an empty axis; E is not a multiple of R; K > E;
+            A < 1; C is not a positive multiple of A; R * T * K + E * A or C is above `MAX_ROWS`.
     """
     topk_idx = np.asarray(topk_idx)
     _check_dtype("topk_idx", topk_idx.dtype, INT32)
@@ -166,8 +169,9 @@ def make_layout(
         raise ValueError(f"topk_idx must be [R, T, K], got shape {topk_idx.shape}")
     num_ranks, num_tokens, top_k = topk_idx.shape
     _check_sizes(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
-    if topk_idx.size >= 2**31:
-        raise ValueError(f"topk_idx must have fewer than 2**31 entries, got {topk_idx.size}")
+    num_rows = topk_idx.size + num_experts * expert_alignment
+    if num_rows > MAX_ROWS:
+        raise ValueError(f"R * T * K + E * A must be at most {MAX_ROWS}, got {num_rows}")
     if capacity is None:
         capacity = default_capacity(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
     if capacity < 1 or capacity % expert_alignment:
@@ -175,6 +179,8 @@ def make_layout(
             "capacity must be a positive multiple of expert_alignment "
             f"({expert_alignment}), got {capacity}"
         )
+    if capacity > MAX_ROWS:
+        raise ValueError(f"capacity must be at most {MAX_ROWS}, got {capacity}")
     num_local_experts = num_experts // num_ranks
 
     # All routed choices, ordered by (expert, flat source id): flat ids ascend, the sort is stable.

@@ -148,9 +148,17 @@ LAYOUT_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
     (
         "huge_capacity",
         ValueError,
-        "make_layout: rows are counted in int32: ranks * tokens * k and capacity must be at most "
-        "2147483647; got 4294967296. Split the tokens into several calls",
+        "make_layout: rows are counted in int32: capacity must be at most 2146435072; got "
+        "4294967296. jax_ep.capacity computes one from the number of tokens",
         lambda ids, _: make(ids, capacity=2**32),
+    ),
+    (
+        "huge_alignment",
+        ValueError,
+        "make_layout: rows are counted in int32: ranks * tokens * k + num_experts * "
+        "expert_alignment must be at most 2146435072; got 2 * 4 * 2 + 6 * 1073741824 = 6442450960. "
+        "Split the tokens of topk_idx into several calls, or lower expert_alignment",
+        lambda ids, _: make(ids, capacity=2**30, expert_alignment=2**30),
     ),
     (
         "alignment",

@@ -31,7 +31,7 @@ from sharded_layers import (
 )
 
 import jax_ep
-from jax_ep import ffi
+from jax_ep import limits
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DISABLED_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{op}") for op in CUDA_OPS]
@@ -287,13 +287,8 @@ def gradient_of_combine(dtype: str, hidden: int, *, zero_tail: bool = True) -> l
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_rows_that_the_gradient_of_combine_takes(dtype: str, zero_tail: bool) -> None:
     """Up to the kernel's longest; longer ones are dispatched, and XLA computes with them."""
-    longest = re.search(
-        r"kMaxWeightedRowBytes = (\d+) \* (\d+);", (ROOT / "cuda" / "launch.h").read_text()
-    )
-    assert longest is not None
-    assert int(longest[1]) * int(longest[2]) == ffi.MAX_GRADIENT_ROW_BYTES
     width = jnp.dtype(dtype).itemsize
-    most = ffi.MAX_GRADIENT_ROW_BYTES // width
+    most = limits.MAX_WEIGHTED_ROW_BYTES // width
     ops = gradient_of_combine(dtype, most, zero_tail=zero_tail)
     assert ops == ["combine_gradient"]
     ops = gradient_of_combine(dtype, most + 16 // width, zero_tail=zero_tail)

@@ -10,17 +10,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/core/limits.h"
 #include "cuda/core/placement.h"
 #include "cuda/memory/timeline.h"
 
 namespace jax_ep::gpu {
 
-inline constexpr int kMaxPeers = 72;  // devices of the largest NVLink domain
-inline constexpr int kMaxExperts = 1024;
-inline constexpr int kMaxTopK = 32;
 inline constexpr int kMaxLayoutBlocks = 128;
-inline constexpr int kMaxBlocks = 160;  // of a grid: more than any Hopper has SMs
-inline constexpr int64_t kMaxUnitsPerBlock = (int64_t{1} << 24) - 1;
+inline constexpr int kMaxBlocks = 160;   // of a grid: more than any Hopper has SMs
 inline constexpr int kNumAddresses = 4;  // buffers a call shows its peers
 inline constexpr size_t kLine = 128;     // bytes; no two writers share one
 
@@ -56,6 +53,7 @@ JAX_EP_HOST_DEVICE constexpr uint64_t epoch_of(uint64_t progress) { return progr
 JAX_EP_HOST_DEVICE constexpr int32_t units_of(uint64_t progress, uint64_t epoch) {
   return progress >> 24 == epoch ? static_cast<int32_t>(progress & 0xffffff) : 0;
 }
+static_assert(units_of(progress_of(1, kMaxUnitsPerBlock), 1) == kMaxUnitsPerBlock);
 
 // "I, rank `rank`, have waited for rank `peer` in vain": never 0.
 JAX_EP_HOST_DEVICE constexpr uint64_t given_up_of(int32_t rank, int32_t peer) {

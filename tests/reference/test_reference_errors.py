@@ -146,9 +146,10 @@ VALUE_ERRORS: Failures = [
         lambda: make(capacity=6, expert_alignment=4),
     ),
     (
-        "topk_idx must have fewer than 2**31 entries, got 2147483648",
+        "R * T * K + E * A must be at most 2146435072, got 2147485696",
         lambda: make(np.broadcast_to(np.int32(0), (2**11, 2**11, 2**9)), 2**11, capacity=1),
     ),
+    ("capacity must be at most 2146435072, got 2147483648", lambda: make(capacity=2**31)),
     # The verbs and their gradients
     ("x must have three axes, got shape (3, 2)", lambda: dispatch(EXAMPLE_X[0])),
     ("x must have shape (2, 3, 2), got (2, 2, 2)", lambda: dispatch(EXAMPLE_X[:, :2])),

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/core/limits.h"
 #include "xla_ffi/cpu/call_site.h"
 #include "xla_ffi/cpu/handlers.h"
 #include "xla_ffi/cpu/meet/process_group.h"
@@ -29,10 +30,25 @@ nb::dict Handlers() {
   return handlers;
 }
 
+// Those of CUDA too: a program can be lowered for it where nothing of it is built.
+nb::dict Limits() {
+  nb::dict limits;
+  limits["max_rows"] = kMaxRows;
+  limits["scale_block"] = gpu::kScaleBlock;
+  limits["cuda_ranks"] = gpu::kMaxPeers;
+  limits["cuda_experts"] = gpu::kMaxExperts;
+  limits["cuda_top_k"] = gpu::kMaxTopK;
+  limits["cuda_tokens_per_sm"] = gpu::kMaxUnitsPerBlock;
+  limits["cuda_fp8_channels"] = gpu::kMaxFp8Channels;
+  limits["cuda_weighted_row_bytes"] = gpu::kMaxWeightedRowBytes;
+  return limits;
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
   m.def("handlers", &Handlers, "Stages of each target, as jax.ffi.register_ffi_target takes them.");
+  m.def("limits", &Limits, "What a call may be: cuda/core/limits.h.");
   m.def("state_type", &StateType<CpuSiteState>,
         "The call sites' state, as jax.ffi.register_ffi_type takes it.");
   m.def("begin_program", &BeginProgram,

@@ -1,0 +1,112 @@
+"""What one call may be: sizes beyond which its counters, or the CUDA kernels, cannot go.
+
+The numbers are those of cuda/core/limits.h.
+"""
+
+from jax_ep import _cpu
+
+_LIMITS = _cpu.limits()
+MAX_ROWS = _LIMITS["max_rows"]  # of a group with padding, and of a capacity
+SCALE_BLOCK = _LIMITS["scale_block"]  # channels that share one fp8 scale
+MAX_WEIGHTED_ROW_BYTES = _LIMITS["cuda_weighted_row_bytes"]  # that one call forms gradients of
+
+
+def check_rows(
+    where: str,
+    *,
+    num_ranks: int,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    expert_alignment: int,
+) -> None:
+    """The rows of a whole group, with all padding that its experts could get, fit in int32.
+
+    Raises:
+        ValueError: they do not.
+    """
+    num_rows = num_ranks * num_tokens * top_k + num_experts * expert_alignment
+    if num_rows > MAX_ROWS:
+        raise ValueError(
+            f"{where}: rows are counted in int32: ranks * tokens * k + num_experts * "
+            f"expert_alignment must be at most {MAX_ROWS}; got {num_ranks} * {num_tokens} * "
+            f"{top_k} + {num_experts} * {expert_alignment} = {num_rows}. Split the tokens of "
+            "topk_idx into several calls, or lower expert_alignment"
+        )
+
+
+def check_capacity(where: str, capacity: int) -> None:
+    """Rows are numbered in int32.
+
+    Raises:
+        ValueError: some could not be.
+    """
+    if capacity > MAX_ROWS:
+        raise ValueError(
+            f"{where}: rows are counted in int32: capacity must be at most {MAX_ROWS}; got "
+            f"{capacity}. jax_ep.capacity computes one from the number of tokens"
+        )
+
+
+def check_cuda(
+    where: str,
+    *,
+    num_ranks: int,
+    num_tokens: int,
+    top_k: int,
+    num_sms: int,
+    num_experts: int | None = None,
+    num_fp8_channels: int | None = None,
+) -> None:
+    """What the CUDA kernels take, whatever the machine: also where there is none.
+
+    Args:
+        where: the verb, for the message.
+        num_ranks: R.
+        num_tokens: T.
+        top_k: K.
+        num_sms: of a call that moves rows; 0 is all of them, a number that is not known here.
+        num_experts: E, of a layout.
+        num_fp8_channels: H, of rows that cross as fp8.
+
+    Raises:
+        ValueError: a size is beyond a limit.
+    """
+    most_tokens = _LIMITS["cuda_tokens_per_sm"] * num_sms
+    for what, value, most, remedy in (
+        (
+            "the group's ranks",
+            num_ranks,
+            _LIMITS["cuda_ranks"],
+            "A group lies on one node: make the mesh axes of axis_name smaller",
+        ),
+        (
+            "k, the second axis of topk_idx,",
+            top_k,
+            _LIMITS["cuda_top_k"],
+            "Make a layout for each part of topk_idx's columns, and add what combine returns",
+        ),
+        (
+            "num_experts",
+            num_experts,
+            _LIMITS["cuda_experts"],
+            "Make a layout for each part of the experts, with -1 for the others' ids, and add what "
+            "combine returns",
+        ),
+        (
+            "H of fp8 rows",
+            num_fp8_channels,
+            _LIMITS["cuda_fp8_channels"],
+            "Dispatch x without fp8, or in parts of its channels",
+        ),
+        (
+            f"the tokens of a call with num_sms = {num_sms}",
+            num_tokens if num_sms else None,
+            most_tokens,
+            "Split them into several calls, or raise num_sms",
+        ),
+    ):
+        if value is not None and value > most:
+            raise ValueError(
+                f"{where}: for CUDA {what} must be at most {most}; got {value}. {remedy}"
+            )
