@@ -48,8 +48,8 @@ __device__ void fill(int32_t* table, int64_t begin, int64_t end, int32_t value) 
   }
 }
 
-// By one block: tables without rows.
-__device__ void poison(const LayoutArguments& a, int num_ranks) {
+// By one block: tables of no rows.
+__device__ void fill_without_rows(const LayoutArguments& a, int num_ranks) {
   const auto fill_all = [](int32_t* table, int64_t size, int32_t value) {
     for (int64_t i = threadIdx.x; i < size; i += kNumThreads) table[i] = value;
   };
@@ -63,216 +63,286 @@ __device__ void poison(const LayoutArguments& a, int num_ranks) {
   fill_all(a.counters, 3, 0);
 }
 
-// 2. to 5. False if the group is broken.
-__device__ bool make_tables(const GroupView& g, const LayoutArguments& a, int32_t ids_per_block,
-                            int32_t num_cached, int32_t* shared,
-                            const uint64_t (*address)[kNumAddresses]) {
-  const int32_t num_experts = static_cast<int32_t>(a.num_experts);
-  int32_t* warp_count = shared;                           // [kNumWarps][E], then exclusive prefix
-  int32_t* first_row = shared + kNumWarps * num_experts;  // [E]
-  int32_t* total = first_row + num_experts;               // [E]
-  int32_t* offset = total + num_experts;                  // [E]
-  int32_t* cached = offset + num_experts;                 // [num_cached], the block's first ids
-  __shared__ typename BlockScan::TempStorage scan;
-  __shared__ int32_t invalid_here, num_used, num_received, num_routed;
+// What the threads of a block share, beside what they keep by expert.
+struct Shared {
+  typename BlockScan::TempStorage scan;
+  int32_t num_invalid;                         // of the block's ids that are this rank's
+  int32_t num_used, num_received, num_routed;  // of all experts of this rank
+  uint64_t address[kMaxPeers][kNumAddresses];
+};
 
-  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int32_t num_local = num_experts / g.num_ranks;
-  const int32_t top_k = static_cast<int32_t>(a.top_k);
-  const int32_t ids_per_rank = static_cast<int32_t>(a.num_tokens * a.top_k);
-  const int32_t num_ids = ids_per_rank * g.num_ranks;
-  const int32_t block_begin = blockIdx.x * ids_per_block;
-  const int32_t block_end = min(num_ids, block_begin + ids_per_block);
-  const int32_t ids_per_warp = (ids_per_block / kNumWarps + 31) / 32 * 32;
-  const int32_t begin = min(block_end, block_begin + warp * ids_per_warp);
-  const int32_t end = warp == kNumWarps - 1 ? block_end : min(block_end, begin + ids_per_warp);
-
-  const auto id_at = [&](int32_t flat) {
-    const int32_t src = flat / ids_per_rank;
-    const auto* ids = reinterpret_cast<const int32_t*>(address[src][0]);
-    return ld_relaxed_sys_i32(ids + (flat - src * ids_per_rank));
-  };
-
-  // 2. Counts per warp and expert.
-  for (int32_t i = threadIdx.x; i < kNumWarps * num_experts; i += kNumThreads) warp_count[i] = 0;
-  for (int32_t e = threadIdx.x; e < num_experts; e += kNumThreads) first_row[e] = total[e] = 0;
-  if (threadIdx.x == 0) invalid_here = num_used = num_received = num_routed = 0;
-  __syncthreads();
-  int32_t num_invalid = 0;
-#pragma unroll 4
-  for (int32_t flat = begin + lane; flat < end; flat += 32) {
-    const int32_t id = id_at(flat);
-    if (flat - block_begin < num_cached) cached[flat - block_begin] = id;
-    if (is_routed(id, num_experts)) atomicAdd(&warp_count[warp * num_experts + id], 1);
-    num_invalid += flat / ids_per_rank == g.rank && is_invalid(id, num_experts);
+// Steps 2 to 5, by a block.
+class Tables {
+ public:
+  __device__ Tables(const GroupView& g, const LayoutArguments& a, int32_t ids_per_block,
+                    int32_t num_cached, int32_t* memory, Shared& shared)
+      : g_(g),
+        a_(a),
+        shared_(shared),
+        num_experts_(static_cast<int32_t>(a.num_experts)),
+        num_local_(num_experts_ / g.num_ranks),
+        first_local_(g.rank * num_local_),
+        ids_per_rank_(static_cast<int32_t>(a.num_tokens * a.top_k)),
+        warp_(threadIdx.x / 32),
+        lane_(threadIdx.x % 32),
+        num_cached_(num_cached),
+        are_cached_(ids_per_block <= num_cached),
+        block_begin_(blockIdx.x * ids_per_block),
+        warp_count_(memory),
+        first_row_(memory + kNumWarps * num_experts_),
+        total_(first_row_ + num_experts_),
+        offset_(total_ + num_experts_),
+        cached_(offset_ + num_experts_) {
+    const int32_t num_ids = ids_per_rank_ * g.num_ranks;
+    const int32_t block_end = min(num_ids, block_begin_ + ids_per_block);
+    const int32_t ids_per_warp = (ids_per_block / kNumWarps + 31) / 32 * 32;
+    begin_ = min(block_end, block_begin_ + warp_ * ids_per_warp);
+    end_ = warp_ == kNumWarps - 1 ? block_end : min(block_end, begin_ + ids_per_warp);
   }
-  num_invalid = __reduce_add_sync(0xffffffffu, num_invalid);
-  if (lane == 0) atomicAdd(&invalid_here, num_invalid);
-  __syncthreads();
-  int32_t* line = g.control->layout_counts[blockIdx.x];
-  for (int32_t e = threadIdx.x; e < num_experts; e += kNumThreads) {
-    int32_t sum = 0;
-    for (int32_t w = 0; w < kNumWarps; ++w) {
-      const int32_t count = warp_count[w * num_experts + e];
-      warp_count[w * num_experts + e] = sum;
-      sum += count;
+
+  // False if the group is broken.
+  __device__ bool make() {
+    count_ids();
+    write_line();
+    if (!grid_barrier(g_, OpKind::kLayout)) return false;  // [B]
+    if (blockIdx.x == 0 && are_cached_) send_end(g_);      // [E1]
+    sum_lines();
+    place_experts();
+    place_rows();
+    fill_rest();
+    return true;
+  }
+
+ private:
+  // Of all ranks, by flat number.
+  __device__ int32_t id_at(int32_t flat) const {
+    const int32_t src = flat / ids_per_rank_;
+    const auto* ids = reinterpret_cast<const int32_t*>(shared_.address[src][0]);
+    return ld_relaxed_sys_i32(ids + (flat - src * ids_per_rank_));
+  }
+  // Rows of an expert below the capacity, if it has `count`.
+  __device__ int32_t rows_kept(int32_t e, int32_t count) const {
+    return static_cast<int32_t>(rows_below(offset_[e], count, a_.capacity));
+  }
+
+  // 2. Fills warp_count, cached and num_invalid.
+  __device__ void count_ids() {
+    for (int32_t i = threadIdx.x; i < kNumWarps * num_experts_; i += kNumThreads) {
+      warp_count_[i] = 0;
     }
-    line[e] = sum;
+    for (int32_t e = threadIdx.x; e < num_experts_; e += kNumThreads) first_row_[e] = total_[e] = 0;
+    if (threadIdx.x == 0) {
+      shared_.num_invalid = shared_.num_used = shared_.num_received = shared_.num_routed = 0;
+    }
+    __syncthreads();
+    int32_t num_invalid = 0;
+#pragma unroll 4
+    for (int32_t flat = begin_ + lane_; flat < end_; flat += 32) {
+      const int32_t id = id_at(flat);
+      if (flat - block_begin_ < num_cached_) cached_[flat - block_begin_] = id;
+      if (is_routed(id, num_experts_)) atomicAdd(&warp_count_[warp_ * num_experts_ + id], 1);
+      num_invalid += flat / ids_per_rank_ == g_.rank && is_invalid(id, num_experts_);
+    }
+    num_invalid = __reduce_add_sync(0xffffffffu, num_invalid);
+    if (lane_ == 0) atomicAdd(&shared_.num_invalid, num_invalid);
+    __syncthreads();
   }
-  if (threadIdx.x == 0) line[kMaxExperts] = invalid_here;
 
-  // 3.
-  if (!grid_barrier(g, OpKind::kLayout)) return false;              // [B]
-  if (blockIdx.x == 0 && ids_per_block <= num_cached) send_end(g);  // [E1]
+  // The block's line of layout_counts; warp_count becomes the counts of the warps before.
+  __device__ void write_line() {
+    int32_t* line = g_.control->layout_counts[blockIdx.x];
+    for (int32_t e = threadIdx.x; e < num_experts_; e += kNumThreads) {
+      int32_t sum = 0;
+      for (int32_t w = 0; w < kNumWarps; ++w) {
+        const int32_t count = warp_count_[w * num_experts_ + e];
+        warp_count_[w * num_experts_ + e] = sum;
+        sum += count;
+      }
+      line[e] = sum;
+    }
+    if (threadIdx.x == 0) line[kMaxExperts] = shared_.num_invalid;
+  }
 
-  // 4. Totals, offsets, first rows. A thread sums four experts of every n-th line.
-  const int32_t num_quads = (num_experts + 3) / 4;
-  const int32_t num_parts = kNumThreads / num_quads, part = threadIdx.x / num_quads;
-  if (part < num_parts) {
-    const int32_t quad = threadIdx.x % num_quads;
-    int32_t before[4] = {}, sum[4] = {};
+  // 4. By expert: total, and in first_row the rows of the blocks before. A thread sums four experts
+  // of every n-th line.
+  __device__ void sum_lines() {
+    const int32_t num_quads = (num_experts_ + 3) / 4;
+    const int32_t num_parts = kNumThreads / num_quads, part = threadIdx.x / num_quads;
+    if (part < num_parts) {
+      const int32_t quad = threadIdx.x % num_quads;
+      int32_t before[4] = {}, sum[4] = {};
 #pragma unroll 16
-    for (auto b = static_cast<uint32_t>(part); b < gridDim.x; b += num_parts) {
-      const int4 four = __ldcg(reinterpret_cast<const int4*>(g.control->layout_counts[b]) + quad);
-      const int32_t count[4] = {four.x, four.y, four.z, four.w};
+      for (auto b = static_cast<uint32_t>(part); b < gridDim.x; b += num_parts) {
+        const int4 four =
+            __ldcg(reinterpret_cast<const int4*>(g_.control->layout_counts[b]) + quad);
+        const int32_t count[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sum[i] += count[i];
+          before[i] += b < blockIdx.x ? count[i] : 0;
+        }
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        sum[i] += count[i];
-        before[i] += b < blockIdx.x ? count[i] : 0;
+        const int32_t e = 4 * quad + i;
+        if (e >= num_experts_) break;
+        atomicAdd(&total_[e], sum[i]);
+        atomicAdd(&first_row_[e], before[i]);
       }
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int32_t e = 4 * quad + i;
-      if (e >= num_experts) break;
-      atomicAdd(&total[e], sum[i]);
-      atomicAdd(&first_row[e], before[i]);
-    }
-  }
-  __syncthreads();
-  int32_t padded[kExpertsPerThread];
-  for (int32_t i = 0; i < kExpertsPerThread; ++i) {
-    const int32_t e = threadIdx.x * kExpertsPerThread + i;
-    padded[i] =
-        e < num_experts ? static_cast<int32_t>(padded_rows(total[e], a.expert_alignment)) : 0;
-  }
-  BlockScan(scan).ExclusiveSum(padded, padded);
-  for (int32_t i = 0; i < kExpertsPerThread; ++i) {
-    const int32_t e = threadIdx.x * kExpertsPerThread + i;
-    if (e < num_experts) offset[e] = padded[i];
-  }
-  __syncthreads();
-  int32_t rank_offset[kExpertsPerThread];  // where each expert's rank begins in the scan
-  for (int32_t i = 0; i < kExpertsPerThread; ++i) {
-    const int32_t e = threadIdx.x + i * kNumThreads;
-    rank_offset[i] = e < num_experts ? offset[e / num_local * num_local] : 0;
-  }
-  __syncthreads();
-  for (int32_t i = 0; i < kExpertsPerThread; ++i) {
-    const int32_t e = threadIdx.x + i * kNumThreads;
-    if (e < num_experts) {
-      offset[e] -= rank_offset[i];
-      first_row[e] += offset[e];
-    }
-  }
-  __syncthreads();
-
-  // Slots of recv_order: kept rows of this rank's experts that come before each warp's ids. The
-  // rows of an expert are contiguous, so they are counted without looking at ids.
-  const int32_t first_local = g.rank * num_local;
-  const auto rows_before = [&](int32_t e, int32_t count) {
-    return static_cast<int32_t>(rows_below(offset[e], count, a.capacity));
-  };
-  int32_t next_slot = 0;
-  for (int32_t e = first_local + lane; e < first_local + num_local; e += 32) {
-    next_slot += rows_before(e, first_row[e] - offset[e] + warp_count[warp * num_experts + e]);
-  }
-  next_slot = __reduce_add_sync(0xffffffffu, next_slot);
-
-  // 5. Rows.
-  for (int32_t step = begin; step < end; step += 32) {
-    const int32_t flat = step + lane;
-    int32_t id = kNotRouted;
-    if (flat < end) id = flat - block_begin < num_cached ? cached[flat - block_begin] : id_at(flat);
-    const bool routed = is_routed(id, num_experts);
-    const uint32_t same = __match_any_sync(0xffffffffu, routed ? id : -1);
-    const uint32_t lower = (1u << lane) - 1;
-    int32_t row = kNoRow;
-    if (routed) {
-      int32_t* next = &warp_count[warp * num_experts + id];
-      row = first_row[id] + *next + __popc(same & lower);
-    }
-    __syncwarp();
-    if (routed && (same & lower) == 0) warp_count[warp * num_experts + id] += __popc(same);
-    __syncwarp();
-    if (row >= a.capacity) row = kNoRow;
-    if (flat < end && flat / ids_per_rank == g.rank) a.send_row[flat - g.rank * ids_per_rank] = row;
-    const bool here = row != kNoRow && id / num_local == g.rank;
-    const uint32_t kept = __ballot_sync(0xffffffffu, here);
-    if (here) {
-      a.recv_src[row] = flat;
-      a.recv_order[next_slot + __popc(kept & lower)] = row;
-    }
-    if (flat < end && flat % top_k == 0) {
-      a.recv_offsets[flat / top_k] = next_slot + __popc(kept & lower);
-    }
-    next_slot += __popc(kept);
+    __syncthreads();
   }
 
-  // What holds no row: alignment padding, the tail, the end of recv_order.
-  int32_t used = 0, received = 0, routed_here = 0;
-  for (int32_t e = first_local + threadIdx.x; e < first_local + num_local; e += kNumThreads) {
-    const int64_t rows = padded_rows(total[e], a.expert_alignment);
-    const auto size = static_cast<int32_t>(rows_below(offset[e], rows, a.capacity));
-    used += size;
-    received += rows_before(e, total[e]);
-    routed_here += total[e];
-    if (blockIdx.x == 0) {
-      a.group_sizes[e - first_local] = size;
-      a.expert_counts[e - first_local] = total[e];
+  // 4. Where each expert begins on its rank, and the row of its first id in the block.
+  __device__ void place_experts() {
+    int32_t padded[kExpertsPerThread];
+    for (int32_t i = 0; i < kExpertsPerThread; ++i) {
+      const int32_t e = threadIdx.x * kExpertsPerThread + i;
+      padded[i] =
+          e < num_experts_ ? static_cast<int32_t>(padded_rows(total_[e], a_.expert_alignment)) : 0;
     }
-    if ((e - first_local) % gridDim.x == blockIdx.x) {
-      for (int32_t i = offset[e] + total[e]; i < offset[e] + size; ++i) a.recv_src[i] = kNoSource;
+    BlockScan(shared_.scan).ExclusiveSum(padded, padded);
+    for (int32_t i = 0; i < kExpertsPerThread; ++i) {
+      const int32_t e = threadIdx.x * kExpertsPerThread + i;
+      if (e < num_experts_) offset_[e] = padded[i];
     }
-  }
-  used = __reduce_add_sync(0xffffffffu, used);
-  received = __reduce_add_sync(0xffffffffu, received);
-  routed_here = __reduce_add_sync(0xffffffffu, routed_here);
-  if (lane == 0 && routed_here != 0) {
-    atomicAdd(&num_used, used);
-    atomicAdd(&num_received, received);
-    atomicAdd(&num_routed, routed_here);
-  }
-  __syncthreads();
-  fill(a.recv_src, num_used, a.capacity, kNoSource);
-  fill(a.recv_order, num_received, a.capacity, kNoSource);
-  if (blockIdx.x == 0) {
-    for (int32_t e = threadIdx.x; e < num_experts; e += kNumThreads) a.expert_load[e] = total[e];
-    if (threadIdx.x == 0) {
-      int32_t invalid = 0;
-      for (uint32_t b = 0; b < gridDim.x; ++b) {
-        invalid += __ldcg(&g.control->layout_counts[b][kMaxExperts]);
+    __syncthreads();
+    int32_t rank_offset[kExpertsPerThread];  // where each expert's rank begins in the scan
+    for (int32_t i = 0; i < kExpertsPerThread; ++i) {
+      const int32_t e = threadIdx.x + i * kNumThreads;
+      rank_offset[i] = e < num_experts_ ? offset_[e / num_local_ * num_local_] : 0;
+    }
+    __syncthreads();
+    for (int32_t i = 0; i < kExpertsPerThread; ++i) {
+      const int32_t e = threadIdx.x + i * kNumThreads;
+      if (e < num_experts_) {
+        offset_[e] -= rank_offset[i];
+        first_row_[e] += offset_[e];
       }
-      a.recv_offsets[g.num_ranks * a.num_tokens] = num_received;
-      a.counters[0] = num_received;
-      a.counters[1] = num_routed - num_received;
-      a.counters[2] = invalid;
+    }
+    __syncthreads();
+  }
+
+  // Slots of recv_order: kept rows of this rank's experts that come before the warp's ids. The rows
+  // of an expert are contiguous, so they are counted without looking at ids.
+  __device__ int32_t first_slot() const {
+    int32_t slot = 0;
+    for (int32_t e = first_local_ + lane_; e < first_local_ + num_local_; e += 32) {
+      slot += rows_kept(e, first_row_[e] - offset_[e] + warp_count_[warp_ * num_experts_ + e]);
+    }
+    return __reduce_add_sync(0xffffffffu, slot);
+  }
+
+  // 5. By a warp, its ids in order.
+  __device__ void place_rows() {
+    const auto top_k = static_cast<int32_t>(a_.top_k);
+    int32_t next_slot = first_slot();
+    for (int32_t step = begin_; step < end_; step += 32) {
+      const int32_t flat = step + lane_;
+      int32_t id = kNotRouted;
+      if (flat < end_) {
+        id = flat - block_begin_ < num_cached_ ? cached_[flat - block_begin_] : id_at(flat);
+      }
+      const bool routed = is_routed(id, num_experts_);
+      const uint32_t same = __match_any_sync(0xffffffffu, routed ? id : -1);
+      const uint32_t lower = (1u << lane_) - 1;
+      int32_t row = kNoRow;
+      if (routed) {
+        int32_t* next = &warp_count_[warp_ * num_experts_ + id];
+        row = first_row_[id] + *next + __popc(same & lower);
+      }
+      __syncwarp();
+      if (routed && (same & lower) == 0) warp_count_[warp_ * num_experts_ + id] += __popc(same);
+      __syncwarp();
+      if (row >= a_.capacity) row = kNoRow;
+      if (flat < end_ && flat / ids_per_rank_ == g_.rank) {
+        a_.send_row[flat - g_.rank * ids_per_rank_] = row;
+      }
+      const bool here = row != kNoRow && id / num_local_ == g_.rank;
+      const uint32_t kept = __ballot_sync(0xffffffffu, here);
+      if (here) {
+        a_.recv_src[row] = flat;
+        a_.recv_order[next_slot + __popc(kept & lower)] = row;
+      }
+      if (flat < end_ && flat % top_k == 0) {
+        a_.recv_offsets[flat / top_k] = next_slot + __popc(kept & lower);
+      }
+      next_slot += __popc(kept);
     }
   }
-  return true;
-}
+
+  // What holds no row: alignment padding, the tail, the end of recv_order. And all numbers of rows.
+  __device__ void fill_rest() {
+    int32_t used = 0, received = 0, routed = 0;
+    for (int32_t e = first_local_ + threadIdx.x; e < first_local_ + num_local_; e += kNumThreads) {
+      const int64_t rows = padded_rows(total_[e], a_.expert_alignment);
+      const auto size = static_cast<int32_t>(rows_below(offset_[e], rows, a_.capacity));
+      used += size;
+      received += rows_kept(e, total_[e]);
+      routed += total_[e];
+      if (blockIdx.x == 0) {
+        a_.group_sizes[e - first_local_] = size;
+        a_.expert_counts[e - first_local_] = total_[e];
+      }
+      if ((e - first_local_) % gridDim.x == blockIdx.x) {
+        for (int32_t i = offset_[e] + total_[e]; i < offset_[e] + size; ++i) {
+          a_.recv_src[i] = kNoSource;
+        }
+      }
+    }
+    used = __reduce_add_sync(0xffffffffu, used);
+    received = __reduce_add_sync(0xffffffffu, received);
+    routed = __reduce_add_sync(0xffffffffu, routed);
+    if (lane_ == 0 && routed != 0) {
+      atomicAdd(&shared_.num_used, used);
+      atomicAdd(&shared_.num_received, received);
+      atomicAdd(&shared_.num_routed, routed);
+    }
+    __syncthreads();
+    fill(a_.recv_src, shared_.num_used, a_.capacity, kNoSource);
+    fill(a_.recv_order, shared_.num_received, a_.capacity, kNoSource);
+    if (blockIdx.x == 0) write_counters();
+  }
+
+  __device__ void write_counters() {
+    for (int32_t e = threadIdx.x; e < num_experts_; e += kNumThreads) a_.expert_load[e] = total_[e];
+    if (threadIdx.x != 0) return;
+    int32_t invalid = 0;
+    for (uint32_t b = 0; b < gridDim.x; ++b) {
+      invalid += __ldcg(&g_.control->layout_counts[b][kMaxExperts]);
+    }
+    a_.recv_offsets[g_.num_ranks * a_.num_tokens] = shared_.num_received;
+    a_.counters[0] = shared_.num_received;
+    a_.counters[1] = shared_.num_routed - shared_.num_received;
+    a_.counters[2] = invalid;
+  }
+
+  const GroupView& g_;
+  const LayoutArguments& a_;
+  Shared& shared_;
+  const int32_t num_experts_, num_local_, first_local_, ids_per_rank_, warp_, lane_, num_cached_;
+  const bool are_cached_;  // all of the block's ids
+  const int32_t block_begin_;
+  int32_t begin_, end_;  // the warp's ids
+  // In shared memory.
+  int32_t* const warp_count_;  // [kNumWarps][E]: the warp's ids; then those of the warps before
+  int32_t* const first_row_;   // [E]
+  int32_t* const total_;       // [E], ids of all ranks
+  int32_t* const offset_;      // [E], where the expert begins on its rank
+  int32_t* const cached_;      // [num_cached], the block's first ids
+};
 
 __global__ __launch_bounds__(kNumThreads,
                              1) void layout_kernel(const __grid_constant__ GroupView g,
                                                    const __grid_constant__ LayoutArguments a,
                                                    int32_t ids_per_block, int32_t num_cached) {
-  extern __shared__ int32_t shared[];
-  __shared__ uint64_t address[kMaxPeers][kNumAddresses];
-  const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.topk_idx)};
-  if (blockIdx.x == 0) send_start(g, OpKind::kLayout, own);     // [S1]
-  bool ok = receive_start(g, OpKind::kLayout, own, address) &&  // [S2]
-            make_tables(g, a, ids_per_block, num_cached, shared, address);
+  extern __shared__ int32_t memory[];
+  __shared__ Shared shared;
   const bool are_cached = ids_per_block <= num_cached;
+  const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.topk_idx)};
+  if (blockIdx.x == 0) send_start(g, OpKind::kLayout, own);            // [S1]
+  bool ok = receive_start(g, OpKind::kLayout, own, shared.address) &&  // [S2]
+            Tables(g, a, ids_per_block, num_cached, memory, shared).make();
   if (blockIdx.x == 0 && are_cached) ok = receive_end(g, OpKind::kLayout) && ok;  // [E2]
   Finish finish = finish_block(g, ok);
   if (finish == Finish::kNotLast) return;
@@ -281,7 +351,7 @@ __global__ __launch_bounds__(kNumThreads,
     const bool is_good = receive_end(g, OpKind::kLayout);  // [E2]
     if (__syncthreads_and(is_good) == 0) finish = Finish::kFail;
   }
-  if (finish == Finish::kFail) poison(a, g.num_ranks);
+  if (finish == Finish::kFail) fill_without_rows(a, g.num_ranks);
   end_call(g);
 }
 
