@@ -42,7 +42,8 @@ def test_two_processes_in_step(tmp_path: pathlib.Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all passed" in done.stdout
-    assert "calls, race: 8" in done.stdout
+    assert "calls, race, K = 1: 8" in done.stdout
+    assert "calls, race, K = 2: 8" in done.stdout
     logs = list(tmp_path.glob("run_*/process-per-gpu/process_*.log"))
     assert len(logs) == 2
     assert all(" passed" in log.read_text() for log in logs)

@@ -249,10 +249,13 @@ class Race:
     Attributes:
         num_tokens: T.
         hidden: H.
+        top_k: K. A token goes to K experts of one rank: it crosses once, straight to its first row,
+            and from there the receiver stores it on to the others.
     """
 
     num_tokens: int
     hidden: int
+    top_k: int
 
 
 @functools.cache
@@ -266,8 +269,9 @@ def race(num_ranks: int, sizes: Race, num_calls: int) -> Any:
     would send numbers of the next call. Ids come late too, and the rows that combine brings back,
     which it reads as soon as it is told of them, are compared.
     """
-    num_tokens, hidden = sizes.num_tokens, sizes.hidden
-    capacity = num_ranks * num_tokens
+    num_tokens, hidden, top_k = sizes.num_tokens, sizes.hidden, sizes.top_k
+    total = num_ranks * num_tokens
+    capacity = total * top_k
 
     def rows(time: Any, flat_token: Any) -> jax.Array:
         channel = jnp.arange(hidden, dtype=jnp.int32)
@@ -280,9 +284,10 @@ def race(num_ranks: int, sizes: Race, num_calls: int) -> Any:
         turn = call % num_ranks
         late = (call // num_ranks) % num_ranks
         state = stall(jnp.where(rank == late, 2, 0), state)
-        ids = after(state, jnp.full((num_tokens, 1), turn, jnp.int32))
+        experts = turn * top_k + jnp.arange(top_k, dtype=jnp.int32)  # those of one rank
+        ids = after(state, jnp.broadcast_to(experts, (num_tokens, top_k)))
         layout = jax_ep.make_layout(
-            ids, num_experts=num_ranks, axis_name=AXIS, capacity=capacity, zero_tail=False
+            ids, num_experts=num_ranks * top_k, axis_name=AXIS, capacity=capacity, zero_tail=False
         )
         first = jax_ep.dispatch(x, layout)
         # Each time the new rows need the results of the old ones, so they are written after those,
@@ -295,13 +300,18 @@ def race(num_ranks: int, sizes: Race, num_calls: int) -> Any:
 
         receives = rank == turn
         row = jnp.arange(capacity, dtype=jnp.int32)
+        token, choice = row % total, row // total  # the rows of an expert are in the tokens' order
         flat_tokens = rank * num_tokens + jnp.arange(num_tokens, dtype=jnp.int32)
+        bad_first = receives & (first.tokens != rows(2 * call, token)).any(axis=1)
+        bad_second = receives & (second.tokens != rows(2 * call + 1, token)).any(axis=1)
+        # Sums of K rows are below 2**24, so exact in float32.
+        sums = (top_k * rows(2 * call + 1, flat_tokens)).astype(jnp.float32)
         bad = [
-            layout.recv_src != jnp.where(receives, row, -1),
-            receives & (first.tokens != rows(2 * call, row)).any(axis=1),
-            receives & (second.tokens != rows(2 * call + 1, row)).any(axis=1),
-            # Below 2**24, so exact in float32.
-            (out != rows(2 * call + 1, flat_tokens).astype(jnp.float32)).any(axis=1),
+            layout.recv_src != jnp.where(receives, token * top_k + choice, -1),
+            (choice == 0) & bad_first,
+            (choice == 0) & bad_second,
+            (choice > 0) & (bad_first | bad_second),
+            (out != sums).any(axis=1),
         ]
         return x, wrong + jnp.stack([b.sum(dtype=jnp.int32) for b in bad]), state
 
@@ -318,7 +328,14 @@ def race(num_ranks: int, sizes: Race, num_calls: int) -> Any:
     return function
 
 
-RACE_CHECKS = ("recv_src", "rows of the first time", "rows of the second time", "combined rows")
+STORED_ON = "rows stored on"  # by the receiver; there are none if K is 1
+RACE_CHECKS = (
+    "recv_src",
+    "rows of the first time",
+    "rows of the second time",
+    STORED_ON,
+    "combined rows",
+)
 
 
 def race_rows(num_ranks: int, sizes: Race) -> NDArray[np.int32]:

@@ -13,7 +13,7 @@ import numpy as np
 import on_device
 import pytest
 from backends import JaxBackend
-from on_device import CHECKS, NOT_YET, RACE_CHECKS, Race
+from on_device import CHECKS, NOT_YET, RACE_CHECKS, STORED_ON, Race
 from routings import Case
 
 NUM_CALLS = int(os.environ.get("JAX_EP_TEST_CALLS", "80"))
@@ -88,14 +88,17 @@ def test_a_wrong_call_would_be_seen(device_backend: JaxBackend) -> None:
     assert (wrong["out"] > 0).all(), wrong
 
 
-def test_race(device_backend: JaxBackend, record_property: Callable[[str, object], None]) -> None:
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_race(
+    device_backend: JaxBackend, record_property: Callable[[str, object], None], top_k: int
+) -> None:
     """Nobody sees rows too early or too late. Fails on kernels built with JAX_EP_BREAK_ORDER."""
     backend, num_ranks = device_backend, device_backend.num_devices
     if num_ranks == 1:
         pytest.skip("one rank has nobody to race with")
     on_gpu = backend.platform != "cpu"
     # 32 MB in all to one rank: tens of microseconds, many times what a kernel takes to start.
-    race = Race(4096 // num_ranks, 2048) if on_gpu else Race(24, 64)
+    race = Race(4096 // num_ranks, 2048, top_k) if on_gpu else Race(24, 64, top_k)
     num_calls, num_programs = (100, 3) if on_gpu else (2 * num_ranks, 2)
     x, wrong = on_device.race_rows(num_ranks, race), np.zeros((num_ranks, len(RACE_CHECKS)), int)
     function = on_device.race(num_ranks, race, num_calls)
@@ -113,5 +116,6 @@ def test_race(device_backend: JaxBackend, record_property: Callable[[str, object
     x[-1] += 1  # what the last rank's rows of the next time are
     first_call = np.full(num_ranks, num_programs * num_calls, np.int32)
     _, wrong, _ = backend.run(num_ranks, function, x, first_call)
-    assert wrong[:, 1:].any(axis=0).all(), f"a wrong row was not seen: {wrong}"
-    record_property("calls, race", num_calls * num_programs)
+    not_seen = {c for c, n in zip(RACE_CHECKS[1:], wrong[:, 1:].any(axis=0), strict=True) if not n}
+    assert not_seen == ({STORED_ON} if top_k == 1 else set()), f"a wrong row was not seen: {wrong}"
+    record_property(f"calls, race, K = {top_k}", num_calls * num_programs)
