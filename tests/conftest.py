@@ -1,5 +1,7 @@
 """Set-up of the whole suite: eight CPU devices, and the backends that can run here."""
 
+import importlib
+import importlib.util
 import os
 
 # Before JAX is imported. JAX 0.10's CPU client needs two threads a device, or ranks that wait for
@@ -49,9 +51,14 @@ def poison() -> Iterator[None]:
 
     What an operation forgets to write is then seen, instead of being zero by luck.
     """
-    _cpu.set_poison_outputs(True)
+    modules = [_cpu]
+    if importlib.util.find_spec("jax_ep._cuda") is not None:
+        modules.append(importlib.import_module("jax_ep._cuda"))
+    for module in modules:
+        module.set_poison_outputs(True)
     yield
-    _cpu.set_poison_outputs(False)
+    for module in modules:
+        module.set_poison_outputs(False)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

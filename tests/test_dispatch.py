@@ -163,13 +163,14 @@ def test_padding_and_tail(backend: Backend, zero_tail: bool) -> None:
 def test_poison_is_seen(device_backend: JaxBackend) -> None:
     # What zero_tail=False leaves unspecified is the poison here: so a row that dispatch forgot
     # would be NaN in all tests of this file.
-    if device_backend.platform != "cpu":
-        pytest.skip("only the CPU backend poisons its outputs")
-    case = Case(1, 1, 1, 1, hidden=8, capacity=64, zero_tail=False)
+    case = Case(1, 1, 1, 1, hidden=128, capacity=64, zero_tail=False)
     layout = device_backend.make_layout(case, np.zeros((1, 1, 1), np.int32))
-    tokens = device_backend.dispatch(np.ones((1, 1, 8), F32), layout).tokens
-    assert_same_bits(tokens[0, 0], np.ones(8, F32))
-    assert np.isnan(tokens[0, 1:]).all()
+    x, weights = np.ones((1, 1, 128), F32), np.ones((1, 1, 1), F32)
+    for fp8 in (None, "float32"):
+        received = device_backend.dispatch(x, layout, weights, fp8=fp8)
+        for result in [received.tokens, received.weights] + [received.scales] * (fp8 is not None):
+            assert not np.isnan(result[0, 0].astype(F32)).any()
+            assert np.isnan(result[0, 1:].astype(F32)).all()
 
 
 def test_every_rank_count(device_backend: JaxBackend) -> None:

@@ -229,6 +229,9 @@ cudaError_t cudaMemset(void* at, int value, size_t bytes) {
   if (fake_cuda::Status() == cudaSuccess) std::memset(at, value, bytes);
   return fake_cuda::Status();
 }
+cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
+  return cudaMemset(at, value, bytes);
+}
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t) {
   if (fake_cuda::Status() == cudaSuccess) std::memcpy(to, from, bytes);

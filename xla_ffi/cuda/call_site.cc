@@ -1,11 +1,16 @@
 #include "xla_ffi/cuda/call_site.h"
 
+#include <atomic>
+
 namespace jax_ep {
 namespace {
 
 namespace ffi = xla::ffi;
 
 constexpr size_t kStagingAlignment = 256;  // of a buffer in the staging region, in bytes
+constexpr int kPoison = 0xff;
+
+std::atomic<bool> g_poison_outputs{false};
 
 }  // namespace
 
@@ -96,10 +101,13 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t 
   }
   for (int i = 0; i < call->num_staged_; ++i) {
     const auto& [buffer, at] = call->staged_[i];
-    if (buffer.use != Use::kInput) continue;
-    const cudaError_t copied =
-        cudaMemcpyAsync(at, buffer.data, buffer.bytes, cudaMemcpyDeviceToDevice, stream);
-    if (copied != cudaSuccess) return CudaStatus(state.op, copied);
+    cudaError_t status = cudaSuccess;
+    if (buffer.use == Use::kInput) {
+      status = cudaMemcpyAsync(at, buffer.data, buffer.bytes, cudaMemcpyDeviceToDevice, stream);
+    } else if (g_poison_outputs) {
+      status = cudaMemsetAsync(at, kPoison, buffer.staged_bytes(), stream);
+    }
+    if (status != cudaSuccess) return CudaStatus(state.op, status);
   }
   return ffi::Error::Success();
 }
@@ -120,6 +128,23 @@ int NumSms(int32_t ordinal, int64_t wanted) {
   if (count < 1) count = 1;
   if (count > gpu::kMaxBlocks) count = gpu::kMaxBlocks;
   return wanted > 0 && wanted < count ? static_cast<int>(wanted) : count;
+}
+
+void SetPoisonOutputs(bool poison) { g_poison_outputs = poison; }
+
+XLA_FFI_Error* PoisonResults(XLA_FFI_CallFrame* call) {
+  // A call that asks for the handler's metadata has no results.
+  if (!g_poison_outputs || call->rets.size == 0) return nullptr;
+  XLA_FFI_Stream_Get_Args stream{XLA_FFI_Stream_Get_Args_STRUCT_SIZE, nullptr, call->ctx, nullptr};
+  if (XLA_FFI_Error* error = call->api->XLA_FFI_Stream_Get(&stream)) return error;
+  for (int64_t i = 0; i < call->rets.size; ++i) {
+    const auto* result = static_cast<const XLA_FFI_Buffer*>(call->rets.rets[i]);
+    size_t bytes = ffi::ByteWidth(static_cast<ffi::DataType>(result->dtype));
+    for (int64_t d = 0; d < result->rank; ++d) bytes *= static_cast<size_t>(result->dims[d]);
+    // A failure shows in the launch that follows.
+    (void)cudaMemsetAsync(result->data, kPoison, bytes, static_cast<cudaStream_t>(stream.stream));
+  }
+  return nullptr;
 }
 
 }  // namespace jax_ep

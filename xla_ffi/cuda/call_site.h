@@ -104,6 +104,19 @@ xla::ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStre
 // SMs that a call uses, of `wanted` ones (0: all).
 int NumSms(int32_t ordinal, int64_t wanted);
 
+// For tests, as on CPU: every result is filled with 0xff, NaN in floats and -1 in integers, before
+// its operation begins, so that what an operation forgets to write is not right by luck. A command
+// buffer that was recorded before does not change.
+void SetPoisonOutputs(bool poison);
+XLA_FFI_Error* PoisonResults(XLA_FFI_CallFrame* call);
+
+// The handler, with its results poisoned if they are to be.
+template <XLA_FFI_Handler* kHandler>
+XLA_FFI_Error* Poisoned(XLA_FFI_CallFrame* call) {
+  XLA_FFI_Error* error = PoisonResults(call);
+  return error != nullptr ? error : kHandler(call);
+}
+
 inline xla::ffi::Error CudaStatus(const char* op, cudaError_t status) {
   if (status == cudaSuccess) return xla::ffi::Error::Success();
   return {xla::ffi::ErrorCode::kInternal, std::string(op) + ": " + cudaGetErrorString(status)};

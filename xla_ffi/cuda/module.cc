@@ -21,15 +21,17 @@ namespace {
 
 nb::dict Handlers(bool recordable) {
   nb::dict handlers;
-  handlers["jax_ep_layout"] =
-      Stages(kInstantiateLayoutCuda, recordable ? kLayoutCudaRecordable : kLayoutCuda);
+  handlers["jax_ep_layout"] = Stages(
+      kInstantiateLayoutCuda, recordable ? Poisoned<kLayoutCudaRecordable> : Poisoned<kLayoutCuda>);
   handlers["jax_ep_dispatch"] =
-      Stages(kInstantiateDispatchCuda, recordable ? kDispatchCudaRecordable : kDispatchCuda);
+      Stages(kInstantiateDispatchCuda,
+             recordable ? Poisoned<kDispatchCudaRecordable> : Poisoned<kDispatchCuda>);
   handlers["jax_ep_combine"] =
-      Stages(kInstantiateCombineCuda, recordable ? kCombineCudaRecordable : kCombineCuda);
+      Stages(kInstantiateCombineCuda,
+             recordable ? Poisoned<kCombineCudaRecordable> : Poisoned<kCombineCuda>);
   handlers["jax_ep_combine_gradient"] =
-      Stages(kInstantiateCombineGradientCuda,
-             recordable ? kCombineGradientCudaRecordable : kCombineGradientCuda);
+      Stages(kInstantiateCombineGradientCuda, recordable ? Poisoned<kCombineGradientCudaRecordable>
+                                                         : Poisoned<kCombineGradientCuda>);
   return handlers;
 }
 
@@ -80,6 +82,7 @@ NB_MODULE(_cuda, m) {
         SymmetricMemory::Get().SetTimeouts({Nanoseconds(arrival), Nanoseconds(progress)});
       },
       nb::arg("arrival"), nb::arg("progress"), nb::call_guard<nb::gil_scoped_release>());
+  m.def("set_poison_outputs", &SetPoisonOutputs, nb::arg("poison"));
   RegisterLinkProbe(m);
 }
 
