@@ -16,6 +16,7 @@ from typing import Any
 import gpus
 import launcher
 
+OUT_OF_TIME = "cut short by --budget"
 STRESS_SECONDS = 6.0  # after which each stress test ends, unless told otherwise
 HERE = pathlib.Path(__file__).resolve().parent
 TESTS, ROOT = HERE.parent, HERE.parents[1]
@@ -62,14 +63,17 @@ class Builds:
         if name not in self.futures:
             self.futures[name] = self.pool.submit(self._build, name, target, options)
 
-    def wait(self, name: str) -> pathlib.Path:
+    def wait(self, name: str, deadline: float) -> pathlib.Path:
         """The build folder, when it is done.
 
         Raises:
-            SkippedError: the tools are not here.
+            SkippedError: the tools are not here, or the deadline comes first.
             RuntimeError: the build failed.
         """
-        return self.futures[name].result()
+        try:
+            return self.futures[name].result(max(0.0, deadline - time.monotonic()))
+        except concurrent.futures.TimeoutError:
+            raise SkippedError(OUT_OF_TIME) from None
 
     def _build(self, name: str, target: str, options: tuple[str, ...]) -> pathlib.Path:
         missing = [tool for tool in ("nvcc", "cmake") if shutil.which(tool) is None]
@@ -110,9 +114,15 @@ class Context:
     builds: Builds
     deadline: float
 
-    def limit(self, seconds: float) -> float:
-        """A job's time limit, or what is left of the budget."""
-        return max(5.0, min(seconds, self.deadline - time.monotonic()))
+    def run(self, processes: list[launcher.Process], limit: float) -> "Job":
+        """Runs processes together, for at most `limit` seconds and what is left of the budget."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            return Job([], OUT_OF_TIME, 0.0)
+        ended = launcher.run(processes, min(limit, left))
+        if left < limit and ended.late and not ended.failed:
+            return Job([], OUT_OF_TIME, ended.seconds)
+        return Job(ended.problems(processes), None, ended.seconds)
 
     def folder(self, name: str) -> pathlib.Path:
         folder = self.out / name
@@ -144,6 +154,30 @@ class Context:
 
 
 @dataclasses.dataclass(frozen=True)
+class Job:
+    """How a job of processes ended.
+
+    Attributes:
+        problems: what was not as expected, in words.
+        cut: the reason, if the budget ended it before it could succeed or fail.
+        seconds: that it took.
+    """
+
+    problems: list[str]
+    cut: str | None
+    seconds: float
+
+    def judge(self, line: Line) -> list[str]:
+        """Counts the job as the one run of this line; returns the problems."""
+        line.seconds = self.seconds
+        if self.cut is not None:
+            line.skipped = {self.cut: 1}
+        else:
+            line.passed, line.failed = (0, 1) if self.problems else (1, 0)
+        return self.problems
+
+
+@dataclasses.dataclass(frozen=True)
 class Shape:
     """How ranks are spread: processes, and how many of them share a GPU."""
 
@@ -167,7 +201,7 @@ def run_job(
     expected: dict[int, int] | None = None,
     shared: bool = False,
     **more: str,
-) -> tuple[pathlib.Path, list[str]]:
+) -> tuple[pathlib.Path, Job]:
     """Runs a scenario in every process of the shape.
 
     Args:
@@ -184,9 +218,9 @@ def run_job(
         **more: of the environment.
 
     Returns:
-        The job's folder, and what was not as expected.
+        The job's folder, and how it ended.
     """
-    folder, limit = ctx.folder(name), ctx.limit(limit)
+    folder = ctx.folder(name)
     with contextlib.ExitStack() as stack:
         service: dict[str, str] = {}
         if shape.ranks_per_gpu > 1 and ctx.platform != "cpu" and not shared:
@@ -214,22 +248,28 @@ def run_job(
             *scenario,
             num_processes=shape.num_processes,
             out=folder,
-            limit=limit,
+            limit=min(limit, ctx.deadline - time.monotonic()),
             environment=environment,
             platform=ctx.platform,
             num_gpus=ctx.num_gpus,
             expected=expected,
         )
-        ended = launcher.run(processes, limit)
-    return folder, ended.problems(processes)
+        return folder, ctx.run(processes, limit)
 
 
 def run_pytest(
-    ctx: Context, name: str, shape: Shape, arguments: list[str], limit: float, **more: Any
-) -> tuple[pathlib.Path, list[str]]:
-    """Runs pytest in every process of the shape, in step; the rest is as for `run_job`."""
+    ctx: Context, tier: str, shape: Shape, arguments: list[str], limit: float, **more: Any
+) -> Result:
+    """Runs pytest in every process of the shape, in step, and reads what process 0 left.
+
+    The rest is as for `run_job`.
+    """
     scenario = ("run_pytest", *arguments)
-    return run_job(ctx, name, shape, scenario, limit, file=HERE / "in_step.py", **more)
+    folder, job = run_job(ctx, tier, shape, scenario, limit, file=HERE / "in_step.py", **more)
+    lines, failures = read_report(folder / "report_0.json", tier, job.cut)
+    if job.cut is not None and not any(job.cut in line.skipped for line in lines):
+        lines.append(Line(tier, "(the rest)", skipped={job.cut: 1}))
+    return Result(lines, failures + job.problems)
 
 
 def run_suite(
@@ -253,7 +293,7 @@ def run_suite(
         "JAX_EP_TEST_CALLS": str(ctx.calls),
         "JAX_EP_TEST_SECONDS": str(ctx.seconds),
     }
-    folder, problems = run_pytest(
+    result = run_pytest(
         ctx,
         tier,
         shape,
@@ -263,25 +303,28 @@ def run_suite(
         shared=shared,
         **environment,
     )
-    lines, failures = read_report(folder / "report_0.json", tier)
-    if not lines and not problems:
-        problems = [f"{tier}: no tests ran"]
-    return Result(lines, failures + problems)
+    if not result.lines and not result.problems:
+        result.problems.append(f"{tier}: no tests ran")
+    return result
 
 
-def read_report(path: pathlib.Path, tier: str) -> tuple[list[Line], list[str]]:
+def read_report(path: pathlib.Path, tier: str, cut: str | None) -> tuple[list[Line], list[str]]:
     """What the pytest plugin of in_step.py left, if it came to that.
 
-    A test in which the process was stopped, or died, has failed.
+    A test in which the process died or was stopped has failed, unless the budget cut the job short.
     """
     if not path.exists():
         return [], []
     found, lines = json.loads(path.read_text()), []
     if running := found["running"]:
-        found["failures"].append(f"{running} was running when the process ended")
         file = pathlib.Path(running.split("::")[0]).name
         nothing = {"passed": 0, "failed": 0, "seconds": 0.0, "skipped": {}, "notes": []}
-        found["files"].setdefault(file, nothing)["failed"] += 1
+        counts = found["files"].setdefault(file, nothing)
+        if cut is not None:
+            counts["skipped"][cut] = 1
+        else:
+            counts["failed"] += 1
+            found["failures"].append(f"{running} was running when the process ended")
     for file, c in found["files"].items():
         skipped: dict[str, int] = {}
         for reason, count in c["skipped"].items():

@@ -31,7 +31,16 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 
 import gpus
 import launcher
-from context import STRESS_SECONDS, Builds, Context, Line, Result, SkippedError, package_folder
+from context import (
+    OUT_OF_TIME,
+    STRESS_SECONDS,
+    Builds,
+    Context,
+    Line,
+    Result,
+    SkippedError,
+    package_folder,
+)
 from tiers import TIERS, Tier, pytest_tier
 
 
@@ -86,7 +95,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--tiers", nargs="+", metavar="TIER", choices=[t.name for t in TIERS], help="only these")
     add("--quick", action="store_true", help="fewer tiers, 2,000 stress calls")
-    add("--budget", type=float, default=1e9, help="seconds; tiers that do not fit are skipped")
+    add("--budget", type=float, default=1e9, help="seconds, for all; what does not fit is skipped")
     add("--pytest", nargs="+", default=[], metavar="PATH", help="further files, each a tier")
     add("-k", dest="keyword", help="only tests that match, as in pytest")
     add("--package", type=pathlib.Path, help="the folder that holds the package jax_ep")
@@ -169,7 +178,7 @@ def run_all(ctx: Context, tiers: list[Tier]) -> tuple[list[Line], list[str]]:
     for tier in tiers:
         start = time.monotonic()
         if start > ctx.deadline:
-            result = Result([Line(tier.name, "", skipped={"no time left": 1})])
+            result = Result([Line(tier.name, "", skipped={OUT_OF_TIME: 1})])
         else:
             try:
                 result = tier.run(ctx)

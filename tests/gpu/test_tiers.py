@@ -5,8 +5,12 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 
-from tiers import RACECHECKED_KERNEL
+import launcher
+import pytest
+from context import Builds, Context
+from tiers import RACECHECKED_KERNEL, native, run_file
 
 _HERE = pathlib.Path(__file__).parent
 _ROOT = _HERE.parents[1]
@@ -61,17 +65,81 @@ def test_a_failure_is_told(tmp_path: pathlib.Path) -> None:
     assert "process 0 exit code 1, expected 0" in done.stdout
 
 
-def test_a_test_that_hangs_is_named(tmp_path: pathlib.Path) -> None:
+_HANGING = "import time\n\ndef test_right():\n    pass\n\ndef test_stuck():\n    time.sleep(600)\n"
+
+
+def _context(out: pathlib.Path, seconds_left: float = 1e9, platform: str = "cpu") -> Context:
+    return Context(
+        platform=platform,
+        num_gpus=2,
+        package=None,
+        out=out,
+        quick=True,
+        keyword=None,
+        broken_package=None,
+        calls=8,
+        seconds=6.0,
+        examples=0.05,
+        builds=Builds(out, 1),
+        deadline=time.monotonic() + seconds_left,
+    )
+
+
+def test_a_test_that_hangs_is_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those before it are counted, also if the job has to be ended."""
     test = tmp_path / "test_that_hangs.py"
-    test.write_text(
-        "import time\n\ndef test_right():\n    pass\n\ndef test_stuck():\n    time.sleep(600)\n"
+    test.write_text(_HANGING)
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(_ROOT)])
     )
-    done = _run_tiers("--platform=cpu", f"--pytest={test}", f"--out={tmp_path}", "--budget=10")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 passed, 1 failed" in done.stdout
-    assert "test_that_hangs.py::test_stuck was running when the process ended" in done.stdout
-    assert "did not end within its time" in done.stdout
+    result = run_file(_context(tmp_path), "hanging", test, limit=25)
+    (line,) = result.lines
+    assert (line.passed, line.failed, line.skipped) == (1, 1, {})
+    told = "\n".join(result.problems)
+    assert "test_that_hangs.py::test_stuck was running when the process ended" in told
+    assert "did not end within its time" in told
+
+
+def test_what_the_budget_cuts_short_is_skipped(tmp_path: pathlib.Path) -> None:
+    """Nothing of it has failed: neither the test that was running, nor what did not begin."""
+    (tmp_path / "test_that_hangs.py").write_text(_HANGING)
+    (tmp_path / "test_later.py").write_text("def test_later():\n    pass\n")
+    tests = [str(tmp_path / name) for name in ("test_that_hangs.py", "test_later.py")]
+    done = _run_tiers("--platform=cpu", "--budget=15", f"--out={tmp_path}", "--pytest", *tests)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all passed" in done.stdout
+    assert done.stdout.count("skipped 1: cut short by --budget") == 2
+    assert "FAILED" not in done.stdout
+
+
+def test_a_failure_before_the_budget_ends_is_told(tmp_path: pathlib.Path) -> None:
+    wrong = launcher.Process(
+        [sys.executable, "-c", "raise SystemExit(7)"], os.environ, tmp_path / "a"
+    )
+    waiting = launcher.Process(
+        [sys.executable, "-c", "import time; time.sleep(600)"], os.environ, tmp_path / "b"
+    )
+    job = _context(tmp_path, seconds_left=5).run([wrong, waiting], limit=100)
+    assert job.cut is None
+    assert "process 0 exit code 7, expected 0" in job.problems[0]
+
+
+def test_a_native_run_that_the_budget_cuts_short(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run is cut, those after it have no time left, and the tier has not failed."""
+    program = tmp_path / "kernels_test"
+    program.write_text("#!/bin/sh\nsleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(Builds, "wait", lambda *_: tmp_path)
+    context = _context(tmp_path, seconds_left=2, platform="cuda")
+    result = native(context)
+    assert not result.problems
+    ran = [line for line in result.lines if line.what.startswith("plain")]
+    assert [line.skipped for line in ran] == [{"cut short by --budget": 1}] * 2
+    assert not any(line.failed for line in result.lines)
 
 
 def test_what_racecheck_looks_at_exists() -> None:

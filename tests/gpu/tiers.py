@@ -8,11 +8,11 @@ import pathlib
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable
 
 import launcher
 from context import (
+    HERE,
     ROOT,
     TESTS,
     Context,
@@ -27,6 +27,7 @@ from context import (
     run_suite,
 )
 
+IN_STEP = HERE / "in_step.py"
 SUITE = [f"test_{name}.py" for name in ("layout", "dispatch", "combine", "gradients", "moe")]
 STRESS = "protocol/test_stress.py"
 COLLECTIVES = "protocol/test_collectives.py"
@@ -108,30 +109,33 @@ def race_control(ctx: Context) -> Result:
     shape = Shape(1) if ctx.num_gpus > 1 else Shape(2, 2)
     package = ctx.broken_package
     if package is None:
-        package = copy_package(ctx, ctx.builds.wait("broken"), ctx.out / "package_broken")
-    start = time.monotonic()
+        package = copy_package(
+            ctx, ctx.builds.wait("broken", ctx.deadline), ctx.out / "package_broken"
+        )
     backend = "processes" if shape.num_processes > 1 else ctx.platform
-    _, found = run_pytest(
+    folder, job = run_job(
         ctx,
         "race-control",
         shape,
-        [str(TESTS / STRESS), "-k", f"test_race and {backend}", "--tb=short"],
+        ("run_pytest", str(TESTS / STRESS), "-k", f"test_race and {backend}", "--tb=short"),
         90,
+        file=IN_STEP,
         package=package,
         expected=dict.fromkeys(range(shape.num_processes), 1),
         JAX_EP_TIMEOUT="5",
     )
-    _, failures = read_report(ctx.out / "race-control" / "report_0.json", "race-control")
+    if job.cut is not None:
+        raise SkippedError(job.cut)
+    _, failures = read_report(folder / "report_0.json", "race-control", None)
     found_stale = [re.search(r"stale or early rows, by rank: .*", text) for text in failures]
     stale = [match.group() for match in found_stale if match]
-    line = Line("race-control", "race test without the wait for rows", notes=stale)
-    line.seconds = time.monotonic() - start
     if len(stale) < 2:
-        found.append("the race test saw nothing where it should, with K = 1 or with K = 2")
+        job.problems.append("the race test saw nothing where it should, with K = 1 or with K = 2")
     if not any("rows stored on" in text for text in stale):
-        found.append("the race test saw no rows that a receiver had stored on too early")
-    line.passed, line.failed = (0, 1) if found else (1, 0)
-    return Result([line], [*found, *failures] if found else [])
+        job.problems.append("the race test saw no rows that a receiver had stored on too early")
+    line = Line("race-control", "race test without the wait for rows", notes=stale)
+    problems = job.judge(line)
+    return Result([line], [*problems, *failures] if problems else [])
 
 
 def copy_package(ctx: Context, build: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
@@ -149,7 +153,7 @@ def copy_package(ctx: Context, build: pathlib.Path, to: pathlib.Path) -> pathlib
 def native(ctx: Context) -> Result:
     """The kernels without JAX, ranks as streams of one process; also under compute-sanitizer."""
     ctx.skip_without_gpu()
-    program = ctx.builds.wait("native") / "kernels_test"
+    program = ctx.builds.wait("native", ctx.deadline) / "kernels_test"
     folder = ctx.folder("native")
     runs: list[tuple[str, list[str], int]] = [
         ("plain", [str(program), *(["--small"] if ctx.quick else [])], 180),
@@ -171,16 +175,13 @@ def native(ctx: Context) -> Result:
             runs.append((f"compute-sanitizer {tool}", command, 90))
     for i, (what, command, limit) in enumerate(runs):
         process = launcher.Process(command, os.environ, folder / f"run_{i}.log", 3 if i == 1 else 0)
-        ended = launcher.run([process], ctx.limit(limit))
-        found = ended.problems([process])
-        line = Line("native", what, seconds=ended.seconds)
-        line.passed, line.failed = (0, 1) if found else (1, 0)
-        text = process.log.read_text(errors="replace")
+        line = Line("native", what)
+        problems += ctx.run([process], limit).judge(line)
+        text = process.log.read_text(errors="replace") if process.log.exists() else ""
         line.notes = re.findall(r"^(?:NOTE|OK): (.*)$", text, re.MULTILINE)
         if what.endswith("racecheck"):
             line.notes.append(RACECHECK_NOTE)
         lines.append(line)
-        problems += found
     return Result(lines, problems)
 
 
@@ -192,8 +193,7 @@ def scenarios_tier(
     """One job for each (name, shape, arguments, return codes, XLA's flags, JAX_EP_TIMEOUT)."""
     lines, problems = [], []
     for name, shape, scenario, expected, flags, timeout in runs:
-        start = time.monotonic()
-        _, found = run_job(
+        folder, job = run_job(
             ctx,
             f"{tier}-{name}",
             shape,
@@ -205,12 +205,12 @@ def scenarios_tier(
             JAX_EP_TIMEOUT=timeout,
             JAX_EP_TEST_DUMP=str(ctx.out / f"dump-{tier}-{name}"),
         )
-        line = Line(tier, name, seconds=time.monotonic() - start)
-        line.passed, line.failed = (0, 1) if found else (1, 0)
-        log = ctx.out / f"{tier}-{name}" / "process_0.log"
-        line.notes = re.findall(r"^NOTE: (.*)$", log.read_text(errors="replace"), re.MULTILINE)
+        line = Line(tier, name)
+        problems += job.judge(line)
+        log = folder / "process_0.log"
+        text = log.read_text(errors="replace") if log.exists() else ""
+        line.notes = re.findall(r"^NOTE: (.*)$", text, re.MULTILINE)
         lines.append(line)
-        problems += found
     return Result(lines, problems)
 
 
@@ -295,10 +295,8 @@ def example(ctx: Context) -> Result:
         ]
     lines, problems = [], []
     for (what, group), out in zip(groups.items(), ("one", "several"), strict=False):
-        ended = launcher.run(group, ctx.limit(100))
-        found = ended.problems(group)
-        line = Line("example", what, seconds=ended.seconds)
-        if not found:
+        job, line = ctx.run(group, 100), Line("example", what)
+        if not job.problems and job.cut is None:
             losses = [
                 json.loads((folder / name / "summary.json").read_text())["losses"]
                 for name in ("cpu", out)
@@ -309,10 +307,9 @@ def example(ctx: Context) -> Result:
             differences = [abs(a / b - 1) for a, b in zip(*losses, strict=True)]
             line.notes = [f"losses differ from the CPU's by up to {max(differences):.1e}"]
             if differences[0] > 1e-5 or max(differences) > 2e-3 or len(differences) != 8:
-                found = [f"losses of {what}: {losses[1]}\non CPU: {losses[0]}"]
-        line.passed, line.failed = (0, 1) if found else (1, 0)
+                job.problems.append(f"losses of {what}: {losses[1]}\non CPU: {losses[0]}")
+        problems += job.judge(line)
         lines.append(line)
-        problems += found
     return Result(lines, problems)
 
 
@@ -320,9 +317,7 @@ def run_file(ctx: Context, name: str, path: pathlib.Path, limit: float) -> Resul
     """Runs a file or folder by pytest in one process, which may start others."""
     keyword = ["-k", ctx.keyword] if ctx.keyword else []
     arguments = [str(path), *keyword, "--tb=short"]
-    folder, problems = run_pytest(ctx, name, Shape(1), arguments, limit)
-    lines, failed = read_report(folder / "report_0.json", name)
-    return Result(lines, failed + problems)
+    return run_pytest(ctx, name, Shape(1), arguments, limit)
 
 
 def multi_process(ctx: Context) -> Result:

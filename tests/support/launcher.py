@@ -49,11 +49,13 @@ class Ended:
         returncodes: by process.
         late: the processes that had to be stopped because time was up.
         seconds: that it took.
+        failed: whether one of them ended otherwise than expected before the others were stopped.
     """
 
     returncodes: list[int]
     late: list[int]
     seconds: float
+    failed: bool
 
     def problems(self, processes: Sequence[Process]) -> list[str]:
         """What was not as expected, in words, with the end of each log that belongs to it."""
@@ -99,7 +101,7 @@ def run(processes: Sequence[Process], limit: float, grace: float = 10.0) -> Ende
     deadline = start + limit
     running: list[subprocess.Popen[bytes]] = []
     late: list[int] = []
-    failed = False
+    wrong = False
     try:
         for process in processes:
             with process.log.open("wb") as stream, _lock:
@@ -116,13 +118,11 @@ def run(processes: Sequence[Process], limit: float, grace: float = 10.0) -> Ende
                 _started.append(running[-1])
         # All are polled each time: a failure of any of them ends the wait for the others.
         while None in (codes := [p.poll() for p in running]) and time.monotonic() < deadline:
-            wrong = [
-                i
-                for i, (code, process) in enumerate(zip(codes, processes, strict=True))
-                if code not in (None, process.expected)
-            ]
-            if wrong and not failed:
-                failed = True
+            if not wrong and any(
+                code not in (None, process.expected)
+                for code, process in zip(codes, processes, strict=True)
+            ):
+                wrong = True
                 deadline = min(deadline, time.monotonic() + grace)
             time.sleep(0.02)
         late = [i for i, p in enumerate(running) if p.poll() is None]
@@ -131,7 +131,13 @@ def run(processes: Sequence[Process], limit: float, grace: float = 10.0) -> Ende
         with _lock:
             for process in running:
                 _started.remove(process)
-    return Ended([p.returncode for p in running], late, time.monotonic() - start)
+    codes = [p.returncode for p in running]
+    failed = any(
+        code != process.expected
+        for i, (code, process) in enumerate(zip(codes, processes, strict=True))
+        if i not in late
+    )
+    return Ended(codes, late, time.monotonic() - start, failed)
 
 
 def stop_everything() -> None:
