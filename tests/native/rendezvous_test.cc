@@ -31,6 +31,7 @@
 #include <thread>
 #include <vector>
 
+#include "xla_ffi/cpu/meet/clock.h"
 #include "xla_ffi/cpu/meet/process_group.h"
 #include "xla_ffi/cpu/meet/worker_pool.h"
 #include "xla_ffi/cpu/ops/ops.h"
@@ -441,6 +442,29 @@ void CallsAcrossProcesses() {
   });
 }
 
+// A process that comes long after its peer, within the time that both allow, finds it there still.
+void PeerThatComesMuchLater() {
+  InTwoProcesses([](int64_t process, pid_t, int) {
+    Rendezvous::Get().set_timeouts({std::chrono::hours(1), std::chrono::seconds(30)});
+    const auto long_site = MakeSite({0, 1}, 0), short_site = MakeSite({0, 1}, 1);
+    int64_t in = 5, out = -1;
+    Outcome outcome;
+    if (process == 0) ArriveWith(long_site, 0, 0, &in, &out, outcome.completion());
+    for (int64_t run = 0; run < 4; ++run) {
+      // Messages come in order: after the first of these both know who has come to the long call.
+      // The others wake the threads that look for what is overdue.
+      int64_t short_in = run, short_out = -1;
+      Outcome short_outcome;
+      ArriveWith(short_site, run, process, &short_in, &short_out, short_outcome.completion());
+      CHECK(!short_outcome.Wait());
+      if (run == 0) Clock::Skip(std::chrono::minutes(59));
+    }
+    if (process == 1) ArriveWith(long_site, 0, 1, &in, &out, outcome.completion());
+    CHECK(!outcome.Wait());
+    CHECK(out == 10 + process);
+  });
+}
+
 // Stops its process before it reads the peer, who gives up meanwhile and reuses its buffer.
 class StoppingOp final : public CollectiveOp {
  public:
@@ -529,6 +553,7 @@ int main(int argc, char** argv) {
   const std::pair<const char*, void (*)()> tests[] = {
       // These fork, so they come before any thread.
       {"CallsAcrossProcesses", CallsAcrossProcesses},
+      {"PeerThatComesMuchLater", PeerThatComesMuchLater},
       {"PeerThatGivesUpWhileItIsRead", PeerThatGivesUpWhileItIsRead},
       {"SitesInRandomOrder", SitesInRandomOrder},
       {"LoopAtOneSite", LoopAtOneSite},

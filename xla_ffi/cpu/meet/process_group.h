@@ -20,23 +20,19 @@
 #ifndef JAX_EP_XLA_FFI_CPU_MEET_PROCESS_GROUP_H_
 #define JAX_EP_XLA_FFI_CPU_MEET_PROCESS_GROUP_H_
 
-#include <sys/types.h>
-
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <list>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <string>
-#include <string_view>
 #include <thread>
-#include <tuple>
 #include <vector>
 
-#include "xla_ffi/cpu/ops/collective_op.h"
-#include "xla_ffi/timeouts.h"
+#include "xla_ffi/cpu/meet/exchange.h"
+#include "xla_ffi/cpu/meet/messages.h"
 
 namespace jax_ep::cpu {
 
@@ -69,48 +65,36 @@ class ProcessGroup : public std::enable_shared_from_this<ProcessGroup> {
               const Timeouts& timeouts, Completion completion);
 
  private:
-  using Clock = std::chrono::steady_clock;
-  using Key = std::tuple<uint64_t, uint64_t, int64_t, int64_t>;  // signature, ordinal, run, group
-  enum class MessageType : uint32_t { kArrived = 1, kDone, kFailed, kGoodbye };
-
-  struct Peer {
-    int fd = -1;
-    pid_t pid = 0;
-    bool alive = false;
-    bool said_goodbye = false;
-    std::string inbox;
-    std::string outbox;
-  };
-  struct Exchange;
-  class PeerView;
   using Exchanges = std::list<std::shared_ptr<Exchange>>;
 
-  explicit ProcessGroup(int64_t process_index, int64_t num_processes);
+  ProcessGroup(int64_t process_index, std::vector<Connection> connections);
 
   void Loop();
   void Receive(int64_t process);
-  void Handle(int64_t process, MessageType type, const Key& key, std::string_view payload);
-  void Send(int64_t process, MessageType type, const Key& key, std::string_view payload);
-  void Flush(int64_t process);
+  void Handle(int64_t process, const Message& message);
   void MarkDead(int64_t process);
   void StartIfReady(const std::shared_ptr<Exchange>& exchange);
+  void Read(const std::shared_ptr<Exchange>& exchange);
   void CompleteIfDone(const std::shared_ptr<Exchange>& exchange);
   void Fail(const std::shared_ptr<Exchange>& exchange, Failure failure, bool tell_peers);
+  void FailAll(const std::function<bool(const Exchange&)>& which,
+               const std::function<Failure(const Exchange&)>& why);
   void Erase(const std::shared_ptr<Exchange>& exchange);
-  void ExpireOverdue(Clock::time_point now);
+  void ExpireOverdue();
+  Clock::time_point NextDeadline() const;
   // Why a peer may wait in vain for this call: it is at a call that pairs with none of ours.
   std::string OtherProgram(const Exchange& exchange) const;
   Failure Lost(const Exchange& exchange, int64_t process) const;
   void Wake();
 
   const int64_t process_index_;
+  const UniqueFd wake_fd_;
   std::vector<Peer> peers_;  // by process; the entry of this one is unused
-  int wake_fd_ = -1;
   std::thread thread_;
 
   std::mutex mutex_;
   bool closing_ = false;
-  std::map<Key, Exchanges> exchanges_;
+  std::map<CallKey, Exchanges> exchanges_;
 };
 
 }  // namespace jax_ep::cpu

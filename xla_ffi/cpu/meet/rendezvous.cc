@@ -186,7 +186,7 @@ void Rendezvous::Watch() {
     if (next_wake_ == Clock::time_point::max()) {
       deadline_changed_.wait(lock);
     } else {
-      deadline_changed_.wait_until(lock, next_wake_);
+      deadline_changed_.wait_for(lock, next_wake_ - Clock::now());
     }
     const Clock::time_point now = Clock::now();
     next_wake_ = Clock::time_point::max();

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "xla_ffi/cpu/meet/clock.h"
 #include "xla_ffi/cpu/ops/collective_op.h"
 #include "xla_ffi/timeouts.h"
 
@@ -37,7 +38,6 @@ class Rendezvous {
   Timeouts timeouts() const;
 
  private:
-  using Clock = std::chrono::steady_clock;
   using Key = std::tuple<uint64_t, int64_t, int64_t>;  // site id, run, group
 
   struct Meeting {
