@@ -145,16 +145,18 @@ def check_software() -> list[Finding]:
             f"jax_ep {jax_ep.__version__}, jax {jax.__version__}, jaxlib "
             f"{jaxlib.version.__version__}, Python {sys.version.split()[0]}",
         ),
-        Finding("ok", "CPU part: built"),
+        Finding("ok", "CPU part (_cpu): built"),
     ]
     if _native.cuda is not None:
-        build = _native.cuda.probe_build()
+        build = _native.cuda.build()
+        architectures = build["architectures"].replace(";", ", sm_")
+        text = f"CUDA part (_cuda): built with CUDA {build['toolkit']} for sm_{architectures}"
+        findings.append(Finding("ok", text))
+        text = "link probe (_probe), which the benchmark measures its bounds with"
         findings.append(
-            Finding(
-                "ok",
-                f"CUDA part: built with CUDA {build['toolkit']} for sm_"
-                + build["architectures"].replace(";", ", sm_"),
-            )
+            Finding("ok", f"{text}: built")
+            if _native.probe is not None
+            else Finding("missing", f"{text}: not there, though _cuda is", _BUILD_COMMAND)
         )
     return findings
 
@@ -199,7 +201,11 @@ def check_machine(gpus: Sequence[Gpu]) -> list[Finding]:
     nvcc = _nvcc()
     if _native.cuda is None:
         findings.append(
-            Finding(gap, "CUDA part: not built; in jax_ep's source directory run", _BUILD_COMMAND)
+            Finding(
+                gap,
+                "CUDA part (_cuda, _probe): not built; in jax_ep's source directory run",
+                _BUILD_COMMAND,
+            )
         )
     if nvcc is not None and nvcc[1] >= _LEAST_NVCC:
         findings.append(Finding("ok", f"nvcc {nvcc[1]}: {nvcc[0]}"))
@@ -233,7 +239,7 @@ def check_peer_access(ordinals: Sequence[int]) -> list[Finding]:
     apart = [
         f"{a}->{b}"
         for a, b in itertools.permutations(ordinals, 2)
-        if not _native.cuda.probe_peer_access(a, b)
+        if not _native.probe.peer_access(a, b)
     ]
     if apart:
         text = f"peer access: none for {', '.join(apart)}; these GPUs cannot be in one EP group"
@@ -339,7 +345,8 @@ def examine() -> list[Finding]:
     )
     usable = [d for d in jax_gpus if str(d.compute_capability) == _COMPUTE_CAPABILITY]
     if usable and _native.cuda is not None:
-        findings += check_peer_access([d.local_hardware_id for d in usable])
+        if _native.probe is not None:
+            findings += check_peer_access([d.local_hardware_id for d in usable])
         findings.append(check_self_test("CUDA", usable))
     elif not jax_gpus and any(g.compute_capability == _COMPUTE_CAPABILITY for g in gpus):
         findings.append(_check_jax_sees_gpus(reason))

@@ -155,37 +155,57 @@ def test_bytes_of_the_published_case() -> None:
     assert combined.wire_bytes == sent.wire_bytes
 
 
+@pytest.mark.parametrize(
+    ("hidden", "wire", "received"),
+    [
+        (7168, 7168 + 224, 7168 + 224),
+        (128, 128 + 16, 128 + 4),
+        (640, 640 + 32, 640 + 20),  # 5 scales of 4 bytes, filled up to 32
+    ],
+)
+def test_a_quantised_row_is_filled_up_to_16_bytes_on_the_wire(
+    hidden: int, wire: int, received: int
+) -> None:
+    """As WireRowBytes in cuda/launch.h; the caller gets rows and scales apart, without filling."""
+    point = dataclasses.replace(POINT, hidden=hidden, fp8="float32")
+    assert (point.wire_row_bytes, point.received_row_bytes) == (wire, received)
+    dequantized = dataclasses.replace(point, fp8="float32+dequantize")
+    assert (dequantized.wire_row_bytes, dequantized.received_row_bytes) == (wire, 2 * hidden)
+
+
 # The bound ----------------------------------------------------------------------------------------
 
 
-class FakeCuda:
-    """A machine: W = 100 B/s on all 10 SMs, B = 1000 B/s, and a rate per SM for row copies."""
+class FakeProbe:
+    """A machine: W = 100 B/s on all 10 SMs, B = 1000 B/s, and rates per SM for rows."""
 
-    def probe_device(self, ordinal: int) -> dict[str, Any]:
+    def device(self, ordinal: int) -> dict[str, Any]:
         return {"num_sms": 10}
 
-    def probe_link_copy(
+    def link_copy(
         self, first: int, second: int, rows: int, row_bytes: int, rounds: int, sms: int, n: int
     ) -> list[float]:
         rate = (100 if (first, second) == (0, 1) else 150) * min(1.0, sms / 4)
         return [rows * row_bytes / rate] * n
 
-    def probe_flag_hop(self, first: int, second: int, trips: int, n: int) -> list[float]:
+    def flag_hop(self, first: int, second: int, trips: int, n: int) -> list[float]:
         return [first + second + 0.5] * n
 
-    def probe_memory_copy(self, ordinal: int, num_bytes: int, n: int) -> list[float]:
+    def memory_copy(self, ordinal: int, num_bytes: int, n: int) -> list[float]:
         return [2 * num_bytes / (1000 + ordinal)] * n
 
-    def probe_row_copy(
+    def row_copy(
         self, ordinal: int, rows: int, row_bytes: int, copies: int, rounds: int, sms: int, n: int
     ) -> list[float]:
         assert row_bytes % 16 == 0
         assert row_bytes <= 16384
+        if copies == 0:
+            return [rows * row_bytes / (sms * 30)] * n
         return [rows * row_bytes * copies / (sms * (20 + copies))] * n
 
 
 def test_bound_is_the_slower_of_link_and_memory() -> None:
-    limits = link.measure_link(FakeCuda(), [0, 1, 2])
+    limits = link.measure_link(FakeProbe(), [0, 1, 2])
     assert limits.wire_bytes_per_s == pytest.approx(100)  # the slowest pair
     assert limits.memory_bytes_per_s == pytest.approx(1000)
     assert limits.flag_hop_s == 3.5
@@ -196,20 +216,70 @@ def test_bound_is_the_slower_of_link_and_memory() -> None:
     assert limits.bound([on_wire], None, 128) == pytest.approx(10)
     assert limits.bound([in_memory], None, 128) == pytest.approx(5)
     assert limits.bound([on_wire, in_memory], None, 128) == pytest.approx(15)
-    # On 2 SMs a row copy with 3 copies stores 46 B/s, a plain one 42 B/s: 84 read and written.
+    # On 2 SMs a row copy with 3 copies stores 46 B/s, one with 8 copies 56 B/s; 60 B/s are read.
     assert limits.bound([in_memory], 2, 128) == pytest.approx(100)
-    assert limits.bound([on_wire], 2, 128) == pytest.approx(5000 / 84)
+    assert limits.bound([on_wire], 2, 128) == pytest.approx(10)
+    summed = Movement(1000, 0, memory_bytes=5000, read_bytes=4800, stored_bytes=560, copies=8)
+    assert limits.bound([summed], 2, 128) == pytest.approx(80)
+    assert limits.bound([summed], None, 128) == pytest.approx(10)
+    spread = dataclasses.replace(summed, read_bytes=600, stored_bytes=5600)
+    assert limits.bound([spread], 2, 128) == pytest.approx(100)
     assert limits.wire_on(2) == pytest.approx(50)
     text = "\n".join(limits.lines([2]))
     assert "slowest pair" in text
     assert "2 SMs: W = " in text
     assert json.loads(json.dumps(limits.as_json([2])))["on_sms"]["2"] == pytest.approx(
-        {"wire_bytes_per_s": 50, "stored_bytes_per_s": 42}
+        {"wire_bytes_per_s": 50, "stored_bytes_per_s": 42, "read_bytes_per_s": 60}
     )
 
 
+class H200Probe:
+    """Two H200: W = 366 GB/s, B = 4.3 TB/s; an SM reads 109, copies 50, stores up to 61 GB/s."""
+
+    def device(self, ordinal: int) -> dict[str, Any]:
+        return {"num_sms": 132}
+
+    def link_copy(
+        self, first: int, second: int, rows: int, row_bytes: int, rounds: int, sms: int, n: int
+    ) -> list[float]:
+        return [rows * row_bytes / 366e9] * n
+
+    def flag_hop(self, first: int, second: int, trips: int, n: int) -> list[float]:
+        return [0.63e-6] * n
+
+    def memory_copy(self, ordinal: int, num_bytes: int, n: int) -> list[float]:
+        return [2 * num_bytes / 4.3e12] * n
+
+    def row_copy(
+        self, ordinal: int, rows: int, row_bytes: int, copies: int, rounds: int, sms: int, n: int
+    ) -> list[float]:
+        per_copy = {0: 1 / 109e9, 1: 1 / 50e9, 4: 4 / 59e9, 8: 8 / 61e9}[copies]
+        return [rows * row_bytes * per_copy / sms] * n
+
+
+@pytest.mark.parametrize(
+    ("top_k", "num_sms", "microseconds"),
+    [
+        (8, 24, 202),  # (32768 + 4082) rows of 14336 B to read at 24 x 109 GB/s
+        (1, 16, 81),  # 2048 rows on the wire: longer than to read 6144 or to store 4096
+        (1, 4, 240),  # 4096 rows to store at 4 x 61 GB/s, 6144 to read take 202
+        (8, None, 160),  # the wire
+    ],
+)
+def test_bound_of_combine_counts_reads_as_reads(
+    top_k: int, num_sms: int | None, microseconds: float
+) -> None:
+    limits = link.measure_link(H200Probe(), [0, 1])
+    point = Point(4096, 7168, top_k, "uniform", "tight", "bfloat16", "none", num_sms)
+    ids = traffic.expert_ids(point, 2, 256, seed=0, zipf_exponent=1.0)
+    moved = traffic.measure_traffic(ids, 256, traffic.row_capacity(point, ids, 256, 1), 1)
+    bound = limits.bound([traffic.combine_movement(point, moved)], num_sms, point.row_bytes)
+    # The fullest rank has up to 2 % more than half of the rows.
+    assert bound * 1e6 == pytest.approx(microseconds, rel=0.03)
+
+
 def test_one_gpu_has_no_link() -> None:
-    limits = link.measure_link(FakeCuda(), [1])
+    limits = link.measure_link(FakeProbe(), [1])
     assert limits.wire_bytes_per_s is None
     assert limits.wire_on(2) is None
     assert limits.bound([Movement(10**9, 0, 1001)], None, 128) == pytest.approx(1)
@@ -421,7 +491,7 @@ def test_a_point_on_a_gpu(mesh: Any, capsys: pytest.CaptureFixture[str]) -> None
     """The way a GPU is measured, on CPU devices with the limits of a made-up machine."""
     text = "--ranks 4 --experts 8 --alignment 4 --repeats 2 --calls 2 --fp8 none"
     bench = cli._Bench(
-        cli._parser().parse_args(text.split()), mesh, link.measure_link(FakeCuda(), range(RANKS))
+        cli._parser().parse_args(text.split()), mesh, link.measure_link(FakeProbe(), range(RANKS))
     )
     bench.on_gpu = True
     rows = bench.measure_point(POINT, with_baselines=True)

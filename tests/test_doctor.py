@@ -45,13 +45,20 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
         path.write_text(f"#!/bin/sh\nwhile read -r l; do echo \"$l\"; done < '{path}.txt'\n")
         path.chmod(0o755)
 
-    def make(*gpus: str, nvcc: int | None = None, plugin: bool = False, cuda: Any = None) -> None:
+    def make(
+        *gpus: str,
+        nvcc: int | None = None,
+        plugin: bool = False,
+        cuda: Any = None,
+        probe: Any = None,
+    ) -> None:
         if gpus:
             program("nvidia-smi", "".join(f"{gpu}\n" for gpu in gpus))
         if nvcc:
             program("nvcc", f"Cuda compilation tools, release {nvcc}.0, V{nvcc}.0.88\n")
         monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
         monkeypatch.setattr(_native, "cuda", cuda)
+        monkeypatch.setattr(_native, "probe", probe)
         found = {"jax-cuda13-plugin": "0.11.2"} if plugin else {}
         monkeypatch.setattr(
             doctor,
@@ -111,13 +118,45 @@ def test_each_piece_that_a_gpu_needs_has_its_command(
     assert "GPU 1: NVIDIA H200, compute capability 9.0" in text
     for piece, command in (
         ("JAX's CUDA plugin: not installed", "pip install 'jax[cuda13]=="),
-        ("CUDA part: not built", "pip install . -C cmake.define.JAX_EP_CUDA=ON"),
+        ("CUDA part (_cuda, _probe): not built", "pip install . -C cmake.define.JAX_EP_CUDA=ON"),
         ("nvcc: not found", "apt-get install cuda-toolkit-13-0"),
     ):
         lines = text.splitlines()
         (at,) = (i for i, line in enumerate(lines) if piece in line)
         assert lines[at].startswith("missing"), lines[at]
         assert command in lines[at + 1], lines[at + 1]
+
+
+@pytest.mark.parametrize(
+    ("built", "state", "told"),
+    [
+        (("cuda", "probe"), "ok", "link probe (_probe), which the benchmark measures its bounds"),
+        (("cuda",), "missing", "not there, though _cuda is"),
+        ((), "info", "CUDA part (_cuda, _probe): not built"),
+    ],
+)
+def test_extension_modules_are_named(
+    built: tuple[str, ...],
+    state: str,
+    told: str,
+    machine: Machine,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Cuda:
+        @staticmethod
+        def build() -> dict[str, str]:
+            return {"toolkit": "13.0", "architectures": "90a"}
+
+        @staticmethod
+        def set_timeout(arrival: float, progress: float) -> None:
+            """Of the self-test."""
+
+    machine(**{name: Cuda for name in built})
+    assert doctor.main([]) == (state == "missing")
+    text = capsys.readouterr().out
+    assert "CPU part (_cpu): built" in _lines("ok", text)[1]
+    assert ("CUDA part (_cuda): built with CUDA 13.0 for sm_90a" in text) == ("cuda" in built)
+    assert sum(told in line for line in _lines(state, text)) == 1
 
 
 def test_old_compiler_and_old_driver_are_named(
@@ -197,12 +236,12 @@ def test_self_test_reports_an_error(
 
 
 def test_gpus_without_peer_access(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Cuda:
+    class Probe:
         @staticmethod
-        def probe_peer_access(first: int, second: int) -> bool:
+        def peer_access(first: int, second: int) -> bool:
             return (first, second) != (1, 0)
 
-    monkeypatch.setattr(_native, "cuda", Cuda)
+    monkeypatch.setattr(_native, "probe", Probe)
     (finding,) = doctor.check_peer_access([0, 1])
     assert (finding.state, "1->0" in finding.text) == ("info", True)
     assert doctor.check_peer_access([0, 2])[0].state == "ok"

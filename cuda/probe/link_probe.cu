@@ -1,5 +1,5 @@
 // copy_rows: rows copied by bulk copies, each loaded once and stored F times: what the rate of a
-//           link, or of the expansion into expert order, is measured with.
+//           link, or of the expansion into expert order, is measured with; F = 0: of reading alone.
 // After:    dst[f, i] = src[i] for every row i and copy f.
 // Roles:    num_sms blocks, one an SM (their shared memory admits no second), of two warps. Lane 0
 //           of each warp runs a ring; ring r of all takes rows r, r + rings, r + 2 rings, ..
@@ -23,10 +23,9 @@
 // Reuse:    flags are 0 before the launch and only grow.
 // Progress: both kernels must run at once, on two devices.
 // Failure:  a wait longer than the timeout sets *status; the peer then runs into its own.
-#include "cuda/direct/kernels.cuh"
 #include "cuda/probe/link_probe.h"
+#include "cuda/probe/timed_wait.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
-#include "cuda/sync/timed_wait.cuh"
 
 namespace jax_ep::gpu {
 namespace {
@@ -126,7 +125,7 @@ __global__ void flag_hop_kernel(const __grid_constant__ ProbeFlagHop a) {
 
 cudaError_t LaunchProbeCopy(const ProbeCopy& a, int num_sms, cudaStream_t stream) {
   if (a.num_rows < 1 || a.row_bytes < 16 || a.row_bytes > kMaxProbeRowBytes ||
-      a.row_bytes % 16 != 0 || a.num_copies < 1 || a.num_rounds < 1 || num_sms < 1) {
+      a.row_bytes % 16 != 0 || a.num_copies < 0 || a.num_rounds < 1 || num_sms < 1) {
     return cudaErrorInvalidValue;
   }
   int32_t num_stages = kStageBytes / kNumRings / a.row_bytes;
@@ -144,8 +143,11 @@ cudaError_t LaunchProbeFlagHop(const ProbeFlagHop& a, cudaStream_t stream) {
 }
 
 cudaError_t PrepareProbes() {
-  if (cudaError_t e = PrepareKernel(copy_rows_kernel, kStageBytes); e != cudaSuccess) return e;
-  return PrepareKernel(flag_hop_kernel, 0);
+  const cudaError_t error = cudaFuncSetAttribute(
+      copy_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kStageBytes);
+  if (error != cudaSuccess) return error;
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, flag_hop_kernel);
 }
 
 }  // namespace jax_ep::gpu

@@ -17,7 +17,7 @@ struct ProbeCopy {
   void* dst;            // [num_copies, num_rows, row_bytes], likewise
   int64_t num_rows;     // at least 1
   int32_t row_bytes;    // a multiple of 16, at most kMaxProbeRowBytes
-  int32_t num_copies;   // F: each row is loaded once and stored this many times
+  int32_t num_copies;   // F: each row is loaded once and stored this many times, maybe 0
   int32_t num_rounds;   // the whole is copied this often in one launch
   uint32_t* status;     // of this device
   uint64_t timeout_ns;  // of each wait

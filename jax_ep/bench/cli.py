@@ -3,11 +3,12 @@
 Runs on all local devices of one process. On GPUs the limits are measured first: W, what a link
 carries in each direction while both are busy (rows pushed by bulk copies, for each pair), the time
 of a flag, and B, what a copy inside a device moves. The bound of an operation is the larger of its
-wire bytes over W and its memory bytes over B; with --num-sms also of the same bytes through a copy
-kernel on that many SMs. A GPU's time is the difference between a program with many dependent calls
-and one with a single call, over their number. On CPU a time is that of the whole call, and the
-bound is a copy by all cores of the rows that the operation must write, between warm buffers,
-measured between the repetitions. All times are the slowest rank's.
+wire bytes over W and its memory bytes over B; with --num-sms also of the bytes that so many SMs
+have to read or to store, at the rates at which they only read and at most store. A GPU's time is
+the difference between a program with many dependent calls and one with a single call, over their
+number. On CPU a time is that of the whole call, and the bound is a copy by all cores of the rows
+that the operation must write, between warm buffers, measured between the repetitions. All times are
+the slowest rank's.
 
 The first value of --hidden, --top-k, --routing, --capacity, --dtype, --fp8 and --num-sms is the
 base, measured at every --tokens; every further value is measured with the others at their base
@@ -338,10 +339,10 @@ def _measure_link(mesh: Mesh, num_sms: Sequence[int]) -> Link | None:
     devices = list(mesh.devices.flat)
     if devices[0].platform == "cpu":
         return None
-    if _native.cuda is None:
+    if _native.probe is None:
         print("W, B: n/a: this installation of jax_ep has no CUDA part (python -m jax_ep.doctor)")
         return None
-    link = measure_link(_native.cuda, [d.local_hardware_id for d in devices])
+    link = measure_link(_native.probe, [d.local_hardware_id for d in devices])
     for line in link.lines(num_sms):
         print(line)
     return link

@@ -13,7 +13,7 @@ _REPEATS = 9
 _LINK_ROW_BYTES = 14336
 _LINK_ROWS = 9362  # 128 MiB
 _COPY_BYTES = 1 << 29
-_COPIED_PER_LAUNCH = 1 << 31  # bytes stored in one timed launch, so that launching does not count
+_MOVED_PER_LAUNCH = 1 << 31  # bytes in one timed launch, so that launching does not count
 _ROUND_TRIPS = 1000
 
 
@@ -26,7 +26,7 @@ class Link:
     """What the GPUs of one process can do at most.
 
     Attributes:
-        cuda: the module ``jax_ep._cuda``.
+        probe: the module ``jax_ep._probe``.
         ordinals: CUDA device of each rank.
         num_sms: SMs of a device.
         wire_bytes_per_s: W, per direction while both directions are busy, rows pushed by bulk
@@ -38,7 +38,7 @@ class Link:
             device's.
     """
 
-    cuda: Any
+    probe: Any
     ordinals: tuple[int, ...]
     num_sms: int
     wire_bytes_per_s: float | None
@@ -49,34 +49,50 @@ class Link:
     @functools.cache  # noqa: B019 - one Link lives as long as the process
     def wire_on(self, num_sms: int) -> float | None:
         """W with ``num_sms`` SMs on each side."""
-        rates = [_link_rate(self.cuda, pair, num_sms) for pair in self.pairs]
+        rates = [_link_rate(self.probe, pair, num_sms) for pair in self.pairs]
         return min(rates, default=None)
 
-    @functools.cache  # noqa: B019
     def stored_on(self, num_sms: int, copies: int, row_bytes: int) -> float:
         """Bytes stored per second by ``num_sms`` SMs in their own device's memory.
 
         Each row is loaded once and stored ``copies`` times.
         """
+        return copies * self._rows_on(num_sms, copies, row_bytes)
+
+    def read_on(self, num_sms: int, row_bytes: int) -> float:
+        """Bytes read per second by ``num_sms`` SMs from their own device's memory.
+
+        Rows go to shared memory by bulk copies, and nowhere else.
+        """
+        return self._rows_on(num_sms, 0, row_bytes)
+
+    @functools.cache  # noqa: B019
+    def _rows_on(self, num_sms: int, copies: int, row_bytes: int) -> float:
+        """Bytes loaded per second by ``num_sms`` SMs that store each row ``copies`` times."""
         piece = _piece(row_bytes)
-        num_rows = max(1, _COPY_BYTES // copies // piece)
-        stored = num_rows * piece * copies
-        seconds = self.cuda.probe_row_copy(
+        passes = max(1, copies)  # over the memory, of what is loaded or stored
+        num_rows = max(1, _COPY_BYTES // passes // piece)
+        moved = num_rows * piece * passes
+        seconds = self.probe.row_copy(
             self.ordinals[0],
             num_rows,
             piece,
             copies,
-            max(1, _COPIED_PER_LAUNCH // stored),
+            max(1, _MOVED_PER_LAUNCH // moved),
             num_sms,
             _REPEATS,
         )
-        return _rate(stored, seconds)
+        return _rate(num_rows * piece, seconds)
 
     def bound(self, movements: Sequence[Movement], num_sms: int | None, row_bytes: int) -> float:
         """Seconds that the movements take at least, one after the other.
 
-        Each: the larger of its wire bytes over W and its memory bytes over B; with ``num_sms``
-        also of the same bytes through a copy kernel on that many SMs.
+        Each: the largest of its wire bytes over W and its memory bytes over B; with ``num_sms``
+        also of the bytes that so many SMs have to read over the rate at which they only read, and
+        of those that they have to store over the rate at which they store what they have read.
+        The two are not added: an SM reads 109 GB/s and stores 60 GB/s (measured on H200, by
+        ``probe.row_copy`` with 0 and with 8 copies a row), and copies 50 GB/s each way at once,
+        more than if its reads had to wait for its stores.
         """
         return sum(self._bound(m, num_sms, row_bytes) for m in movements)
 
@@ -84,11 +100,11 @@ class Link:
         times = [movement.memory_bytes / self.memory_bytes_per_s]
         if self.wire_bytes_per_s is not None:
             times.append(movement.wire_bytes / self.wire_bytes_per_s)
+        if num_sms is not None and movement.read_bytes:
+            times.append(movement.read_bytes / self.read_on(num_sms, row_bytes))
         if num_sms is not None and movement.stored_bytes:
             rate = self.stored_on(num_sms, movement.copies, row_bytes)
             times.append(movement.stored_bytes / rate)
-        elif num_sms is not None:
-            times.append(movement.memory_bytes / (2 * self.stored_on(num_sms, 1, row_bytes)))
         return max(times)
 
     def as_json(self, num_sms: Sequence[int]) -> dict[str, Any]:
@@ -103,13 +119,14 @@ class Link:
                 count: {
                     "wire_bytes_per_s": self.wire_on(count),
                     "stored_bytes_per_s": self.stored_on(count, 1, _LINK_ROW_BYTES),
+                    "read_bytes_per_s": self.read_on(count, _LINK_ROW_BYTES),
                 }
                 for count in num_sms
             },
         }
 
     def lines(self, num_sms: Sequence[int]) -> list[str]:
-        """The figures as text; W and copies for these SM counts too."""
+        """The figures as text; W, copies and reads for these SM counts too."""
         lines = []
         if self.wire_bytes_per_s is None:
             lines.append("W: n/a, there is one GPU; bounds are those of its memory")
@@ -125,7 +142,8 @@ class Link:
             text = "n/a" if wire is None else f"{wire / 1e9:.1f} GB/s"
             lines.append(
                 f"{count} SMs: W = {text}, row copy "
-                f"{self.stored_on(count, 1, _LINK_ROW_BYTES) / 1e12:.2f} TB/s stored"
+                f"{self.stored_on(count, 1, _LINK_ROW_BYTES) / 1e12:.2f} TB/s stored, "
+                f"{self.read_on(count, _LINK_ROW_BYTES) / 1e12:.2f} TB/s only read"
             )
         return lines
 
@@ -136,35 +154,33 @@ def _piece(row_bytes: int) -> int:
     return -(-row_bytes // parts // 16) * 16
 
 
-def _link_rate(cuda: Any, pair: tuple[int, int], num_sms: int) -> float:
-    seconds = cuda.probe_link_copy(
+def _link_rate(probe: Any, pair: tuple[int, int], num_sms: int) -> float:
+    seconds = probe.link_copy(
         *pair, _LINK_ROWS, _LINK_ROW_BYTES, 16 if num_sms >= 4 else 4, num_sms, _REPEATS
     )
     return _rate(_LINK_ROWS * _LINK_ROW_BYTES, seconds)
 
 
-def measure_link(cuda: Any, ordinals: Sequence[int]) -> Link:
+def measure_link(probe: Any, ordinals: Sequence[int]) -> Link:
     """Measures W between each pair, the flag hop, and B.
 
     Args:
-        cuda: the module ``jax_ep._cuda``.
+        probe: the module ``jax_ep._probe``.
         ordinals: CUDA devices of this process, by rank.
 
     Raises:
         RuntimeError: a copy or a flag failed or timed out; the message names device and call.
     """
-    num_sms = min(int(cuda.probe_device(ordinal)["num_sms"]) for ordinal in ordinals)
+    num_sms = min(int(probe.device(ordinal)["num_sms"]) for ordinal in ordinals)
     all_pairs = list(itertools.combinations(ordinals, 2))
-    pairs = {pair: _link_rate(cuda, pair, num_sms) for pair in all_pairs}
-    hops = [
-        statistics.median(cuda.probe_flag_hop(*pair, _ROUND_TRIPS, _REPEATS)) for pair in all_pairs
-    ]
+    pairs = {pair: _link_rate(probe, pair, num_sms) for pair in all_pairs}
+    hops = [statistics.median(probe.flag_hop(*pair, _ROUND_TRIPS, _REPEATS)) for pair in all_pairs]
     copies = [
-        _rate(2 * _COPY_BYTES, cuda.probe_memory_copy(ordinal, _COPY_BYTES, _REPEATS))
+        _rate(2 * _COPY_BYTES, probe.memory_copy(ordinal, _COPY_BYTES, _REPEATS))
         for ordinal in ordinals
     ]
     return Link(
-        cuda=cuda,
+        probe=probe,
         ordinals=tuple(ordinals),
         num_sms=num_sms,
         wire_bytes_per_s=min(pairs.values(), default=None),

@@ -160,7 +160,9 @@ def jax_ep_operations(
     # and writes dy; that of dispatch collects rows as combine does.
     plain = dispatch_movement(dataclasses.replace(point, fp8="none"), traffic)
     combine_gradient = dataclasses.replace(
-        plain, memory_bytes=plain.memory_bytes + traffic.kept_rows * point.row_bytes
+        plain,
+        memory_bytes=plain.memory_bytes + traffic.kept_rows * point.row_bytes,
+        read_bytes=plain.read_bytes + traffic.kept_rows * point.row_bytes,
     )
     layout_args = (data.ids,)
     send_args = (data.x, data.weights)

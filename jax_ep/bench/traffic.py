@@ -11,6 +11,7 @@ import jax_ep
 from jax_ep import reference
 
 SCALE_BLOCK = reference.QUANTIZATION_GROUP
+_MOST_COPIES = 8  # of a row: from here on the rate of a copy is that of its stores alone
 
 ROUTINGS = ("uniform", "zipf")
 FP8_MODES = (
@@ -59,15 +60,25 @@ class Point:
 
     @property
     def wire_row_bytes(self) -> int:
-        """Bytes of a row as dispatch sends it: fp8 rows carry a float32 scale per 128 channels."""
+        """Bytes of a row as dispatch sends it.
+
+        fp8 rows carry a float32 scale per 128 channels, filled up to 16 bytes: ``WireRowBytes`` in
+        cuda/launch.h.
+        """
         if self.fp8 == "none":
             return self.row_bytes
-        return self.hidden + self.hidden // SCALE_BLOCK * 4
+        return self.hidden + -(-self._scale_bytes // 16) * 16
 
     @property
     def received_row_bytes(self) -> int:
         """Bytes of a row, with its scales, as dispatch hands it out."""
-        return self.row_bytes if self.dequantizes else self.wire_row_bytes
+        if self.fp8 == "none" or self.dequantizes:
+            return self.row_bytes
+        return self.hidden + self._scale_bytes
+
+    @property
+    def _scale_bytes(self) -> int:
+        return self.hidden // SCALE_BLOCK * 4
 
 
 def expert_ids(
@@ -173,13 +184,16 @@ class Movement:
         memory_bytes: read from and written to device memory at least: each row that dispatch
             hands out is written once, zeroed ones too, and each token's row read once where it
             lives; combine reads each kept row once and writes each token's row once.
-        stored_bytes: written in the rank's own memory, by a pass that expands rows; else 0.
-        copies: F, how often an expanding pass stores what it loaded once.
+        read_bytes: loaded by SMs at least, from a memory or a cache; 0 where nothing is known.
+        stored_bytes: written by SMs in the rank's own memory at least; likewise.
+        copies: F, how often a row that is loaded once is stored: what the rate of stores depends
+            on.
     """
 
     wire_bytes: int
     logical_bytes: int
     memory_bytes: int
+    read_bytes: int = 0
     stored_bytes: int = 0
     copies: int = 1
 
@@ -191,17 +205,26 @@ def dispatch_movement(point: Point, traffic: Traffic) -> Movement:
         wire_bytes=traffic.wire_rows * point.wire_row_bytes,
         logical_bytes=traffic.distinct_rows * point.wire_row_bytes,
         memory_bytes=stored + traffic.source_tokens * point.row_bytes,
+        read_bytes=traffic.source_tokens * point.row_bytes,
         stored_bytes=stored,
         copies=traffic.copies,
     )
 
 
 def combine_movement(point: Point, traffic: Traffic) -> Movement:
-    """Of combine, or of dispatch's gradient: rows in ``dtype`` whatever dispatch sent."""
+    """Of combine, or of dispatch's gradient: rows in ``dtype`` whatever dispatch sent.
+
+    SMs read each kept row and each sum that a peer has sent, and store each token's row. What they
+    store at peers counts on the wire alone: whether it shares a limit with the other stores has not
+    been measured.
+    """
     return Movement(
         wire_bytes=traffic.wire_rows * point.row_bytes,
         logical_bytes=traffic.distinct_rows * point.row_bytes,
         memory_bytes=(traffic.kept_rows + point.tokens) * point.row_bytes,
+        read_bytes=(traffic.kept_rows + traffic.wire_rows) * point.row_bytes,
+        stored_bytes=point.tokens * point.row_bytes,
+        copies=_MOST_COPIES,
     )
 
 

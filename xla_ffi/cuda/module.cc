@@ -1,4 +1,5 @@
 // The Python module jax_ep._cuda: the handlers' addresses, and the calls around them.
+#include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -12,7 +13,6 @@
 #include "xla_ffi/cuda/handlers.h"
 #include "xla_ffi/memory/symmetric_memory.h"
 #include "xla_ffi/module_common.h"
-#include "xla_ffi/probe/link_probe.h"
 
 namespace nb = nanobind;
 
@@ -35,12 +35,21 @@ nb::dict Handlers(bool recordable) {
   return handlers;
 }
 
+nb::dict BuildFacts() {
+  nb::dict facts;
+  facts["toolkit"] =
+      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION / 10 % 100);
+  facts["architectures"] = JAX_EP_CUDA_ARCHITECTURES;
+  return facts;
+}
+
 }  // namespace
 
 NB_MODULE(_cuda, m) {
   m.def("handlers", &Handlers, nb::arg("recordable"),
         "Stages of each target, as jax.ffi.register_ffi_target takes them. Recordable: XLA may put "
         "their calls into command buffers.");
+  m.def("build", &BuildFacts, "What this part was compiled with and for.");
   m.def("state_type", &StateType<CudaSiteState>,
         "The call sites' state, as jax.ffi.register_ffi_type takes it.");
   m.def(
@@ -83,7 +92,6 @@ NB_MODULE(_cuda, m) {
       },
       nb::arg("arrival"), nb::arg("progress"), nb::call_guard<nb::gil_scoped_release>());
   m.def("set_poison_outputs", &SetPoisonOutputs, nb::arg("poison"));
-  RegisterLinkProbe(m);
 }
 
 }  // namespace jax_ep

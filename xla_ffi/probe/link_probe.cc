@@ -1,4 +1,5 @@
-// Host side of the probes: allocates, launches, times by events, checks what arrived.
+// The Python module jax_ep._probe, which measures links and memory for the benchmark and the doctor:
+// allocates, launches, times by events, checks what arrived.
 //
 // Everything is freed before a function returns: memory by cudaMalloc, beside XLA's pool, so that
 // peer access is all that another device of this process needs to reach it.
@@ -12,12 +13,10 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <new>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "xla_ffi/probe/link_probe.h"
+#include "xla_ffi/memory/driver.h"
 
 namespace nb = nanobind;
 
@@ -27,42 +26,16 @@ namespace {
 constexpr uint64_t kTimeoutNs = uint64_t{5} * 1000 * 1000 * 1000;  // of a wait on the device
 constexpr int kPattern = 0x5a;
 
-[[noreturn]] void Throw(const std::string& what) { throw std::runtime_error("jax_ep: " + what); }
-
-void Check(cudaError_t status, const std::string& what) {
-  if (status != cudaSuccess) Throw(what + ": " + cudaGetErrorString(status));
-}
-
-std::string On(int ordinal) { return " on CUDA device " + std::to_string(ordinal); }
-
-// Restores the thread's current device.
-class DeviceScope {
- public:
-  explicit DeviceScope(int ordinal) {
-    Check(cudaGetDevice(&saved_), "cudaGetDevice");
-    Check(cudaSetDevice(ordinal), "cudaSetDevice " + std::to_string(ordinal));
-  }
-  DeviceScope(int ordinal, std::nothrow_t) {  // for destructors
-    cudaGetDevice(&saved_);
-    cudaSetDevice(ordinal);
-  }
-  ~DeviceScope() { cudaSetDevice(saved_); }
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
-
- private:
-  int saved_ = 0;
-};
-
 class DeviceMemory {
  public:
   DeviceMemory(int ordinal, size_t bytes, int fill) : ordinal_(ordinal) {
     const DeviceScope scope(ordinal);
     Check(cudaMalloc(&data_, bytes), std::to_string(bytes) + " bytes beside JAX's memory pool" +
-                                         On(ordinal) + " (see XLA_PYTHON_CLIENT_MEM_FRACTION)");
+                                         OnDevice(ordinal) +
+                                         " (see XLA_PYTHON_CLIENT_MEM_FRACTION)");
     const cudaError_t filled = cudaMemset(data_, fill, bytes);
     if (filled != cudaSuccess) cudaFree(data_);
-    Check(filled, "cudaMemset" + On(ordinal));
+    Check(filled, "cudaMemset" + OnDevice(ordinal));
   }
   ~DeviceMemory() {
     const DeviceScope scope(ordinal_, std::nothrow);
@@ -82,25 +55,26 @@ class DeviceMemory {
 };
 
 // A device with its own stream, the events that time it, and a status word for its kernels.
-class Timeline {
+class TimedStream {
  public:
-  explicit Timeline(int ordinal) : ordinal_(ordinal), status_(ordinal, sizeof(uint32_t), 0) {
+  explicit TimedStream(int ordinal) : ordinal_(ordinal), status_(ordinal, sizeof(uint32_t), 0) {
     const DeviceScope scope(ordinal);
-    Check(gpu::PrepareProbes(), "loading the probes' kernels" + On(ordinal));
-    Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream" + On(ordinal));
-    Check(cudaEventCreate(&begin_), "an event" + On(ordinal));
-    Check(cudaEventCreate(&end_), "an event" + On(ordinal));
-    Check(cudaDeviceSynchronize(), "set-up" + On(ordinal));
+    Check(gpu::PrepareProbes(), "loading the probes' kernels" + OnDevice(ordinal));
+    Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking),
+          "a stream" + OnDevice(ordinal));
+    Check(cudaEventCreate(&begin_), "an event" + OnDevice(ordinal));
+    Check(cudaEventCreate(&end_), "an event" + OnDevice(ordinal));
+    Check(cudaDeviceSynchronize(), "set-up" + OnDevice(ordinal));
   }
-  ~Timeline() {
+  ~TimedStream() {
     const DeviceScope scope(ordinal_, std::nothrow);
     if (stream_ != nullptr) cudaStreamSynchronize(stream_);
     if (begin_ != nullptr) cudaEventDestroy(begin_);
     if (end_ != nullptr) cudaEventDestroy(end_);
     if (stream_ != nullptr) cudaStreamDestroy(stream_);
   }
-  Timeline(const Timeline&) = delete;
-  Timeline& operator=(const Timeline&) = delete;
+  TimedStream(const TimedStream&) = delete;
+  TimedStream& operator=(const TimedStream&) = delete;
 
   int ordinal() const { return ordinal_; }
   uint32_t* status() const { return status_.data<uint32_t>(); }
@@ -109,23 +83,23 @@ class Timeline {
   template <typename LaunchFn>
   void Enqueue(const std::string& what, const LaunchFn& launch) {
     const DeviceScope scope(ordinal_);
-    Check(cudaEventRecord(begin_, stream_), what + On(ordinal_));
-    Check(launch(stream_), what + On(ordinal_));
-    Check(cudaEventRecord(end_, stream_), what + On(ordinal_));
+    Check(cudaEventRecord(begin_, stream_), what + OnDevice(ordinal_));
+    Check(launch(stream_), what + OnDevice(ordinal_));
+    Check(cudaEventRecord(end_, stream_), what + OnDevice(ordinal_));
   }
   // Waits for what was enqueued last; its seconds.
   double Finish(const std::string& what) {
     const DeviceScope scope(ordinal_);
-    Check(cudaStreamSynchronize(stream_), what + On(ordinal_));
+    Check(cudaStreamSynchronize(stream_), what + OnDevice(ordinal_));
     uint32_t status = 0;
     Check(cudaMemcpy(&status, status_.data(), sizeof status, cudaMemcpyDeviceToHost),
-          what + On(ordinal_));
+          what + OnDevice(ordinal_));
     if (status == gpu::kProbeTimedOut) {
-      Throw(what + On(ordinal_) + ": a wait took longer than " +
+      Throw(what + OnDevice(ordinal_) + ": a wait took longer than " +
             std::to_string(kTimeoutNs / 1000 / 1000 / 1000) + " s");
     }
     float milliseconds = 0;
-    Check(cudaEventElapsedTime(&milliseconds, begin_, end_), what + On(ordinal_));
+    Check(cudaEventElapsedTime(&milliseconds, begin_, end_), what + OnDevice(ordinal_));
     return milliseconds / 1e3;
   }
 
@@ -139,9 +113,10 @@ class Timeline {
 void RequireArrived(const std::string& what, int ordinal, const void* row, int64_t row_bytes) {
   const DeviceScope scope(ordinal);
   std::vector<unsigned char> bytes(static_cast<size_t>(row_bytes));
-  Check(cudaMemcpy(bytes.data(), row, bytes.size(), cudaMemcpyDeviceToHost), what + On(ordinal));
+  Check(cudaMemcpy(bytes.data(), row, bytes.size(), cudaMemcpyDeviceToHost),
+        what + OnDevice(ordinal));
   if (!std::all_of(bytes.begin(), bytes.end(), [](unsigned char b) { return b == kPattern; })) {
-    Throw(what + ": the data that arrived" + On(ordinal) + " are wrong");
+    Throw(what + ": the data that arrived" + OnDevice(ordinal) + " are wrong");
   }
 }
 
@@ -162,7 +137,7 @@ void EnablePeerAccess(int from, int to) {
   if (status == cudaErrorPeerAccessAlreadyEnabled) {
     cudaGetLastError();  // a later check must not report it
   } else {
-    Check(status, "cudaDeviceEnablePeerAccess" + On(from));
+    Check(status, "cudaDeviceEnablePeerAccess" + OnDevice(from));
   }
 }
 
@@ -170,13 +145,13 @@ std::vector<double> MemoryCopy(int ordinal, int64_t num_bytes, int num_repeats) 
   const std::string what = "device memory copy";
   const auto bytes = static_cast<size_t>(num_bytes);
   const DeviceMemory src(ordinal, bytes, kPattern), dst(ordinal, bytes, 0);
-  Timeline timeline(ordinal);
+  TimedStream timed(ordinal);
   std::vector<double> seconds;
   for (int i = -1; i < num_repeats; ++i) {  // the first is to warm up
-    timeline.Enqueue(what, [&](cudaStream_t stream) {
+    timed.Enqueue(what, [&](cudaStream_t stream) {
       return cudaMemcpyAsync(dst.data(), src.data(), bytes, cudaMemcpyDeviceToDevice, stream);
     });
-    const double s = timeline.Finish(what);
+    const double s = timed.Finish(what);
     if (i >= 0) seconds.push_back(s);
   }
   RequireArrived(what, ordinal, dst.data<char>() + num_bytes - 16, 16);
@@ -187,18 +162,21 @@ std::vector<double> RowCopy(int ordinal, int64_t num_rows, int row_bytes, int nu
                             int num_rounds, int num_sms, int num_repeats) {
   const std::string what = "row copy on " + std::to_string(num_sms) + " SMs";
   const int64_t bytes = num_rows * row_bytes;
-  const DeviceMemory src(ordinal, bytes, kPattern), dst(ordinal, bytes * num_copies, 0);
-  Timeline timeline(ordinal);
-  const gpu::ProbeCopy copy{src.data(), dst.data(), num_rows,          row_bytes,
-                            num_copies, num_rounds, timeline.status(), kTimeoutNs};
+  const DeviceMemory src(ordinal, bytes, kPattern);
+  const DeviceMemory dst(ordinal, bytes * std::max(num_copies, 1), 0);
+  TimedStream timed(ordinal);
+  const gpu::ProbeCopy copy{src.data(), dst.data(), num_rows,       row_bytes,
+                            num_copies, num_rounds, timed.status(), kTimeoutNs};
   std::vector<double> seconds;
   for (int i = -1; i < num_repeats; ++i) {
-    timeline.Enqueue(
-        what, [&](cudaStream_t stream) { return gpu::LaunchProbeCopy(copy, num_sms, stream); });
-    const double s = timeline.Finish(what);
+    timed.Enqueue(what,
+                  [&](cudaStream_t stream) { return gpu::LaunchProbeCopy(copy, num_sms, stream); });
+    const double s = timed.Finish(what);
     if (i >= 0) seconds.push_back(s / num_rounds);
   }
-  RequireArrived(what, ordinal, dst.data<char>() + bytes * num_copies - row_bytes, row_bytes);
+  if (num_copies > 0) {
+    RequireArrived(what, ordinal, dst.data<char>() + bytes * num_copies - row_bytes, row_bytes);
+  }
   return seconds;
 }
 
@@ -215,16 +193,16 @@ std::vector<double> LinkCopy(int first, int second, int64_t num_rows, int row_by
                                         DeviceMemory(second, bytes, kPattern)};
   const std::array<DeviceMemory, 2> dst{DeviceMemory(first, bytes, 0),
                                         DeviceMemory(second, bytes, 0)};
-  std::array<Timeline, 2> timeline{Timeline(first), Timeline(second)};
+  std::array<TimedStream, 2> timed{TimedStream(first), TimedStream(second)};
   std::vector<double> seconds;
   for (int i = -1; i < num_repeats; ++i) {
     for (int d = 0; d < 2; ++d) {
-      const gpu::ProbeCopy copy{src[d].data(), dst[1 - d].data(),    num_rows,  row_bytes, 1,
-                                num_rounds,    timeline[d].status(), kTimeoutNs};
-      timeline[d].Enqueue(
+      const gpu::ProbeCopy copy{src[d].data(), dst[1 - d].data(), num_rows,  row_bytes, 1,
+                                num_rounds,    timed[d].status(), kTimeoutNs};
+      timed[d].Enqueue(
           what, [&](cudaStream_t stream) { return gpu::LaunchProbeCopy(copy, num_sms, stream); });
     }
-    const double there = timeline[0].Finish(what), back = timeline[1].Finish(what);
+    const double there = timed[0].Finish(what), back = timed[1].Finish(what);
     if (i >= 0) seconds.push_back(std::max(there, back) / num_rounds);
   }
   for (int d = 0; d < 2; ++d) {
@@ -241,7 +219,7 @@ std::vector<double> FlagHop(int first, int second, int num_round_trips, int num_
   const std::array<int, 2> ordinal{first, second};
   // Two words a device, zero before its kernel starts: the flag, and the result.
   const std::array<DeviceMemory, 2> words{DeviceMemory(first, 16, 0), DeviceMemory(second, 16, 0)};
-  std::array<Timeline, 2> timeline{Timeline(first), Timeline(second)};
+  std::array<TimedStream, 2> timed{TimedStream(first), TimedStream(second)};
   std::vector<double> seconds;
   for (int i = -1; i < num_repeats; ++i) {
     for (int d = 0; d < 2; ++d) {
@@ -255,13 +233,13 @@ std::vector<double> FlagHop(int first, int second, int num_round_trips, int num_
                                   words[d].data<uint64_t>() + 1,
                                   num_round_trips,
                                   d == 0,
-                                  timeline[d].status(),
+                                  timed[d].status(),
                                   kTimeoutNs};
-      timeline[d].Enqueue(
-          what, [&](cudaStream_t stream) { return gpu::LaunchProbeFlagHop(hop, stream); });
+      timed[d].Enqueue(what,
+                       [&](cudaStream_t stream) { return gpu::LaunchProbeFlagHop(hop, stream); });
     }
-    timeline[0].Finish(what);
-    timeline[1].Finish(what);
+    timed[0].Finish(what);
+    timed[1].Finish(what);
     uint64_t nanoseconds = 0;
     const DeviceScope scope(first);
     Check(cudaMemcpy(&nanoseconds, words[0].data<uint64_t>() + 1, sizeof nanoseconds,
@@ -274,7 +252,8 @@ std::vector<double> FlagHop(int first, int second, int num_round_trips, int num_
 
 nb::dict DeviceFacts(int ordinal) {
   cudaDeviceProp properties;
-  Check(cudaGetDeviceProperties(&properties, ordinal), "cudaGetDeviceProperties" + On(ordinal));
+  Check(cudaGetDeviceProperties(&properties, ordinal),
+        "cudaGetDeviceProperties" + OnDevice(ordinal));
   nb::dict facts;
   facts["name"] = std::string(properties.name);
   facts["compute_capability"] =
@@ -284,33 +263,25 @@ nb::dict DeviceFacts(int ordinal) {
   return facts;
 }
 
-nb::dict BuildFacts() {
-  nb::dict facts;
-  facts["toolkit"] =
-      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION / 10 % 100);
-  facts["architectures"] = JAX_EP_CUDA_ARCHITECTURES;
-  return facts;
-}
-
 }  // namespace
 
-void RegisterLinkProbe(nb::module_& m) {
-  m.def("probe_build", &BuildFacts, "What this part was compiled with and for.");
-  m.def("probe_device", &DeviceFacts, nb::arg("ordinal"));
-  m.def("probe_peer_access", &PeerAccess, nb::arg("first"), nb::arg("second"),
+NB_MODULE(_probe, m) {
+  m.def("device", &DeviceFacts, nb::arg("ordinal"));
+  m.def("peer_access", &PeerAccess, nb::arg("first"), nb::arg("second"),
         "Whether the first device can reach the second one's memory.");
-  m.def("probe_memory_copy", &MemoryCopy, nb::arg("ordinal"), nb::arg("num_bytes"),
+  m.def("memory_copy", &MemoryCopy, nb::arg("ordinal"), nb::arg("num_bytes"),
         nb::arg("num_repeats"), nb::call_guard<nb::gil_scoped_release>(),
         "Seconds of the CUDA library's copy of num_bytes inside a device, by repeat.");
-  m.def("probe_row_copy", &RowCopy, nb::arg("ordinal"), nb::arg("num_rows"), nb::arg("row_bytes"),
+  m.def("row_copy", &RowCopy, nb::arg("ordinal"), nb::arg("num_rows"), nb::arg("row_bytes"),
         nb::arg("num_copies"), nb::arg("num_rounds"), nb::arg("num_sms"), nb::arg("num_repeats"),
         nb::call_guard<nb::gil_scoped_release>(),
-        "Seconds a round of loading each row once and storing it num_copies times, in a device.");
-  m.def("probe_link_copy", &LinkCopy, nb::arg("first"), nb::arg("second"), nb::arg("num_rows"),
+        "Seconds a round of loading each row once and storing it num_copies times, in a device; "
+        "with 0 copies of reading alone.");
+  m.def("link_copy", &LinkCopy, nb::arg("first"), nb::arg("second"), nb::arg("num_rows"),
         nb::arg("row_bytes"), nb::arg("num_rounds"), nb::arg("num_sms"), nb::arg("num_repeats"),
         nb::call_guard<nb::gil_scoped_release>(),
         "Seconds a round of pushing the rows to each other at once: the slower direction's.");
-  m.def("probe_flag_hop", &FlagHop, nb::arg("first"), nb::arg("second"), nb::arg("num_round_trips"),
+  m.def("flag_hop", &FlagHop, nb::arg("first"), nb::arg("second"), nb::arg("num_round_trips"),
         nb::arg("num_repeats"), nb::call_guard<nb::gil_scoped_release>(),
         "Seconds from a device's releasing store until the other one's spinning thread sees it.");
 }

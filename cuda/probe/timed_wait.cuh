@@ -1,6 +1,6 @@
 // A wait that ends: for kernels outside the protocol of a group (give_up.cuh has those).
-#ifndef JAX_EP_CUDA_SYNC_TIMED_WAIT_CUH_
-#define JAX_EP_CUDA_SYNC_TIMED_WAIT_CUH_
+#ifndef JAX_EP_CUDA_PROBE_TIMED_WAIT_CUH_
+#define JAX_EP_CUDA_PROBE_TIMED_WAIT_CUH_
 
 #include <cstdint>
 
@@ -24,4 +24,4 @@ __device__ inline bool wait_until(const Done& done, uint64_t timeout_ns) {
 
 }  // namespace jax_ep::gpu
 
-#endif  // JAX_EP_CUDA_SYNC_TIMED_WAIT_CUH_
+#endif  // JAX_EP_CUDA_PROBE_TIMED_WAIT_CUH_
