@@ -30,6 +30,7 @@
 #include "cuda/sync/give_up.cuh"
 #include "cuda/sync/grid.cuh"
 #include "cuda/sync/start_end.cuh"
+#include "cuda/sync/timeline.cuh"
 
 namespace jax_ep::gpu {
 namespace {
@@ -105,7 +106,11 @@ class Tables {
     count_ids();
     write_line();
     if (!grid_barrier(g_, OpKind::kLayout)) return false;  // [B]
-    if (blockIdx.x == 0 && are_cached_) send_end(g_);      // [E1]
+    if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kBarrier);
+    if (blockIdx.x == 0 && are_cached_) {
+      send_end(g_);  // [E1]
+      timeline::mark(Role::kBlock, Event::kE1);
+    }
     sum_lines();
     place_experts();
     place_rows();
@@ -338,12 +343,21 @@ __global__ __launch_bounds__(kNumThreads,
                                                    int32_t ids_per_block, int32_t num_cached) {
   extern __shared__ int32_t memory[];
   __shared__ Shared shared;
+  timeline::begin();
   const bool are_cached = ids_per_block <= num_cached;
   const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.topk_idx)};
-  if (blockIdx.x == 0) send_start(g, OpKind::kLayout, own);            // [S1]
-  bool ok = receive_start(g, OpKind::kLayout, own, shared.address) &&  // [S2]
-            Tables(g, a, ids_per_block, num_cached, memory, shared).make();
-  if (blockIdx.x == 0 && are_cached) ok = receive_end(g, OpKind::kLayout) && ok;  // [E2]
+  if (blockIdx.x == 0) {
+    send_start(g, OpKind::kLayout, own);  // [S1]
+    if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS1);
+  }
+  bool ok = receive_start(g, OpKind::kLayout, own, shared.address);  // [S2]
+  if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS2);
+  ok = ok && Tables(g, a, ids_per_block, num_cached, memory, shared).make();
+  if (blockIdx.x == 0 && are_cached) {
+    ok = receive_end(g, OpKind::kLayout) && ok;  // [E2]
+    timeline::mark(Role::kBlock, Event::kE2);
+  }
+  timeline::end(g, OpKind::kLayout);
   Finish finish = finish_block(g, ok);
   if (finish == Finish::kNotLast) return;
   if (finish == Finish::kEnd && !are_cached) {

@@ -17,6 +17,7 @@
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/sync/give_up.cuh"
+#include "cuda/sync/timeline.cuh"
 
 namespace jax_ep::gpu {
 
@@ -63,13 +64,16 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
       if (done == num_units && !values_written) --done;
       if (done - published >= part || (done > published && done == num_units)) {
         __syncwarp();  // what one lane has acquired holds for all
+        timeline::mark(Role::kMessenger, Event::kFenceBegin);
         fence_acq_rel_sys();
+        timeline::mark(Role::kMessenger, Event::kFenceEnd);
         for (int r = lane; r < g.num_ranks; r += 32) {
           if (r == g.rank) continue;
           const PeerView& peer = g.peer[r];
           st_relaxed_sys(&peer.control->progress[peer.slot_there][block],
                          progress_of(epoch_with(r), static_cast<uint64_t>(done)));  // [P1]
         }
+        timeline::mark(Role::kMessenger, Event::kP1);
         published = done;
         moved = true;
       }
@@ -93,6 +97,7 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
         fence_proxy_async_global();
         __syncwarp();
         if (lane == 0) st_release_cta_shared(&box.arrived, least);
+        timeline::mark(Role::kMessenger, Event::kP2);
         arrived = least;
         moved = true;
       }

@@ -5,6 +5,7 @@
 #include "cuda/direct/combine/shared.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/rows/row_types.cuh"
+#include "cuda/sync/timeline.cuh"
 
 namespace jax_ep::gpu::combine {
 
@@ -14,6 +15,7 @@ template <typename Vector, SumKind kKind>
 __device__ uint32_t run_adder(PipelineIndex of_pipeline, const Work& work, Shared& shared,
                               const Tables& tables, const char* stages, char* results, uint32_t n) {
   constexpr int kCount = Vector::kCount;
+  constexpr Role kRole = kKind == kForPeers ? Role::kAdder : Role::kOwnAdder;
   const int32_t adder = static_cast<int32_t>(threadIdx.x) - of_pipeline * kNumAdders;
   const int32_t lane = adder % 32, piece_bytes = work.plan.piece_bytes;
   Pipeline& pipeline = shared.pipeline[of_pipeline];
@@ -29,6 +31,7 @@ __device__ uint32_t run_adder(PipelineIndex of_pipeline, const Work& work, Share
   while (true) {
     wait_phase(&pipeline.full[n % kNumJobs], n / kNumJobs);  // [L]
     const Job job = pipeline.job[n % kNumJobs];
+    if (job.sum == kStop) timeline::mark(kRole, Event::kEnd);
     if (kKind == kOwn && job.sum == kStop) return n + 1;
     const int32_t entry = Tables::entry(max(job.sum, 0));
     const SumHead head = tables.head[kKind][entry];
@@ -108,6 +111,7 @@ __device__ uint32_t run_adder(PipelineIndex of_pipeline, const Work& work, Share
       if (lane == 0) mbarrier_arrive(&shared.written[slot]);  // [W]
       if (job.sum == kStop) return n;
     }
+    timeline::mark(kRole, Event::kStore);
     __syncwarp();  // all lanes have read the entry
     if (lane == 0) mbarrier_arrive(&shared.used[kKind][job.sum / kTableSums % kNumTables]);  // [U]
   }

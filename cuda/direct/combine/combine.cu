@@ -51,6 +51,7 @@
 #include "cuda/sync/grid.cuh"
 #include "cuda/sync/progress.cuh"
 #include "cuda/sync/start_end.cuh"
+#include "cuda/sync/timeline.cuh"
 
 namespace jax_ep::gpu {
 namespace {
@@ -84,6 +85,7 @@ __device__ void run_storer(const Plan& plan, Shared& shared, const char* results
                  result.bytes);
     }
     bulk_commit_group();
+    timeline::mark(Role::kStorer, Event::kStore);
     stored = result.units_done;
     bulk_wait_group_read<kUnread>();
     if (n >= kUnread) mbarrier_arrive(&shared.drained[(n - kUnread) % kNumResults]);  // [D]
@@ -94,6 +96,7 @@ __device__ void run_storer(const Plan& plan, Shared& shared, const char* results
     done[kUnpublished - 1] = stored;
     if (result.bytes != 0) continue;
     bulk_wait_group<0>();
+    timeline::mark(Role::kStorer, Event::kEnd);
     return publish(stored);
   }
 }
@@ -105,6 +108,7 @@ __global__ __launch_bounds__(kNumThreads,
                                                     const __grid_constant__ Plan plan) {
   extern __shared__ __align__(128) char ring[];
   __shared__ Shared shared;
+  timeline::begin();
   const auto warp = static_cast<int32_t>(threadIdx.x) / 32;
   const int64_t num_units = a.num_tokens * plan.num_pieces;  // of the grid
   const int32_t first = first_unit(num_units, blockIdx.x);
@@ -139,8 +143,12 @@ __global__ __launch_bounds__(kNumThreads,
   if (warp == kScout) scout.begin();
   const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.partial),
                                        reinterpret_cast<uint64_t>(a.collected)};
-  if (blockIdx.x == 0) send_start(g, OpKind::kCombine, own);          // [S1]
+  if (blockIdx.x == 0) {
+    send_start(g, OpKind::kCombine, own);  // [S1]
+    if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS1);
+  }
   bool ok = receive_start(g, OpKind::kCombine, own, shared.address);  // [S2]
+  if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS2);
   if (ok) {
     if (warp < 2 * kAdderWarps) {
       const PipelineIndex pipeline = warp < kAdderWarps ? kPeersFirst : kOwnOnly;
@@ -166,10 +174,12 @@ __global__ __launch_bounds__(kNumThreads,
       }
     } else if (warp == kMessenger) {
       ok = run_messenger(g, OpKind::kCombine, shared.box);
+      timeline::mark(Role::kMessenger, Event::kEnd);
     } else {
       scout.run();
     }
   }
+  timeline::end(g, OpKind::kCombine);
   const Finish finish = finish_block(g, ok);
   if (finish == Finish::kNotLast) return;
   if (finish == Finish::kFail) {

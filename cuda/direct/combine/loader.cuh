@@ -5,6 +5,7 @@
 #include "cuda/direct/combine/shared.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/sync/progress.cuh"
+#include "cuda/sync/timeline.cuh"
 
 namespace jax_ep::gpu::combine {
 
@@ -36,7 +37,7 @@ class Loader {
         skip(kForPeers, sum);
       }
     }
-    stop();
+    stop(kForPeers);
   }
   // What the other loader does not take.
   __device__ void add_up_own() {
@@ -45,8 +46,11 @@ class Loader {
       int32_t unit = 0;
       if (lane_ == 0) unit = atomicAdd(&shared_.next_own, 1);
       unit = __shfl_sync(0xffffffffu, unit, 0);
-      if (unit >= work_.num_units) return stop();
-      if (unit >= arrived) arrived = wait_until_arrived(shared_.box, unit);  // [P2]
+      if (unit >= work_.num_units) return stop(kOwn);
+      if (unit >= arrived) {
+        arrived = wait_until_arrived(shared_.box, unit);  // [P2]
+        timeline::mark(Role::kOwnLoader, Event::kP2);
+      }
       wait_for_table(kOwn, unit);
       if (arrived != kBroken) {
         fetch(kOwn, unit);
@@ -111,6 +115,7 @@ class Loader {
         bulk_load(stages_ + stage * piece_bytes_, reinterpret_cast<const void*>(source), bytes,
                   full);  // [L]
       }
+      timeline::mark(kind == kForPeers ? Role::kLoader : Role::kOwnLoader, Event::kLoad);
       ++next_job_;
       stage_ += num_rows;
       if (stage_ >= num_stages_) stage_ -= num_stages_;
@@ -118,12 +123,14 @@ class Loader {
     } while (first < count);
   }
 
-  __device__ void stop() {
+  // No more sums of the kind.
+  __device__ void stop(SumKind kind) {
     reserve(0);
     if (lane_ == 0) {
       pipeline_.job[next_job_ % kNumJobs] = {kStop, 0, 0, 0};
       mbarrier_arrive(&pipeline_.full[next_job_ % kNumJobs]);
     }
+    timeline::mark(kind == kForPeers ? Role::kLoader : Role::kOwnLoader, Event::kEnd);
     ++next_job_;
   }
 

@@ -6,6 +6,7 @@
 #include "cuda/direct/combine/shared.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/sync/progress.cuh"
+#include "cuda/sync/timeline.cuh"
 
 namespace jax_ep::gpu::combine {
 
@@ -45,6 +46,7 @@ class Scout {
         fill_table(kind, next[kind]++);
       }
     }
+    timeline::mark(Role::kScout, Event::kEnd);
   }
 
  private:
@@ -73,6 +75,7 @@ class Scout {
       tables_.head[kind][entry] = head;
     }
     __syncwarp();
+    timeline::mark(Role::kScout, Event::kStore);
     if (lane_ == 0) mbarrier_arrive(&shared_.filled[kind][table % kNumTables]);  // [T]
   }
 

@@ -68,6 +68,7 @@
 #include "cuda/sync/grid.cuh"
 #include "cuda/sync/progress.cuh"
 #include "cuda/sync/start_end.cuh"
+#include "cuda/sync/timeline.cuh"
 
 namespace jax_ep::gpu {
 namespace {
@@ -95,6 +96,7 @@ __device__ void send_weights(const DispatchArguments& a, const Plan& plan, Share
 // Zeros, by any warp; those of a block share its part.
 template <typename Rows>
 __device__ void zero_rest(const DispatchArguments& a, Shared<Rows>& shared) {
+  timeline::mark(Role::kZeroer, Event::kStart);
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
   const int64_t row_bytes = Rows::tokens_row_bytes(a);
   const int64_t num_scales = Rows::num_scales(a);
@@ -110,7 +112,7 @@ __device__ void zero_rest(const DispatchArguments& a, Shared<Rows>& shared) {
     if (lane == 0) taken = atomicAdd(&shared.num_batches, 1);
     taken = __shfl_sync(0xffffffffu, taken, 0);
     const int64_t batch = (int64_t{taken} * gridDim.x + blockIdx.x) * 32;
-    if (batch >= last) return;
+    if (batch >= last) break;
     const int64_t row = batch + lane;
     const bool is_empty = row < last && a.recv_src[row] == kNoSource;
     if (is_empty && a.dots != nullptr) a.dots[row] = 0.0f;
@@ -123,6 +125,7 @@ __device__ void zero_rest(const DispatchArguments& a, Shared<Rows>& shared) {
       for (int64_t i = lane; i < num_scales; i += 32) a.scales[zero_row * num_scales + i] = 0.0f;
     }
   }
+  timeline::mark(Role::kZeroer, Event::kEnd);
 }
 
 template <typename Rows>
@@ -137,6 +140,7 @@ __global__ __launch_bounds__(kNumThreads<Rows>,
   constexpr int kNumHelpers = Rows::kFormat.num_helpers;
   extern __shared__ __align__(128) char rings[];
   __shared__ Shared<Rows> shared;
+  timeline::begin();
   const auto warp = static_cast<int32_t>(threadIdx.x) / 32;
   const int32_t num_rings = plan.num_senders + plan.num_receivers;
   const int64_t num_units = a.num_tokens * plan.num_pieces;
@@ -159,10 +163,12 @@ __global__ __launch_bounds__(kNumThreads<Rows>,
     const uint64_t shown[kNumAddresses] = {a.landing != nullptr ? 0 : tokens, weights, scales,
                                            reinterpret_cast<uint64_t>(a.landing)};
     send_start(g, kOpKind<Rows>, shown);  // [S1]
+    if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS1);
   }
   bool ok = true;
   if (num_own > 0) ok = receive_start(g, kOpKind<Rows>, own, shared.address);  // [S2]
   if (num_own == 0) __syncthreads();
+  if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS2);
   if (ok && num_own > 0) {
     const int32_t slot = warp / kWarpsOfRing<Rows>, part = warp % kWarpsOfRing<Rows>;
     char* memory = rings + slot * RingBytes(num_rings);
@@ -174,11 +180,13 @@ __global__ __launch_bounds__(kNumThreads<Rows>,
       ok = Receiver<Rows>(g, a, plan, shared, slot - plan.num_senders, first, memory).run();
     } else if (warp == kMessenger<Rows>) {
       ok = run_messenger(g, kOpKind<Rows>, shared.box);
+      timeline::mark(Role::kMessenger, Event::kEnd);
     } else if (warp == kWeightSender<Rows> && a.weights != nullptr) {
       send_weights(a, plan, shared, first);
     }
   }
   if (warp != kMessenger<Rows>) zero_rest<Rows>(a, shared);
+  timeline::end(g, kOpKind<Rows>);
   const Finish finish = finish_block(g, ok);
   if (finish == Finish::kNotLast) return;
   if (finish == Finish::kFail) {

@@ -6,6 +6,7 @@
 #include "cuda/direct/dispatch/ring.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/sync/progress.cuh"
+#include "cuda/sync/timeline.cuh"
 
 namespace jax_ep::gpu::dispatch {
 
@@ -34,13 +35,16 @@ class Receiver : Ring<Rows> {
       }
       if (!this->is_empty()) {
         this->store_next();
+        timeline::mark(Role::kReceiver, Event::kStore);
         continue;
       }
       num_arrived_ = wait_until_arrived(shared_.box, next_unit());  // [P2]
+      timeline::mark(Role::kReceiver, Event::kP2);
       if (num_arrived_ == kBroken) break;
     }
     this->dismiss_helpers();
     bulk_wait_group<0>();
+    timeline::mark(Role::kReceiver, Event::kEnd);
     return num_arrived_ != kBroken;
   }
 
@@ -106,6 +110,7 @@ class Receiver : Ring<Rows> {
     this->describe_stage(to, extra, false, false, bytes, 0);
     this->rows_.fetch_stage({source, first_row, is_in_landing}, bytes, this->load_stage(),
                             &shared_.full[this->load_slot()]);  // [L]
+    timeline::mark(Role::kReceiver, Event::kLoad);
     this->leave_load_stage();
     find_next();
   }

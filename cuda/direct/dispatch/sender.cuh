@@ -6,6 +6,7 @@
 #include "cuda/direct/dispatch/ring.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/ptx/memory.cuh"
+#include "cuda/sync/timeline.cuh"
 
 namespace jax_ep::gpu::dispatch {
 
@@ -54,11 +55,14 @@ class Sender : Ring<Rows> {
         if (!has_next()) break;
         continue;
       }
-      publish(wait_written(this->store_next()));
+      const Unit unit = this->store_next();
+      timeline::mark(Role::kSender, Event::kStore);
+      publish(wait_written(unit));
     }
     publish_all();
     this->dismiss_helpers();
     bulk_wait_group<0>();
+    timeline::mark(Role::kSender, Event::kEnd);
   }
 
  private:
@@ -146,6 +150,7 @@ class Sender : Ring<Rows> {
                          num_issued_);
     const char* x = static_cast<const char*>(a_.x) + this->token_of(unit) * a_.row_bytes + at;
     this->rows_.fill_stage(x, bytes, this->load_stage(), &shared_.full[this->load_slot()]);  // [L]
+    timeline::mark(Role::kSender, Event::kLoad);
     this->leave_load_stage();
   }
 
