@@ -24,7 +24,7 @@ struct GroupView {
   ControlBlock* control;  // of this device
   ErrorRecord* error;     // host-mapped
   uint64_t operation;     // hash that all ranks of the call share
-  uint64_t staging;       // staging region of this device; 0 without
+  uint64_t staging;       // what peers are shown as offsets: this device's staging region, or 0
   uint64_t staging_bytes;
   int32_t rank;
   int32_t num_ranks;

@@ -1,5 +1,5 @@
-// As much of CUDA as xla_ffi/memory/symmetric_memory.cc and call_site_cuda.cc call, in host memory: for
-// tests without a GPU. An allocation is a memfd, so its descriptors cross process borders and its
+// As much of CUDA as xla_ffi/memory and xla_ffi/cuda/call_site.cc call, in host memory: for tests
+// without a GPU. An allocation is a memfd, so its descriptors cross process borders and its
 // memory lives as long as somebody maps it, as a GPU's does; an access without cuMemSetAccess, or
 // after cuMemUnmap, ends the program. Include it in one file.
 #ifndef JAX_EP_TESTS_NATIVE_FAKE_CUDA_H_
@@ -19,6 +19,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 
 namespace fake_cuda {
@@ -32,21 +33,32 @@ struct Allocation {
 struct Mapped {
   CUmemGenericAllocationHandle handle;
   size_t bytes;
+  unsigned long long id;     // no other mapping ever has it
+  std::set<int> ordinals{};  // devices that may use it
 };
 
 inline std::mutex mutex;
 inline std::map<CUmemGenericAllocationHandle, Allocation> allocations;
 inline std::map<CUdeviceptr, Mapped> mappings;
 inline CUmemGenericAllocationHandle next_handle = 1;
-inline std::condition_variable idle;
+inline unsigned long long next_id = 1;
+inline int num_driver_calls = 0;  // about addresses
+inline std::condition_variable changed;
 inline bool busy = false;                // devices have work that does not end
+inline int num_waiting = 0;              // threads that wait for it
 inline std::atomic<bool> broken{false};  // every runtime call on a device fails
 inline constexpr size_t kGranularity = size_t{2} << 20;
 
 inline void SetBusy(bool value) {
   std::lock_guard<std::mutex> lock(mutex);
   busy = value;
-  idle.notify_all();
+  changed.notify_all();
+}
+
+// Until a thread waits for devices that are busy; false if none does for a long time.
+inline bool AwaitWaiting() {
+  std::unique_lock<std::mutex> lock(mutex);
+  return changed.wait_for(lock, std::chrono::seconds(30), [] { return num_waiting > 0; });
 }
 
 inline cudaError_t Status() { return broken ? cudaErrorLaunchFailure : cudaSuccess; }
@@ -56,6 +68,17 @@ inline std::map<CUdeviceptr, Mapped>::iterator Find(CUdeviceptr address) {
   if (it == mappings.begin()) return mappings.end();
   --it;
   return address < it->first + it->second.bytes ? it : mappings.end();
+}
+
+// Whether a device may use all of [address, address + bytes).
+inline bool Reaches(int ordinal, CUdeviceptr address, size_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex);
+  for (CUdeviceptr at = address; at < address + bytes;) {
+    const auto it = Find(at);
+    if (it == mappings.end() || it->second.ordinals.count(ordinal) == 0) return false;
+    at = it->first + it->second.bytes;
+  }
+  return true;
 }
 
 inline void Drop(CUmemGenericAllocationHandle handle) {
@@ -74,9 +97,20 @@ inline CUresult CtxGetCurrent(CUcontext* context) {
   return CUDA_SUCCESS;
 }
 inline CUresult CtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
-inline CUresult PointerGetAttribute(void* data, CUpointer_attribute, CUdeviceptr) {
-  *static_cast<CUmemoryPool*>(data) = nullptr;
+inline CUresult PointerGetAttribute(void* data, CUpointer_attribute attribute,
+                                    CUdeviceptr address) {
+  std::lock_guard<std::mutex> lock(mutex);
+  ++num_driver_calls;
+  if (attribute == CU_POINTER_ATTRIBUTE_BUFFER_ID) {
+    const auto it = Find(address);
+    *static_cast<unsigned long long*>(data) = it == mappings.end() ? 0 : it->second.id;
+  } else {
+    *static_cast<CUmemoryPool*>(data) = nullptr;
+  }
   return CUDA_SUCCESS;
+}
+inline CUresult MemPoolGetAccess(CUmemAccess_flags*, CUmemoryPool, CUmemLocation*) {
+  return CUDA_ERROR_INVALID_VALUE;
 }
 inline CUresult MemPoolSetAccess(CUmemoryPool, const CUmemAccessDesc*, size_t) {
   return CUDA_ERROR_INVALID_VALUE;
@@ -103,6 +137,7 @@ inline CUresult MemRelease(CUmemGenericAllocationHandle handle) {
 }
 inline CUresult MemGetAddressRange(CUdeviceptr* begin, size_t* bytes, CUdeviceptr address) {
   std::lock_guard<std::mutex> lock(mutex);
+  ++num_driver_calls;
   const auto it = Find(address);
   *begin = it == mappings.end() ? address : it->first;
   *bytes = it == mappings.end() ? 1 << 20 : it->second.bytes;
@@ -111,6 +146,7 @@ inline CUresult MemGetAddressRange(CUdeviceptr* begin, size_t* bytes, CUdevicept
 // Memory that no cuMemMap made, as with the allocator cuda_async, cannot be exported.
 inline CUresult MemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void* address) {
   std::lock_guard<std::mutex> lock(mutex);
+  ++num_driver_calls;
   const auto it = Find(reinterpret_cast<CUdeviceptr>(address));
   if (it == mappings.end()) return CUDA_ERROR_INVALID_VALUE;
   *handle = it->second.handle;
@@ -153,10 +189,16 @@ inline CUresult MemMap(CUdeviceptr address, size_t bytes, size_t,
     return CUDA_ERROR_INVALID_VALUE;
   }
   ++allocation.num_holders;
-  mappings[address] = {handle, bytes};
+  mappings[address] = {handle, bytes, next_id++};
   return CUDA_SUCCESS;
 }
-inline CUresult MemSetAccess(CUdeviceptr address, size_t bytes, const CUmemAccessDesc*, size_t) {
+inline CUresult MemSetAccess(CUdeviceptr address, size_t bytes, const CUmemAccessDesc* access,
+                             size_t count) {
+  std::lock_guard<std::mutex> lock(mutex);
+  ++num_driver_calls;
+  const auto it = mappings.find(address);
+  if (it == mappings.end() || it->second.bytes != bytes) return CUDA_ERROR_INVALID_VALUE;
+  for (size_t i = 0; i < count; ++i) it->second.ordinals.insert(access[i].location.id);
   return mprotect(reinterpret_cast<void*>(address), bytes, PROT_READ | PROT_WRITE) == 0
              ? CUDA_SUCCESS
              : CUDA_ERROR_INVALID_VALUE;
@@ -178,6 +220,7 @@ inline void* EntryPoint(const std::string& name) {
       {"cuCtxGetCurrent", reinterpret_cast<void*>(&CtxGetCurrent)},
       {"cuCtxSetCurrent", reinterpret_cast<void*>(&CtxSetCurrent)},
       {"cuPointerGetAttribute", reinterpret_cast<void*>(&PointerGetAttribute)},
+      {"cuMemPoolGetAccess", reinterpret_cast<void*>(&MemPoolGetAccess)},
       {"cuMemPoolSetAccess", reinterpret_cast<void*>(&MemPoolSetAccess)},
       {"cuMemGetAllocationGranularity", reinterpret_cast<void*>(&MemGetAllocationGranularity)},
       {"cuMemCreate", reinterpret_cast<void*>(&MemCreate)},
@@ -222,7 +265,10 @@ cudaError_t cudaDeviceEnablePeerAccess(int, unsigned int) {
 }
 cudaError_t cudaDeviceSynchronize() {
   std::unique_lock<std::mutex> lock(fake_cuda::mutex);
-  fake_cuda::idle.wait(lock, [] { return !fake_cuda::busy; });
+  ++fake_cuda::num_waiting;
+  fake_cuda::changed.notify_all();
+  fake_cuda::changed.wait(lock, [] { return !fake_cuda::busy; });
+  --fake_cuda::num_waiting;
   return fake_cuda::Status();
 }
 cudaError_t cudaMemset(void* at, int value, size_t bytes) {

@@ -14,9 +14,11 @@
 #include <cstring>
 #include <filesystem>
 #include <functional>
+#include <future>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "fake_cuda.h"
@@ -38,6 +40,7 @@ namespace {
 
 using jax_ep::EnterGroup;
 using jax_ep::GroupCall;
+using jax_ep::StagingRegion;
 using jax_ep::SymmetricMemory;
 using jax_ep::Use;
 using jax_ep::gpu::ControlBlock;
@@ -48,15 +51,21 @@ constexpr size_t kPoolBytes = fake_cuda::kGranularity;
 
 SymmetricMemory& Memory() { return SymmetricMemory::Get(); }
 
-// A part of XLA's memory pool: VMM memory that its own device may use.
-char* MakePool() {
+// Maps new VMM memory that device 0 may use.
+void MapNew(CUdeviceptr at) {
   CUmemGenericAllocationHandle handle;
-  CUdeviceptr at;
+  CUmemAccessDesc own{};
   CHECK(fake_cuda::MemCreate(&handle, kPoolBytes, nullptr, 0) == CUDA_SUCCESS);
-  CHECK(fake_cuda::MemAddressReserve(&at, kPoolBytes, 0, 0, 0) == CUDA_SUCCESS);
   CHECK(fake_cuda::MemMap(at, kPoolBytes, 0, handle, 0) == CUDA_SUCCESS);
-  CHECK(fake_cuda::MemSetAccess(at, kPoolBytes, nullptr, 0) == CUDA_SUCCESS);
+  CHECK(fake_cuda::MemSetAccess(at, kPoolBytes, &own, 1) == CUDA_SUCCESS);
   fake_cuda::MemRelease(handle);
+}
+
+// XLA's memory pool on device 0: a reservation of addresses, made of several mappings.
+char* MakePool(int num_mappings = 1) {
+  CUdeviceptr at;
+  CHECK(fake_cuda::MemAddressReserve(&at, kPoolBytes * num_mappings, 0, 0, 0) == CUDA_SUCCESS);
+  for (int i = 0; i < num_mappings; ++i) MapNew(at + kPoolBytes * i);
   return reinterpret_cast<char*>(at);
 }
 
@@ -71,14 +80,15 @@ jax_ep::CudaSiteState Site(std::vector<int64_t> members, int num_ranks) {
   return site;
 }
 
-GroupView View(const std::vector<int64_t>& members, int ordinal) {
-  GroupView view{};
-  const auto error =
-      Memory().FillGroup(members.data(), static_cast<int>(members.size()), ordinal, &view);
-  if (error) std::fprintf(stderr, "%s\n", error->c_str());
-  CHECK(!error);
-  return view;
-}
+struct View : GroupView {
+  View(const std::vector<int64_t>& members, int ordinal) : GroupView{} {
+    const auto error = Memory().FillGroup(members.data(), static_cast<int>(members.size()), ordinal,
+                                          this, &region);
+    if (error) std::fprintf(stderr, "%s\n", error->c_str());
+    CHECK(!error);
+  }
+  StagingRegion region;
+};
 
 std::string Thrown(const std::function<void()>& f) {
   try {
@@ -110,13 +120,13 @@ void OneProcess() {
   Memory().SetTimeouts({nanoseconds(5), nanoseconds(3)});
   Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
   Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
-  const GroupView first = View({0, 1}, 0), second = View({0, 1}, 1);
+  const View first({0, 1}, 0), second({0, 1}, 1);
   CHECK(first.rank == 0 && second.rank == 1);
   CHECK(first.peer[1].control == second.control && second.peer[0].control == first.control);
   CHECK(first.peer[1].slot_there == 0 && first.peer[1].slot_here == 1);
   CHECK(first.error->arrival_timeout_ns == 5 && first.error->progress_timeout_ns == 3);
   Memory().SetTimeouts({nanoseconds(6), nanoseconds(4)});
-  for (const GroupView& view : {first, second}) {
+  for (const View& view : {first, second}) {
     CHECK(view.error->arrival_timeout_ns == 6 && view.error->progress_timeout_ns == 4);
   }
   CHECK(!Memory().Share(0, pool, 100, false));
@@ -183,21 +193,21 @@ void OneProcess() {
   // In one process everything begins again at the same addresses.
   first.control->local.epoch[1] = 9;
   Memory().Setup(0, 1, {0, 1}, {0, 1}, 1 << 12, false);
-  const GroupView again = View({0, 1}, 0);
+  const View again({0, 1}, 0);
   CHECK(again.control == first.control && again.error == first.error);
   CHECK(again.control->local.broken == 0 && again.control->local.epoch[1] == 0);
   CHECK(!Memory().RecordedError() && again.error->arrival_timeout_ns == 6);
   CHECK(again.error->progress_timeout_ns == 4);
-  CHECK(again.staging != 0 && again.staging_bytes == 1 << 12);
+  CHECK(again.region.begin != 0 && again.region.bytes == 1 << 12);
 
   // A larger region replaces the smaller, which stays; it survives Release.
   Memory().Setup(0, 1, {0, 1}, {0, 1}, 1 << 13, false);
-  const GroupView larger = View({0, 1}, 0);
-  CHECK(larger.staging != again.staging && larger.staging_bytes == 1 << 13);
-  *reinterpret_cast<volatile char*>(again.staging) = 1;
+  const View larger({0, 1}, 0);
+  CHECK(larger.region.begin != again.region.begin && larger.region.bytes == 1 << 13);
+  *reinterpret_cast<volatile char*>(again.region.begin) = 1;
   Memory().Release(true);
   Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
-  CHECK(View({0, 1}, 0).staging == larger.staging);
+  CHECK(View({0, 1}, 0).region.begin == larger.region.begin);
 
   // A device that does not come to an end.
   fake_cuda::SetBusy(true);
@@ -220,11 +230,71 @@ void OneProcess() {
   Memory().Release(true);
 }
 
+// What peers reach goes by the allocation, not by its address.
+void Sharing() {
+  Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
+  const auto share = [](const char* at, size_t bytes) {
+    const int before = fake_cuda::num_driver_calls;
+    const auto problem = Memory().Share(0, at, bytes, false);
+    if (problem) std::fprintf(stderr, "%s\n", problem->c_str());
+    CHECK(!problem && fake_cuda::Reaches(1, Address(at), bytes));
+    return fake_cuda::num_driver_calls - before;
+  };
+  // An array that is its own allocation is freed, and another one comes to lie there.
+  char* const array = MakePool();
+  share(array, 100);
+  CHECK(share(array, 100) == 1 && share(array + 512, 1000) == 1);
+  for (int i = 0; i < 3; ++i) {
+    CHECK(fake_cuda::MemUnmap(Address(array), kPoolBytes) == CUDA_SUCCESS);
+    MapNew(Address(array));
+    CHECK(!fake_cuda::Reaches(1, Address(array), 100));
+    share(array, 100);
+    CHECK(share(array, 100) == 1);
+  }
+  // A buffer that lies in several mappings of a pool that has grown.
+  char* const pool = MakePool(3);
+  share(pool + kPoolBytes - 64, kPoolBytes + 128);
+  CHECK(share(pool + kPoolBytes - 64, kPoolBytes + 128) == 3);
+  CHECK(share(pool + kPoolBytes - 64, 64) == 1);
+  // Of these the one in the middle is given back, and replaced.
+  CHECK(fake_cuda::MemUnmap(Address(pool) + kPoolBytes, kPoolBytes) == CUDA_SUCCESS);
+  MapNew(Address(pool) + kPoolBytes);
+  share(pool, 3 * kPoolBytes);
+  Memory().Release(true);
+}
+
+// A call gets through while set-up waits for a device: its kernel may wait for that call's.
+void GrowthWhileDevicesWork() {
+  Memory().Setup(0, 1, {0, 1}, {0, 1}, 1024, true);
+  const auto site = Site({0, 1}, 2);
+  const std::vector<int> data(10);
+  GroupCall first, second;
+  CHECK(EnterGroup(site, 0, nullptr, {{"x", data.data(), 40}}, &first).success());
+  fake_cuda::SetBusy(true);
+  std::thread growth([] { Memory().Setup(0, 1, {0, 1}, {0, 1}, 4096, true); });
+  CHECK(fake_cuda::AwaitWaiting());
+  auto entered = std::async(std::launch::async, [&] {
+    return EnterGroup(site, 1, nullptr, {{"x", data.data(), 40}}, &second).success();
+  });
+  CHECK(entered.wait_for(std::chrono::seconds(10)) == std::future_status::ready && entered.get());
+  fake_cuda::SetBusy(false);
+  growth.join();
+  CHECK(Contains(Memory().Describe(), "staging region of 4096 bytes"));
+  // A rank that entered before the growth meets one that entered after it: an address, unlike an
+  // offset in the region, means the same to both.
+  GroupCall third;
+  CHECK(EnterGroup(site, 1, nullptr, {{"x", data.data(), 40}}, &third).success());
+  CHECK(third.At(data.data()) != second.At(data.data()));
+  for (const GroupCall* call : {&first, &second, &third}) {
+    CHECK(Address(call->At(data.data())) - call->staging >= call->staging_bytes);
+  }
+  Memory().Release(true);
+}
+
 void Staging() {
   Memory().Setup(0, 1, {0, 1}, {0, 1}, 1024, true);
   CHECK(Contains(Memory().Describe(), "staged path (JAX_EP_PATH=staged)"));
-  const GroupView view = View({0, 1}, 0);
-  CHECK(View({0, 1}, 1).peer[0].staging == view.staging);
+  const View view({0, 1}, 0);
   const auto site = Site({0, 1}, 2);
   std::vector<int> in(50, 3), scratch(64, 4), out(20, 5), rows(1000, 6);
   GroupCall call;
@@ -236,10 +306,11 @@ void Staging() {
                     {"out", out.data(), 80, Use::kOutput}},
                    &call)
             .success());
-  CHECK(Address(call.At(in.data())) == view.staging);
-  CHECK(Address(call.At(scratch.data())) == view.staging + 256);
-  CHECK(Address(call.LandingOf(rows.data())) == view.staging + 512);  // of less than 4000 bytes
-  CHECK(Address(call.At(out.data())) == view.staging + 768);
+  CHECK(Address(call.At(in.data())) == view.region.begin);
+  CHECK(Address(call.At(scratch.data())) == view.region.begin + 256);
+  CHECK(Address(call.LandingOf(rows.data())) ==
+        view.region.begin + 512);  // of less than 4000 bytes
+  CHECK(Address(call.At(out.data())) == view.region.begin + 768);
   CHECK(call.At(rows.data()) == rows.data());
   CHECK(call.LandingOf(out.data()) == nullptr && call.LandingOf(nullptr) == nullptr);
   CHECK(call.At(static_cast<int*>(nullptr)) == nullptr);
@@ -342,7 +413,7 @@ void TwoProcesses(const Link& link) {
 
     const int ordinal = 1, rank = 2 * link.process + ordinal;
     const int other = 2 * (1 - link.process) + ordinal;
-    const GroupView view = View(kMembers, ordinal);
+    const View view(kMembers, ordinal);
     CHECK(view.rank == rank && view.peer[other].slot_here == other);
     CHECK(view.peer[other].slot_there == rank);
     for (ControlBlock* old : controls) CHECK(view.control != old);
@@ -422,7 +493,7 @@ void Death(const Link& link) {
   if (link.process == 1) raise(SIGKILL);
   char byte;
   CHECK(read(link.fd, &byte, 1) == 0);
-  const GroupView view = View(kMembers, 0);
+  const View view(kMembers, 0);
   view.peer[2].control->start[0].shown[0].epoch = 1;
   *reinterpret_cast<uint64_t*>(view.peer[2].staging) = 1;
   *reinterpret_cast<uint64_t*>(Address(pool) + static_cast<uint64_t>(view.peer[2].shift)) = 1;
@@ -441,7 +512,8 @@ void Import() {
   CHECK(Contains(Thrown([&] { Memory().Import({mine, begin + " 4294967296 999 0 2097152"}); }),
                  "pidfd_getfd from process 1"));
   GroupView view{};
-  const auto error = Memory().FillGroup(kMembers.data(), 4, 0, &view);
+  StagingRegion staging;
+  const auto error = Memory().FillGroup(kMembers.data(), 4, 0, &view, &staging);
   CHECK(error && Contains(*error,
                           "rank 2 lives on device 0 of process 1, which this process is "
                           "not connected to"));
@@ -470,6 +542,8 @@ void Run(const char* name, const std::function<void()>& test) {
 
 int main() {
   Run("one process", OneProcess);
+  Run("sharing", Sharing);
+  Run("growth", GrowthWhileDevicesWork);
   Run("staging", Staging);
   Run("import", Import);
   Run("two processes", [] { InTwoProcesses(TwoProcesses); });

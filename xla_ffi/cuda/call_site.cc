@@ -72,7 +72,10 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t 
     return fail("CUDA device " + std::to_string(ordinal) +
                 " is not in the mesh that this was compiled for");
   }
-  if (auto error = memory.FillGroup(group, state.num_ranks, ordinal, call)) return fail(*error);
+  StagingRegion staging;
+  if (auto error = memory.FillGroup(group, state.num_ranks, ordinal, call, &staging)) {
+    return fail(*error);
+  }
   // Ranks share the work by block, so their grids must be equal.
   call->operation = state.operation + static_cast<uint64_t>(NumSms(ordinal, 0));
   if (state.num_ranks == 1) return ffi::Error::Success();
@@ -86,16 +89,16 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t 
     auto problem = memory.Share(ordinal, buffer.data, buffer.bytes, with_other_processes);
     if (!problem) continue;
     if (call->num_staged_ == gpu::kNumAddresses) return fail("too many shared buffers");
-    call->staged_[call->num_staged_++] = {buffer, reinterpret_cast<void*>(call->staging + used)};
+    call->staged_[call->num_staged_++] = {buffer, reinterpret_cast<void*>(staging.begin + used)};
     used += (buffer.staged_bytes() + kStagingAlignment - 1) / kStagingAlignment * kStagingAlignment;
     names += (names.empty() ? "" : ", ") + std::string(buffer.name);
     reason = std::move(*problem);
   }
-  if (used > call->staging_bytes) {
+  if (used > staging.bytes) {
     return fail("the other ranks cannot reach the memory of " + names + " (" + reason +
                 "), so the call needs " + std::to_string(used) +
                 " bytes of staging region, but device " + std::to_string(ordinal) + " has " +
-                std::to_string(call->staging_bytes) +
+                std::to_string(staging.bytes) +
                 ". Call jax_ep.initialize(staging_bytes=...) in every process, with the largest "
                 "number that a call needs (in a job of several processes after jax_ep.finalize())");
   }

@@ -103,6 +103,7 @@ SymmetricMemory::Device SymmetricMemory::MakeDevice(int ordinal, int64_t member,
   }
   device.ordinal = ordinal;
   device.member = member;
+  device.shared = std::make_shared<SharedAllocations>(ordinals);
   Check(cudaHostGetDevicePointer(&device.error_on_device, device.error.get(), 0),
         "error record" + on);
   Check(gpu::PrepareKernels(), "loading the kernels" + on);
@@ -113,10 +114,11 @@ SymmetricMemory::Device SymmetricMemory::MakeDevice(int ordinal, int64_t member,
 void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::vector<int>& ids,
                             const std::vector<int>& ordinals, size_t staging_bytes,
                             bool staged_only) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  std::vector<Device> devices = devices_;
-  bool changed = devices.empty();
-  if (devices.empty()) {
+  std::lock_guard<std::mutex> set_up_lock(set_up_mutex_);
+  std::vector<Device> devices = devices_;  // nobody changes them meanwhile
+  const bool is_new = devices.empty();
+  bool changed = is_new;
+  if (is_new) {
     for (size_t i = 0; i < ordinals.size(); ++i) {
       devices.push_back(MakeDevice(ordinals[i], MemberCode(process, ids.at(i)), ordinals));
     }
@@ -132,37 +134,40 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
     device.staging_bytes = staging_bytes;
     changed = true;
   }
-  if (devices_.empty()) {
+  if (is_new) {
     // Nothing fails from here on for want of anything. All ranks of a process that begins anew are
     // in it and start at epoch 0: captured command buffers work again too.
     for (const Device& device : devices) {
       const DeviceScope scope(device.ordinal);
       const std::string what = "control memory" + OnDevice(device.ordinal);
       std::memset(device.error.get(), 0, sizeof(gpu::ErrorRecord));
-      WriteTimeouts(timeouts_, device.error.get());
       Check(cudaMemset(device.control_block(), 0, sizeof(gpu::ControlBlock)), what);
       Check(cudaDeviceSynchronize(), what);
     }
   }
-  staged_only_ = staged_only;
-  if (!changed) return;
+  std::map<int64_t, int> slots = NumberSlots(devices, remote_);
   for (const Device& device : devices) {
-    kept_.insert(kept_.end(), {device.control, device.staging, device.error});
+    kept_.insert({device.control, device.staging, device.error});
   }
+  if (changed) retired_.clear();
+  std::lock_guard<std::mutex> lock(mutex_);
+  staged_only_ = staged_only;
   process_ = process;
   num_processes_ = num_processes;
   devices_ = std::move(devices);
-  retired_.clear();
-  AssignSlots();
+  slot_ = std::move(slots);
+  for (const Device& device : devices_) WriteTimeouts(timeouts_, device.error.get());
 }
 
-void SymmetricMemory::AssignSlots() {
-  slot_.clear();
-  for (const Device& device : devices_) slot_[device.member] = 0;
-  for (const auto& [member, remote] : remote_) slot_[member] = 0;
+std::map<int64_t, int> SymmetricMemory::NumberSlots(const std::vector<Device>& devices,
+                                                    const std::map<int64_t, RemoteDevice>& remote) {
+  std::map<int64_t, int> slots;
+  for (const Device& device : devices) slots[device.member] = 0;
+  for (const auto& [member, peer] : remote) slots[member] = 0;
   int next = 0;
-  for (auto& [member, slot] : slot_) slot = next++;  // ascending: the same numbers everywhere
+  for (auto& [member, slot] : slots) slot = next++;  // ascending: the same numbers everywhere
   if (next > gpu::kMaxPeers) Throw("more devices than an NVLink domain has");
+  return slots;
 }
 
 bool SymmetricMemory::Synchronize(std::chrono::nanoseconds timeout) {
@@ -187,9 +192,19 @@ bool SymmetricMemory::Synchronize(std::chrono::nanoseconds timeout) {
 }
 
 void SymmetricMemory::Release(bool devices_have_ended) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (devices_.empty()) return;
-  for (Device& device : devices_) {
+  std::lock_guard<std::mutex> set_up_lock(set_up_mutex_);
+  std::vector<Device> devices;
+  std::map<int64_t, RemoteDevice> remote;
+  std::vector<Descriptor> descriptors;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    devices.swap(devices_);
+    remote.swap(remote_);
+    descriptors.swap(descriptors_);
+    slot_.clear();
+    pool_problem_.clear();
+  }
+  for (Device& device : devices) {
     CUcontext saved = nullptr;
     Driver::Get().cuCtxGetCurrent(&saved);
     // On a device that has failed it fails, and there is nothing left to tell.
@@ -201,20 +216,14 @@ void SymmetricMemory::Release(bool devices_have_ended) {
     Driver::Get().cuCtxSetCurrent(saved);
     // A job of several processes numbers its devices anew, and maps its peers at other addresses.
     device.reusable = devices_have_ended && num_processes_ == 1;
-    device.shared.clear();
+    device.shared = nullptr;
     device.pool_begin = device.pool_end = 0;
     retired_[device.member] = std::move(device);
   }
-  if (!devices_have_ended) {
-    for (const auto& [member, remote] : remote_) {
-      kept_.insert(kept_.end(), {remote.control, remote.pool, remote.staging});
-    }
+  if (devices_have_ended) return;
+  for (const auto& [member, peer] : remote) {
+    kept_.insert({peer.control, peer.pool, peer.staging});
   }
-  remote_.clear();
-  descriptors_.clear();
-  devices_.clear();
-  slot_.clear();
-  pool_problem_.clear();
 }
 
 void SymmetricMemory::SetTimeouts(const Timeouts& timeouts) {
@@ -224,14 +233,18 @@ void SymmetricMemory::SetTimeouts(const Timeouts& timeouts) {
 }
 
 std::optional<std::string> SymmetricMemory::FillGroup(const int64_t* members, int num_ranks,
-                                                      int ordinal, gpu::GroupView* view) {
+                                                      int ordinal, gpu::GroupView* view,
+                                                      StagingRegion* staging) {
   std::lock_guard<std::mutex> lock(mutex_);
   const Device* own = FindLocal(ordinal);
   if (own == nullptr) return "CUDA device " + std::to_string(ordinal) + " was not set up";
   view->control = own->control_block();
   view->error = own->error_on_device;
-  view->staging = own->staging == nullptr ? 0 : own->staging->begin();
-  view->staging_bytes = own->staging_bytes;
+  *staging = {own->staging == nullptr ? 0 : own->staging->begin(), own->staging_bytes};
+  // Other processes are shown offsets in the region. In this process an address is valid on every
+  // device, and stays so when the region grows and a rank of the call has seen the old one.
+  view->staging = remote_.empty() ? 0 : staging->begin;
+  view->staging_bytes = remote_.empty() ? 0 : staging->bytes;
   view->num_ranks = num_ranks;
   view->rank = -1;
   for (int r = 0; r < num_ranks; ++r) {

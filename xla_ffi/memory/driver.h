@@ -27,6 +27,7 @@ struct Driver {
   JAX_EP_DRIVER(cuCtxGetCurrent);
   JAX_EP_DRIVER(cuCtxSetCurrent);
   JAX_EP_DRIVER(cuPointerGetAttribute);
+  JAX_EP_DRIVER(cuMemPoolGetAccess);
   JAX_EP_DRIVER(cuMemPoolSetAccess);
   JAX_EP_DRIVER(cuMemGetAllocationGranularity);
   JAX_EP_DRIVER(cuMemCreate);

@@ -13,6 +13,7 @@
 namespace jax_ep {
 
 std::string SymmetricMemory::Export(const std::vector<uint64_t>& pool_pointers) {
+  std::lock_guard<std::mutex> set_up_lock(set_up_mutex_);
   std::lock_guard<std::mutex> lock(mutex_);
   const Driver& driver = Driver::Get();
   if (!staged_only_ && pool_pointers.size() != devices_.size()) {
@@ -65,7 +66,7 @@ std::string SymmetricMemory::Export(const std::vector<uint64_t>& pool_pointers) 
 }
 
 void SymmetricMemory::Import(const std::vector<std::string>& exports) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<std::mutex> set_up_lock(set_up_mutex_);
   const std::vector<int> ordinals = Ordinals();
   std::map<int64_t, RemoteDevice> all;
   for (size_t process = 0; process < exports.size(); ++process) {
@@ -95,8 +96,10 @@ void SymmetricMemory::Import(const std::vector<std::string>& exports) {
       all[member] = std::move(remote);
     }
   }
+  std::map<int64_t, int> slots = NumberSlots(devices_, all);
+  std::lock_guard<std::mutex> lock(mutex_);
   remote_ = std::move(all);
-  AssignSlots();
+  slot_ = std::move(slots);
 }
 
 void SymmetricMemory::CloseDescriptors() {

@@ -21,14 +21,21 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "cuda/launch.h"
 #include "xla_ffi/memory/mapping.h"
+#include "xla_ffi/memory/sharing.h"
 #include "xla_ffi/timeouts.h"
 
 namespace jax_ep {
+
+struct StagingRegion {
+  uint64_t begin = 0;
+  size_t bytes = 0;
+};
 
 class SymmetricMemory {
  public:
@@ -38,8 +45,7 @@ class SymmetricMemory {
   // Allocates control memory on these CUDA devices, enables access between them and loads all
   // kernels. `process` is this process's number of `num_processes`, `ids` are JAX's numbers of the
   // devices. If they are set up already only the staging regions grow to `staging_bytes`, where
-  // they are smaller.
-  // With `staged_only` all buffers that peers touch are staged. Throws std::runtime_error naming
+  // they are smaller; calls may be on their way to the devices. With `staged_only` all buffers that peers touch are staged. Throws std::runtime_error naming
   // the device and the call that failed; nothing has changed then.
   void Setup(int64_t process, int64_t num_processes, const std::vector<int>& ids,
              const std::vector<int>& ordinals, size_t staging_bytes, bool staged_only);
@@ -68,13 +74,13 @@ class SymmetricMemory {
   void SetTimeouts(const Timeouts& timeouts);
 
   // Fills what a kernel on `ordinal` needs to know of the members (process << 32 | id), by
-  // rank. An error text if a member cannot be reached.
+  // rank, and where that device's staging region is. An error text if a member cannot be reached.
   std::optional<std::string> FillGroup(const int64_t* members, int num_ranks, int ordinal,
-                                       gpu::GroupView* view);
+                                       gpu::GroupView* view, StagingRegion* staging);
 
   // Makes a buffer of device `ordinal` reachable for the devices of this process, and of the others
   // if there are any in the group; why they cannot reach it otherwise. Cheap after the first call
-  // for an allocation.
+  // for an allocation (see SharedAllocations).
   std::optional<std::string> Share(int ordinal, const void* pointer, size_t bytes,
                                    bool with_other_processes);
 
@@ -98,7 +104,7 @@ class SymmetricMemory {
     gpu::ErrorRecord* error_on_device = nullptr;
     bool reusable = false;                  // after Release: the control memory may start again
     uint64_t pool_begin = 0, pool_end = 0;  // the part of XLA's memory that they map
-    std::map<uint64_t, uint64_t> shared;    // allocations that local devices reach: begin -> end
+    std::shared_ptr<SharedAllocations> shared;
 
     gpu::ControlBlock* control_block() const {
       return reinterpret_cast<gpu::ControlBlock*>(control->begin());
@@ -111,10 +117,16 @@ class SymmetricMemory {
 
   Device* FindLocal(int ordinal);
   Device MakeDevice(int ordinal, int64_t member, const std::vector<int>& ordinals);
-  void AssignSlots();
+  static std::map<int64_t, int> NumberSlots(const std::vector<Device>& devices,
+                                            const std::map<int64_t, RemoteDevice>& remote);
   std::vector<int> Ordinals() const;
-  std::optional<std::string> ShareLocally(Device* device, uint64_t address);
 
+  // Setup, Export, Import and Release come one after the other, and may take long. What calls need
+  // is guarded by `mutex_`, which is never held while a device is waited for: the device may wait
+  // for a call of another one. Taken in this order.
+  std::mutex set_up_mutex_;
+  std::map<int64_t, Device> retired_;     // what Release has taken away last, by member
+  std::set<std::shared_ptr<void>> kept_;  // see Lifetimes
   std::mutex mutex_;
   int64_t process_ = 0;
   int64_t num_processes_ = 1;
@@ -122,11 +134,9 @@ class SymmetricMemory {
   std::string pool_problem_;  // why other processes cannot map XLA's memory; empty if they do
   Timeouts timeouts_;
   std::vector<Device> devices_;
-  std::map<int64_t, RemoteDevice> remote_;   // by member
-  std::map<int64_t, int> slot_;              // of every device, by member
-  std::vector<Descriptor> descriptors_;      // of what is exported
-  std::map<int64_t, Device> retired_;        // what Release has taken away last, by member
-  std::vector<std::shared_ptr<void>> kept_;  // see Lifetimes
+  std::map<int64_t, RemoteDevice> remote_;  // by member
+  std::map<int64_t, int> slot_;             // of every device, by member
+  std::vector<Descriptor> descriptors_;     // of what is exported
 };
 
 }  // namespace jax_ep
