@@ -127,8 +127,11 @@ def race_control(ctx: Context) -> Result:
     if job.cut is not None:
         raise SkippedError(job.cut)
     _, failures = read_report(folder / "report_0.json", "race-control", None)
-    found_stale = [re.search(r"stale or early rows, by rank: .*", text) for text in failures]
-    stale = [match.group() for match in found_stale if match]
+    # The error itself; the report shows the line of code before it.
+    found_stale = [
+        re.search(r"Error: (stale or early rows, by rank: .*)", text) for text in failures
+    ]
+    stale = [match.group(1) for match in found_stale if match]
     if len(stale) < 2:
         job.problems.append("the race test saw nothing where it should, with K = 1 or with K = 2")
     if not any("rows stored on" in text for text in stale):
