@@ -74,6 +74,7 @@ struct Data {
   int num_ranks;
   int64_t num_tokens, top_k, num_experts, num_local, alignment, capacity, num_channels, row_bytes;
   RowType type;
+  Routing routing;
   bool weighted, zero_tail;
   std::vector<std::vector<int32_t>> ids;      // [R][T * K]
   std::vector<std::vector<uint8_t>> x, g, y;  // [R][T * row] twice, [R][C * row]
@@ -87,6 +88,14 @@ struct Data {
   std::vector<std::vector<float>> weights, collected;
   std::vector<std::vector<double>> d_weights, d_weights_bound;  // the exact sum, and how far off
 };
+
+// Rows of a rank's result that are specified: without zero_tail those of its experts.
+inline int64_t NumSpecified(const Data& d, int rank) {
+  if (d.zero_tail) return d.capacity;
+  int64_t rows = 0;
+  for (const int32_t size : d.group_sizes[rank]) rows += size;
+  return rows;
+}
 
 inline void MakeIds(const Case& c, std::mt19937_64& rng, Data& d) {
   const auto draw = [&](int64_t n) { return static_cast<int64_t>(rng() % n); };
@@ -301,6 +310,7 @@ inline Data MakeData(const Case& c, int num_ranks, uint64_t seed) {
   d.num_channels = c.num_channels;
   d.type = c.type;
   d.row_bytes = c.num_channels * TypeBytes(c.type);
+  d.routing = c.routing;
   d.weighted = c.weighted;
   d.zero_tail = c.zero_tail;
   MakeIds(c, rng, d);

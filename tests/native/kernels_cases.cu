@@ -1,0 +1,145 @@
+// Rows as they are, in every kind of case: layout, dispatch, combine and combine's gradient.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+
+#include "tests/native/check_cuda.h"
+#include "tests/native/kernels_compare.h"
+#include "tests/native/kernels_test.h"
+
+namespace jax_ep::gpu::test {
+namespace {
+
+// The gradient of combine takes shorter rows than the others.
+bool HasGradient(const Data& d) { return d.row_bytes <= kMaxWeightedRowBytes; }
+
+}  // namespace
+
+void RequireNoError(const Group& group, int num_ranks) {
+  for (int r = 0; r < num_ranks; ++r) {
+    const ErrorRecord& e = group.error(r);
+    if (e.valid == 0) continue;
+    std::printf("rank %d: kind %u waited for rank %d, phase %u, expected %llu, seen %llu\n", r,
+                e.kind, e.peer, e.phase, static_cast<unsigned long long>(e.expected_epoch),
+                static_cast<unsigned long long>(e.seen_epoch));
+    std::exit(1);
+  }
+}
+
+void PrintCase(const Data& d, const char* what, int num_sms) {
+  std::printf(
+      "  %s: R %d, T %lld, K %lld, E %lld, A %lld, C %lld, H %lld %s, routing %d, %s, %s, %d SMs\n",
+      what, d.num_ranks, static_cast<long long>(d.num_tokens), static_cast<long long>(d.top_k),
+      static_cast<long long>(d.num_experts), static_cast<long long>(d.alignment),
+      static_cast<long long>(d.capacity), static_cast<long long>(d.num_channels), TypeName(d.type),
+      static_cast<int>(d.routing), d.weighted ? "weighted" : "plain",
+      d.zero_tail ? "zero tail" : "any tail", num_sms);
+}
+
+// Queued on all ranks without waiting in between; twice, so that the second time meets what the
+// first one left in the control blocks.
+void RunCase(const Group& group, const Data& d, int num_sms, uint64_t seed) {
+  const int num_wrong_before = g_tally.num_wrong, num_ranks = d.num_ranks;
+  std::vector<std::unique_ptr<Buffers>> buffers;
+  for (int r = 0; r < num_ranks; ++r) buffers.push_back(std::make_unique<Buffers>(d, r));
+  CHECK_CUDA(cudaDeviceSynchronize());
+  for (int round = 0; round < 2; ++round) {
+    for (int r = 0; r < num_ranks; ++r) {
+      buffers[r]->Poison(group.stream(r));  // stale rows of the first round would look right
+      const GroupView view = group.View(r, num_ranks, seed * 8 + 1, 60 * kSecond);
+      CHECK_CUDA(jax_ep::gpu::LaunchLayout(view, buffers[r]->Layout(d), num_sms, group.stream(r)));
+      buffers[r]->Rewrite(d, r, group.stream(r));  // nobody may read the ids any more
+    }
+    for (int r = 0; r < num_ranks; ++r) {
+      const GroupView view = group.View(r, num_ranks, seed * 8 + 2, 10 * kSecond);
+      const bool lands = (r + seed) % 2 == 0;  // every case mixes them
+      CHECK_CUDA(jax_ep::gpu::LaunchDispatch(view, buffers[r]->Dispatch(d, lands), num_sms,
+                                             group.stream(r)));
+    }
+    for (int r = 0; r < num_ranks; ++r) {
+      const GroupView view = group.View(r, num_ranks, seed * 8 + 3, 60 * kSecond);
+      CHECK_CUDA(
+          jax_ep::gpu::LaunchCombine(view, buffers[r]->Combine(d), num_sms, group.stream(r)));
+    }
+    for (int r = 0; r < num_ranks && HasGradient(d); ++r) {
+      const GroupView view = group.View(r, num_ranks, seed * 8 + 4, 10 * kSecond);
+      const bool lands = (r + seed) % 2 != 0;
+      CHECK_CUDA(jax_ep::gpu::LaunchDispatch(view, buffers[r]->Gradient(d, lands), num_sms,
+                                             group.stream(r)));
+    }
+  }
+  CHECK_CUDA(cudaDeviceSynchronize());
+  RequireNoError(group, num_ranks);
+  for (int r = 0; r < num_ranks; ++r) {
+    Buffers& b = *buffers[r];
+    Compare("send_row", r, b.send_row.Read(), d.send_row[r]);
+    Compare("recv_src", r, b.recv_src.Read(), d.recv_src[r]);
+    Compare("recv_order", r, b.recv_order.Read(), d.recv_order[r]);
+    Compare("recv_offsets", r, b.recv_offsets.Read(), d.recv_offsets[r]);
+    Compare("group_sizes", r, b.group_sizes.Read(), d.group_sizes[r]);
+    Compare("expert_counts", r, b.expert_counts.Read(), d.expert_counts[r]);
+    Compare("expert_load", r, b.expert_load.Read(), d.expert_load);
+    Compare("counters", r, b.counters.Read(), d.counters[r]);
+    const int64_t num_specified = NumSpecified(d, r);
+    Compare("tokens", r, b.tokens.Read(), d.tokens[r], num_specified * d.row_bytes);
+    CompareNumbers("out", r, d.type, b.out.Read(), d.out[r]);
+    if (HasGradient(d)) {
+      Compare("d_y", r, b.d_y.Read(), d.d_y[r], num_specified * d.row_bytes);
+      CompareWithin("d_weights", r, b.d_weights.Read(), d.d_weights[r], d.d_weights_bound[r]);
+    }
+    if (d.weighted) {
+      Compare("weights", r, b.weights.Read(), d.weights[r], num_specified);
+      Compare("collected", r, b.collected.Read(), d.collected[r]);
+    }
+    // Operands are not written.
+    Compare("x", r, b.x.Read(), d.x[r]);
+    Compare("g", r, b.g.Read(), d.g[r]);
+    Compare("ids", r, b.ids.Read(), d.ids[r]);
+  }
+  if (g_tally.num_wrong != num_wrong_before) PrintCase(d, "in", num_sms);
+}
+
+std::vector<Case> Cases(bool small) {
+  using R = Routing;
+  constexpr auto kF32 = RowType::kF32, kF16 = RowType::kF16, kBF16 = RowType::kBF16;
+  std::vector<Case> cases = {
+      // T, K, L, A, H, type, routing, capacity, weighted, zero_tail
+      {1, 1, 1, 1, 8, kBF16, R::kUniform, 100, true, true},
+      {5, 2, 2, 1, 8, kF16, R::kUniform, 300, true, true},
+      {33, 3, 5, 16, 24, kF32, R::kHoles, 80, true, true},
+      {17, 4, 4, 4, 520, kBF16, R::kSilentRank, 120, false, false},
+      {40, 2, 2, 1, 264, kF16, R::kOneExpert, 60, true, false},
+      {8, 2, 2, 8, 16, kF32, R::kNowhere, 100, true, true},
+      // Channels that have scales: fp8 as well.
+      {33, 3, 5, 16, 128, kF32, R::kHoles, 80, true, true},
+      {17, 4, 4, 4, 640, kBF16, R::kSilentRank, 120, false, false},
+      {40, 2, 2, 1, 1152, kF16, R::kOneExpert, 60, true, true},
+      // Enough units that the blocks of a grid of five share some.
+      {330, 2, 2, 1, 64, kBF16, R::kSilentRank, 100, true, true},
+      {350, 2, 2, 1, 64, kF16, R::kNowhere, 100, true, false},
+      {340, 24, 24, 1, 24, kBF16, R::kHoles, 70, true, true},
+  };
+  if (!small) {
+    const std::vector<Case> more = {
+        {65, 8, 16, 8, 7168, kBF16, R::kUniform, 100, true, true},
+        {200, 4, 8, 1, 1000, kF32, R::kHoles, 70, true, true},
+        {64, 32, 48, 1, 264, kF16, R::kUniform, 110, true, true},
+        {33, 2, 128, 16, 20000, kBF16, R::kUniform, 100, false, true},
+        {700, 8, 32, 1, 64, kBF16, R::kHoles, 100, true, false},
+        // A sum of more rows than combine has stages for.
+        {65, 32, 2, 1, 7168, kBF16, R::kOneExpert, 100, true, true},
+        // As many channels as fp8 takes.
+        {9, 2, 2, 4, 32768, kBF16, R::kUniform, 100, true, true},
+        {300, 8, 8, 8, 2048, kF32, R::kHoles, 90, true, false},
+        {1000, 1, 1, 128, 4, kF32, R::kOneExpert, 50, true, true},
+        // With one block, more ids than a layout's block keeps.
+        {20000, 2, 4, 1, 8, kBF16, R::kUniform, 100, false, true},
+    };
+    cases.insert(cases.end(), more.begin(), more.end());
+  }
+  return cases;
+}
+
+}  // namespace jax_ep::gpu::test

@@ -1,0 +1,255 @@
+// The ranks of a group as streams of this process on one GPU, and what each has for a case.
+#ifndef JAX_EP_TESTS_NATIVE_KERNELS_RANKS_H_
+#define JAX_EP_TESTS_NATIVE_KERNELS_RANKS_H_
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "tests/native/check_cuda.h"
+#include "tests/native/kernels_oracle.h"
+
+namespace jax_ep::gpu::test {
+
+inline constexpr int kMaxRanks = 8;
+inline constexpr uint64_t kSecond = 1000000000;  // ns
+
+// Device memory of one allocation, so that a tool sees every access beyond its end.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(size_t size) : size_(size) {
+    CHECK_CUDA(cudaMalloc(&data_, std::max<size_t>(1, size) * sizeof(T)));
+    Fill(0xff);
+  }
+  explicit Buffer(const std::vector<T>& values) : Buffer(values.size()) {
+    CHECK_CUDA(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  ~Buffer() { cudaFree(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  void Fill(int byte) { CHECK_CUDA(cudaMemset(data_, byte, size_ * sizeof(T))); }
+  void Fill(int byte, cudaStream_t stream) {
+    CHECK_CUDA(cudaMemsetAsync(data_, byte, size_ * sizeof(T), stream));
+  }
+  T* get() { return data_; }
+  std::vector<T> Read() const {
+    std::vector<T> values(size_);
+    CHECK_CUDA(cudaMemcpy(values.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
+    return values;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t size_;
+};
+
+// All ranks of one GPU: streams, control blocks, error records.
+class Group {
+ public:
+  Group() {
+    for (int r = 0; r < kMaxRanks; ++r) {
+      CHECK_CUDA(cudaStreamCreateWithFlags(&stream_[r], cudaStreamNonBlocking));
+      CHECK_CUDA(cudaMalloc(&control_[r], sizeof(ControlBlock)));
+      CHECK_CUDA(cudaMemset(control_[r], 0, sizeof(ControlBlock)));
+      CHECK_CUDA(cudaHostAlloc(&error_[r], sizeof(ErrorRecord), cudaHostAllocMapped));
+      std::memset(error_[r], 0, sizeof(ErrorRecord));
+    }
+    CHECK_CUDA(cudaDeviceSynchronize());
+  }
+  ~Group() {
+    for (int r = 0; r < kMaxRanks; ++r) {
+      cudaStreamDestroy(stream_[r]);
+      cudaFree(control_[r]);
+      cudaFreeHost(error_[r]);
+    }
+  }
+  Group(const Group&) = delete;
+  Group& operator=(const Group&) = delete;
+
+  // Ranks are numbered as they lie here; the slot of each is its rank.
+  GroupView View(int rank, int num_ranks, uint64_t operation, uint64_t timeout_ns) const {
+    GroupView view{};
+    view.control = control_[rank];
+    CHECK_CUDA(cudaHostGetDevicePointer(&view.error, error_[rank], 0));
+    view.operation = operation;
+    error_[rank]->arrival_timeout_ns = error_[rank]->progress_timeout_ns = timeout_ns;
+    view.rank = rank;
+    view.num_ranks = num_ranks;
+    for (int q = 0; q < num_ranks; ++q) {
+      view.peer[q].control = control_[q];
+      view.peer[q].shift = 0;
+      view.peer[q].slot_here = q;
+      view.peer[q].slot_there = rank;
+    }
+    return view;
+  }
+  cudaStream_t stream(int rank) const { return stream_[rank]; }
+  const ErrorRecord& error(int rank) const { return *error_[rank]; }
+
+ private:
+  cudaStream_t stream_[kMaxRanks];
+  ControlBlock* control_[kMaxRanks];
+  ErrorRecord* error_[kMaxRanks];
+};
+
+// One rank's buffers for one case, all poisoned but the operands.
+struct Buffers {
+  explicit Buffers(const Data& d, int r)
+      : ids(d.ids[r]),
+        same_ids(d.ids[r]),
+        send_row(d.num_tokens * d.top_k),
+        recv_src(d.capacity),
+        recv_order(d.capacity),
+        recv_offsets(d.num_ranks * d.num_tokens + 1),
+        group_sizes(d.num_local),
+        expert_counts(d.num_local),
+        expert_load(d.num_experts),
+        counters(3),
+        x(d.x[r]),
+        g(d.g[r]),
+        tokens(d.capacity * d.row_bytes),
+        d_y(d.capacity * d.row_bytes),
+        landing(d.num_ranks * d.num_tokens * d.row_bytes),
+        y(d.y[r]),
+        partial(d.num_ranks * d.num_tokens * d.row_bytes),
+        out(d.num_tokens * d.row_bytes),
+        topk_weights(d.topk_weights[r]),
+        weights(d.capacity),
+        row_weights(d.row_weights[r]),
+        values(d.values[r]),
+        collected(d.num_tokens * d.top_k),
+        d_weights(d.capacity) {}
+
+  // To zeros, so that a kernel's own NaN is seen.
+  void ClearResults() {
+    for (Buffer<uint8_t>* rows : {&tokens, &d_y, &out}) rows->Fill(0);
+    for (Buffer<float>* values : {&weights, &collected, &d_weights}) values->Fill(0);
+  }
+
+  LayoutArguments Layout(const Data& d) {
+    LayoutArguments a{};
+    a.topk_idx = ids.get();
+    a.num_tokens = d.num_tokens;
+    a.top_k = d.top_k;
+    a.num_experts = d.num_experts;
+    a.capacity = d.capacity;
+    a.expert_alignment = d.alignment;
+    a.send_row = send_row.get();
+    a.recv_src = recv_src.get();
+    a.recv_order = recv_order.get();
+    a.recv_offsets = recv_offsets.get();
+    a.group_sizes = group_sizes.get();
+    a.expert_counts = expert_counts.get();
+    a.expert_load = expert_load.get();
+    a.counters = counters.get();
+    return a;
+  }
+  // With a landing area, as where peers cannot reach `tokens`; otherwise without.
+  DispatchArguments Dispatch(const Data& d, bool lands = false) {
+    DispatchArguments a{};
+    a.x = x.get();
+    a.topk_weights = d.weighted ? topk_weights.get() : nullptr;
+    a.topk_idx = ids.get();
+    a.send_row = send_row.get();
+    a.landing = lands ? landing.get() : nullptr;
+    a.mode = DispatchMode::kCopy;
+    a.recv_src = recv_src.get();
+    a.recv_order = recv_order.get();
+    a.recv_offsets = recv_offsets.get();
+    a.group_sizes = group_sizes.get();
+    a.tokens = tokens.get();
+    a.weights = d.weighted ? weights.get() : nullptr;
+    a.num_tokens = d.num_tokens;
+    a.top_k = d.top_k;
+    a.capacity = d.capacity;
+    a.num_local_experts = d.num_local;
+    a.num_channels = d.num_channels;
+    a.row_bytes = d.row_bytes;
+    a.zero_tail = d.zero_tail;
+    return a;
+  }
+  // The gradient of combine: dispatch's weighted form.
+  DispatchArguments Gradient(const Data& d, bool lands = false) {
+    DispatchArguments a = Dispatch(d, lands);
+    a.mode = DispatchMode::kWeighted;
+    a.type = d.type;
+    a.x = g.get();
+    a.tokens = d_y.get();
+    a.topk_weights = nullptr;
+    a.weights = nullptr;
+    a.y = y.get();
+    a.row_weights = row_weights.get();
+    a.dots = d_weights.get();
+    return a;
+  }
+  CombineArguments Combine(const Data& d) {
+    CombineArguments a{};
+    a.y = y.get();
+    a.weights = d.weighted ? row_weights.get() : nullptr;
+    a.values = d.weighted ? values.get() : nullptr;
+    a.topk_idx = ids.get();
+    a.send_row = send_row.get();
+    a.recv_src = recv_src.get();
+    a.recv_order = recv_order.get();
+    a.recv_offsets = recv_offsets.get();
+    a.partial = partial.get();
+    a.out = out.get();
+    a.collected = d.weighted ? collected.get() : nullptr;
+    a.num_tokens = d.num_tokens;
+    a.top_k = d.top_k;
+    a.num_local_experts = d.num_local;
+    a.num_channels = d.num_channels;
+    a.type = d.type;
+    return a;
+  }
+
+  // A layout's tables, so that the other calls have something to do without one.
+  void WriteTables(const Data& d, int r) {
+    const auto write = [](Buffer<int32_t>& to, const std::vector<int32_t>& from) {
+      CHECK_CUDA(cudaMemcpy(to.get(), from.data(), from.size() * 4, cudaMemcpyHostToDevice));
+    };
+    write(send_row, d.send_row[r]);
+    write(recv_src, d.recv_src[r]);
+    write(recv_order, d.recv_order[r]);
+    write(recv_offsets, d.recv_offsets[r]);
+    write(group_sizes, d.group_sizes[r]);
+  }
+
+  // Writes the ids again, after something else.
+  void Rewrite(const Data& d, int r, cudaStream_t stream) {
+    ids.Fill(0xee, stream);
+    CHECK_CUDA(cudaMemcpyAsync(ids.get(), same_ids.get(), d.ids[r].size() * sizeof(int32_t),
+                               cudaMemcpyDeviceToDevice, stream));
+  }
+
+  // Everything that a round writes, in the order of the stream.
+  void Poison(cudaStream_t stream) {
+    for (Buffer<int32_t>* table : {&send_row, &recv_src, &recv_order, &recv_offsets, &group_sizes,
+                                   &expert_counts, &expert_load, &counters}) {
+      table->Fill(0xee, stream);
+    }
+    tokens.Fill(0xff, stream);
+    landing.Fill(0xff, stream);
+    partial.Fill(0xff, stream);
+    out.Fill(0xff, stream);
+    weights.Fill(0xff, stream);
+    collected.Fill(0xff, stream);
+    d_y.Fill(0xff, stream);
+    d_weights.Fill(0xff, stream);
+  }
+
+  Buffer<int32_t> ids, same_ids, send_row, recv_src, recv_order, recv_offsets, group_sizes,
+      expert_counts, expert_load, counters;
+  Buffer<uint8_t> x, g, tokens, d_y, landing, y, partial, out;
+  Buffer<float> topk_weights, weights, row_weights, values, collected, d_weights;
+};
+
+}  // namespace jax_ep::gpu::test
+
+#endif  // JAX_EP_TESTS_NATIVE_KERNELS_RANKS_H_

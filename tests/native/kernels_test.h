@@ -1,0 +1,34 @@
+// The parts of kernels_test.
+#ifndef JAX_EP_TESTS_NATIVE_KERNELS_TEST_H_
+#define JAX_EP_TESTS_NATIVE_KERNELS_TEST_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "tests/native/kernels_oracle.h"
+#include "tests/native/kernels_ranks.h"
+
+namespace jax_ep::gpu::test {
+
+// Cases of every kind; fewer and smaller ones for slow tools.
+std::vector<Case> Cases(bool small);
+
+// Layout, dispatch, combine and combine's gradient of one case, against the oracle.
+void RunCase(const Group& group, const Data& d, int num_sms, uint64_t seed);
+
+// Dispatch in both forms of fp8, with both kinds of scales, of one case that can have them.
+bool HasFp8(const Data& d);
+void RunFp8(const Group& group, const Data& d, int num_sms, uint64_t seed);
+
+// Ends the program if one of a group's ranks has recorded an error: nothing after it means anything.
+void RequireNoError(const Group& group, int num_ranks);
+// Prints the case that something was wrong in.
+void PrintCase(const Data& d, const char* what, int num_sms);
+
+// A rank that never comes, and one that comes and then does nothing more.
+void TestStall(int num_sms);
+void TestBreakOnTheWay(int num_tokens, uint64_t num_units);
+
+}  // namespace jax_ep::gpu::test
+
+#endif  // JAX_EP_TESTS_NATIVE_KERNELS_TEST_H_
