@@ -281,7 +281,7 @@ def run_suite(
     *,
     keyword: str = "",
     flags: str = "",
-    shared: bool = False,
+    **more: str,
 ) -> Result:
     """Runs test files of tests/, on all ranks, and reads the counts that process 0 left."""
     backend = "processes" if shape.num_processes > 1 else ctx.platform
@@ -300,8 +300,8 @@ def run_suite(
         arguments,
         limit + 4 * max(0.0, ctx.seconds - STRESS_SECONDS),  # four tests go on for so long
         flags=f"--xla_gpu_autotune_level=0 --xla_gpu_shard_autotuning=false {flags}",
-        shared=shared,
         **environment,
+        **more,
     )
     if not result.lines and not result.problems:
         result.problems.append(f"{tier}: no tests ran")

@@ -1,6 +1,7 @@
 """Runs pytest in every process of a job, in step: the suite on one rank a process."""
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -76,7 +77,7 @@ class Report:
 def run_pytest(*arguments: str) -> int:
     """Runs pytest here; with several processes, on the backend that spans them."""
     if NUM_PROCESSES > 1:
-        connect(timeout=60)
+        connect(timeout=60, staging_bytes=int(os.environ.get("JAX_EP_TEST_STAGING_BYTES", "0")))
         print(f"process {PROCESS} of {NUM_PROCESSES} has joined")
     hypothesis.settings.register_profile(
         "in_step",

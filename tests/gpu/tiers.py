@@ -61,6 +61,11 @@ def one_process(ctx: Context) -> Result:
     )
 
 
+def one_process_errors(ctx: Context) -> Result:
+    """All GPUs in one process: what the handlers refuse, and a rank that never comes."""
+    return run_suite(ctx, "one-process-errors", Shape(1), ["test_runtime_errors.py"], limit=90)
+
+
 def process_per_gpu(ctx: Context) -> Result:
     """One process for each GPU: the core of the suite, stress, race, XLA's collectives."""
     if ctx.num_gpus < 2:
@@ -77,12 +82,12 @@ def process_per_gpu(ctx: Context) -> Result:
 
 
 def several_on_a_gpu(num_ranks: int) -> Callable[[Context], Result]:
-    """A tier of so many processes that they share GPUs, under MPS."""
+    """A tier of so many processes; they share GPUs, under MPS, where there are fewer."""
 
     def tier(ctx: Context) -> Result:
-        ranks_per_gpu = -(-num_ranks // max(1, ctx.num_gpus))
-        if ranks_per_gpu == 1:
+        if num_ranks == ctx.num_gpus:
             raise SkippedError(f"{ctx.num_gpus} GPUs: {num_ranks} ranks are process-per-gpu")
+        ranks_per_gpu = -(-num_ranks // max(1, ctx.num_gpus))
         # At EP8 in groups of 1 to 8; for the others, what is most about the group.
         keyword = CORE if num_ranks == 8 else f"any_routing or every_rank or {PROTOCOL}"
         return run_suite(
@@ -96,6 +101,28 @@ def several_on_a_gpu(num_ranks: int) -> Callable[[Context], Result]:
 
     tier.__doc__ = f"EP{num_ranks}: as many processes, several on a GPU under MPS."
     return tier
+
+
+def platform_allocator(ctx: Context) -> Result:
+    """XLA without a pool, an allocation a buffer: addresses come back as other allocations."""
+    ctx.skip_without_gpu()
+    lines, problems = [], []
+    several = Shape(max(2, ctx.num_gpus), 1 if ctx.num_gpus > 1 else 2)
+    for tier, shape in (("platform-one", Shape(1)), ("platform-several", several)):
+        result = run_suite(
+            ctx,
+            tier,
+            shape,
+            SUITE[:3],
+            limit=120,
+            keyword="any_routing or every_rank or stale",
+            XLA_PYTHON_CLIENT_ALLOCATOR="platform",
+            # What was not there at initialize() cannot be mapped by other processes.
+            JAX_EP_TEST_STAGING_BYTES=str(1 << 27),
+        )
+        lines += result.lines
+        problems += result.problems
+    return Result(lines, problems)
 
 
 def race_control(ctx: Context) -> Result:
@@ -358,10 +385,13 @@ class Tier:
 
 TIERS = (
     Tier("one-process", one_process),
+    Tier("one-process-errors", one_process_errors),  # apart: a group that broke stays broken
     Tier("process-per-gpu", process_per_gpu),
     Tier("ep8", several_on_a_gpu(8)),
     Tier("ep4", several_on_a_gpu(4), quick=False),
+    Tier("ep3", several_on_a_gpu(3), quick=False),
     Tier("ep2", several_on_a_gpu(2), quick=False),
+    Tier("platform-allocator", platform_allocator, quick=False),
     Tier("multi-process", multi_process, quick=False),
     Tier("failures", failures),
     Tier("command-buffers", command_buffers, quick=False),

@@ -145,6 +145,14 @@ def test_one_process(job: Job) -> None:
     _check_right(finished, times=2)
 
 
+@pytest.mark.skipif(NUM_GPUS < 2, reason="a single process needs two GPUs for two ranks")
+def test_staging_grows_while_calls_run(job: Job) -> None:
+    finished = job("cuda_paths", "grown_in_flight", num_processes=1, environment=_STAGED)
+    assert finished[0].lines("ERROR") == []
+    assert finished[0].lines("WRONG") == ["0"]
+    _check_right(finished, times=2)
+
+
 # A process that does not come ---------------------------------------------------------------------
 
 

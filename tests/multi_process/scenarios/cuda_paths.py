@@ -1,7 +1,10 @@
 """The paths that rows take between GPUs, and what each demands of XLA's memory."""
 
+import threading
+
 from cuda_layer import Layer, connect
-from job import join
+from job import CALL_ERRORS, join
+from layers import local_parts
 
 import jax_ep
 
@@ -55,4 +58,35 @@ def alone() -> None:
     jax_ep.finalize()
     layer.print_error("AFTER")
     jax_ep.initialize()  # keeps the region
+    layer.check()
+
+
+def grown_in_flight() -> None:
+    """One process with all GPUs, everything staged: its region grows while a thread calls."""
+    connect(staging_bytes=1 << 20)
+    layer = Layer()
+    layer.check()
+    called, enough, wrong = threading.Semaphore(0), threading.Event(), []
+    right = [part.tobytes() for _, _, part in local_parts(layer.call())]
+
+    def work() -> None:
+        try:
+            while not enough.is_set():
+                results = [layer.program(*layer.data) for _ in range(4)]  # some are on their way
+                for parts in map(local_parts, results):
+                    wrong.append([part.tobytes() for _, _, part in parts] != right)
+                called.release()
+        except CALL_ERRORS as error:
+            print("ERROR", str(error).replace("\n", " "))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    for doubled in range(1, 6):
+        for _ in range(2):
+            assert called.acquire(timeout=60), "the thread does not call any more"
+        jax_ep.initialize(staging_bytes=1 << (20 + doubled))
+    enough.set()
+    thread.join(60)
+    assert not thread.is_alive(), "the thread does not end"
+    print("WRONG", sum(wrong))
     layer.check()
