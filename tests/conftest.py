@@ -61,6 +61,17 @@ def poison() -> Iterator[None]:
         module.set_poison_outputs(False)
 
 
+# Files whose tests take long: they begin first, so that at the end no worker has one alone.
+_SLOW = ("test_native", "test_examples", "test_multi_process", "test_ordering", "test_compilation")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return _SLOW.index(item.path.stem) if item.path.stem in _SLOW else len(_SLOW)
+
+    items.sort(key=place)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for backend in backends.BACKENDS.values():
         reason = backend.unavailable()

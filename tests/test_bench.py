@@ -21,6 +21,8 @@ import jax_ep
 from jax_ep.bench import cli, link, measure, operations, report, traffic
 from jax_ep.bench.traffic import Movement, Point
 
+pytestmark = pytest.mark.once
+
 RANKS, EXPERTS = 4, 8
 POINT = Point(
     tokens=6,

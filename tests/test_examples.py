@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +94,11 @@ def _summary(out: pathlib.Path) -> dict:
     return json.loads((out / "summary.json").read_text())
 
 
+def _of_runs(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks what looks at `runs`, so that CI does those runs once in all."""
+    return pytest.mark.once(pytest.mark.xdist_group("runs of the example")(test))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A process that does whole runs and is interrupted in one, and a process that resumes it."""
@@ -109,6 +115,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return root
 
 
+@_of_runs
 def test_learns_and_leaves_its_results(runs: pathlib.Path) -> None:
     """The loss falls, and summary, sample and plot are there."""
     summary = _summary(runs / "whole")
@@ -123,6 +130,7 @@ def test_learns_and_leaves_its_results(runs: pathlib.Path) -> None:
     assert (runs / "whole/training.png").read_bytes().startswith(b"\x89PNG")
 
 
+@_of_runs
 def test_resumed_run_is_bitwise_the_uninterrupted_one(runs: pathlib.Path) -> None:
     """Losses, evaluation, sample and parameters are equal to the bit."""
     whole, resumed = _summary(runs / "whole"), _summary(runs / "resumed")
@@ -134,6 +142,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(runs: pathlib.Path) -> Non
         np.testing.assert_array_equal(whole[name].view(np.uint32), resumed[name].view(np.uint32))
 
 
+@_of_runs
 def test_loss_curve_equals_the_dense_one_without_drops(runs: pathlib.Path) -> None:
     """jax_ep, rematerialised, trains as the plain reference does; drops would be seen."""
     no_drops, dense = _summary(runs / "no_drops"), _summary(runs / "dense")
@@ -150,6 +159,7 @@ def test_loss_curve_equals_the_dense_one_without_drops(runs: pathlib.Path) -> No
     assert np.max(np.abs(np.divide(whole["losses"], dense["losses"]) - 1)) > 1e-3
 
 
+@_of_runs
 def test_several_processes_train_as_one_does(runs: pathlib.Path) -> None:
     """Also that they read the same sources, which each of them checks at the start."""
     _run_together(runs, "--out=together")
@@ -157,6 +167,12 @@ def test_several_processes_train_as_one_does(runs: pathlib.Path) -> None:
     # XLA adds up over processes in another order; see above for what that may come to.
     np.testing.assert_allclose(together["losses"][0], whole["losses"][0], rtol=1e-6)
     np.testing.assert_allclose(together["losses"], whole["losses"], rtol=1e-4)
+
+
+def test_a_short_run(tmp_path: pathlib.Path) -> None:
+    """Under every version of JAX."""
+    _run(tmp_path, ["--out=short", "--steps=2", "--eval-every=2"])
+    assert np.all(np.isfinite(_summary(tmp_path / "short")["losses"]))
 
 
 def test_processes_can_compare_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:

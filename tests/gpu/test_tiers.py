@@ -12,6 +12,8 @@ import pytest
 from context import Builds, Context
 from tiers import RACECHECKED_KERNEL, native, run_file
 
+pytestmark = pytest.mark.once
+
 _HERE = pathlib.Path(__file__).parent
 _ROOT = _HERE.parents[1]
 

@@ -51,6 +51,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarra
     return _results(tmp_path_factory.mktemp("one") / "out", 1, 8)
 
 
+@pytest.mark.xdist_group("same bits")  # one process runs it once for both
 @pytest.mark.parametrize(("num_processes", "num_devices"), SHAPES)
 def test_same_bits_as_one_process(
     tmp_path: pathlib.Path,

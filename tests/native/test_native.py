@@ -1,10 +1,13 @@
 """Builds parts of both backends with sanitizers, without JAX, and runs the tests in C++ on them."""
 
 import concurrent.futures
+import functools
 import os
 import pathlib
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Sequence
 
 import jax
 import pytest
@@ -13,7 +16,10 @@ _TEST = pathlib.Path(__file__).with_name("rendezvous_test.cc")
 _ROOT = _TEST.parents[2]
 _CPU = _ROOT / "xla_ffi" / "cpu"
 _SOURCES = [_TEST, *sorted(_CPU.glob("meet/*.cc")), *sorted(_CPU.glob("ops/*.cc"))]
-_FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-ffp-contract=off", "-pthread"]
+# Lines are enough for a sanitizer's report; all that a debugger wants takes twice as long.
+_FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-ffp-contract=off", "-pthread"]
+
+pytestmark = [pytest.mark.once, pytest.mark.timeout(600)]
 
 # Which sanitizer, and what rendezvous_test does for it to see: it must end the program.
 _CASES = [
@@ -22,53 +28,52 @@ _CASES = [
 ]
 
 
-def _compiler(sanitizer: str, tmp: pathlib.Path) -> str:
-    """g++, if it can build and run a program with that sanitizer; otherwise skips."""
+@functools.cache
+def _compiler(sanitizer: str) -> list[str]:
+    """g++, by ccache if that is here, if it can build and run programs with that sanitizer."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed")
-    source, program = tmp / "empty.cc", tmp / "empty"
-    source.write_text("int main() { return 0; }\n")
-    build = [compiler, f"-fsanitize={sanitizer}", str(source), "-o", str(program)]
-    for command in (build, [str(program)]):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        if done.returncode != 0:
-            reason = (done.stderr or done.stdout).strip().splitlines()[:1]
-            pytest.skip(f"-fsanitize={sanitizer} does not work here: {reason}")
-    return compiler
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = pathlib.Path(folder, "empty.cc"), pathlib.Path(folder, "empty")
+        source.write_text("int main() { return 0; }\n")
+        build = [compiler, f"-fsanitize={sanitizer}", str(source), "-o", str(program)]
+        for command in (build, [str(program)]):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            if done.returncode != 0:
+                reason = (done.stderr or done.stdout).strip().splitlines()[:1]
+                pytest.skip(f"-fsanitize={sanitizer} does not work here: {reason}")
+    ccache = shutil.which("ccache")
+    return [compiler] if ccache is None else [ccache, compiler]
 
 
-@pytest.mark.parametrize(("sanitizer", "control", "finding"), _CASES, ids=["thread", "address"])
-@pytest.mark.timeout(600)
-def test_rendezvous(tmp_path: pathlib.Path, sanitizer: str, control: str, finding: str) -> None:
-    compiler = _compiler(sanitizer, tmp_path)
+def _build(
+    folder: pathlib.Path,
+    sanitizer: str,
+    sources: Sequence[pathlib.Path],
+    system_headers: Sequence[pathlib.Path | str] = (),
+) -> pathlib.Path:
+    """Compiles all sources at once, and links the program, which is named as the first of them."""
+    compiler = _compiler(sanitizer)
+    flags = [*_FLAGS, f"-fsanitize={sanitizer}", f"-I{_ROOT}"]
+    flags += [word for headers in system_headers for word in ("-isystem", str(headers))]
 
     def compile_one(source: pathlib.Path) -> pathlib.Path:
-        result = tmp_path / f"{source.stem}.o"
-        subprocess.run(
-            [
-                compiler,
-                *_FLAGS,
-                f"-fsanitize={sanitizer}",
-                f"-I{_ROOT}",
-                "-c",
-                source,
-                "-o",
-                result,
-            ],
-            check=True,
-            timeout=300,
-        )
+        result = folder / f"{source.stem}.o"
+        subprocess.run([*compiler, *flags, "-c", source, "-o", result], check=True, timeout=300)
         return result
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, _SOURCES))
-    program = tmp_path / "rendezvous_test"
-    subprocess.run(
-        [compiler, f"-fsanitize={sanitizer}", "-pthread", *objects, "-o", program],
-        check=True,
-        timeout=120,
-    )
+        objects = list(pool.map(compile_one, sources))
+    program = folder / sources[0].stem
+    link = [compiler[-1], f"-fsanitize={sanitizer}", "-pthread", *objects, "-o", program]
+    subprocess.run(link, check=True, timeout=120)
+    return program
+
+
+@pytest.mark.parametrize(("sanitizer", "control", "finding"), _CASES, ids=["thread", "address"])
+def test_rendezvous(tmp_path: pathlib.Path, sanitizer: str, control: str, finding: str) -> None:
+    program = _build(tmp_path, sanitizer, _SOURCES)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         options = {
@@ -92,25 +97,9 @@ def test_rendezvous(tmp_path: pathlib.Path, sanitizer: str, control: str, findin
     assert finding in seen.stderr
 
 
-@pytest.mark.timeout(300)
 def test_plans(tmp_path: pathlib.Path) -> None:
     """How the kernels cut rows and share their memory: host code, without CUDA or a GPU."""
-    sanitizer = "address,undefined"
-    program = tmp_path / "plan_test"
-    source = _TEST.with_name("plan_test.cc")
-    subprocess.run(
-        [
-            _compiler(sanitizer, tmp_path),
-            *_FLAGS,
-            f"-fsanitize={sanitizer}",
-            f"-I{_ROOT}",
-            source,
-            "-o",
-            program,
-        ],
-        check=True,
-        timeout=120,
-    )
+    program = _build(tmp_path, "address,undefined", [_TEST.with_name("plan_test.cc")])
     done = subprocess.run([program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -126,32 +115,15 @@ def _cuda_headers() -> pathlib.Path:
     pytest.skip("CUDA's headers are not installed")
 
 
-@pytest.mark.timeout(600)
 def test_symmetric_memory(tmp_path: pathlib.Path) -> None:
     """The CUDA backend's host side, against a stand-in for CUDA: needs its headers, no GPU."""
-    headers = _cuda_headers()
-    sanitizer = "address,undefined"
-    compiler = _compiler(sanitizer, tmp_path)
-    program = tmp_path / "symmetric_memory_test"
-    subprocess.run(
-        [
-            compiler,
-            *_FLAGS,
-            f"-fsanitize={sanitizer}",
-            f"-I{_ROOT}",
-            "-isystem",
-            jax.ffi.include_dir(),
-            "-isystem",
-            headers,
-            _TEST.with_name("symmetric_memory_test.cc"),
-            *sorted((_ROOT / "xla_ffi" / "memory").glob("*.cc")),
-            _ROOT / "xla_ffi" / "cuda" / "call_site.cc",
-            "-o",
-            program,
-        ],
-        check=True,
-        timeout=300,
-    )
+    sources = [
+        _TEST.with_name("symmetric_memory_test.cc"),
+        *sorted((_ROOT / "xla_ffi" / "memory").glob("*.cc")),
+        _ROOT / "xla_ffi" / "cuda" / "call_site.cc",
+    ]
+    headers = [jax.ffi.include_dir(), _cuda_headers()]
+    program = _build(tmp_path, "address,undefined", sources, headers)
     # What is kept for the life of a process would count as a leak.
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
     done = subprocess.run(

@@ -48,6 +48,7 @@ def test_thirty_two_devices() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("control", ["cross", "swap"])
 @pytest.mark.parametrize("scenario", ["eight_layers", "one_layer_twice"])
 def test_a_wrong_pairing_would_be_seen(scenario: str, control: str) -> None:
