@@ -7,6 +7,8 @@ alignment.
 """
 
 import numbers
+import typing
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_ep import autodiff, compat, ffi, group, limits
+from jax_ep import autodiff, compat, ffi, group, id_check, limits
 from jax_ep.group import AxisName
 from jax_ep.layout import Layout, default_capacity
 
@@ -24,7 +26,17 @@ ScaleFormat = Literal["float32", "power_of_two"]
 _ROW_GRANULE = 16  # bytes; rows move in units of it
 _FLOATS = ("bfloat16", "float16", "float32")
 _PAYLOADS = (*_FLOATS, *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
-_QUANTIZATIONS = {"float32": ffi.QUANTIZE_F32_SCALES, "power_of_two": ffi.QUANTIZE_POW2_SCALES}
+_SCALE_FORMATS = typing.get_args(ScaleFormat)
+
+
+class _Unweighted:
+    """The default of ``combine``'s weights, which is not None: that stands for forgotten ones."""
+
+    def __repr__(self) -> str:
+        return "<none>"
+
+
+_UNWEIGHTED: Any = _Unweighted()
 
 
 class Dispatched(NamedTuple):
@@ -53,6 +65,7 @@ def make_layout(
     expert_alignment: int = 1,
     zero_tail: bool = True,
     num_sms: int | None = None,
+    check_ids: bool = False,
 ) -> Layout:
     """Exchanges the routing and says where every row goes.
 
@@ -67,9 +80,11 @@ def make_layout(
 
     Args:
         topk_idx: int32 [T, K], expert ids. -1 routes nowhere; any other id outside [0, E) routes
-            nowhere and is counted in ``num_invalid``. The same expert twice in a token makes two
-            rows.
-        num_experts: E, a multiple of R and at least K.
+            nowhere and is counted in ``num_invalid``, which is 0 in a sound program. The same
+            expert twice in a token makes two rows. Ids that are the same on all ranks (tokens
+            replicated over the EP axes, which every rank then sends and computes) give a
+            UserWarning, where ``shard_map`` has ``check_vma=True``.
+        num_experts: E, the width of the router: a multiple of R and at least K.
         axis_name: the mesh axis of the EP group, or a tuple of axes (row-major).
         capacity: C, rows to receive at most, a multiple of A. Default:
             ``(R*T*min(K, L) + L*(A-1)) // A * A``, which cannot overflow while a token's experts
@@ -80,6 +95,10 @@ def make_layout(
         num_sms: streaming multiprocessors that this call and every operation on the layout may use
             on a GPU, so that other work can run beside them; the same on all ranks. None: all.
             Results do not depend on it, and on CPU it has no effect.
+        check_ids: for debugging: ids that are neither -1 nor in [0, E) end the program with a
+            JaxRuntimeError whose text names the ranks, how many ids and what range. It costs a
+            collective over the whole mesh and a callback to the host in every call; a program with
+            callbacks is not kept in the persistent compilation cache and cannot be exported.
 
     Returns:
         The layout, for ``dispatch`` and ``combine`` over the same axes.
@@ -90,14 +109,14 @@ def make_layout(
         TypeError: ``topk_idx`` is not int32.
     """
     where = "jax_ep.make_layout"
-    axes = group.axis_names(axis_name)
+    axes = group.axis_names(axis_name, where)
     num_ranks = group.group_size(axes, where)
     topk_idx = _as_array(where, "topk_idx", topk_idx)
     if topk_idx.dtype != jnp.int32:
-        raise TypeError(
-            f"{where}: topk_idx must be int32; got {topk_idx.dtype}: cast it with "
-            "topk_idx.astype(jnp.int32)"
-        )
+        remedy = "cast it with topk_idx.astype(jnp.int32)"
+        if not jnp.issubdtype(topk_idx.dtype, jnp.integer):
+            remedy = "it takes the ids of experts, jax.lax.top_k's second result"
+        raise TypeError(f"{where}: topk_idx must be int32; got {topk_idx.dtype}: {remedy}")
     num_tokens, top_k = _matrix_shape(where, "topk_idx", topk_idx, "[tokens, k]")
     num_experts = _positive_int(where, "num_experts", num_experts)
     expert_alignment = _positive_int(where, "expert_alignment", expert_alignment)
@@ -128,8 +147,11 @@ def make_layout(
         )
     limits.check_capacity(where, capacity)
     num_sms = 0 if num_sms is None else _positive_int(where, "num_sms", num_sms)
+    _warn_if_replicated(where, topk_idx, axes)
     with jax.named_scope(where):
         topk_idx = compat.vary_over(topk_idx, axes)
+        if check_ids:
+            topk_idx = id_check.require_valid_ids(where, topk_idx, num_experts, axes)
         tables = ffi.bind_layout(
             topk_idx,
             axis_name=axes,
@@ -209,11 +231,14 @@ def dispatch(
         )
     rows, num_channels = _matrix_shape(where, "x", x, "[tokens, hidden]")
     if rows != num_tokens:
-        raise ValueError(f"{where}: x has {rows} tokens, but the layout was made for {num_tokens}")
+        raise ValueError(
+            f"{where}: x has {rows} tokens, but the layout ({_describe(layout)}) was made for "
+            f"{num_tokens}"
+        )
     _check_row(where, "x", x)
     if fp8 is not None:
-        if fp8 not in _QUANTIZATIONS:
-            raise ValueError(f"{where}: fp8 must be one of {list(_QUANTIZATIONS)}; got {fp8!r}")
+        if fp8 not in _SCALE_FORMATS:
+            raise ValueError(f"{where}: fp8 must be one of {list(_SCALE_FORMATS)}; got {fp8!r}")
         if x.dtype.name not in _FLOATS:
             raise TypeError(f"{where}: fp8 needs x in one of {', '.join(_FLOATS)}; got {x.dtype}")
         if num_channels % limits.SCALE_BLOCK:
@@ -224,25 +249,26 @@ def dispatch(
     elif dequantize:
         raise ValueError(f'{where}: dequantize=True needs fp8="float32" or fp8="power_of_two"')
     if topk_weights is not None:
-        topk_weights = _as_float32(where, "topk_weights", topk_weights, (num_tokens, top_k))
+        topk_weights = _as_float32(
+            where,
+            "topk_weights",
+            topk_weights,
+            (num_tokens, top_k),
+            "one for each id of topk_idx",
+        )
 
     with jax.named_scope(where):
         layout, x, topk_weights = _vary_together(layout, x, topk_weights)
-        scales = None
-        if fp8 is None or dequantize:
-            quantization = _QUANTIZATIONS[fp8] if fp8 else ffi.NO_QUANTIZATION
-            tokens, weights = autodiff.spread(quantization, layout, x, topk_weights)
-        else:
-            tokens, scales, weights = ffi.bind_dispatch(
-                x, layout, topk_weights, quantization=_QUANTIZATIONS[fp8]
-            )
+        tokens, scales, weights = autodiff.dispatch(
+            layout, x, topk_weights, ffi.QUANTIZATIONS[fp8], dequantize=dequantize
+        )
         tokens, weights, scales = jax.tree.map(
             lambda a: checkpoint_name(a, "jax_ep_dispatch"), (tokens, weights, scales)
         )
         return Dispatched(tokens, weights, scales, layout.group_sizes)
 
 
-def combine(y: Array, layout: Layout, weights: Array | None = None) -> Array:
+def combine(y: Array, layout: Layout, weights: Array | None = _UNWEIGHTED) -> Array:
     """Brings the experts' rows back to their tokens and adds them up.
 
     out[t] = round(sum over ranks r ascending of round(sum over t's kept rows on r, in k order, of
@@ -260,8 +286,12 @@ def combine(y: Array, layout: Layout, weights: Array | None = None) -> Array:
     Args:
         y: [C, H'], bfloat16, float16 or float32; its type and width may differ from x's. A row must
             be a multiple of 16 bytes. Padding and tail are never read.
-        layout: the layout that dispatched the rows.
-        weights: [C], cast to float32, e.g. ``Dispatched.weights``; None means 1.
+        layout: the layout that dispatched the rows. One of other axes, of another number of ranks
+            or another capacity is refused; y of another layout that agrees in all of these is not
+            recognised, for rows do not say where they come from.
+        weights: [C], cast to float32, what ``dispatch`` returned as ``Dispatched.weights``. Left
+            out, rows are summed as they are. None, which ``dispatch`` returns if it was not given
+            ``topk_weights``, is an error: the router would get no gradient.
 
     Returns:
         [T, H'] in y's type.
@@ -278,18 +308,28 @@ def combine(y: Array, layout: Layout, weights: Array | None = None) -> Array:
     rows, _ = _matrix_shape(where, "y", y, "[capacity, hidden]")
     if rows != layout.capacity:
         raise ValueError(
-            f"{where}: y has {rows} rows, but the layout's capacity is {layout.capacity}; pass the "
-            "experts' result for all rows of dispatch"
+            f"{where}: y has {rows} rows, but the layout ({_describe(layout)}) has capacity "
+            f"{layout.capacity}: pass the experts' result for all rows of dispatch with this layout"
         )
     _check_row(where, "y", y)
-    if weights is not None:
-        weights = _as_float32(where, "weights", weights, (layout.capacity,))
+    if weights is None:
+        raise ValueError(
+            f"{where}: weights is None, which dispatch returns if it was not given topk_weights: "
+            "pass them to dispatch, or leave weights out for a sum without weights"
+        )
+    if weights is _UNWEIGHTED:
+        weights = None
+    else:
+        weights = _as_float32(
+            where,
+            "weights",
+            weights,
+            (layout.capacity,),
+            "pass recv.weights, what dispatch returned",
+        )
     with jax.named_scope(where):
         layout, y, weights = _vary_together(layout, y, weights)
-        if weights is None:
-            out, _ = autodiff.collect(layout, y, None)
-        else:
-            out = autodiff.combine_weighted(layout, y, weights)
+        out = autodiff.combine(layout, y, weights)
         named: Array = checkpoint_name(out, "jax_ep_combine")
         return named
 
@@ -306,6 +346,7 @@ def moe(
     expert_alignment: int = 1,
     zero_tail: bool = True,
     num_sms: int | None = None,
+    check_ids: bool = False,
     fp8: ScaleFormat | None = None,
 ) -> tuple[Array, Layout]:
     """A mixture-of-experts layer around ``expert_fn``: make_layout, dispatch, experts, combine.
@@ -321,6 +362,7 @@ def moe(
         expert_alignment: as in ``make_layout``.
         zero_tail: as in ``make_layout``.
         num_sms: as in ``make_layout``.
+        check_ids: as in ``make_layout``.
         fp8: as in ``dispatch``, with ``dequantize=True``: fp8 on the wire, x's type for experts.
 
     Returns:
@@ -330,6 +372,11 @@ def moe(
         ValueError: as the three verbs do.
         TypeError: as the three verbs do.
     """
+    if topk_weights is None:
+        raise ValueError(
+            "jax_ep.moe: topk_weights must be an array [tokens, k]; got None. For a sum without "
+            "weights call make_layout, dispatch and combine"
+        )
     layout = make_layout(
         topk_idx,
         num_experts=num_experts,
@@ -338,6 +385,7 @@ def moe(
         expert_alignment=expert_alignment,
         zero_tail=zero_tail,
         num_sms=num_sms,
+        check_ids=check_ids,
     )
     received = dispatch(x, layout, topk_weights, fp8=fp8, dequantize=fp8 is not None)
     with jax.named_scope("jax_ep.experts"):
@@ -347,7 +395,8 @@ def moe(
 
 def _as_array(where: str, name: str, value: Any) -> Array:
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-        raise TypeError(f"{where}: {name} must be an array; got {type(value).__name__}")
+        remedy = ". Its tokens are what experts take" if isinstance(value, Dispatched) else ""
+        raise TypeError(f"{where}: {name} must be an array; got {type(value).__name__}{remedy}")
     if isinstance(value, jax.Array):
         return value
     array = jnp.asarray(value)
@@ -361,7 +410,8 @@ def _as_array(where: str, name: str, value: Any) -> Array:
 
 def _positive_int(where: str, name: str, value: Any) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{where}: {name} must be a static Python int; got {type(value).__name__}")
+        what = f"{value!r}, a {type(value).__name__}" if isinstance(value, float) else _kind(value)
+        raise TypeError(f"{where}: {name} must be a static Python int; got {what}")
     if value < 1:
         raise ValueError(f"{where}: {name} must be at least 1; got {value}")
     return int(value)
@@ -389,10 +439,28 @@ def _check_row(where: str, name: str, array: Array) -> None:
         )
 
 
+def _kind(value: Any) -> str:
+    """What ``value`` is, for a message: an array by its type and shape."""
+    if isinstance(value, jax.Array):
+        return f"an array {value.dtype}{list(value.shape)}"
+    return type(value).__name__
+
+
+def _describe(layout: Layout) -> str:
+    return f"{layout.num_experts} experts, {layout.num_ranks} ranks along {layout.axis_name}"
+
+
 def _check_layout(where: str, layout: Layout) -> tuple[int, int]:
+    """T and K of a layout whose static data, and whose arrays' shapes, fit in here."""
     if not isinstance(layout, Layout):
-        raise TypeError(
-            f"{where}: layout must come from jax_ep.make_layout; got {type(layout).__name__}"
+        raise TypeError(f"{where}: layout must come from jax_ep.make_layout; got {_kind(layout)}")
+    bound = compat.manual_mesh().manual_axes
+    unknown = [name for name in layout.axis_name if name not in bound]
+    if unknown and bound:
+        raise ValueError(
+            f"{where}: the layout ({_describe(layout)}) was made along an axis {unknown[0]!r} that "
+            f"the enclosing jax.shard_map does not have; bound axes: {sorted(bound)}. Make the "
+            "layout inside the same shard_map"
         )
     num_ranks = group.group_size(layout.axis_name, where)
     if num_ranks != layout.num_ranks:
@@ -401,16 +469,37 @@ def _check_layout(where: str, layout: Layout) -> tuple[int, int]:
             f"{layout.axis_name}, but here these axes have {num_ranks}; make the layout inside the "
             "same shard_map"
         )
-    num_tokens, top_k = layout.topk_idx.shape
+    ids_shape = layout.topk_idx.shape
+    if len(ids_shape) != 2 or layout.recv_src.shape != (layout.capacity,):
+        raise ValueError(
+            f"{where}: the layout's arrays must have the shapes of one shard, topk_idx [tokens, k] "
+            f"and recv_src [{layout.capacity}]; got {list(ids_shape)} and "
+            f"{list(layout.recv_src.shape)}. If it came into shard_map with a leading axis, remove "
+            "that: jax.tree.map(lambda a: a[0], layout)"
+        )
+    num_tokens, top_k = ids_shape
     return num_tokens, top_k
 
 
-def _as_float32(where: str, name: str, value: Any, shape: tuple[int, ...]) -> Array:
+def _warn_if_replicated(where: str, topk_idx: Array, axes: tuple[str, ...]) -> None:
+    mesh = compat.manual_mesh()
+    varying = compat.varying_axes(topk_idx)
+    shared = tuple(name for name in axes if mesh.shape[name] > 1 and name not in varying)
+    if shared and compat.tracks_varying(shared[0]):
+        warnings.warn(
+            f"{where}: topk_idx is the same on all ranks along {shared}: tokens that are "
+            "replicated over axes of the EP group are sent and computed once for each of its "
+            "ranks. Shard them over these axes (in_specs), or leave the axes out of axis_name",
+            stacklevel=3,
+        )
+
+
+def _as_float32(where: str, name: str, value: Any, shape: tuple[int, ...], meaning: str) -> Array:
     value = _as_array(where, name, value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{where}: {name} must be floating point; got {value.dtype}")
     if value.shape != shape:
-        raise ValueError(f"{where}: {name} must have shape {shape}; got {value.shape}")
+        raise ValueError(f"{where}: {name} must have shape {shape}; got {value.shape}: {meaning}")
     array: Array = value.astype(jnp.float32)
     return array
 

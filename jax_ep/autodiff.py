@@ -26,6 +26,27 @@ Array = jax.Array
 Pair = tuple[Array, Array | None]
 
 
+def dispatch(
+    layout: Layout, x: Array, weights: Array | None, quantization: int, *, dequantize: bool
+) -> tuple[Array, Array | None, Array | None]:
+    """Rows, scales and weights in expert order. float8 rows, which have scales, have no gradient.
+
+    To differentiate through those is an error, which ``ffi`` raises.
+    """
+    if quantization != ffi.NO_QUANTIZATION and not dequantize:
+        return ffi.bind_dispatch(x, layout, weights, quantization=quantization)
+    tokens, recv_weights = spread(quantization, layout, x, weights)
+    return tokens, None, recv_weights
+
+
+def combine(layout: Layout, y: Array, weights: Array | None) -> Array:
+    """Sums of each token's rows. Without weights y is not kept for the backward pass."""
+    if weights is None:
+        return collect(layout, y, None)[0]
+    out: Array = combine_weighted(layout, y, weights)
+    return out
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def spread(quantization: int, layout: Layout, x: Array, weights: Array | None) -> Pair:
     """Rows and weights into expert order; ``quantization`` says how rows travel."""

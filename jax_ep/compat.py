@@ -26,6 +26,11 @@ def vary_over(x: Any, axes: Iterable[str]) -> Any:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
+def tracks_varying(axis: str) -> bool:
+    """Whether ``shard_map`` follows what varies over ``axis`` (``check_vma=True``)."""
+    return axis in varying_axes(lax.axis_index(axis))
+
+
 def manual_mesh() -> Any:
     """The abstract mesh whose axes ``shard_map`` has bound here."""
     return jax.sharding.get_abstract_mesh()

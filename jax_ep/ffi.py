@@ -23,10 +23,9 @@ from jax_ep.layout import Layout
 
 FP8 = jnp.float8_e4m3fn
 
-# Values of the attribute `quantization`.
+# Values of the attribute `quantization`, by the format of the scales.
 NO_QUANTIZATION = 0
-QUANTIZE_F32_SCALES = 1
-QUANTIZE_POW2_SCALES = 2
+QUANTIZATIONS = {None: NO_QUANTIZATION, "float32": 1, "power_of_two": 2}
 
 
 class LayoutTables(NamedTuple):

@@ -19,12 +19,13 @@ from jax_ep import compat
 AxisName = str | Sequence[str]
 
 
-def axis_names(axis_name: AxisName) -> tuple[str, ...]:
-    """``axis_name`` as a tuple of names."""
+def axis_names(axis_name: AxisName, where: str) -> tuple[str, ...]:
+    """``axis_name`` as a tuple of names; ``where`` is for the message."""
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"axis_name must be the name of a mesh axis or a tuple of names; got {axis_name!r}"
+            f"{where}: axis_name must be the name of a mesh axis or a tuple of names; got "
+            f"{axis_name!r}"
         )
     return tuple(names)
 
@@ -56,10 +57,15 @@ def group_size(axis_name: tuple[str, ...], where: str) -> int:
     return math.prod(mesh.shape[name] for name in axis_name)
 
 
+def other_axes(axis_name: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes of ``shard_map`` that number the groups, in the mesh's order."""
+    mesh = compat.manual_mesh()
+    return tuple(n for n in mesh.axis_names if n not in axis_name and n in mesh.manual_axes)
+
+
 def coordinates(axis_name: tuple[str, ...]) -> jax.Array:
     """int32 [2]: the index of this device's group, and its rank in the group."""
-    mesh = compat.manual_mesh()
-    others = tuple(n for n in mesh.axis_names if n not in axis_name and n in mesh.manual_axes)
+    others = other_axes(axis_name)
     # Without other axes the group is a constant, but it must vary like the rank does.
     rank = lax.axis_index(axis_name)
     group = lax.axis_index(others) if others else jnp.zeros_like(rank)

@@ -31,7 +31,7 @@ class Layout:
         expert_load: [E], rows of the whole group routed to each expert, before drops.
         num_recv: [], rows kept here, without padding.
         num_dropped: [], rows routed here that did not fit.
-        num_invalid: [], ids of this shard that are neither -1 nor in [0, E).
+        num_invalid: [], ids of this shard that are neither -1 nor in [0, E); 0 in a sound program.
         axis_name: the EP axes.
         num_ranks: R.
         num_experts: E.
@@ -148,6 +148,8 @@ def capacity(
             raise TypeError(f"jax_ep.capacity: {name} must be an int; got {value!r}")
         if value < 1:
             raise ValueError(f"jax_ep.capacity: {name} must be at least 1; got {value}")
+    # NumPy's integers would overflow.
+    num_tokens, top_k, num_ranks, num_experts, expert_alignment = map(int, sizes.values())
     if num_experts % num_ranks:
         raise ValueError(
             f"jax_ep.capacity: num_experts must be a multiple of num_ranks = {num_ranks}; "

@@ -1,6 +1,8 @@
 """What bad input gets at trace time: an error that names argument, requirement, what came."""
 
+import dataclasses
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +51,8 @@ LAYOUT_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
     (
         "ids_dtype",
         TypeError,
-        "make_layout: topk_idx must be int32; got float32: cast it with topk_idx.astype(jnp.int32)",
+        "make_layout: topk_idx must be int32; got float32: it takes the ids of experts, "
+        "jax.lax.top_k's second result",
         lambda ids, _: make(ids.astype(F32)),
     ),
     (
@@ -105,7 +108,7 @@ LAYOUT_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
     (
         "experts_float",
         TypeError,
-        "make_layout: num_experts must be a static Python int; got float",
+        "make_layout: num_experts must be a static Python int; got 6.0, a float",
         lambda ids, _: make(ids, num_experts=6.0),
     ),
     (
@@ -117,7 +120,7 @@ LAYOUT_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
     (
         "capacity_traced",
         TypeError,
-        "make_layout: capacity must be a static Python int; got ",
+        "make_layout: capacity must be a static Python int; got an array int32[]",
         lambda ids, _: make(ids, capacity=ids[0, 0]),
     ),
     (
@@ -235,7 +238,8 @@ DISPATCH_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
     (
         "x_tokens",
         ValueError,
-        "dispatch: x has 3 tokens, but the layout was made for 4",
+        "dispatch: x has 3 tokens, but the layout (6 experts, 2 ranks along ('ep',)) was made for "
+        "4",
         lambda _, layout: jax_ep.dispatch(zeros(3, 8), layout),
     ),
     (
@@ -254,7 +258,7 @@ DISPATCH_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
     (
         "weights_shape",
         ValueError,
-        "dispatch: topk_weights must have shape (4, 2); got (4, 3)",
+        "dispatch: topk_weights must have shape (4, 2); got (4, 3): one for each id of topk_idx",
         lambda _, layout: jax_ep.dispatch(zeros(4, 8), layout, zeros(4, 3)),
     ),
     (
@@ -317,8 +321,8 @@ COMBINE_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
     (
         "y_rows",
         ValueError,
-        "combine: y has 6 rows, but the layout's capacity is 8; pass the experts' result for all "
-        "rows of dispatch",
+        "combine: y has 6 rows, but the layout (6 experts, 2 ranks along ('ep',)) has capacity 8: "
+        "pass the experts' result for all rows of dispatch with this layout",
         lambda _, layout: jax_ep.combine(zeros(6, 8), layout),
     ),
     (
@@ -331,7 +335,8 @@ COMBINE_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
     (
         "weights_shape",
         ValueError,
-        "combine: weights must have shape (8,); got (4, 2)",
+        "combine: weights must have shape (8,); got (4, 2): pass recv.weights, what dispatch "
+        "returned",
         lambda _, layout: jax_ep.combine(zeros(8, 8), layout, zeros(4, 2)),
     ),
     (
@@ -341,19 +346,70 @@ COMBINE_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
         lambda _, layout: jax_ep.combine(zeros(8, 8), layout, zeros(8, dtype=np.int32)),
     ),
     (
+        "weights_forgotten_in_dispatch",
+        ValueError,
+        "combine: weights is None, which dispatch returns if it was not given topk_weights: pass "
+        "them to dispatch, or leave weights out for a sum without weights",
+        lambda _, layout: jax_ep.combine(
+            zeros(8, 8), layout, jax_ep.dispatch(zeros(4, 8), layout).weights
+        ),
+    ),
+    (
         "layout_type",
         TypeError,
         "combine: layout must come from jax_ep.make_layout; got NoneType",
         lambda _, layout: jax_ep.combine(zeros(8, 8), None),
     ),
+    (
+        "swapped",
+        TypeError,
+        "combine: layout must come from jax_ep.make_layout; got an array float32[8, 8]",
+        lambda _, layout: jax_ep.combine(layout, zeros(8, 8)),
+    ),
+    (
+        "dispatched",
+        TypeError,
+        "combine: y must be an array; got Dispatched. Its tokens are what experts take",
+        lambda _, layout: jax_ep.combine(jax_ep.dispatch(zeros(4, 8), layout), layout),
+    ),
 ]
 
-TRACE_ERRORS = [*LAYOUT_ERRORS, *DISPATCH_ERRORS, *COMBINE_ERRORS]
+OTHER_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
+    (
+        "no_weights",
+        ValueError,
+        "moe: topk_weights must be an array [tokens, k]; got None. For a sum without weights call "
+        "make_layout, dispatch and combine",
+        lambda ids, _: jax_ep.moe(
+            zeros(4, 8), ids, None, lambda rows, _: rows, num_experts=6, axis_name=AXIS
+        ),
+    ),
+    (
+        "leading_axis",
+        ValueError,
+        "dispatch: the layout's arrays must have the shapes of one shard, topk_idx [tokens, k] and "
+        "recv_src [8]; got [1, 4, 2] and [1, 8]. If it came into shard_map with a leading axis, "
+        "remove that: jax.tree.map(lambda a: a[0], layout)",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 8), jax.tree.map(lambda a: a[None], layout)),
+    ),
+    (
+        "rows_of_another_shard",
+        ValueError,
+        "combine: the layout's arrays must have the shapes of one shard, topk_idx [tokens, k] and "
+        "recv_src [8]; got [8, 2] and [16].",
+        lambda _, layout: jax_ep.combine(
+            zeros(8, 8), jax.tree.map(lambda a: jnp.concatenate([a, a]) if a.ndim else a, layout)
+        ),
+    ),
+]
+
+TRACE_ERRORS = [*LAYOUT_ERRORS, *DISPATCH_ERRORS, *COMBINE_ERRORS, *OTHER_ERRORS]
 
 
 def test_axis_name_of_another_type(device_backend: JaxBackend) -> None:
     for bad in (None, 3, ("ep", 1)):
-        with pytest.raises(TypeError, match="axis_name must be the name of a mesh axis"):
+        message = r"jax_ep\.make_layout: axis_name must be the name of a mesh axis"
+        with pytest.raises(TypeError, match=message):
             device_backend.run(
                 2, lambda ids, bad=bad: jax_ep.make_layout(ids, num_experts=4, axis_name=bad), IDS
             )
@@ -457,6 +513,66 @@ def test_layout_of_another_group(device_backend: JaxBackend, layout: BackendLayo
         device_backend.run(4, lambda lay: jax_ep.combine(zeros(8, 8), lay), doubled)
 
 
+def test_layout_of_other_axes(device_backend: JaxBackend, layout: BackendLayout) -> None:
+    """Named by the layout's axis, which this mesh does not have."""
+    other = dataclasses.replace(layout.handle, axis_name=("dp", "expert"))
+    message = re.escape(
+        "the layout (6 experts, 2 ranks along ('dp', 'expert')) was made along an axis 'dp' that "
+        "the enclosing jax.shard_map does not have; bound axes: ['ep']. Make the layout inside the "
+        "same shard_map"
+    )
+    with pytest.raises(ValueError, match=f"jax_ep.dispatch: {message}"):
+        device_backend.run(2, lambda lay: jax_ep.dispatch(zeros(4, 8), lay), other)
+    with pytest.raises(ValueError, match=f"jax_ep.combine: {message}"):
+        device_backend.run(2, lambda lay: jax_ep.combine(zeros(8, 8), lay), other)
+
+
+def test_two_layouts_in_one_shard_map(device_backend: JaxBackend) -> None:
+    """Rows of one in combine with the other: the message says what the layout is."""
+    devices = np.array(device_backend.mesh(4).devices).reshape(2, 2)
+    mesh = jax.sharding.Mesh(devices, ("dp", AXIS))
+
+    def f(ids: Any) -> Any:
+        small = make(ids, expert_alignment=1)
+        large = jax_ep.make_layout(ids, num_experts=8, axis_name=("dp", AXIS), capacity=16)
+        return jax_ep.combine(jax_ep.dispatch(zeros(4, 8), small).tokens, large)
+
+    spec = PartitionSpec(("dp", AXIS))
+    message = "y has 8 rows, but the layout (8 experts, 4 ranks along ('dp', 'ep')) has capacity 16"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec))(
+            np.concatenate([*IDS, *IDS])
+        )
+
+
+@pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
+def test_replicated_tokens_are_told_of(device_backend: JaxBackend, check_vma: bool) -> None:
+    """Where JAX follows what varies; not for axes of one device, nor for tokens of each rank."""
+    devices = np.array(device_backend.mesh(2).devices)
+
+    def warned(in_specs: Any, shape: tuple[int, ...], axis_name: Any) -> list[str]:
+        mesh = jax.sharding.Mesh(devices.reshape(shape), ("dp", AXIS))
+        run = jax.shard_map(
+            lambda ids: make(ids, axis_name=axis_name).group_sizes,
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=PartitionSpec(("dp", AXIS)),
+            check_vma=check_vma,
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            jax.eval_shape(run, jax.ShapeDtypeStruct((8, 2), np.int32))
+        return [str(w.message) for w in caught if w.category is UserWarning]
+
+    both = ("dp", AXIS)
+    assert warned(PartitionSpec(both), (1, 2), AXIS) == []
+    assert warned(PartitionSpec(AXIS), (1, 2), both) == []
+    found = warned(PartitionSpec(), (1, 2), AXIS) + warned(PartitionSpec("dp"), (1, 2), both)
+    message = "jax_ep.make_layout: topk_idx is the same on all ranks along ('ep',): tokens that are"
+    assert len(found) == (2 if check_vma else 0)
+    assert all(text.startswith(message) for text in found)
+
+
 # Transformations ----------------------------------------------------------------------------------
 
 
@@ -482,8 +598,8 @@ def test_forward_mode(device_backend: JaxBackend, layout: BackendLayout, verb: s
         x, y = zeros(4, 8), zeros(8, 8)
         if verb == "dispatch":
             return jax.jvp(lambda x: jax_ep.dispatch(x, lay).tokens, (x,), (x,))
-        weights = zeros(8) if verb == "combine_weighted" else None
-        return jax.jvp(lambda y: jax_ep.combine(y, lay, weights), (y,), (y,))
+        weights = [zeros(8)] if verb == "combine_weighted" else []
+        return jax.jvp(lambda y: jax_ep.combine(y, lay, *weights), (y,), (y,))
 
     with pytest.raises(TypeError, match=r"forward-mode autodiff.*custom_vjp"):
         device_backend.run(2, tangent, layout.handle)

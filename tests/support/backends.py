@@ -391,7 +391,7 @@ def _dispatch_function(fp8: Any, dequantize: bool) -> Callable[..., Any]:
 
 
 def _combine(layout: Any, y: jax.Array, weights: jax.Array | None) -> jax.Array:
-    return jax_ep.combine(y, layout, weights)
+    return jax_ep.combine(y, layout, *(() if weights is None else (weights,)))
 
 
 def _dispatch_vjp(layout: Any, x: Any, topk_weights: Any, d_tokens: Any, d_weights: Any) -> Any:
