@@ -73,10 +73,10 @@ struct Shared {
 };
 
 // Steps 2 to 5, by a block.
-class Tables {
+class TableBuilder {
  public:
-  __device__ Tables(const GroupView& g, const LayoutArguments& a, int32_t ids_per_block,
-                    int32_t num_cached, int32_t* memory, Shared& shared)
+  __device__ TableBuilder(const GroupView& g, const LayoutArguments& a, int32_t ids_per_block,
+                          int32_t num_cached, int32_t* memory, Shared& shared)
       : g_(g),
         a_(a),
         shared_(shared),
@@ -352,7 +352,7 @@ __global__ __launch_bounds__(kNumThreads,
   }
   bool ok = receive_start(g, OpKind::kLayout, own, shared.address);  // [S2]
   if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS2);
-  ok = ok && Tables(g, a, ids_per_block, num_cached, memory, shared).make();
+  ok = ok && TableBuilder(g, a, ids_per_block, num_cached, memory, shared).make();
   if (blockIdx.x == 0 && are_cached) {
     ok = receive_end(g, OpKind::kLayout) && ok;  // [E2]
     timeline::mark(Role::kBlock, Event::kE2);

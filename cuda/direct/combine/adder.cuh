@@ -13,7 +13,8 @@ namespace jax_ep::gpu::combine {
 // with a job that tells it to, and returns the number of the next one.
 template <typename Vector, SumKind kKind>
 __device__ uint32_t run_adder(PipelineIndex of_pipeline, const Work& work, Shared& shared,
-                              const Tables& tables, const char* stages, char* results, uint32_t n) {
+                              const SumTables& tables, const char* stages, char* results,
+                              uint32_t n) {
   constexpr int kCount = Vector::kCount;
   constexpr Role kRole = kKind == kForPeers ? Role::kAdder : Role::kOwnAdder;
   const int32_t adder = static_cast<int32_t>(threadIdx.x) - of_pipeline * kNumAdders;
@@ -33,7 +34,7 @@ __device__ uint32_t run_adder(PipelineIndex of_pipeline, const Work& work, Share
     const Job job = pipeline.job[n % kNumJobs];
     if (job.sum == kStop) timeline::mark(kRole, Event::kEnd);
     if (kKind == kOwn && job.sum == kStop) return n + 1;
-    const int32_t entry = Tables::entry(max(job.sum, 0));
+    const int32_t entry = SumTables::entry(max(job.sum, 0));
     const SumHead head = tables.head[kKind][entry];
     const float* weights = tables.weight[kKind] + entry * static_cast<int32_t>(work.a.top_k);
     const int32_t end_row = job.first_row + job.num_rows;

@@ -114,7 +114,7 @@ __global__ __launch_bounds__(kNumThreads,
   const int32_t first = first_unit(num_units, blockIdx.x);
   const int32_t end = first_unit(num_units, blockIdx.x + 1);
   const Work work{g, a, plan, a.num_channels * (16 / Vector::kCount), first, end - first};
-  const Tables tables(ring, static_cast<int32_t>(a.top_k));
+  const SumTables tables(ring, static_cast<int32_t>(a.top_k));
   char* results = ring + TablesBytes(a.top_k);
   const auto stages_of = [&](PipelineIndex pipeline) {
     return results + (kNumResults + pipeline * plan.num_stages) * plan.piece_bytes;

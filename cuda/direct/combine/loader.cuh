@@ -12,8 +12,8 @@ namespace jax_ep::gpu::combine {
 // Fetches what the adders of one pipeline add up.
 class Loader {
  public:
-  __device__ Loader(PipelineIndex pipeline, const Work& work, Shared& shared, const Tables& tables,
-                    char* stages)
+  __device__ Loader(PipelineIndex pipeline, const Work& work, Shared& shared,
+                    const SumTables& tables, char* stages)
       : work_(work),
         shared_(shared),
         pipeline_(shared.pipeline[pipeline]),
@@ -31,7 +31,7 @@ class Loader {
     const int32_t num_sums = work_.num_sums(kForPeers);
     for (int32_t sum = 0; sum < num_sums; ++sum) {
       wait_for_table(kForPeers, sum);
-      if (tables_.head[kForPeers][Tables::entry(sum)].count > 0) {
+      if (tables_.head[kForPeers][SumTables::entry(sum)].count > 0) {
         fetch(kForPeers, sum);
       } else {
         skip(kForPeers, sum);
@@ -93,7 +93,7 @@ class Loader {
 
   // Passes jobs with a sum's rows on, by the whole warp.
   __device__ void fetch(SumKind kind, int32_t sum) {
-    const int32_t entry = Tables::entry(sum);
+    const int32_t entry = SumTables::entry(sum);
     const SumHead& head = tables_.head[kind][entry];
     const int32_t count = head.count;
     const uint32_t bytes = head.bytes;
@@ -137,7 +137,7 @@ class Loader {
   const Work& work_;
   Shared& shared_;
   Pipeline& pipeline_;
-  const Tables& tables_;
+  const SumTables& tables_;
   char* const stages_;
   const int32_t lane_, top_k_, piece_bytes_, num_stages_, max_rows_;
   int32_t stage_ = 0, free_stages_;         // the next one, and how many are free from there on

@@ -16,7 +16,7 @@ class Scout {
   static constexpr int kAtOnce = 8;  // lookups of a lane in flight
 
  public:
-  __device__ Scout(const Work& work, Shared& shared, const Tables& tables)
+  __device__ Scout(const Work& work, Shared& shared, const SumTables& tables)
       : work_(work),
         a_(work.a),
         shared_(shared),
@@ -53,7 +53,7 @@ class Scout {
   __device__ void fill_table(SumKind kind, int32_t table) {
     const int32_t sum = table * kTableSums + lane_;
     if (sum < work_.num_sums(kind)) {
-      const int32_t entry = Tables::entry(sum);
+      const int32_t entry = SumTables::entry(sum);
       uint64_t* source = tables_.source[kind] + entry * top_k_;
       float* weight = tables_.weight[kind] + entry * top_k_;
       const int32_t num_peers = work_.g.num_ranks - 1;
@@ -184,7 +184,7 @@ class Scout {
   const Work& work_;
   const CombineArguments& a_;
   Shared& shared_;
-  const Tables& tables_;
+  const SumTables& tables_;
   const int32_t lane_, top_k_;
   const int64_t row_bytes_;
 };

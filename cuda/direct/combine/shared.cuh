@@ -36,14 +36,14 @@ struct alignas(16) SumHead {
   int32_t units_done;  // for the peers, once this sum is stored
 };
 static_assert(sizeof(SumHead) == kHeadBytes);
-struct Tables {
+struct SumTables {
   SumHead* head[2];     // by kind: [kNumTables][kTableSums]
   uint64_t* source[2];  // by kind: [kNumTables][kTableSums][K], where the row begins
   float* weight[2];     // likewise, 1 without weights
   int32_t* peer;        // for whom a sum is: [kNumTables][kTableSums]; the first table is filled
                         // before [S2], so that it cannot hold that rank's address
 
-  __device__ Tables(char* memory, int32_t top_k) {
+  __device__ SumTables(char* memory, int32_t top_k) {
     auto* heads = reinterpret_cast<SumHead*>(memory);
     auto* sources = reinterpret_cast<uint64_t*>(heads + 2 * kSumsInTables);
     auto* weights = reinterpret_cast<float*>(sources + 2 * kSumsInTables * top_k);
