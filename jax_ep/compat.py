@@ -3,7 +3,7 @@
 Supported: JAX 0.10.2 and newer. Everything taken from ``jax._src`` or ``jaxlib`` is taken here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -43,10 +43,14 @@ def lowering_devices(ctx: Any) -> tuple[tuple[str, ...], np.ndarray | None, tupl
     return tuple(mesh.axis_names), devices, tuple(mesh.axis_sizes)
 
 
-def program_identity(ctx: Any) -> object:
-    """An object that all lowering rules of one program see, and no other program's."""
-    identity: object = ctx.module_context.channel_iterator
-    return identity
+def after_each_compilation(function: Callable[[], None]) -> None:
+    """Calls ``function`` when a thread has compiled a program, or found it in JAX's cache."""
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            function()
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def has_live_client(platform: str) -> bool:

@@ -232,9 +232,6 @@ def _combine_gradient_on_cpu(
     return weigh_rows(rows, tables[3], y, weights)
 
 
-_lowered_program: object = None  # whose call sites are being counted
-
-
 def _lower(target: str, platform: str, ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:
     axis_name = params.pop("axis_name")
     members = group.members(ctx, axis_name)
@@ -243,10 +240,7 @@ def _lower(target: str, platform: str, ctx: Any, *operands: Any, **params: Any) 
     results = list(ctx.avals_out)
     if platform == "cpu":
         runtime.require_cpu(target, members)
-        global _lowered_program
-        if _lowered_program is not compat.program_identity(ctx):
-            _lowered_program = compat.program_identity(ctx)
-            _cpu.begin_program()
+        _cpu.end_program()
         if target == "jax_ep_dispatch":
             # topk_idx and send_row say where a sender's rows go. There the receiver fetches them.
             del order[2:4]
@@ -342,3 +336,4 @@ _combine_gradient_p = _make_primitive(
 )
 runtime.register_cuda()
 compat.register_cpu_targets("jax_ep_cpu_site", _cpu.state_type(), _cpu.handlers())
+compat.after_each_compilation(_cpu.end_program)

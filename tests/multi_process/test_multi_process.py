@@ -79,22 +79,42 @@ def test_independent_calls_pair_rightly(job: Job, num_processes: int, num_device
 
 
 @pytest.mark.parametrize(
-    "how", ["cost_analysis", "compiler_options", "lowered_twice", "local_programs"]
+    "how",
+    [
+        "cost_analysis",
+        "compiler_options",
+        "lowered_twice",
+        "local_programs",
+        "other_line",
+        "serialized",
+    ],
 )
 def test_one_process_compiles_more_than_the_others(job: Job, how: str) -> None:
-    """The rows are right, or an error says what to look for; never silently wrong.
+    """A program is known by what it is, not by how many there were, nor by the lines it is from."""
+    for process in job("pairing", "extra_compile", how, num_processes=2, num_devices=2):
+        assert "RIGHT" in process.log.splitlines(), process.log
 
-    Runs are numbered from a hash of the program, and the program holds the lines of code that it
-    was traced from. A process that traces a function from another line cannot be paired with.
-    """
-    finished = job("pairing", "extra_compile", how, num_processes=2, num_devices=2)
-    errors = [line for process in finished for line in process.lines("ERROR")]
-    num_right = sum("RIGHT" in process.log.splitlines() for process in finished)
-    assert (len(errors), num_right) in ((0, 2), (2, 0))
-    if how == "local_programs":
-        assert not errors
-    if errors:
-        assert any("traced from other lines of code" in error for error in errors), errors
+
+@pytest.mark.parametrize("shared", ["shared", "own"])
+def test_compilation_cache(job: Job, tmp_path: pathlib.Path, shared: str) -> None:
+    """One process finds the program in JAX's cache, another compiles it: on the second run."""
+    for _ in range(2):
+        finished = job("pairing", "cached", str(tmp_path), shared, num_processes=2, num_devices=2)
+        assert all("RIGHT" in process.log.splitlines() for process in finished)
+    hits = ["HIT" in process.log.splitlines() for process in finished]
+    assert hits == ([True, False] if shared == "own" else [True, hits[1]])
+
+
+def test_programs_in_another_order(job: Job) -> None:
+    """Never rows of another call, and no waiting for a timeout."""
+    for process in job("pairing", "other_order", num_processes=2, num_devices=2):
+        (message,) = process.lines("ERROR")
+        assert message.startswith(("FAILED_PRECONDITION: ", "UNAVAILABLE: process ")), message
+        assert "waits in another program: one with 6 calls of jax_ep, here it has 3" in message or (
+            "waits in another program: one with 3 calls of jax_ep, here it has 6" in message
+        )
+        assert float(process.lines("SECONDS")[0]) < 20
+        assert "RIGHT" in process.log.splitlines()
 
 
 # A process that does not come ---------------------------------------------------------------------
@@ -115,17 +135,21 @@ def test_killed_process(job: Job) -> None:
         assert len(survivor.lines("ERROR")) == len(survivor.lines("AGAIN")) == 1
 
 
+# Two devices each: JAX's ids are the process's number times 2048, and on.
+_OF_PROCESS_1 = "2 (process 1, device 2048), 3 (process 1, device 2049)"
+
+
 def test_stalled_process(job: Job) -> None:
     finished = job("failures", "stalled", num_processes=2, num_devices=2)
     (message,) = finished[0].lines("ERROR")
-    assert message.startswith("DEADLINE_EXCEEDED: jax_ep_layout: rank 2 (process 1), 3 (process 1)")
+    assert message.startswith(f"DEADLINE_EXCEEDED: jax_ep_layout: rank {_OF_PROCESS_1} of group 0")
 
 
 def test_late_process(job: Job) -> None:
     finished = job("failures", "late", num_processes=2, num_devices=2)
     (early,), (late,) = finished[0].lines("ERROR"), finished[1].lines("ERROR")
-    assert early.startswith("DEADLINE_EXCEEDED: jax_ep_layout: rank 2 (process 1), 3 (process 1)")
-    assert late.startswith("UNAVAILABLE: process 0 gave up: jax_ep_layout: rank 2 (process 1)")
+    assert early.startswith(f"DEADLINE_EXCEEDED: jax_ep_layout: rank {_OF_PROCESS_1} of group 0")
+    assert late.startswith(f"UNAVAILABLE: process 0 gave up: jax_ep_layout: rank {_OF_PROCESS_1}")
     assert all("RIGHT" in f.log for f in finished)
 
 

@@ -33,6 +33,7 @@
 
 #include "xla_ffi/cpu/meet/clock.h"
 #include "xla_ffi/cpu/meet/process_group.h"
+#include "xla_ffi/cpu/meet/program.h"
 #include "xla_ffi/cpu/meet/worker_pool.h"
 #include "xla_ffi/cpu/ops/ops.h"
 
@@ -49,16 +50,15 @@ namespace {
 
 using std::chrono::milliseconds;
 
-std::shared_ptr<const CallSite> MakeSite(std::vector<int64_t> rank_process, uint64_t ordinal = 0) {
-  static std::atomic<uint64_t> next_id{1};
-  auto site = std::make_shared<CallSite>();
-  site->op = "test_op";
-  site->id = next_id++;
-  site->signature = 42;
-  site->ordinal = ordinal;
-  site->num_ranks = static_cast<int64_t>(rank_process.size());
-  site->rank_process = std::move(rank_process);
-  return site;
+// A new call site; alone in its program, unless it follows another one there.
+std::shared_ptr<const CallSite> MakeSite(const std::vector<int64_t>& rank_process,
+                                         bool starts_program = true) {
+  if (starts_program) Program::End();
+  std::vector<int64_t> members;
+  for (size_t r = 0; r < rank_process.size(); ++r) {
+    members.push_back(rank_process[r] << 32 | static_cast<int64_t>(100 + r));
+  }
+  return MakeCallSite("test_op", /*signature=*/42, static_cast<int64_t>(members.size()), members);
 }
 
 // A rank's result of one call.
@@ -421,8 +421,8 @@ void InTwoProcesses(const std::function<void(int64_t process, pid_t other, int s
 void CallsAcrossProcesses() {
   InTwoProcesses([](int64_t process, pid_t, int) {
     constexpr int64_t kRuns = 100;
-    // The sites of a program, in the order of their ordinals; ranks 0 and 2 live in process 0.
-    const auto sites = {MakeSite({0, 1, 0, 1}, 0), MakeSite({0, 1, 0, 1}, 1)};
+    // The sites of one program; ranks 0 and 2 live in process 0.
+    const auto sites = {MakeSite({0, 1, 0, 1}), MakeSite({0, 1, 0, 1}, false)};
     RunThreads(2, [&](int64_t local) {
       const int64_t rank = 2 * local + process;
       for (int64_t run = 0; run < kRuns; ++run) {
@@ -446,7 +446,7 @@ void CallsAcrossProcesses() {
 void PeerThatComesMuchLater() {
   InTwoProcesses([](int64_t process, pid_t, int) {
     Rendezvous::Get().set_timeouts({std::chrono::hours(1), std::chrono::seconds(30)});
-    const auto long_site = MakeSite({0, 1}, 0), short_site = MakeSite({0, 1}, 1);
+    const auto long_site = MakeSite({0, 1}), short_site = MakeSite({0, 1}, false);
     int64_t in = 5, out = -1;
     Outcome outcome;
     if (process == 0) ArriveWith(long_site, 0, 0, &in, &out, outcome.completion());

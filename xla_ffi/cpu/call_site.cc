@@ -1,8 +1,6 @@
 #include "xla_ffi/cpu/call_site.h"
 
 #include <cstring>
-#include <map>
-#include <mutex>
 #include <utility>
 
 #include "xla_ffi/cpu/meet/rendezvous.h"
@@ -13,12 +11,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-std::atomic<uint64_t> g_next_site_id{1};
 std::atomic<bool> g_poison_outputs{false};
-// XLA instantiates the call sites of a program one after the other while it compiles it, on a
-// thread of its own choice (jaxlib 0.10.2: not the one that lowered the program).
-std::mutex g_ordinals_mutex;
-std::map<uint64_t, uint64_t> g_num_sites;  // of the program that is being compiled, by signature
 
 ffi::ErrorCode Code(cpu::FailureCode code) {
   switch (code) {
@@ -38,25 +31,7 @@ ffi::ErrorCode Code(cpu::FailureCode code) {
 
 ffi::TypeId CpuSiteState::id = {};
 
-void BeginProgram() {
-  std::lock_guard<std::mutex> lock(g_ordinals_mutex);
-  g_num_sites.clear();
-}
-
 void SetPoisonOutputs(bool poison) { g_poison_outputs = poison; }
-
-cpu::CallSite MakeCallSite(const char* op, int64_t num_ranks, ffi::Span<const int64_t> members,
-                           std::initializer_list<int64_t> static_values) {
-  cpu::CallSite site;
-  site.op = op;
-  site.id = g_next_site_id++;
-  site.num_ranks = num_ranks;
-  for (int64_t member : members) site.rank_process.push_back(member >> 32);
-  site.signature = HashOperation(op, static_values, members);
-  std::lock_guard<std::mutex> lock(g_ordinals_mutex);
-  site.ordinal = g_num_sites[site.signature]++;
-  return site;
-}
 
 ffi::Future FailedFuture(ffi::Error error) {
   ffi::Promise promise;
@@ -86,6 +61,7 @@ ffi::Future Arrive(const CpuSiteState& state, ffi::RunId run,
   for (const Output& output : out) {
     if (g_poison_outputs && output.bytes > 0) std::memset(output.data, 0xff, output.bytes);
     member.out.push_back(output.data);
+    member.sizes_hash = Mix(member.sizes_hash, output.bytes);
   }
   ffi::Promise promise;
   ffi::Future future(promise);

@@ -11,7 +11,9 @@
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
+#include "xla_ffi/cpu/meet/program.h"
 #include "xla_ffi/cpu/ops/collective_op.h"
+#include "xla_ffi/hash.h"
 
 namespace jax_ep {
 
@@ -21,16 +23,8 @@ struct CpuSiteState {
   std::shared_ptr<const cpu::CallSite> site;
 };
 
-// From here on call sites belong to a new program (see CallSite::ordinal). Called when a program is
-// lowered; its compilation should follow. Where programs that span processes are compiled by
-// several threads of a process at once, ordinals would mix and the calls time out.
-void BeginProgram();
-
 // While set, every output is filled with 0xff (NaN; -1) before its operation starts. For tests.
 void SetPoisonOutputs(bool poison);
-
-cpu::CallSite MakeCallSite(const char* op, int64_t num_ranks, xla::ffi::Span<const int64_t> members,
-                           std::initializer_list<int64_t> static_values);
 
 template <typename Attributes>
 xla::ffi::ErrorOr<std::unique_ptr<CpuSiteState>> Instantiate(
@@ -44,8 +38,9 @@ xla::ffi::ErrorOr<std::unique_ptr<CpuSiteState>> Instantiate(
             std::to_string(attributes.num_ranks)));
   }
   auto state = std::make_unique<CpuSiteState>();
-  state->site = std::make_shared<cpu::CallSite>(
-      MakeCallSite(Attributes::kOp, attributes.num_ranks, attributes.members, static_values));
+  state->site = cpu::MakeCallSite(
+      Attributes::kOp, HashOperation(Attributes::kOp, static_values, attributes.members),
+      attributes.num_ranks, {attributes.members.begin(), attributes.members.end()});
   return state;
 }
 

@@ -13,6 +13,7 @@
 #include "xla_ffi/cpu/call_site.h"
 #include "xla_ffi/cpu/handlers.h"
 #include "xla_ffi/cpu/meet/process_group.h"
+#include "xla_ffi/cpu/meet/program.h"
 #include "xla_ffi/cpu/meet/rendezvous.h"
 #include "xla_ffi/module_common.h"
 #include "xla_ffi/timeouts.h"
@@ -51,8 +52,8 @@ NB_MODULE(_cpu, m) {
   m.def("limits", &Limits, "What a call may be: cuda/core/limits.h.");
   m.def("state_type", &StateType<CpuSiteState>,
         "The call sites' state, as jax.ffi.register_ffi_type takes it.");
-  m.def("begin_program", &BeginProgram,
-        "The call sites that are instantiated from now on belong to a new program.");
+  m.def("end_program", &cpu::Program::End,
+        "What this thread compiles or loads from now on belongs to another program.");
   m.def(
       "set_timeout",
       [](double arrival, double progress) {

@@ -15,8 +15,9 @@ constexpr size_t kMaxIov = 512;  // rows per system call, below IOV_MAX
 
 }  // namespace
 
-std::string Exchange::Publish(const CollectiveOp& op, const std::vector<int64_t>& ranks) {
-  std::string payload;
+std::string Exchange::Publish(const Likeness& likeness, const CollectiveOp& op,
+                              const std::vector<int64_t>& ranks) {
+  std::string payload(reinterpret_cast<const char*>(&likeness), sizeof likeness);
   const auto append = [&payload](uint64_t word) {
     payload.append(reinterpret_cast<const char*>(&word), sizeof word);
   };
@@ -29,7 +30,10 @@ std::string Exchange::Publish(const CollectiveOp& op, const std::vector<int64_t>
   return payload;
 }
 
-void Exchange::TakePublished(int64_t process, std::string_view payload) {
+Likeness Exchange::TakePublished(int64_t process, std::string_view payload) {
+  Likeness theirs;
+  std::memcpy(&theirs, payload.data(), sizeof theirs);
+  payload.remove_prefix(sizeof theirs);
   auto& ranks = arrived[process];
   std::vector<uint64_t> words(payload.size() / sizeof(uint64_t));
   std::memcpy(words.data(), payload.data(), words.size() * sizeof(uint64_t));
@@ -39,6 +43,7 @@ void Exchange::TakePublished(int64_t process, std::string_view payload) {
     ranks[rank].assign(words.begin() + i + 2, words.begin() + i + 2 + count);
     i += 2 + count;
   }
+  return theirs;
 }
 
 std::string Exchange::ranks_of(int64_t process) const {
@@ -55,8 +60,8 @@ std::string Exchange::missing() const {
     const int64_t p = rank_process[r];
     const bool came = started ? done.count(p) > 0 : arrived.count(p) > 0;
     if (came || others.count(p) == 0) continue;
-    missing +=
-        (missing.empty() ? "" : ", ") + std::to_string(r) + " (process " + std::to_string(p) + ")";
+    missing += (missing.empty() ? "" : ", ") + std::to_string(r) + " (process " +
+               std::to_string(p) + ", device " + std::to_string(rank_device[r]) + ")";
   }
   return missing;
 }

@@ -18,12 +18,19 @@
 
 namespace jax_ep::cpu {
 
+// What must be alike in all processes of a call, beside its key.
+struct Likeness {
+  uint64_t sizes_hash = 0;
+  int64_t num_sites = 0;  // of the program
+};
+
 struct Exchange {
   CallKey key;
+  Likeness likeness;  // of those who came first
 
   // From this process; absent while only others have come.
   std::string op_name;
-  std::vector<int64_t> rank_process;
+  std::vector<int64_t> rank_process, rank_device;
   std::set<int64_t> others;  // the processes of the group, without this one
   std::unique_ptr<CollectiveOp> op;
   Completion completion;
@@ -43,16 +50,21 @@ struct Exchange {
   // While only others have come there is no deadline: they have one, and say so when it is over.
   // While rows are read there is none either: that ends by itself.
   bool expires() const { return is_ours() && !reads(); }
+  bool waits_for(int64_t process) const {
+    return is_ours() && !started && others.count(process) > 0 && arrived.count(process) == 0;
+  }
   bool all_arrived() const { return all_of_others(arrived); }
   bool all_done() const { return all_of_others(done); }
 
-  // What a process publishes of its ranks, as ARRIVED carries it.
-  static std::string Publish(const CollectiveOp& op, const std::vector<int64_t>& ranks);
-  void TakePublished(int64_t process, std::string_view payload);
+  // What ARRIVED carries: the likeness, and what a process publishes of its ranks.
+  static std::string Publish(const Likeness& likeness, const CollectiveOp& op,
+                             const std::vector<int64_t>& ranks);
+  // Returns the likeness.
+  Likeness TakePublished(int64_t process, std::string_view payload);
 
   // The ranks of a process, as "2, 3".
   std::string ranks_of(int64_t process) const;
-  // Who is waited for: "2 (process 1), 3 (process 1)".
+  // Who is waited for: "2 (process 1, device 2048), 3 (process 1, device 2049)".
   std::string missing() const;
 
  private:

@@ -14,16 +14,27 @@
 
 namespace jax_ep::cpu {
 
-// A call, by the name it has in every process.
-struct CallKey {
-  uint64_t signature = 0, ordinal = 0;  // of the call site, see CallSite
-  int64_t run = 0, group = 0;
+// A launch and a call, by the names that they have in every process (see program.h).
+struct LaunchKey {
+  uint64_t devices = 0;  // the hash of those of the mesh
+  int64_t launch = 0;
+  uint64_t program = 0;  // the hash of its list
 
-  auto tie() const { return std::tie(signature, ordinal, run, group); }
-  bool operator<(const CallKey& other) const { return tie() < other.tie(); }
-  bool operator==(const CallKey& other) const { return tie() == other.tie(); }
+  auto tie() const { return std::tie(devices, launch, program); }
+  bool operator<(const LaunchKey& other) const { return tie() < other.tie(); }
+  bool operator==(const LaunchKey& other) const { return tie() == other.tie(); }
 };
 
+struct CallKey {
+  LaunchKey launch;
+  int64_t place = 0, group = 0;
+
+  bool operator<(const CallKey& other) const {
+    return std::tie(launch, place, group) < std::tie(other.launch, other.place, other.group);
+  }
+};
+
+// FAILED and GOODBYE are not about one call: of FAILED's key only the launch counts.
 enum class MessageType : uint32_t { kArrived = 1, kDone, kFailed, kGoodbye };
 
 struct Message {

@@ -20,6 +20,8 @@ namespace {
 std::mutex g_mutex;
 // Never destroyed: a process that exits without Disconnect leaves its thread running.
 std::shared_ptr<ProcessGroup>& g_current = *new std::shared_ptr<ProcessGroup>;
+constexpr size_t kNumRememberedLaunches = 256;
+
 std::unique_ptr<Door>& g_door = *new std::unique_ptr<Door>;
 
 [[noreturn]] void Throw(const std::string& what) { throw std::runtime_error("jax_ep: " + what); }
@@ -87,14 +89,47 @@ ProcessGroup::~ProcessGroup() = default;
 
 // ---------------------------------------------------------------- a call
 
-void ProcessGroup::Submit(const CallSite& site, int64_t run, int64_t group,
-                          std::unique_ptr<CollectiveOp> op, const Timeouts& timeouts,
-                          Completion completion) {
+LaunchKey ProcessGroup::NameLaunch(const CallSite& site, int64_t run) {
+  Program& program = *site.place.program;
+  LaunchKey key{site.devices_hash, 0, program.Close().hash};
+  std::lock_guard<std::mutex> lock(mutex_);
+  Launches& launches = launches_[key.devices];
+  for (auto it = launches.recent.rbegin(); it != launches.recent.rend(); ++it) {
+    if (it->program_id != program.id() || it->run != run) continue;
+    key.launch = it->launch;
+    return key;
+  }
+  // A launch of another program that a peer has given up is one that this process has left out. One
+  // of this program may be this one, which comes late: it takes that name, and fails.
+  const auto left_out = [&] {
+    bool is_left_out = false;
+    for (auto it = failed_.lower_bound({key.devices, launches.next, 0});
+         it != failed_.end() && it->first.devices == key.devices &&
+         it->first.launch == launches.next;
+         ++it) {
+      if (it->first.program == key.program) return false;
+      is_left_out = true;
+    }
+    return is_left_out;
+  };
+  while (left_out()) ++launches.next;
+  key.launch = launches.next++;
+  launches.recent.push_back({program.id(), run, key.launch});
+  if (launches.recent.size() > kNumRememberedLaunches) launches.recent.pop_front();
+  return key;
+}
+
+void ProcessGroup::Submit(const CallSite& site, const LaunchKey& launch, int64_t group,
+                          uint64_t sizes_hash, std::unique_ptr<CollectiveOp> op,
+                          const Timeouts& timeouts, Completion completion) {
   const int64_t* processes = site.group_processes(group);
+  const int64_t* devices = site.group_devices(group);
   Exchange local;
-  local.key = CallKey{site.signature, site.ordinal, run, group};
+  local.key = CallKey{launch, site.place.index, group};
+  local.likeness = {sizes_hash, site.place.program->Close().num_sites};
   local.op_name = site.op;
   local.rank_process.assign(processes, processes + site.num_ranks);
+  local.rank_device.assign(devices, devices + site.num_ranks);
   std::vector<int64_t> own_ranks;
   for (int64_t r = 0; r < site.num_ranks; ++r) {
     if (processes[r] == process_index_) {
@@ -114,7 +149,7 @@ void ProcessGroup::Submit(const CallSite& site, int64_t run, int64_t group,
     completion(Failure{FailureCode::kInternal, site.op + ": " + e.what()});
     return;
   }
-  const std::string published = Exchange::Publish(*op, own_ranks);
+  const std::string published = Exchange::Publish(local.likeness, *op, own_ranks);
 
   std::lock_guard<std::mutex> lock(mutex_);
   Exchanges& queue = exchanges_[local.key];
@@ -124,27 +159,49 @@ void ProcessGroup::Submit(const CallSite& site, int64_t run, int64_t group,
   exchange->key = local.key;
   exchange->op_name = local.op_name;
   exchange->rank_process = std::move(local.rank_process);
+  exchange->rank_device = std::move(local.rank_device);
   exchange->others = std::move(local.others);
   exchange->op = std::move(op);
   exchange->completion = std::move(completion);
   exchange->timeouts = timeouts;
   exchange->deadline = Clock::now() + timeouts.arrival;
-  if (closing_ && !exchange->failure) {
-    exchange->failure = Failure{FailureCode::kUnavailable,
-                                exchange->op_name + ": jax_ep.finalize() has been called"};
+  MaybeFailure failure = FailureBefore(*exchange);
+  if (!failure && !exchange->arrived.empty()) failure = Unlike(*exchange, local.likeness);
+  exchange->likeness = local.likeness;
+  if (!failure) {
+    for (int64_t p : exchange->others) {
+      peers_[p].Send(MessageType::kArrived, exchange->key, published);  // [A1]
+    }
+    failure = Conflict(*exchange);
   }
-  for (int64_t p : exchange->others) {
-    if (!peers_[p].alive() && !exchange->failure) exchange->failure = Lost(*exchange, p);
-  }
-  if (exchange->failure) {
-    Fail(exchange, *exchange->failure, /*tell_peers=*/true);
+  if (failure) {
+    FailLaunch(launch, *failure);
     return;
-  }
-  for (int64_t p : exchange->others) {
-    peers_[p].Send(MessageType::kArrived, exchange->key, published);  // [A1]
   }
   StartIfReady(exchange);
   Wake();  // the new deadline
+}
+
+void ProcessGroup::GiveUp(const LaunchKey& launch, const Failure& failure) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  FailLaunch(launch, failure);
+}
+
+MaybeFailure ProcessGroup::FailureBefore(const Exchange& exchange) const {
+  if (closing_) {
+    return Failure{FailureCode::kUnavailable,
+                   exchange.op_name + ": jax_ep.finalize() has been called"};
+  }
+  const auto failed = failed_.find(exchange.key.launch);
+  if (failed != failed_.end()) {
+    for (const auto& [process, failure] : failed->second) {
+      if (process == process_index_ || exchange.others.count(process) > 0) return failure;
+    }
+  }
+  for (int64_t p : exchange.others) {
+    if (!peers_[p].alive()) return Lost(exchange, p);
+  }
+  return std::nullopt;
 }
 
 void ProcessGroup::StartIfReady(const std::shared_ptr<Exchange>& exchange) {
@@ -170,7 +227,7 @@ void ProcessGroup::Read(const std::shared_ptr<Exchange>& exchange) {
   exchange->deadline = Clock::now() + exchange->timeouts.progress;
   if (exchange->failure) failure = exchange->failure;
   if (failure) {
-    Fail(exchange, *failure, /*tell_peers=*/true);
+    FailLaunch(exchange->key.launch, *failure);
     return;
   }
   for (int64_t p : exchange->others) {
@@ -189,32 +246,53 @@ void ProcessGroup::CompleteIfDone(const std::shared_ptr<Exchange>& exchange) {
   });
 }
 
-void ProcessGroup::Fail(const std::shared_ptr<Exchange>& exchange, Failure failure,
-                        bool tell_peers) {
-  exchange->failure = failure;
-  if (!exchange->is_ours()) return;  // waits for this process's ranks, to fail them
-  if (exchange->reads()) return;     // Finish still writes; it comes back here
-  if (tell_peers) {
-    for (int64_t p : exchange->others) {
-      peers_[p].Send(MessageType::kFailed, exchange->key, failure.message);
+void ProcessGroup::FailLaunch(const LaunchKey& launch, const Failure& failure) {
+  const bool is_new = RememberFailed(launch, process_index_, failure);
+  // Before anything that they may read is let go.
+  if (is_new) {
+    for (Peer& peer : peers_)
+      peer.Send(MessageType::kFailed, CallKey{launch, 0, 0}, failure.message);
+  }
+  std::vector<std::shared_ptr<Exchange>> ended;
+  for (const auto& [key, queue] : exchanges_) {
+    if (!(key.launch == launch)) continue;
+    for (const auto& exchange : queue) {
+      if (!exchange->is_ours()) continue;
+      if (!exchange->failure) exchange->failure = failure;
+      if (!exchange->reads()) ended.push_back(exchange);  // else Finish still writes: see Read
     }
   }
-  Erase(exchange);
-  WorkerPool::Get().Run([exchange, failure = std::move(failure)] {
-    exchange->op = nullptr;
-    exchange->completion(failure);
-  });
+  for (const auto& exchange : ended) {
+    Erase(exchange);
+    WorkerPool::Get().Run([exchange] {
+      exchange->op = nullptr;
+      exchange->completion(exchange->failure);
+    });
+  }
 }
 
-void ProcessGroup::FailAll(const std::function<bool(const Exchange&)>& which,
-                           const std::function<Failure(const Exchange&)>& why) {
-  std::vector<std::shared_ptr<Exchange>> found;  // Fail takes them out of exchanges_
-  for (const auto& [key, queue] : exchanges_) {
-    for (const auto& exchange : queue) {
-      if (which(*exchange)) found.push_back(exchange);
+bool ProcessGroup::RememberFailed(const LaunchKey& launch, int64_t process,
+                                  const Failure& failure) {
+  const auto [it, is_first] = failed_.try_emplace(launch);
+  if (is_first) {
+    failed_order_.push_back(launch);
+    if (failed_order_.size() > kNumRememberedLaunches) {
+      failed_.erase(failed_order_.front());
+      failed_order_.pop_front();
     }
   }
-  for (const auto& exchange : found) Fail(exchange, why(*exchange), /*tell_peers=*/true);
+  return it->second.emplace(process, failure).second;
+}
+
+void ProcessGroup::FailAll(const std::function<MaybeFailure(const Exchange&)>& why) {
+  std::map<LaunchKey, Failure> found;  // FailLaunch takes exchanges out of exchanges_
+  for (const auto& [key, queue] : exchanges_) {
+    for (const auto& exchange : queue) {
+      if (!exchange->is_ours()) continue;
+      if (const MaybeFailure failure = why(*exchange)) found.emplace(key.launch, *failure);
+    }
+  }
+  for (const auto& [launch, failure] : found) FailLaunch(launch, failure);
 }
 
 void ProcessGroup::Erase(const std::shared_ptr<Exchange>& exchange) {
@@ -232,32 +310,62 @@ Failure ProcessGroup::Lost(const Exchange& exchange, int64_t process) const {
                      (peer.said_goodbye() ? "called jax_ep.finalize()" : "died")};
 }
 
-std::string ProcessGroup::OtherProgram(const Exchange& exchange) const {
-  for (const auto& [key, queue] : exchanges_) {
-    const Exchange& first = *queue.front();
-    const bool alike = key.signature == exchange.key.signature && key.group == exchange.key.group &&
-                       !(key == exchange.key);
-    if (!alike || first.failure || first.is_ours() || first.arrived.empty()) continue;
-    return ". Process " + std::to_string(first.arrived.begin()->first) +
-           " waits at the same operation of a program that XLA numbers otherwise: it was compiled "
-           "with other options, a different number of times, or traced from other lines of code "
-           "(JAX puts them into the program, for example when one process alone calls lower())";
+MaybeFailure ProcessGroup::Unlike(const Exchange& exchange, const Likeness& other) const {
+  if (exchange.likeness.sizes_hash == other.sizes_hash) return std::nullopt;
+  return Failure{FailureCode::kFailedPrecondition,
+                 (exchange.op_name.empty() ? "jax_ep" : exchange.op_name) +
+                     ": processes call the operation with rows of other sizes or types; all "
+                     "processes must run the same program"};
+}
+
+MaybeFailure ProcessGroup::Conflict(const Exchange& ours, const Exchange& theirs,
+                                    int64_t process) const {
+  const LaunchKey &here = ours.key.launch, &there = theirs.key.launch;
+  if (!ours.waits_for(process) || theirs.arrived.count(process) == 0 ||
+      here.devices != there.devices) {
+    return std::nullopt;
   }
-  return {};
+  std::string what;
+  if (there.launch > here.launch) {
+    what = "has gone on to a later launch";
+  } else if (there.launch == here.launch && there.program != here.program) {
+    what = "waits in another program: one with " + std::to_string(theirs.likeness.num_sites) +
+           " calls of jax_ep, here it has " + std::to_string(ours.likeness.num_sites);
+  } else {
+    return std::nullopt;
+  }
+  what +=
+      ". All processes must launch the programs that they share in the same order and equally "
+      "often, and compile or load them alike: with the same versions, options and flags, and not "
+      "several serialized ones in a row in one process that another runs one by one";
+  return Failure{FailureCode::kFailedPrecondition,
+                 ours.op_name + ": rank " + ours.ranks_of(process) + " of group " +
+                     std::to_string(ours.key.group) + " cannot come: process " +
+                     std::to_string(process) + " " + what};
+}
+
+MaybeFailure ProcessGroup::Conflict(const Exchange& ours) const {
+  for (const auto& [key, queue] : exchanges_) {
+    for (const auto& theirs : queue) {
+      if (theirs->is_ours()) continue;
+      for (const auto& [process, ranks] : theirs->arrived) {
+        if (MaybeFailure failure = Conflict(ours, *theirs, process)) return failure;
+      }
+    }
+  }
+  return std::nullopt;
 }
 
 void ProcessGroup::ExpireOverdue() {
   const Clock::time_point now = Clock::now();
-  FailAll([&](const Exchange& e) { return e.expires() && e.deadline <= now; },
-          [&](const Exchange& e) {
-            return Failure{
-                FailureCode::kDeadlineExceeded,
-                e.op_name + ": rank " + e.missing() + " of group " + std::to_string(e.key.group) +
-                    " did not " + (e.started ? "finish" : "come") +
-                    " within the timeout; every rank of a group must call the operation, and all "
-                    "processes must compile the same programs in the same order" +
-                    OtherProgram(e)};
-          });
+  FailAll([&](const Exchange& e) -> MaybeFailure {
+    if (!e.expires() || e.deadline > now) return std::nullopt;
+    return Failure{FailureCode::kDeadlineExceeded,
+                   e.op_name + ": rank " + e.missing() + " of group " +
+                       std::to_string(e.key.group) + " did not " + (e.started ? "finish" : "come") +
+                       " within the timeout; every rank of a group must call the operation. "
+                       "jax_ep.set_timeout sets how long is waited"};
+  });
 }
 
 Clock::time_point ProcessGroup::NextDeadline() const {
@@ -279,55 +387,67 @@ void ProcessGroup::Receive(int64_t process) {
 }
 
 void ProcessGroup::Handle(int64_t process, const Message& message) {
-  Exchanges& queue = exchanges_[message.key];
-  // The oldest call of this key in which the peer has not taken this step yet. It can give up at
-  // any step, after DONE too, but only in the latest call that it has come to.
-  auto it = std::find_if(queue.begin(), queue.end(), [&](const auto& e) {
-    if (message.type == MessageType::kDone) return e->done.count(process) == 0;
-    return e->arrived.count(process) == 0;
-  });
-  if (message.type == MessageType::kFailed && it != queue.begin()) --it;
-  std::shared_ptr<Exchange> exchange;
-  if (it != queue.end()) {
-    exchange = *it;
-  } else {
-    exchange = std::make_shared<Exchange>();
-    exchange->key = message.key;
-    queue.push_back(exchange);
-  }
-  switch (message.type) {
-    case MessageType::kArrived:
-      exchange->TakePublished(process, message.payload);
-      StartIfReady(exchange);
-      return;
-    case MessageType::kDone:
-      exchange->done.insert(process);
-      CompleteIfDone(exchange);
-      return;
-    case MessageType::kFailed:
-      Fail(exchange,
+  if (message.type == MessageType::kFailed) {
+    GaveUp(process, message.key.launch,
            Failure{FailureCode::kUnavailable, "process " + std::to_string(process) +
-                                                  " gave up: " + std::string(message.payload)},
-           /*tell_peers=*/false);
-      return;
-    case MessageType::kGoodbye:
-      return;
+                                                  " gave up: " + std::string(message.payload)});
+    return;
   }
+  Exchanges& queue = exchanges_[message.key];
+  // The oldest call of this key in which the peer has not taken this step yet.
+  auto it = std::find_if(queue.begin(), queue.end(), [&](const auto& e) {
+    return message.type == MessageType::kDone ? e->done.count(process) == 0
+                                              : e->arrived.count(process) == 0;
+  });
+  if (it == queue.end()) {
+    it = queue.insert(it, std::make_shared<Exchange>());
+    (*it)->key = message.key;
+  }
+  const std::shared_ptr<Exchange> exchange = *it;
+  if (message.type == MessageType::kDone) {
+    exchange->done.insert(process);
+    CompleteIfDone(exchange);
+    return;
+  }
+  const bool is_first = !exchange->is_ours() && exchange->arrived.empty();
+  const Likeness theirs = exchange->TakePublished(process, message.payload);
+  if (is_first) exchange->likeness = theirs;
+  if (const MaybeFailure failure = Unlike(*exchange, theirs)) {
+    FailLaunch(message.key.launch, *failure);
+    return;
+  }
+  StartIfReady(exchange);
+  FailAll([&](const Exchange& ours) { return Conflict(ours, *exchange, process); });
+}
+
+void ProcessGroup::GaveUp(int64_t process, const LaunchKey& launch, const Failure& failure) {
+  RememberFailed(launch, process, failure);
+  Forget(process, [&](const CallKey& key) { return key.launch == launch; });
+  FailAll([&](const Exchange& e) -> MaybeFailure {
+    if (!(e.key.launch == launch) || e.others.count(process) == 0) return std::nullopt;
+    return failure;
+  });
 }
 
 void ProcessGroup::MarkDead(int64_t process) {
-  // What it has arrived at alone is forgotten; a rank of ours that comes there finds it dead.
+  Forget(process, [](const CallKey&) { return true; });
+  FailAll([&](const Exchange& e) -> MaybeFailure {
+    if (e.others.count(process) == 0 || e.done.count(process) > 0) return std::nullopt;
+    return Lost(e, process);
+  });
+}
+
+void ProcessGroup::Forget(int64_t process, const std::function<bool(const CallKey&)>& which) {
   for (auto it = exchanges_.begin(); it != exchanges_.end();) {
     Exchanges& queue = it->second;
-    for (const auto& exchange : queue) {
-      if (!exchange->is_ours()) exchange->arrived.erase(process);
+    if (which(it->first)) {
+      for (const auto& exchange : queue) {
+        if (!exchange->is_ours()) exchange->arrived.erase(process);
+      }
+      queue.remove_if([](const auto& e) { return !e->is_ours() && e->arrived.empty(); });
     }
-    queue.remove_if([](const auto& e) { return !e->is_ours() && e->arrived.empty(); });
     it = queue.empty() ? exchanges_.erase(it) : std::next(it);
   }
-  FailAll(
-      [&](const Exchange& e) { return e.others.count(process) > 0 && e.done.count(process) == 0; },
-      [&](const Exchange& e) { return Lost(e, process); });
 }
 
 // ---------------------------------------------------------------- the group's thread
@@ -347,11 +467,10 @@ void ProcessGroup::Loop() {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       if (closing_) {
-        FailAll([](const Exchange&) { return true; },
-                [](const Exchange& e) {
-                  return Failure{FailureCode::kUnavailable,
-                                 e.op_name + ": jax_ep.finalize() was called during the call"};
-                });
+        FailAll([](const Exchange& e) -> MaybeFailure {
+          return Failure{FailureCode::kUnavailable,
+                         e.op_name + ": jax_ep.finalize() was called during the call"};
+        });
         return;
       }
       const Clock::time_point next = NextDeadline();

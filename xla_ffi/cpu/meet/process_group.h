@@ -11,17 +11,18 @@
 //   4. send DONE: this process reads nothing any more             [D1]
 //   5. DONE of every other process seen -> the call is complete,  observes [D1]
 //      and only then do the buffers behind the addresses go back to their owners
-// Pairing: messages carry (signature, ordinal, run, group). The ordinal counts the call sites of
-// one signature inside one compiled program, which every process compiles alike; the run number is
-// the same in all processes of a multi-controller launch. Within a key, calls pair in order:
-// devices pass a call site once per iteration of the loop around it.
-// Failure: a timeout, a death or a failed read ends the call here with an error that names the
-// process and its ranks, and FAILED tells the others, who end theirs at once.
+// Pairing: messages carry the name of the call, see program.h. A peer that waits for this process
+// in another program, or in a later launch, will not come to a call that waits for it: both end at
+// once.
+// Failure: a timeout, a death or a failed read ends the whole launch here with an error that names
+// the process and its ranks: what follows in the program would wait in vain. FAILED tells all
+// processes, who end theirs at once.
 #ifndef JAX_EP_XLA_FFI_CPU_MEET_PROCESS_GROUP_H_
 #define JAX_EP_XLA_FFI_CPU_MEET_PROCESS_GROUP_H_
 
 #include <chrono>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <list>
 #include <map>
@@ -33,6 +34,7 @@
 
 #include "xla_ffi/cpu/meet/exchange.h"
 #include "xla_ffi/cpu/meet/messages.h"
+#include "xla_ffi/cpu/meet/program.h"
 
 namespace jax_ep::cpu {
 
@@ -59,13 +61,28 @@ class ProcessGroup : public std::enable_shared_from_this<ProcessGroup> {
 
   int64_t process_index() const { return process_index_; }
 
+  // What all processes call this launch. To be asked when the first rank of this process comes to
+  // a call of it, so that launches count whatever becomes of them.
+  LaunchKey NameLaunch(const CallSite& site, int64_t run);
+
   // Hands over a call whose ranks of this process have all come. Prepare, Finish and `completion`
   // run on threads of the worker pool or on this one.
-  void Submit(const CallSite& site, int64_t run, int64_t group, std::unique_ptr<CollectiveOp> op,
-              const Timeouts& timeouts, Completion completion);
+  void Submit(const CallSite& site, const LaunchKey& launch, int64_t group, uint64_t sizes_hash,
+              std::unique_ptr<CollectiveOp> op, const Timeouts& timeouts, Completion completion);
+
+  // Tells all processes that this one ends the launch with a failure.
+  void GiveUp(const LaunchKey& launch, const Failure& failure);
 
  private:
   using Exchanges = std::list<std::shared_ptr<Exchange>>;
+  struct Launches {  // of programs on the same devices
+    struct Launch {
+      uint64_t program_id;
+      int64_t run, launch;
+    };
+    int64_t next = 0;
+    std::deque<Launch> recent;
+  };
 
   ProcessGroup(int64_t process_index, std::vector<Connection> connections);
 
@@ -76,14 +93,22 @@ class ProcessGroup : public std::enable_shared_from_this<ProcessGroup> {
   void StartIfReady(const std::shared_ptr<Exchange>& exchange);
   void Read(const std::shared_ptr<Exchange>& exchange);
   void CompleteIfDone(const std::shared_ptr<Exchange>& exchange);
-  void Fail(const std::shared_ptr<Exchange>& exchange, Failure failure, bool tell_peers);
-  void FailAll(const std::function<bool(const Exchange&)>& which,
-               const std::function<Failure(const Exchange&)>& why);
+  void FailLaunch(const LaunchKey& launch, const Failure& failure);
+  // The launches of those of our calls for which `why` gives a failure.
+  void FailAll(const std::function<MaybeFailure(const Exchange&)>& why);
+  // False if it was known.
+  bool RememberFailed(const LaunchKey& launch, int64_t process, const Failure& failure);
+  void GaveUp(int64_t process, const LaunchKey& launch, const Failure& failure);
+  // Drops what a peer has arrived at and none of ours.
+  void Forget(int64_t process, const std::function<bool(const CallKey&)>& which);
+  MaybeFailure FailureBefore(const Exchange& exchange) const;
+  MaybeFailure Unlike(const Exchange& exchange, const Likeness& other) const;
+  // Why `process`, which waits in `theirs`, can never come to `ours`; or any who waits somewhere.
+  MaybeFailure Conflict(const Exchange& ours, const Exchange& theirs, int64_t process) const;
+  MaybeFailure Conflict(const Exchange& ours) const;
   void Erase(const std::shared_ptr<Exchange>& exchange);
   void ExpireOverdue();
   Clock::time_point NextDeadline() const;
-  // Why a peer may wait in vain for this call: it is at a call that pairs with none of ours.
-  std::string OtherProgram(const Exchange& exchange) const;
   Failure Lost(const Exchange& exchange, int64_t process) const;
   void Wake();
 
@@ -95,6 +120,9 @@ class ProcessGroup : public std::enable_shared_from_this<ProcessGroup> {
   std::mutex mutex_;
   bool closing_ = false;
   std::map<CallKey, Exchanges> exchanges_;
+  std::map<uint64_t, Launches> launches_;                   // by the devices
+  std::map<LaunchKey, std::map<int64_t, Failure>> failed_;  // by process; the latest launches
+  std::deque<LaunchKey> failed_order_;
 };
 
 }  // namespace jax_ep::cpu

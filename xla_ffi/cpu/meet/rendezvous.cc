@@ -108,12 +108,14 @@ void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64
     return;
   }
 
+  const LaunchKey launch =
+      process_group != nullptr ? process_group->NameLaunch(*site, run) : LaunchKey{};
   const Key key{site->id, run, group};
   Members full;
   {
     std::unique_lock<std::mutex> lock(mutex_);
-    for (const auto& [failed_key, failure] : failed_) {
-      if (failed_key != key) continue;
+    for (const auto& [failed_run, failure] : failed_) {
+      if (failed_run != Run{site->place.program->id(), run}) continue;
       const Failure copy = failure;
       lock.unlock();
       member.done(copy);
@@ -129,6 +131,8 @@ void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64
     if (meeting == queue.end()) {
       Meeting fresh;
       fresh.site = site;
+      fresh.process_group = process_group;
+      fresh.launch = launch;
       fresh.members.resize(num_ranks);
       fresh.arrived.resize(num_ranks);
       fresh.deadline = Clock::now() + timeouts_.arrival;
@@ -163,21 +167,62 @@ void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64
     failure = Failure{FailureCode::kInternal, site->op + ": " + e.what()};
   }
   if (failure || !spans_processes) {
+    if (failure && spans_processes) process_group->GiveUp(launch, *failure);
+    if (failure) FailRun(*site, run, *failure);
     CompleteAll(full, failure, rank);
     return;
   }
+  const uint64_t sizes_hash = full[rank].sizes_hash;
   auto members = std::make_shared<Members>(std::move(full));
+  const auto complete = [this, site, run, members](const MaybeFailure& f) {
+    if (f) FailRun(*site, run, *f);
+    CompleteAll(*members, f, -1);
+  };
   try {
-    process_group->Submit(*site, run, group, std::move(op), timeouts(),
-                          [members](const MaybeFailure& f) { CompleteAll(*members, f, -1); });
+    process_group->Submit(*site, launch, group, sizes_hash, std::move(op), timeouts(), complete);
   } catch (const std::exception& e) {
-    CompleteAll(*members, Failure{FailureCode::kInternal, site->op + ": " + e.what()}, -1);
+    complete(Failure{FailureCode::kInternal, site->op + ": " + e.what()});
   }
 }
 
-void Rendezvous::RememberFailed(const Key& key, const Failure& failure) {
-  failed_.emplace_back(key, failure);
-  if (failed_.size() > kNumRememberedFailures) failed_.pop_front();
+void Rendezvous::FailRun(const CallSite& site, int64_t run, const Failure& failure) {
+  const Run failed{site.place.program->id(), run};
+  std::vector<Meeting> ended;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    failed_.emplace_back(failed, failure);
+    if (failed_.size() > kNumRememberedFailures) failed_.pop_front();
+    for (auto it = meetings_.begin(); it != meetings_.end();) {
+      if (Run{it->second.front().site->place.program->id(), std::get<1>(it->first)} != failed) {
+        ++it;
+        continue;
+      }
+      for (Meeting& meeting : it->second) ended.push_back(std::move(meeting));
+      it = meetings_.erase(it);
+    }
+  }
+  for (Meeting& meeting : ended) {
+    if (meeting.process_group != nullptr) meeting.process_group->GiveUp(meeting.launch, failure);
+    CompleteAll(meeting.members, failure, -1);
+  }
+}
+
+Failure Rendezvous::Overdue(const Meeting& meeting, int64_t group) {
+  const CallSite& site = *meeting.site;
+  // Missing are ranks of this process: of the one that those who came run in.
+  const int64_t* processes = site.group_processes(group);
+  int64_t mine = processes[0];
+  for (int64_t r = 0; r < site.num_ranks; ++r) {
+    if (meeting.arrived[r]) mine = processes[r];
+  }
+  std::vector<bool> expected(site.num_ranks);
+  for (int64_t r = 0; r < site.num_ranks; ++r) expected[r] = processes[r] == mine;
+  return {FailureCode::kDeadlineExceeded,
+          site.op + ": rank " + ListRanks(meeting.arrived, expected, false) + " of group " +
+              std::to_string(group) + " did not come within the timeout (came: " +
+              ListRanks(meeting.arrived, expected, true) +
+              "); every rank of a group must call the operation. jax_ep.set_timeout and "
+              "JAX_EP_TIMEOUT set how long is waited"};
 }
 
 void Rendezvous::Watch() {
@@ -190,36 +235,26 @@ void Rendezvous::Watch() {
     }
     const Clock::time_point now = Clock::now();
     next_wake_ = Clock::time_point::max();
-    for (auto it = meetings_.begin(); it != meetings_.end();) {
-      std::deque<Meeting>& queue = it->second;
+    struct Late {
+      std::shared_ptr<const CallSite> site;
+      int64_t run;
+      Failure failure;
+    };
+    std::vector<Late> late;
+    for (const auto& [key, queue] : meetings_) {
       // Only the oldest can be first: a rank missing there is missing in all that follow.
-      if (queue.front().deadline > now) {
-        next_wake_ = std::min(next_wake_, queue.front().deadline);
-        ++it;
-        continue;
-      }
       const Meeting& oldest = queue.front();
-      const CallSite& site = *oldest.site;
-      const int64_t group = std::get<2>(it->first);
-      // Missing are ranks of this process: of the one that those who came run in.
-      const int64_t* processes = site.group_processes(group);
-      int64_t mine = processes[0];
-      for (int64_t r = 0; r < site.num_ranks; ++r) {
-        if (oldest.arrived[r]) mine = processes[r];
+      if (oldest.deadline > now) {
+        next_wake_ = std::min(next_wake_, oldest.deadline);
+      } else {
+        late.push_back({oldest.site, std::get<1>(key), Overdue(oldest, std::get<2>(key))});
       }
-      std::vector<bool> expected(site.num_ranks);
-      for (int64_t r = 0; r < site.num_ranks; ++r) expected[r] = processes[r] == mine;
-      const Failure failure{
-          FailureCode::kDeadlineExceeded,
-          site.op + ": rank " + ListRanks(oldest.arrived, expected, false) + " of group " +
-              std::to_string(group) + " did not come within the timeout (came: " +
-              ListRanks(oldest.arrived, expected, true) +
-              "); every rank of a group must call the operation. jax_ep.set_timeout and "
-              "JAX_EP_TIMEOUT set how long is waited"};
-      RememberFailed(it->first, failure);
-      for (Meeting& meeting : queue) CompleteAll(meeting.members, failure, -1);
-      it = meetings_.erase(it);
     }
+    if (late.empty()) continue;
+    lock.unlock();
+    for (const Late& one : late) FailRun(*one.site, one.run, one.failure);
+    lock.lock();
+    next_wake_ = now;  // look again: meetings may have begun meanwhile
   }
 }
 

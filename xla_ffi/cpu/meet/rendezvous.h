@@ -13,6 +13,9 @@
 #include <tuple>
 
 #include "xla_ffi/cpu/meet/clock.h"
+#include "xla_ffi/cpu/meet/messages.h"
+#include "xla_ffi/cpu/meet/process_group.h"
+#include "xla_ffi/cpu/meet/program.h"
 #include "xla_ffi/cpu/ops/collective_op.h"
 #include "xla_ffi/timeouts.h"
 
@@ -22,6 +25,7 @@ namespace jax_ep::cpu {
 // it, in order, so within (site, run, group) a rank's arrival belongs to the oldest meeting that
 // still lacks it. Sites are objects of the compiled program, runs are numbered by XLA: no counter
 // survives a run, and independent calls never mix whatever order the devices take them in.
+// A run fails as a whole: where one of its calls has failed, those that follow would wait in vain.
 class Rendezvous {
  public:
   // The process's rendezvous. Never destroyed: the watchdog may outlive main().
@@ -39,23 +43,28 @@ class Rendezvous {
 
  private:
   using Key = std::tuple<uint64_t, int64_t, int64_t>;  // site id, run, group
+  using Run = std::pair<uint64_t, int64_t>;            // program id, run
 
   struct Meeting {
     std::shared_ptr<const CallSite> site;
+    std::shared_ptr<ProcessGroup> process_group;  // null if all ranks live in this process
+    LaunchKey launch;                             // in the process group
     Members members;
     std::vector<bool> arrived;
     int64_t num_arrived = 0;
     Clock::time_point deadline;
   };
 
+  static Failure Overdue(const Meeting& meeting, int64_t group);
   void Watch();
-  void RememberFailed(const Key& key, const Failure& failure);
+  // Ends what waits of a run, and what comes to it from now on.
+  void FailRun(const CallSite& site, int64_t run, const Failure& failure);
 
   mutable std::mutex mutex_;
   std::condition_variable deadline_changed_;
   Timeouts timeouts_;
   std::map<Key, std::deque<Meeting>> meetings_;
-  std::deque<std::pair<Key, Failure>> failed_;  // for ranks that come after the timeout
+  std::deque<std::pair<Run, Failure>> failed_;  // the latest ones
   Clock::time_point next_wake_ = Clock::time_point::max();
   bool watching_ = false;
 };

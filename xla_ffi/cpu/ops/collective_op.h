@@ -6,27 +6,11 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "xla_ffi/cpu/meet/failure.h"
 
 namespace jax_ep::cpu {
-
-// A call site of a compiled program. Two calls in one program that share every attribute are two
-// call sites, told apart by `id` inside a process and by `ordinal` between processes.
-struct CallSite {
-  std::string op;                     // the target's name, for messages
-  uint64_t id = 0;                    // unique in this process, never reused
-  uint64_t signature = 0;             // hash of the operation and its attributes
-  uint64_t ordinal = 0;               // among the sites of this signature in its program
-  int64_t num_ranks = 0;              // R
-  std::vector<int64_t> rank_process;  // process of each rank, [num_groups * R], group by group
-
-  const int64_t* group_processes(int64_t group) const {
-    return rank_process.data() + group * num_ranks;
-  }
-};
 
 // One rank's part in a call: its buffers, valid until `done` has been called.
 struct Member {
@@ -34,6 +18,7 @@ struct Member {
   std::vector<const void*> in;
   std::vector<void*> out;
   Completion done;
+  uint64_t sizes_hash = 0;  // of the buffers' sizes, as far as no attribute shows them
 };
 
 // The other processes' side of a call. Reads fail when the process has died.
