@@ -29,6 +29,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/probe/link_probe.h"
+#include "tests/native/call_arguments.h"
 #include "tests/native/check_cuda.h"
 
 namespace {
@@ -128,15 +129,11 @@ __global__ void Randomize(T* numbers, size_t size, uint32_t seed) {
 }
 
 // What lies on one rank's device.
-struct Rank {
+struct Rank : test::CallBuffers<__nv_bfloat16> {
   cudaStream_t stream;
   cudaEvent_t begin, end;
   ControlBlock* control;
   ErrorRecord* error;
-  int32_t *ids, *send_row, *recv_src, *recv_order, *recv_offsets, *group_sizes, *expert_counts,
-      *expert_load, *counters;
-  __nv_bfloat16 *x, *y, *tokens, *partial, *out;
-  float *topk_weights, *weights, *row_weights, *dots, *scales, *collected;
   int32_t* load;              // rows to each expert, by the host
   unsigned long long* wrong;  // numbers
 };
@@ -383,72 +380,23 @@ class Bench {
     return view;
   }
 
-  LayoutArguments Layout(const Rank& b) const {
-    LayoutArguments a{};
-    a.topk_idx = b.ids;
-    a.num_tokens = o_.tokens;
-    a.top_k = o_.top_k;
-    a.num_experts = o_.experts;
-    a.capacity = capacity_;
-    a.expert_alignment = 1;
-    a.send_row = b.send_row;
-    a.recv_src = b.recv_src;
-    a.recv_order = b.recv_order;
-    a.recv_offsets = b.recv_offsets;
-    a.group_sizes = b.group_sizes;
-    a.expert_counts = b.expert_counts;
-    a.expert_load = b.expert_load;
-    a.counters = b.counters;
-    return a;
-  }
-  DispatchArguments Dispatch(const Rank& b, DispatchMode mode) const {
-    DispatchArguments a{};
-    a.x = b.x;
-    a.topk_idx = b.ids;
-    a.send_row = b.send_row;
-    a.recv_src = b.recv_src;
-    a.recv_order = b.recv_order;
-    a.recv_offsets = b.recv_offsets;
-    a.group_sizes = b.group_sizes;
-    a.tokens = b.tokens;
-    a.num_tokens = o_.tokens;
-    a.top_k = o_.top_k;
-    a.capacity = capacity_;
-    a.num_local_experts = o_.experts / o_.ranks;
-    a.num_channels = o_.hidden;
-    a.row_bytes = int64_t{o_.hidden} * 2;
-    a.mode = mode;
-    a.type = RowType::kBF16;
-    a.zero_tail = true;
-    if (mode == DispatchMode::kWeighted) {
-      a.y = b.y;
-      a.row_weights = b.row_weights;
-      a.dots = b.dots;
-    } else {
-      a.topk_weights = b.topk_weights;
-      a.weights = b.weights;
-    }
-    if (mode == DispatchMode::kQuantize) a.scales = b.scales;
-    return a;
+  test::CallSizes call_sizes() const {
+    return {o_.ranks,
+            o_.tokens,
+            o_.top_k,
+            o_.experts,
+            1,
+            capacity_,
+            o_.hidden,
+            int64_t{o_.hidden} * 2,
+            RowType::kBF16,
+            true};
   }
   CombineArguments Combine(const Rank& b, bool weighted) const {
-    CombineArguments a{};
-    a.y = b.y;
+    CombineArguments a = test::CombineOf(call_sizes(), b);
     a.weights = weighted ? b.row_weights : nullptr;
     a.values = weighted ? nullptr : b.row_weights;
     a.collected = weighted ? nullptr : b.collected;
-    a.topk_idx = b.ids;
-    a.send_row = b.send_row;
-    a.recv_src = b.recv_src;
-    a.recv_order = b.recv_order;
-    a.recv_offsets = b.recv_offsets;
-    a.partial = b.partial;
-    a.out = b.out;
-    a.num_tokens = o_.tokens;
-    a.top_k = o_.top_k;
-    a.num_local_experts = o_.experts / o_.ranks;
-    a.num_channels = o_.hidden;
-    a.type = RowType::kBF16;
     return a;
   }
 
@@ -456,10 +404,12 @@ class Bench {
     CHECK_CUDA(cudaSetDevice(rank));
     const Rank& b = all_.rank[rank];
     const auto dispatch = [&](DispatchMode mode) {
-      CHECK_CUDA(LaunchDispatch(View(rank, op, num_sms), Dispatch(b, mode), num_sms, b.stream));
+      CHECK_CUDA(LaunchDispatch(View(rank, op, num_sms), test::DispatchOf(call_sizes(), b, mode),
+                                num_sms, b.stream));
     };
     if (op == "layout" || op == "layout+dispatch") {
-      CHECK_CUDA(LaunchLayout(View(rank, "layout", num_sms), Layout(b), num_sms, b.stream));
+      CHECK_CUDA(LaunchLayout(View(rank, "layout", num_sms), test::LayoutOf(call_sizes(), b),
+                              num_sms, b.stream));
     }
     if (op == "dispatch" || op == "layout+dispatch") dispatch(DispatchMode::kCopy);
     if (op == "gradient") dispatch(DispatchMode::kWeighted);

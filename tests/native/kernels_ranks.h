@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#include "tests/native/call_arguments.h"
 #include "tests/native/check_cuda.h"
 #include "tests/native/kernels_oracle.h"
 
@@ -132,81 +133,61 @@ struct Buffers {
     for (Buffer<float>* values : {&weights, &collected, &d_weights}) values->Fill(0);
   }
 
-  LayoutArguments Layout(const Data& d) {
-    LayoutArguments a{};
-    a.topk_idx = ids.get();
-    a.num_tokens = d.num_tokens;
-    a.top_k = d.top_k;
-    a.num_experts = d.num_experts;
-    a.capacity = d.capacity;
-    a.expert_alignment = d.alignment;
-    a.send_row = send_row.get();
-    a.recv_src = recv_src.get();
-    a.recv_order = recv_order.get();
-    a.recv_offsets = recv_offsets.get();
-    a.group_sizes = group_sizes.get();
-    a.expert_counts = expert_counts.get();
-    a.expert_load = expert_load.get();
-    a.counters = counters.get();
-    return a;
-  }
+  LayoutArguments Layout(const Data& d) { return LayoutOf(Sizes(d), Pointers()); }
   // With a landing area, as where peers cannot reach `tokens`; otherwise without.
   DispatchArguments Dispatch(const Data& d, bool lands = false) {
-    DispatchArguments a{};
-    a.x = x.get();
-    a.topk_weights = d.weighted ? topk_weights.get() : nullptr;
-    a.topk_idx = ids.get();
-    a.send_row = send_row.get();
+    DispatchArguments a = DispatchOf(Sizes(d), Pointers(), DispatchMode::kCopy);
+    if (!d.weighted) {
+      a.topk_weights = nullptr;
+      a.weights = nullptr;
+    }
     a.landing = lands ? landing.get() : nullptr;
-    a.mode = DispatchMode::kCopy;
-    a.recv_src = recv_src.get();
-    a.recv_order = recv_order.get();
-    a.recv_offsets = recv_offsets.get();
-    a.group_sizes = group_sizes.get();
-    a.tokens = tokens.get();
-    a.weights = d.weighted ? weights.get() : nullptr;
-    a.num_tokens = d.num_tokens;
-    a.top_k = d.top_k;
-    a.capacity = d.capacity;
-    a.num_local_experts = d.num_local;
-    a.num_channels = d.num_channels;
-    a.row_bytes = d.row_bytes;
-    a.zero_tail = d.zero_tail;
     return a;
   }
   // The gradient of combine: dispatch's weighted form.
   DispatchArguments Gradient(const Data& d, bool lands = false) {
-    DispatchArguments a = Dispatch(d, lands);
-    a.mode = DispatchMode::kWeighted;
-    a.type = d.type;
+    DispatchArguments a = DispatchOf(Sizes(d), Pointers(), DispatchMode::kWeighted);
     a.x = g.get();
     a.tokens = d_y.get();
-    a.topk_weights = nullptr;
-    a.weights = nullptr;
-    a.y = y.get();
-    a.row_weights = row_weights.get();
-    a.dots = d_weights.get();
+    a.landing = lands ? landing.get() : nullptr;
     return a;
   }
   CombineArguments Combine(const Data& d) {
-    CombineArguments a{};
-    a.y = y.get();
-    a.weights = d.weighted ? row_weights.get() : nullptr;
-    a.values = d.weighted ? values.get() : nullptr;
-    a.topk_idx = ids.get();
-    a.send_row = send_row.get();
-    a.recv_src = recv_src.get();
-    a.recv_order = recv_order.get();
-    a.recv_offsets = recv_offsets.get();
-    a.partial = partial.get();
-    a.out = out.get();
-    a.collected = d.weighted ? collected.get() : nullptr;
-    a.num_tokens = d.num_tokens;
-    a.top_k = d.top_k;
-    a.num_local_experts = d.num_local;
-    a.num_channels = d.num_channels;
-    a.type = d.type;
+    CombineArguments a = CombineOf(Sizes(d), Pointers());
+    if (d.weighted) {
+      a.weights = row_weights.get();
+      a.values = values.get();
+      a.collected = collected.get();
+    }
     return a;
+  }
+
+  static CallSizes Sizes(const Data& d) {
+    return {d.num_ranks, d.num_tokens,   d.top_k,     d.num_experts, d.alignment,
+            d.capacity,  d.num_channels, d.row_bytes, d.type,        d.zero_tail};
+  }
+  CallBuffers<uint8_t> Pointers() {
+    CallBuffers<uint8_t> b{};
+    b.ids = ids.get();
+    b.send_row = send_row.get();
+    b.recv_src = recv_src.get();
+    b.recv_order = recv_order.get();
+    b.recv_offsets = recv_offsets.get();
+    b.group_sizes = group_sizes.get();
+    b.expert_counts = expert_counts.get();
+    b.expert_load = expert_load.get();
+    b.counters = counters.get();
+    b.x = x.get();
+    b.y = y.get();
+    b.tokens = tokens.get();
+    b.partial = partial.get();
+    b.out = out.get();
+    b.topk_weights = topk_weights.get();
+    b.weights = weights.get();
+    b.row_weights = row_weights.get();
+    b.dots = d_weights.get();
+    b.collected = collected.get();
+    return b;
   }
 
   // A layout's tables, so that the other calls have something to do without one.
