@@ -33,13 +33,14 @@ from jax.sharding import Mesh
 
 import jax_ep
 from jax_ep import _native, doctor, runtime
-from jax_ep.bench import measure, operations, report, traffic
+from jax_ep.bench import measure, operations, report, timeline, traffic
 from jax_ep.bench.link import Link, measure_link
 from jax_ep.bench.traffic import Point, Traffic
 
 _DEVICE_KERNEL_FLAG = "--xla_gpu_experimental_ragged_all_to_all_use_device_kernel=true"
 _CHILD_TIMEOUT = 900  # seconds
 _LINK_SMS = (8, 16, 24, 32)  # SM counts that W is measured on without --num-sms
+_TIMELINE_OPERATION, _TIMELINE_TOKENS = "make_layout+dispatch+combine", 4096  # unless told
 
 # Out of memory, refused by XLA, not built here: the other points are still worth measuring.
 _MEASUREMENT_ERRORS = (RuntimeError, MemoryError, ValueError)
@@ -142,6 +143,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--json", type=Path, help="write all figures to this file, after every point")
     add("--plot", type=Path, help="draw the base's times over T into this PNG (needs matplotlib)")
+    add(
+        "--timeline",
+        type=Path,
+        metavar="FILE.png",
+        help="measure nothing; run one operation (--only; default: all three verbs) at the base's "
+        "first --tokens (default 4096) and say when each block of its kernels did what, in a table "
+        "and in this PNG. Needs matplotlib, GPUs, and a build of jax_ep with JAX_EP_TIMELINE",
+    )
     return parser
 
 
@@ -190,6 +199,7 @@ def _environment(mesh: Mesh) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "timeout_s": jax_ep.get_timeout()._asdict(),
         "peers": runtime.describe() if device.platform != "cpu" else None,
+        "timeline_build": timeline.is_built(_native.cuda),
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -246,6 +256,31 @@ class _Bench:
             except _MEASUREMENT_ERRORS as error:
                 emit(report.failed_row(operation.name, operation.baseline, point, moved, error))
         return rows
+
+    def show_timeline(self, point: Point, title: str) -> None:
+        """Runs one operation, and tells and draws when each block of its kernels did what."""
+        args = self.args
+        ids = traffic.expert_ids(point, self.mesh.size, args.experts, args.seed, args.zipf_exponent)
+        capacity = traffic.row_capacity(point, ids, args.experts, args.alignment)
+        moved = traffic.measure_traffic(ids, args.experts, capacity, args.alignment)
+        todo = operations.jax_ep_operations(
+            point,
+            self.mesh,
+            operations.make_data(point, self.mesh, ids, moved.layout.capacity, args.seed),
+            moved,
+            num_experts=args.experts,
+            capacity=capacity,
+            alignment=args.alignment,
+        )
+        names = args.only or [_TIMELINE_OPERATION]
+        chosen = [operation for operation in todo if operation.name in names]
+        if len(chosen) != 1:
+            available = ", ".join(operation.name for operation in todo)
+            raise ValueError(f"--timeline shows one operation: --only one of {available}")
+        marks = timeline.run(chosen[0], self.mesh, _native.cuda)
+        print("\n".join(timeline.summary(marks)))
+        title = f"{title}\n{chosen[0].name}, T={point.tokens}, {_describe(point)}"
+        timeline.plot(args.timeline, marks, title)
 
     def wants_any(self, names: Sequence[str]) -> bool:
         return any(self.wanted(name) for name in names)
@@ -361,14 +396,23 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
     """
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if (args.plot or args.timeline) and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot and --timeline need matplotlib: pip install matplotlib")
+    if args.timeline and not timeline.is_built(_native.cuda):
+        parser.error(
+            "--timeline: the kernels of this installation note nothing; in jax_ep's source "
+            f"directory run {timeline.BUILD_COMMAND}"
+        )
+    if args.timeline and args.tokens is None:
+        args.tokens = [_TIMELINE_TOKENS]
     _set_up_virtual_devices(args.ranks or 8)
     try:
         devices = jax.local_devices(backend=args.platform)
     except RuntimeError as error:
         parser.error(f"--platform {args.platform}: {error}")
     platform = "cpu" if devices[0].platform == "cpu" else "gpu"
+    if args.timeline and platform == "cpu":
+        parser.error("--timeline: it is the GPU's kernels that note what they do")
     for name, value in _DEFAULTS[platform].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -387,6 +431,10 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
     for name, value in environment.items():
         print(f"{name}: {value}")
     print(f"settings: {settings}")
+    title = f"{environment['ranks']} x {environment['device']}, jax {environment['jax']}"
+    if args.timeline:
+        _Bench(args, mesh, None).show_timeline(points(args)[0], title)
+        return []
     link_sms = args.num_sms or _LINK_SMS
     link = _measure_link(mesh, link_sms)
 
@@ -412,7 +460,6 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
         bench.rows += _second_process(args)
         save()
     if args.plot:
-        title = f"{environment['ranks']} x {environment['device']}, jax {environment['jax']}"
         report.plot(args.plot, bench.rows, title)
     return bench.rows
 

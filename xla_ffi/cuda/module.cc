@@ -11,6 +11,7 @@
 
 #include "xla_ffi/cuda/call_site.h"
 #include "xla_ffi/cuda/handlers.h"
+#include "xla_ffi/cuda/timeline.h"
 #include "xla_ffi/memory/symmetric_memory.h"
 #include "xla_ffi/module_common.h"
 
@@ -92,6 +93,9 @@ NB_MODULE(_cuda, m) {
       },
       nb::arg("arrival"), nb::arg("progress"), nb::call_guard<nb::gil_scoped_release>());
   m.def("set_poison_outputs", &SetPoisonOutputs, nb::arg("poison"));
+#ifdef JAX_EP_TIMELINE
+  RegisterTimeline(m);
+#endif
 }
 
 }  // namespace jax_ep

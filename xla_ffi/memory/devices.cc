@@ -59,6 +59,12 @@ int64_t SymmetricMemory::Member(int ordinal) {
   return device == nullptr ? -1 : device->member;
 }
 
+const gpu::ControlBlock* SymmetricMemory::Control(int ordinal) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const Device* device = FindLocal(ordinal);
+  return device == nullptr ? nullptr : device->control_block();
+}
+
 SymmetricMemory::Device SymmetricMemory::MakeDevice(int ordinal, int64_t member,
                                                     const std::vector<int>& ordinals) {
   const DeviceScope scope(ordinal);

@@ -87,6 +87,9 @@ class SymmetricMemory {
   // process << 32 | id of a device of this process, or -1 if it is not set up.
   int64_t Member(int ordinal);
 
+  // Of a device of this process, or null if it is not set up.
+  const gpu::ControlBlock* Control(int ordinal);
+
   // The first error that a kernel has recorded since Setup, if any, in words.
   std::optional<std::string> RecordedError();
 
