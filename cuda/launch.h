@@ -6,7 +6,10 @@
 
 #include <cstdint>
 
+#include "cuda/core/float_type.h"
 #include "cuda/core/limits.h"
+#include "cuda/core/tables.h"
+#include "cuda/core/wire_row.h"
 #include "cuda/memory/control.h"
 
 namespace jax_ep::gpu {
@@ -32,14 +35,11 @@ struct GroupView {
 };
 static_assert(sizeof(GroupView) <= 2560, "fits the 4 KB of kernel parameters");
 
-struct LayoutArguments {
+struct LayoutArguments : Tables<int32_t> {
   const int32_t* topk_idx;
   int64_t num_tokens, top_k, num_experts, capacity, expert_alignment;
-  int32_t *send_row, *recv_src, *recv_order, *recv_offsets, *group_sizes, *expert_counts,
-      *expert_load, *counters;
+  int32_t *expert_counts, *expert_load, *counters;
 };
-
-enum class RowType : int32_t { kF32, kF16, kBF16 };
 
 enum class DispatchMode : int32_t {
   kCopy,
@@ -48,12 +48,12 @@ enum class DispatchMode : int32_t {
   kWeighted,    // tokens are products with row_weights; their products with y are summed to dots
 };
 
-struct DispatchArguments {
+struct DispatchArguments : TableView {
+  const int32_t* topk_idx;
   const void* x;
   const float* topk_weights;  // null without
-  const int32_t *topk_idx, *send_row, *recv_src, *recv_order, *recv_offsets, *group_sizes;
   void* tokens;
-  float* scales;   // [C, H / 128] with kQuantize, else null
+  float* scales;   // [C, H / kScaleBlock] with kQuantize, else null
   float* weights;  // with topk_weights, else null
   // With kWeighted, else null: [C, row], [C], [C].
   const void* y;
@@ -65,32 +65,32 @@ struct DispatchArguments {
   int64_t num_tokens, top_k, capacity, num_local_experts;
   int64_t num_channels, row_bytes;  // of a row of x
   DispatchMode mode;
-  RowType type;  // of x, if not kCopy
+  FloatType type;  // of x, if not kCopy
   bool power_of_two_scales, zero_tail;
   bool is_integer;  // x's type
 };
 
-// A quantised row as it crosses a link: the numbers, then the scales, then up to 12 bytes unused.
-constexpr int64_t WireRowBytes(int64_t num_channels) {
-  return num_channels + (num_channels / kScaleBlock * 4 + 15) / 16 * 16;
-}
+// As the kernels call them.
+using RowType = FloatType;
+constexpr int64_t WireRowBytes(int64_t num_channels) { return wire_row_bytes(num_channels); }
+
 // A row in the landing area.
 constexpr int64_t LandingRowBytes(DispatchMode mode, int64_t num_channels, int64_t row_bytes) {
   return mode == DispatchMode::kQuantize || mode == DispatchMode::kDequantize
-             ? WireRowBytes(num_channels)
+             ? wire_row_bytes(num_channels)
              : row_bytes;
 }
 
-struct CombineArguments {
+struct CombineArguments : TableView {
+  const int32_t* topk_idx;
   const void* y;
   const float* weights;  // null: 1
   const float* values;   // null without
-  const int32_t *topk_idx, *send_row, *recv_src, *recv_order, *recv_offsets;
-  void* partial;  // [R, T, H], scratch that peers write
+  void* partial;         // [R, T, H], scratch that peers write
   void* out;
   float* collected;  // with values
   int64_t num_tokens, top_k, num_local_experts, num_channels;
-  RowType type;
+  FloatType type;
 };
 
 cudaError_t LaunchLayout(const GroupView& group, const LayoutArguments& arguments, int num_sms,

@@ -3,16 +3,18 @@
 Supported: JAX 0.10.2 and newer. Everything taken from ``jax._src`` or ``jaxlib`` is taken here.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jaxlib.xla_client
 import numpy as np
 from jax import lax
+from jax._src import core as _core
 from jax._src import distributed as _distributed
 from jax._src import xla_bridge as _xla_bridge
 from jax._src.lib import _jax  # type: ignore[attr-defined]
+from jax.interpreters import mlir
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -36,9 +38,13 @@ def manual_mesh() -> Any:
     return jax.sharding.get_abstract_mesh()
 
 
-def lowering_devices(ctx: Any) -> tuple[tuple[str, ...], np.ndarray | None, tuple[int, ...]]:
-    """The mesh being lowered for: axis names, its devices (None if abstract), its shape."""
-    mesh = ctx.module_context.axis_context.mesh
+def lowering_mesh(ctx: Any) -> Any:
+    """The mesh that ``ctx`` lowers for: concrete, or abstract. Hashable."""
+    return ctx.module_context.axis_context.mesh
+
+
+def mesh_devices(mesh: Any) -> tuple[tuple[str, ...], np.ndarray | None, tuple[int, ...]]:
+    """A mesh's axis names, its devices (None if it is abstract), its shape."""
     devices = None if isinstance(mesh, jax.sharding.AbstractMesh) else mesh.devices
     return tuple(mesh.axis_names), devices, tuple(mesh.axis_sizes)
 
@@ -51,6 +57,17 @@ def after_each_compilation(function: Callable[[], None]) -> None:
             function()
 
     jax.monitoring.register_event_duration_secs_listener(listen)
+
+
+def lower_on_axes(
+    ctx: Any, axis_sizes: Mapping[str, int], function: Callable[[], Sequence[Any]]
+) -> Sequence[Any]:
+    """Lowers ``function``, which may ask for its index along the mesh's axes."""
+    with _core.extend_axis_env_nd(axis_sizes.items()):
+        lowered: Sequence[Any] = mlir.lower_fun(function, multiple_results=True)(
+            ctx.replace(avals_in=[])
+        )
+    return lowered
 
 
 def has_live_client(platform: str) -> bool:

@@ -2,10 +2,9 @@
 
 Each primitive is one target: ``jax_ep_layout``, ``jax_ep_dispatch`` and ``jax_ep_combine`` on every
 platform, ``jax_ep_combine_gradient`` on CUDA, in whose place CPU has a dispatch and XLA's
-arithmetic. Operand and result order is the CUDA handlers' (xla_ffi/cuda/handlers.cc), but for the
-coordinates, which handlers take first. The CPU handlers (xla_ffi/cpu/<op>_handler.cc) do with less:
-dispatch without topk_idx and send_row, combine without scratch. Result types derive from the
-operands' types, so that shardings and varying axes carry over.
+arithmetic. Operand and result order is that of xla_ffi/calls.h; on CPU the device's coordinates
+come before all operands, and combine has no scratch. Result types derive from the operands' types,
+so that shardings and varying axes carry over.
 """
 
 import functools
@@ -41,6 +40,10 @@ class LayoutTables(NamedTuple):
     counters: jax.Array  # int32 [3]: num_recv, num_dropped, num_invalid
 
 
+# Those that the operations on a layout take, in this order: cuda/core/tables.h.
+OPERAND_TABLES = LayoutTables._fields[:5]
+
+
 def bind_layout(
     topk_idx: jax.Array,
     *,
@@ -52,12 +55,14 @@ def bind_layout(
     num_sms: int,
 ) -> LayoutTables:
     """Calls ``jax_ep_layout`` on this shard's ids, int32 [T, K]."""
+    num_tokens, top_k = topk_idx.shape
     return LayoutTables(
         *_layout_p.bind(
             topk_idx,
-            group.coordinates(axis_name),
             axis_name=axis_name,
             num_ranks=num_ranks,
+            num_tokens=num_tokens,
+            top_k=top_k,
             num_experts=num_experts,
             capacity=capacity,
             expert_alignment=expert_alignment,
@@ -68,25 +73,19 @@ def bind_layout(
 
 def _tables(layout: Layout) -> tuple[jax.Array, ...]:
     """What every operation on a layout takes after its rows."""
-    return (
-        group.coordinates(layout.axis_name),
-        layout.topk_idx,
-        layout.send_row,
-        layout.recv_src,
-        layout.recv_order,
-        layout.recv_offsets,
-    )
+    return (layout.topk_idx, *(getattr(layout, name) for name in OPERAND_TABLES))
 
 
-def _dispatch_sizes(layout: Layout) -> dict[str, Any]:
-    """Attributes of dispatch and of the gradient of combine, which is a form of it."""
+def _sizes(layout: Layout) -> dict[str, Any]:
+    """What every operation on a layout has as attributes."""
     num_tokens, top_k = layout.topk_idx.shape
     return {
         "axis_name": layout.axis_name,
         "num_ranks": layout.num_ranks,
         "num_tokens": num_tokens,
         "top_k": top_k,
-        "zero_tail": layout.zero_tail,
+        "num_experts": layout.num_experts,
+        "capacity": layout.capacity,
         "num_sms": layout.num_sms,
     }
 
@@ -103,9 +102,9 @@ def bind_dispatch(
     results = _dispatch_p.bind(
         x,
         *_tables(layout),
-        layout.group_sizes,
         *(() if topk_weights is None else (topk_weights,)),
-        **_dispatch_sizes(layout),
+        **_sizes(layout),
+        zero_tail=layout.zero_tail,
         has_weights=topk_weights is not None,
         quantization=quantization,
         dequantize=dequantize,
@@ -130,10 +129,7 @@ def bind_combine(
         *_tables(layout),
         *(() if weights is None else (weights,)),
         *(() if values is None else (values,)),
-        axis_name=layout.axis_name,
-        num_ranks=layout.num_ranks,
-        num_experts=layout.num_experts,
-        num_sms=layout.num_sms,
+        **_sizes(layout),
         has_weights=weights is not None,
         has_values=values is not None,
     )
@@ -149,7 +145,7 @@ def bind_combine_gradient(
     tail of d_y may be anything; d_weights is 0 there.
     """
     d_y, d_weights = _combine_gradient_p.bind(
-        g, *_tables(layout), layout.group_sizes, y, weights, **_dispatch_sizes(layout)
+        g, *_tables(layout), y, weights, **_sizes(layout), zero_tail=layout.zero_tail
     )
     return d_y, d_weights
 
@@ -167,7 +163,7 @@ def weigh_rows(
 
 
 def _layout_shapes(
-    topk_idx: Any, coordinates: Any, *, num_ranks: int, num_experts: int, capacity: int, **_: Any
+    topk_idx: Any, *, num_ranks: int, num_experts: int, capacity: int, **_: Any
 ) -> Sequence[Any]:
     num_local_experts = num_experts // num_ranks
     shapes = {
@@ -185,17 +181,14 @@ def _layout_shapes(
 
 def _dispatch_shapes(
     x: Any,
-    coordinates: Any,
-    topk_idx: Any,
-    send_row: Any,
-    recv_src: Any,
     *_operands: Any,
+    capacity: int,
     has_weights: bool,
     quantization: int,
     dequantize: bool,
     **_: Any,
 ) -> Sequence[Any]:
-    capacity, num_channels = recv_src.shape[0], x.shape[1]
+    num_channels = x.shape[1]
     keeps_fp8 = quantization != NO_QUANTIZATION and not dequantize
     tokens_dtype = jnp.dtype(FP8) if keeps_fp8 else x.dtype
     results = [x.update(shape=(capacity, num_channels), dtype=tokens_dtype, weak_type=False)]
@@ -208,7 +201,7 @@ def _dispatch_shapes(
 
 
 def _combine_shapes(
-    y: Any, coordinates: Any, topk_idx: Any, *_operands: Any, has_values: bool, **_: Any
+    y: Any, topk_idx: Any, *_operands: Any, has_values: bool, **_: Any
 ) -> Sequence[Any]:
     results = [y.update(shape=(topk_idx.shape[0], y.shape[1]), weak_type=False)]
     if has_values:
@@ -225,36 +218,34 @@ def _combine_gradient_shapes(g: Any, *operands: Any, **_: Any) -> Sequence[Any]:
 def _combine_gradient_on_cpu(
     g: jax.Array, *operands: jax.Array, **params: Any
 ) -> tuple[jax.Array, jax.Array]:
-    *tables, y, weights = operands  # the coordinates, topk_idx, send_row, recv_src, ..
+    *tables, y, weights = operands
     (rows,) = _dispatch_p.bind(
         g, *tables, has_weights=False, quantization=NO_QUANTIZATION, dequantize=False, **params
     )
-    return weigh_rows(rows, tables[3], y, weights)
+    recv_src = tables[1 + OPERAND_TABLES.index("recv_src")]  # after topk_idx
+    return weigh_rows(rows, recv_src, y, weights)
 
 
 def _lower(target: str, platform: str, ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:
     axis_name = params.pop("axis_name")
     members = group.members(ctx, axis_name)
-    # The primitives take the typed operand first, the handlers take the coordinates first.
-    order = [1, 0, *range(2, len(operands))]
-    results = list(ctx.avals_out)
+    operand_types, results = list(ctx.avals_in), list(ctx.avals_out)
+    values = list(operands)
     if platform == "cpu":
-        runtime.require_cpu(target, members)
+        runtime.require_cpu(target, members.across_processes)
         _cpu.end_program()
-        if target == "jax_ep_dispatch":
-            # topk_idx and send_row say where a sender's rows go. There the receiver fetches them.
-            del order[2:4]
+        # A GPU knows its place by its number; on CPU a program runs on any devices.
+        operand_types.insert(0, jax.core.ShapedArray((2,), np.int32))
+        values.insert(0, group.coordinates(ctx, axis_name))
     else:
         _check_limits_of_cuda(target, ctx.avals_in, params)
         runtime.require_cuda(target)
         results += _scratch(target, ctx.avals_in, params)
     attributes = {name: np.int64(value) for name, value in params.items()}
     rule = jax.ffi.ffi_lowering(target)
-    handler_ctx = ctx.replace(avals_in=[ctx.avals_in[i] for i in order], avals_out=results)
-    values: Sequence[Any] = rule(
-        handler_ctx, *(operands[i] for i in order), members=members, **attributes
-    )
-    return values[: len(ctx.avals_out)]
+    handler_ctx = ctx.replace(avals_in=operand_types, avals_out=results)
+    lowered: Sequence[Any] = rule(handler_ctx, *values, **members.attributes, **attributes)
+    return lowered[: len(ctx.avals_out)]
 
 
 _VERBS = {
@@ -266,15 +257,14 @@ _VERBS = {
 
 
 def _check_limits_of_cuda(target: str, avals: Sequence[Any], params: dict[str, Any]) -> None:
-    topk_idx = avals[0 if target == "jax_ep_layout" else 2]
     is_fp8 = params.get("quantization", NO_QUANTIZATION) != NO_QUANTIZATION
     limits.check_cuda(
         _VERBS[target],
         num_ranks=params["num_ranks"],
-        num_tokens=topk_idx.shape[0],
-        top_k=topk_idx.shape[1],
+        num_tokens=params["num_tokens"],
+        top_k=params["top_k"],
         num_sms=0 if target == "jax_ep_layout" else params["num_sms"],
-        num_experts=params.get("num_experts"),
+        num_experts=params["num_experts"],
         num_fp8_channels=avals[0].shape[1] if is_fp8 else None,
     )
 
@@ -283,8 +273,8 @@ def _scratch(target: str, avals: Sequence[Any], params: dict[str, Any]) -> list[
     """Memory that a CUDA kernel wants XLA to find for the time of the call."""
     if target != "jax_ep_combine":
         return []
-    y, num_tokens = avals[0], avals[2].shape[0]  # a row per (rank, token)
-    return [y.update(shape=(params["num_ranks"], num_tokens, y.shape[1]))]
+    y = avals[0]  # a row per (rank, token)
+    return [y.update(shape=(params["num_ranks"], params["num_tokens"], y.shape[1]))]
 
 
 def _refuse_vmap(target: str, *_: Any, **__: Any) -> Any:

@@ -5,6 +5,8 @@ axes. A rank is the index along the EP axes, row-major over their tuple; a group
 the other axes, in the mesh's order.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -63,28 +65,94 @@ def other_axes(axis_name: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(n for n in mesh.axis_names if n not in axis_name and n in mesh.manual_axes)
 
 
-def coordinates(axis_name: tuple[str, ...]) -> jax.Array:
-    """int32 [2]: the index of this device's group, and its rank in the group."""
-    others = other_axes(axis_name)
-    # Without other axes the group is a constant, but it must vary like the rank does.
-    rank = lax.axis_index(axis_name)
-    group = lax.axis_index(others) if others else jnp.zeros_like(rank)
-    axes = (*axis_name, *others)
-    return jnp.stack([compat.vary_over(group, axes), compat.vary_over(rank, axes)])
+def coordinates(ctx: Any, axis_name: tuple[str, ...]) -> Any:
+    """int32 [2] in the program that ``ctx`` lowers: this device's group, and its rank in it."""
+    names, _, shape = compat.mesh_devices(compat.lowering_mesh(ctx))
+    sizes = dict(zip(names, shape, strict=True))
+
+    def index(axes: Sequence[str]) -> jax.Array:
+        result = jnp.zeros((), jnp.int32)
+        for axis in axes:
+            if sizes[axis] > 1:
+                result = result * sizes[axis] + lax.axis_index(axis)
+        return result
+
+    others = [name for name in names if name not in axis_name]
+    (pair,) = compat.lower_on_axes(
+        ctx, sizes, lambda: [jnp.stack([index(others), index(axis_name)])]
+    )
+    return pair
 
 
-def members(ctx: Any, axis_name: tuple[str, ...]) -> np.ndarray:
-    """int64 [num_groups * R], the devices of all groups in the mesh that ``ctx`` lowers for.
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """The devices of all groups of a mesh: group by group, ranks ascending.
 
-    An entry is ``process << 32 | device id``. Over an abstract mesh the devices are assumed to be
-    those with ids 0, 1, 2, .. of one process, in the mesh's order.
+    A device is one number, ``process << 32 | id``. The i-th one is written as a number of mixed
+    radix: its digits are d with ``i = (.. (b * sizes[0] + d[0]) * sizes[1] + ..) + d[-1]``, and it
+    is ``bases[b] + sum(d * strides)``. So the size follows the mesh's shape: a mesh whose devices
+    are in order, or transposed, split or reversed along axes, has one base, whatever their number.
+    Devices in no order have a base each.
+
+    Attributes:
+        bases: int64.
+        sizes: of the digits, all above 1.
+        strides: of the digits.
+        across_processes: whether a group has ranks in more than one process.
     """
-    names, devices, shape = compat.lowering_devices(ctx)
+
+    bases: tuple[int, ...]
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    across_processes: bool
+
+    @property
+    def attributes(self) -> dict[str, np.ndarray]:
+        """As the custom calls carry it (xla_ffi/groups.h)."""
+        lists = {"bases": self.bases, "sizes": self.sizes, "strides": self.strides}
+        return {f"member_{name}": np.array(values, np.int64) for name, values in lists.items()}
+
+
+def members(ctx: Any, axis_name: tuple[str, ...]) -> Members:
+    """The groups' devices in the mesh that ``ctx`` lowers for.
+
+    Over an abstract mesh the devices are assumed to be those with ids 0, 1, 2, .. of one process,
+    in the mesh's order.
+    """
+    return _members_of_mesh(compat.lowering_mesh(ctx), axis_name)
+
+
+@functools.lru_cache(maxsize=256)  # not once a call: it looks at every device
+def _members_of_mesh(mesh: Any, axis_name: tuple[str, ...]) -> Members:
+    names, devices, shape = compat.mesh_devices(mesh)
     if devices is None:
-        codes = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
+        numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
     else:
         flat = [device.process_index << 32 | device.id for device in devices.flat]
-        codes = np.array(flat, dtype=np.int64).reshape(shape)
+        numbers = np.array(flat, dtype=np.int64).reshape(shape)
     order = [names.index(n) for n in names if n not in axis_name]
     order += [names.index(n) for n in axis_name]
-    return np.ascontiguousarray(codes.transpose(order)).reshape(-1)
+    numbers = numbers.transpose(order).reshape(-1)
+    num_ranks = math.prod(shape[names.index(n)] for n in axis_name)
+    processes = numbers.reshape(-1, num_ranks) >> 32
+    return Members(
+        *mixed_radix(numbers), across_processes=bool((processes != processes[:, :1]).any())
+    )
+
+
+def mixed_radix(numbers: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Bases, sizes and strides of ``numbers`` (see ``Members``), as few as there are."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    while len(numbers) > 1:
+        stride = numbers[1] - numbers[0]
+        # Blocks whose elements follow one another by this stride: all breaks lie between blocks. If
+        # two sizes of blocks will do, then so does their least common multiple: take the largest.
+        breaks = np.flatnonzero(np.diff(numbers) != stride) + 1
+        size = math.gcd(len(numbers), *breaks.tolist())
+        if size == 1:
+            break
+        sizes.insert(0, size)
+        strides.insert(0, int(stride))
+        numbers = numbers[::size]
+    return tuple(numbers.tolist()), tuple(sizes), tuple(strides)

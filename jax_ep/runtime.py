@@ -5,7 +5,6 @@ import threading
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_ep import _native, compat, environment, timeouts
 from jax_ep._checks import checked_bytes, checked_seconds
@@ -134,9 +133,9 @@ def _finalize_at_exit() -> None:
     atexit.register(finalize)
 
 
-def require_cpu(target: str, members: np.ndarray) -> None:
+def require_cpu(target: str, across_processes: bool) -> None:
     """Checks, when a program is lowered for CPU, that its groups can meet."""
-    if len(np.unique(members >> 32)) > 1 and compat.process_count() > 1 and not _connected:
+    if across_processes and compat.process_count() > 1 and not _connected:
         raise RuntimeError(
             f"{target}: the mesh spans processes; call jax_ep.initialize() in every process, after "
             "jax.distributed.initialize() and before compiling"

@@ -4,7 +4,7 @@ JAX asks for a promise that custom calls stay compatible: `DISABLED_CHECKS` give
 
 Which device is which rank: the mesh at export says which position is which rank of which group,
 and the mesh that calls says which device is at which position. The device ids of the mesh at export
-(of an abstract mesh: 0, 1, ...) go into the attribute `members`; on CPU the results do not depend
+(of an abstract mesh: 0, 1, ...) go into the attributes `member_*`; on CPU the results do not depend
 on them, which is tested here by calling every program on three orders of the devices.
 """
 

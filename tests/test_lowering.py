@@ -31,7 +31,7 @@ from sharded_layers import (
 )
 
 import jax_ep
-from jax_ep import limits
+from jax_ep import ffi, limits
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DISABLED_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{op}") for op in CUDA_OPS]
@@ -59,7 +59,7 @@ _CALL = re.compile(
     r" : \((.*?)\) -> (.*)"
 )
 _ATTRIBUTE = re.compile(
-    r"(\w+) = (?:dense<(?:\[(.*?)\]|(-?\d+))> : tensor<(\d+)xi64>|(-?\d+) : i64)"
+    r"(\w+) = (?:dense<(?:\[(.*?)\]|(-?\d+)|)> : tensor<(\d+)xi64>|(-?\d+) : i64)"
 )
 
 
@@ -99,6 +99,16 @@ def gradients(f: Callable) -> Callable:
     return jax.grad(lambda *args: jnp.sum(f(*args)), argnums=(0, 2, 3))
 
 
+def members_of(call: Call) -> list[int]:
+    """The devices of all groups, from the three attributes that tell them."""
+    numbers = np.array(call.attributes["member_bases"])
+    for size, stride in zip(
+        call.attributes["member_sizes"], call.attributes["member_strides"], strict=True
+    ):
+        numbers = (numbers[:, None] + stride * np.arange(size)).reshape(-1)
+    return numbers.tolist()
+
+
 def expected_members(placement: Placement) -> list[int]:
     """Group by group, ranks ascending; groups are numbered in the mesh's order."""
     names, shape = zip(*placement.axes, strict=True)
@@ -111,19 +121,22 @@ def expected_members(placement: Placement) -> list[int]:
 # Attributes ---------------------------------------------------------------------------------------
 
 
-def header_attributes() -> dict[str, dict[str, str]]:
-    """What the handlers decode: {op: {attribute: C++ type}}, read from the header."""
-    decoded = re.findall(
-        r"REGISTER_STRUCT_ATTR_DECODING\(\s*jax_ep::(\w+)Attributes,(.*?)\);\n",
-        (ROOT / "xla_ffi" / "attributes.h").read_text(),
-        re.DOTALL,
-    )
+MEMBERS = ("member_bases", "member_sizes", "member_strides")
+
+
+def header_attributes() -> dict[str, dict[str, type]]:
+    """What the handlers decode, {op: {attribute: type}}, read from the header."""
+    header = (ROOT / "xla_ffi" / "attributes.h").read_text().replace("\\\n", " ")
+    lists = dict(re.findall(r"#define (JAX_EP_\w+)\(NUMBER\)(.*)", header))
+    defined = re.findall(r'DEFINE_ATTRIBUTES\(\w+, "jax_ep_(\w+)",\s*(\w+)\)', header)
+
+    def numbers(text: str) -> list[str]:
+        inner = [n for name in re.findall(r"(\w+)\(NUMBER\)", text) for n in numbers(lists[name])]
+        return inner + re.findall(r"\bNUMBER\((\w+)\)", text)
+
     return {
-        re.sub(r"\B([A-Z])", r"_\1", op).lower(): {
-            name: cpp_type
-            for cpp_type, name in re.findall(r'StructMember<(.*?)>\("(\w+)"\)', members)
-        }
-        for op, members in decoded
+        op: dict.fromkeys(MEMBERS, list) | dict.fromkeys(numbers(lists[name]), int)
+        for op, name in defined
     }
 
 
@@ -137,81 +150,63 @@ def test_attributes_are_those_of_the_header(platform: str, ops: Sequence[str]) -
     found = calls(lower(f, inputs, platform)) + calls(lower(gradients(f), inputs, platform))
     assert {call.op for call in found} == set(ops)
     for call in found:
-        types = {
-            name: "int64_t" if isinstance(value, int) else "xla::ffi::Span<const int64_t>"
-            for name, value in call.attributes.items()
-        }
-        assert types == header[call.op]
+        assert {name: type(value) for name, value in call.attributes.items()} == header[call.op]
 
 
 def as_on_cpu(call: Call) -> Call:
     """A call for CUDA as CPU has it.
 
-    That is combine without its scratch, dispatch without what tells senders where their rows go,
-    topk_idx and send_row, and for the gradient of combine the dispatch of its cotangent.
+    That is with the device's coordinates before the operands, combine without its scratch, and for
+    the gradient of combine the dispatch of its cotangent.
     """
     flags = call.attributes
     if call.op == "combine_gradient":
         plain = {"has_weights": 0, "quantization": 0, "dequantize": 0}
         dispatch = Call("dispatch", flags | plain, call.operands[:-2], call.results[:1])
         return as_on_cpu(dispatch)
+    results = call.results
     if call.op == "combine":
-        return dataclasses.replace(call, results=call.results[: 1 + flags["has_values"]])
-    if call.op == "dispatch":
-        ids = f"{flags['num_tokens']}x{flags['top_k']}xi32"
-        assert call.operands[2:4] == (ids, ids)
-        return dataclasses.replace(call, operands=call.operands[:2] + call.operands[4:])
-    return call
+        results = results[: 1 + flags["has_values"]]
+    return dataclasses.replace(call, operands=("2xi32", *call.operands), results=results)
+
+
+# Of every call of the layer on the mesh EP: R = 8, T = 6, K = 2, E = 16, C = 10; also H = 8, A = 2.
+ON_EP: dict[str, int | list[int]] = {
+    "member_bases": [0],
+    "member_sizes": [8],
+    "member_strides": [1],
+    "num_ranks": 8,
+    "num_sms": 0,
+    "num_tokens": 6,
+    "top_k": 2,
+    "num_experts": 16,
+    "capacity": 10,
+}
+# send_row, recv_src, recv_order, recv_offsets, group_sizes.
+TABLES = ("6x2xi32", "10xi32", "10xi32", "49xi32", "2xi32")
+ON_LAYOUT = ("6x2xi32", *TABLES)  # topk_idx and the tables
 
 
 def test_exact_calls_of_a_layer_for_cuda() -> None:
     """Forward: one call of each, with these attributes, operands and results."""
-    case = sizes(EP)  # R = 8, T = 6, K = 2, E = 16, H = 8, C = 10, A = 2
+    case = sizes(EP)
     f = sharded_layer(EP, EP.mesh(), case)
-    members = list(range(8))
-    found = calls(lower(f, make_problem(EP, case).inputs, "cuda"))
-    received = ("10xi32", "10xi32", "49xi32")  # recv_src, recv_order, recv_offsets
-    assert found == [
+    dispatch = {"has_weights": 1, "zero_tail": 1, "quantization": 0, "dequantize": 0}
+    combine = {"has_weights": 1, "has_values": 0}
+    assert calls(lower(f, make_problem(EP, case).inputs, "cuda")) == [
         Call(
             "layout",
-            {
-                "members": members,
-                "num_ranks": 8,
-                "num_sms": 0,
-                "num_experts": 16,
-                "capacity": 10,
-                "expert_alignment": 2,
-            },
-            ("2xi32", "6x2xi32"),
-            ("6x2xi32", *received, "2xi32", "2xi32", "16xi32", "3xi32"),
+            ON_EP | {"expert_alignment": 2},
+            ("6x2xi32",),
+            (*TABLES, "2xi32", "16xi32", "3xi32"),
         ),
         Call(
-            "dispatch",
-            {
-                "members": members,
-                "num_ranks": 8,
-                "num_sms": 0,
-                "num_tokens": 6,
-                "top_k": 2,
-                "has_weights": 1,
-                "zero_tail": 1,
-                "quantization": 0,
-                "dequantize": 0,
-            },
-            ("2xi32", "6x8xf32", "6x2xi32", "6x2xi32", *received, "2xi32", "6x2xf32"),
-            ("10x8xf32", "10xf32"),
+            "dispatch", ON_EP | dispatch, ("6x8xf32", *ON_LAYOUT, "6x2xf32"), ("10x8xf32", "10xf32")
         ),
         Call(
             "combine",
-            {
-                "members": members,
-                "num_ranks": 8,
-                "num_sms": 0,
-                "num_experts": 16,
-                "has_weights": 1,
-                "has_values": 0,
-            },
-            ("2xi32", "10x8xf32", "6x2xi32", "6x2xi32", *received, "10xf32"),
+            ON_EP | combine,
+            ("10x8xf32", *ON_LAYOUT, "10xf32"),
             ("6x8xf32", "8x6x8xf32"),  # the result, and scratch: a row per (rank, token)
         ),
     ]
@@ -219,32 +214,54 @@ def test_exact_calls_of_a_layer_for_cuda() -> None:
 
 def test_exact_calls_of_the_backward_pass_for_cuda() -> None:
     """Dispatch's gradient is a combine with values, combine's is a call of its own."""
-    case = sizes(EP)  # as above
+    case = sizes(EP)
     f = gradients(sharded_layer(EP, EP.mesh(), case))
     found = calls(lower(f, make_problem(EP, case).inputs, "cuda"))
     # Forward's combine is not needed for the gradients alone.
     assert [call.op for call in found] == ["layout", "dispatch", "combine_gradient", "combine"]
-    ids, received = ("6x2xi32",) * 2, ("10xi32", "10xi32", "49xi32")
     assert found[2] == Call(
         "combine_gradient",
-        {
-            "members": list(range(8)),
-            "num_ranks": 8,
-            "num_sms": 0,
-            "num_tokens": 6,
-            "top_k": 2,
-            "zero_tail": 1,
-        },
-        ("2xi32", "6x8xf32", *ids, *received, "2xi32", "10x8xf32", "10xf32"),
+        ON_EP | {"zero_tail": 1},
+        ("6x8xf32", *ON_LAYOUT, "10x8xf32", "10xf32"),
         ("10x8xf32", "10xf32"),
     )
-    flags = {"num_experts": 16, "has_weights": 0, "has_values": 1}
     assert found[3] == Call(
         "combine",
-        {"members": list(range(8)), "num_ranks": 8, "num_sms": 0} | flags,
-        ("2xi32", "10x8xf32", *ids, *received, "10xf32"),
+        ON_EP | {"has_weights": 0, "has_values": 1},
+        ("10x8xf32", *ON_LAYOUT, "10xf32"),
         ("6x8xf32", "6x2xf32", "8x6x8xf32"),
     )
+
+
+@pytest.mark.parametrize("name", ["ep", "dp_ep_permuted", "tuple_reversed", "tp_ep_dp"])
+def test_no_partition_id_for_cuda(name: str) -> None:
+    """A GPU's place in its group follows from its number: a program need not compute it."""
+    placement = PLACEMENTS[name]
+    case = sizes(placement)
+    inputs = make_problem(placement, case).inputs
+    f = sharded_layer(placement, placement.mesh(), case)
+    for g in (f, gradients(f)):
+        assert "partition_id" not in lower(g, inputs, "cuda")
+        assert "partition_id" in lower(g, inputs, "cpu")
+
+
+def test_tables_are_those_of_the_header() -> None:
+    """C++ and Python spell the tables once each, in one order."""
+    header = (ROOT / "cuda" / "core" / "tables.h").read_text()
+    passed_on = re.findall(r'^ +f\("(\w+)", tables\.(\w+), Shape', header, re.MULTILINE)
+    assert [name for name, field in passed_on] == [field for _, field in passed_on]
+    assert tuple(name for name, _ in passed_on) == ffi.OPERAND_TABLES
+    results = re.findall(
+        r'"(\w+)"',
+        "".join(
+            re.findall(
+                r"^LayoutCall DecodeCall.*?^}",
+                (ROOT / "xla_ffi" / "calls.cc").read_text(),
+                re.M | re.S,
+            )
+        ).partition("ForEach")[2],
+    )
+    assert (*ffi.OPERAND_TABLES, *results) == ffi.LayoutTables._fields
 
 
 def test_second_derivatives_for_cuda() -> None:
@@ -303,7 +320,7 @@ def test_members(name: str, platform: str) -> None:
     case = sizes(placement)
     f = sharded_layer(placement, placement.mesh(), case)
     for call in calls(lower(f, make_problem(placement, case).inputs, platform)):
-        assert call.attributes["members"] == expected_members(placement)
+        assert members_of(call) == expected_members(placement)
         assert call.attributes["num_ranks"] == placement.num_ranks
 
 
@@ -350,12 +367,7 @@ def test_options_of_dispatch(
     (on_cuda,) = [c for c in calls(lower(run, args, "cuda")) if c.op == "dispatch"]
     (call,) = [c for c in calls(lower(run, args, "cpu")) if c.op == "dispatch"]
     assert as_on_cpu(on_cuda) == call
-    assert call.attributes == {
-        "members": list(range(8)),
-        "num_ranks": 8,
-        "num_sms": 0,
-        "num_tokens": 6,
-        "top_k": 2,
+    assert call.attributes == ON_EP | {
         "has_weights": int(weights),
         "zero_tail": int(zero_tail),
         "quantization": quantization,
@@ -414,7 +426,7 @@ def test_payload_types(dtype: str, name: str) -> None:
     run = jax.shard_map(f, mesh=EP.mesh(), in_specs=P("ep"), out_specs=P("ep"))
     args = jax.ShapeDtypeStruct((48, 16), dtype), jax.ShapeDtypeStruct((48, 2), "int32")
     _, dispatch, combine = calls(lower(run, args, "cuda"))
-    assert (dispatch.operands[1], dispatch.results) == (f"6x16x{name}", (f"10x16x{name}",))
+    assert (dispatch.operands[0], dispatch.results) == (f"6x16x{name}", (f"10x16x{name}",))
     assert combine.results == ("6x16xbf16", "8x6x16xbf16")
 
 
@@ -505,18 +517,42 @@ def test_abstract_mesh(name: str, axis_type: AxisType) -> None:
             found = calls(text)
             assert sorted(c.op for c in found) == sorted(ops)
             for call in found:
-                assert call.attributes["members"] == expected_members(placement)
+                assert members_of(call) == expected_members(placement)
                 assert call.attributes["num_ranks"] == placement.num_ranks
 
 
-@pytest.mark.parametrize(
-    ("transform", "ops_that_differ"),
-    [(lambda f: f, ["dispatch", "combine"]), (gradients, ["dispatch", "dispatch", "combine"])],
-    ids=["forward", "backward"],
-)
-def test_one_program_for_both_platforms(
-    transform: Callable, ops_that_differ: Sequence[str]
-) -> None:
+@pytest.mark.parametrize("shape", ["dp_ep", "ep_dp", "node_dp_gpu"])
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_text_does_not_grow_with_the_pod(platform: str, shape: str) -> None:
+    """Up to 16384 devices in groups of 64 a program differs by numbers alone."""
+    texts = set()
+    for dp in (4, 32, 256):
+        placement = {
+            "dp_ep": Placement((("dp", dp), ("ep", 64))),
+            "ep_dp": Placement((("ep", 64), ("dp", dp))),
+            "node_dp_gpu": Placement((("node", 8), ("dp", dp), ("gpu", 8)), ep=("node", "gpu")),
+        }[shape]
+        names, sizes_of_axes = zip(*placement.axes, strict=True)
+        mesh = AbstractMesh(sizes_of_axes, names)
+        case = sizes(placement, num_experts=128)
+        rows = 6 * 64 * dp  # T = 6
+        args = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+            for shape, dtype, spec in zip(
+                ((rows, 8), (rows, 2), (rows, 2), (128, 8)),
+                ("float32", "int32", "float32", "float32"),
+                in_specs(placement),
+                strict=True,
+            )
+        ]
+        text = lower(gradients(sharded_layer(placement, mesh, case)), args, platform)
+        assert len(calls(text)) == 4
+        texts.add(re.sub(r"\d+", "0", text))
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, gradients], ids=["forward", "backward"])
+def test_one_program_for_both_platforms(transform: Callable) -> None:
     """Lowered and exported for CPU and CUDA at once: each has its own copy of every call."""
     case = sizes(EP)
     f = transform(sharded_layer(EP, EP.mesh(), case))
@@ -531,8 +567,6 @@ def test_one_program_for_both_platforms(
         assert len(found) == 2 * len(alone)
         assert found[::2] == alone
         assert [as_on_cpu(call) for call in found[1::2]] == alone
-        differ = [a.op for a, b in zip(found[::2], found[1::2], strict=True) if a != b]
-        assert differ == ops_that_differ
 
 
 def test_export_for_cuda_equals_lowering() -> None:

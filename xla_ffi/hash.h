@@ -14,13 +14,8 @@ inline uint64_t Mix(uint64_t hash, uint64_t word) {  // the finaliser of splitmi
   return hash ^ (hash >> 31);
 }
 
-// Of an operation, its static values and the members of its groups.
-template <typename Values, typename Members>
-uint64_t HashOperation(std::string_view op, const Values& values, const Members& members) {
-  uint64_t hash = 0;
-  for (char c : op) hash = Mix(hash, static_cast<unsigned char>(c));
-  for (int64_t value : values) hash = Mix(hash, static_cast<uint64_t>(value));
-  for (int64_t member : members) hash = Mix(hash, static_cast<uint64_t>(member));
+inline uint64_t HashText(uint64_t hash, std::string_view text) {
+  for (char c : text) hash = Mix(hash, static_cast<unsigned char>(c));
   return hash;
 }
 

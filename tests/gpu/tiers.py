@@ -63,7 +63,8 @@ def one_process(ctx: Context) -> Result:
 
 def one_process_errors(ctx: Context) -> Result:
     """All GPUs in one process: what the handlers refuse, and a rank that never comes."""
-    return run_suite(ctx, "one-process-errors", Shape(1), ["test_runtime_errors.py"], limit=90)
+    files = ["test_handlers.py", "test_runtime_errors.py"]
+    return run_suite(ctx, "one-process-errors", Shape(1), files, limit=90)
 
 
 def process_per_gpu(ctx: Context) -> Result:

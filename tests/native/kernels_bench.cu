@@ -287,7 +287,7 @@ class Bench {
       b.weights = Allocate<float>(rows);
       b.row_weights = Allocate<float>(rows);
       b.dots = Allocate<float>(rows);
-      b.scales = Allocate<float>(rows * (o_.hidden / kScaleBlock));
+      b.scales = Allocate<float>(rows * (o_.hidden / jax_ep::kScaleBlock));
       b.collected = Allocate<float>(ids_here);
       b.load = Allocate<int32_t>(o_.experts);
       CHECK_CUDA(cudaMemcpy(b.load, load.data(), o_.experts * 4, cudaMemcpyHostToDevice));

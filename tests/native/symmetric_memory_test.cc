@@ -74,8 +74,7 @@ uint64_t Address(const void* p) { return reinterpret_cast<uint64_t>(p); }
 jax_ep::CudaSiteState Site(std::vector<int64_t> members, int num_ranks) {
   jax_ep::CudaSiteState site;
   site.op = "jax_ep_test";
-  site.num_ranks = num_ranks;
-  site.members = std::move(members);
+  site.groups = jax_ep::Groups(std::move(members), {}, {}, num_ranks);
   site.operation = 7;
   return site;
 }

@@ -121,6 +121,7 @@ def test_symmetric_memory(tmp_path: pathlib.Path) -> None:
         _TEST.with_name("symmetric_memory_test.cc"),
         *sorted((_ROOT / "xla_ffi" / "memory").glob("*.cc")),
         _ROOT / "xla_ffi" / "cuda" / "call_site.cc",
+        _ROOT / "xla_ffi" / "groups.cc",
     ]
     headers = [jax.ffi.include_dir(), _cuda_headers()]
     program = _build(tmp_path, "address,undefined", sources, headers)

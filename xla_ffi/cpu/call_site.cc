@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "xla_ffi/cpu/meet/rendezvous.h"
-#include "xla_ffi/hash.h"
 
 namespace jax_ep {
 namespace {
@@ -40,9 +39,9 @@ ffi::Future FailedFuture(ffi::Error error) {
   return future;
 }
 
-ffi::Future Arrive(const CpuSiteState& state, ffi::RunId run,
-                   const ffi::Buffer<ffi::S32, 1>& coordinates, std::vector<const void*> in,
-                   const std::vector<Output>& out, const cpu::OpFactory& make_op) try {
+ffi::Future Arrive(const CpuSiteState& state, ffi::RunId run, const Coordinates& coordinates,
+                   std::vector<const void*> in, const std::vector<Output>& out,
+                   const cpu::OpFactory& make_op) try {
   const cpu::CallSite& site = *state.site;
   const int64_t num_groups = static_cast<int64_t>(site.rank_process.size()) / site.num_ranks;
   const bool pair = coordinates.element_count() == 2;

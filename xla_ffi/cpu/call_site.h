@@ -5,15 +5,16 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
+#include "xla_ffi/attributes.h"
+#include "xla_ffi/calls.h"
 #include "xla_ffi/cpu/meet/program.h"
 #include "xla_ffi/cpu/ops/collective_op.h"
-#include "xla_ffi/hash.h"
+#include "xla_ffi/groups.h"
 
 namespace jax_ep {
 
@@ -27,20 +28,12 @@ struct CpuSiteState {
 void SetPoisonOutputs(bool poison);
 
 template <typename Attributes>
-xla::ffi::ErrorOr<std::unique_ptr<CpuSiteState>> Instantiate(
-    const Attributes& attributes, std::initializer_list<int64_t> static_values) {
-  const int64_t num_members = static_cast<int64_t>(attributes.members.size());
-  if (attributes.num_ranks < 1 || num_members < 1 || num_members % attributes.num_ranks != 0) {
-    return xla::ffi::Unexpected(xla::ffi::Error(
-        xla::ffi::ErrorCode::kInvalidArgument,
-        std::string(Attributes::kOp) + ": attribute members has " + std::to_string(num_members) +
-            " entries, expected a positive multiple of num_ranks = " +
-            std::to_string(attributes.num_ranks)));
-  }
+xla::ffi::ErrorOr<std::unique_ptr<CpuSiteState>> Instantiate(Attributes attributes) {
+  const xla::ffi::ErrorOr<Groups> groups = GroupsOf(attributes);
+  if (!groups.has_value()) return xla::ffi::Unexpected(groups.error());
   auto state = std::make_unique<CpuSiteState>();
-  state->site = cpu::MakeCallSite(
-      Attributes::kOp, HashOperation(Attributes::kOp, static_values, attributes.members),
-      attributes.num_ranks, {attributes.members.begin(), attributes.members.end()});
+  state->site = cpu::MakeCallSite(Attributes::kOp, HashOf(attributes), attributes.num_ranks,
+                                  groups->Members());
   return state;
 }
 
@@ -52,15 +45,27 @@ struct Output {
   size_t bytes;
 };
 
-// Brings one rank to its call. `coordinates` is i32 [2]: the group's index and the rank in it.
-xla::ffi::Future Arrive(const CpuSiteState& state, xla::ffi::RunId run,
-                        const xla::ffi::Buffer<xla::ffi::S32, 1>& coordinates,
-                        std::vector<const void*> in, const std::vector<Output>& out,
-                        const cpu::OpFactory& make_op);
+inline Output AsOutput(const Memory& memory) { return {memory.data, memory.bytes}; }
 
-template <typename Buffer>
-Output AsOutput(const Buffer& buffer) {
-  return {buffer.untyped_data(), buffer.size_bytes()};
+// i32 [2]: the group's index and the rank in it. The first operand of every call; the others are
+// those of xla_ffi/calls.h.
+using Coordinates = xla::ffi::Buffer<xla::ffi::S32, 1>;
+
+// Brings one rank to its call.
+xla::ffi::Future Arrive(const CpuSiteState& state, xla::ffi::RunId run,
+                        const Coordinates& coordinates, std::vector<const void*> in,
+                        const std::vector<Output>& out, const cpu::OpFactory& make_op);
+
+// What XLA passes to each handler.
+template <typename Attributes>
+auto CpuCallBinding() {
+  return xla::ffi::Ffi::Bind()
+      .Ctx<xla::ffi::RunId>()
+      .Ctx<xla::ffi::State<CpuSiteState>>()
+      .Attrs<Attributes>()
+      .template Arg<Coordinates>()
+      .RemainingArgs()
+      .RemainingRets();
 }
 
 }  // namespace jax_ep

@@ -35,7 +35,7 @@ nb::dict Handlers() {
 nb::dict Limits() {
   nb::dict limits;
   limits["max_rows"] = kMaxRows;
-  limits["scale_block"] = gpu::kScaleBlock;
+  limits["scale_block"] = kScaleBlock;
   limits["cuda_ranks"] = gpu::kMaxPeers;
   limits["cuda_experts"] = gpu::kMaxExperts;
   limits["cuda_top_k"] = gpu::kMaxTopK;

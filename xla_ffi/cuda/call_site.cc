@@ -16,22 +16,18 @@ std::atomic<bool> g_poison_outputs{false};
 
 ffi::TypeId CudaSiteState::id = {};
 
-ffi::ErrorOr<std::unique_ptr<CudaSiteState>> MakeCudaSite(
-    const char* op, int64_t num_ranks, ffi::Span<const int64_t> members,
-    std::initializer_list<int64_t> static_values) {
-  const auto num_members = static_cast<int64_t>(members.size());
-  if (num_ranks < 1 || num_ranks > gpu::kMaxPeers || num_members % num_ranks != 0) {
+ffi::ErrorOr<std::unique_ptr<CudaSiteState>> MakeCudaSite(const char* op, Groups groups,
+                                                          uint64_t operation) {
+  if (groups.num_ranks() > gpu::kMaxPeers) {
     return ffi::Unexpected(
         ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                   std::string(op) + ": attribute members has " + std::to_string(num_members) +
-                       " entries, expected a multiple of num_ranks = " + std::to_string(num_ranks) +
-                       ", which must be at most " + std::to_string(gpu::kMaxPeers)));
+                   std::string(op) + ": num_ranks is " + std::to_string(groups.num_ranks()) +
+                       ", but must be at most " + std::to_string(gpu::kMaxPeers)));
   }
   auto state = std::make_unique<CudaSiteState>();
   state->op = op;
-  state->num_ranks = static_cast<int>(num_ranks);
-  state->members.assign(members.begin(), members.end());
-  state->operation = HashOperation(op, static_values, members);
+  state->groups = std::move(groups);
+  state->operation = operation;
   return state;
 }
 
@@ -63,25 +59,26 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t 
                 " is not set up: jax_ep.finalize() has been called. Call jax_ep.initialize() in "
                 "every process (in a job of one process too)");
   }
-  const int64_t* group = nullptr;
-  for (size_t i = 0; i < state.members.size(); ++i) {
-    if (state.members[i] == own)
-      group = state.members.data() + i / state.num_ranks * state.num_ranks;
-  }
-  if (group == nullptr) {
+  const std::optional<Groups::Place> place = state.groups.Find(own);
+  if (!place) {
     return fail("CUDA device " + std::to_string(ordinal) +
                 " is not in the mesh that this was compiled for");
   }
+  const auto num_ranks = static_cast<int>(state.groups.num_ranks());
+  int64_t members[gpu::kMaxPeers];
+  bool with_other_processes = false;
+  for (int r = 0; r < num_ranks; ++r) {
+    members[r] = state.groups.MemberAt(place->group, r);
+    with_other_processes |= process_of(members[r]) != process_of(own);
+  }
   StagingRegion staging;
-  if (auto error = memory.FillGroup(group, state.num_ranks, ordinal, call, &staging)) {
+  if (auto error = memory.FillGroup(members, num_ranks, ordinal, call, &staging)) {
     return fail(*error);
   }
   // Ranks share the work by block, so their grids must be equal.
   call->operation = state.operation + static_cast<uint64_t>(NumSms(ordinal, 0));
-  if (state.num_ranks == 1) return ffi::Error::Success();
+  if (num_ranks == 1) return ffi::Error::Success();
 
-  bool with_other_processes = false;
-  for (int r = 0; r < state.num_ranks; ++r) with_other_processes |= group[r] >> 32 != own >> 32;
   size_t used = 0;  // of the staging region
   std::string names, reason;
   for (const SharedBuffer& buffer : buffers) {

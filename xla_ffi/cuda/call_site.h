@@ -10,10 +10,11 @@
 #include <optional>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "cuda/launch.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla_ffi/attributes.h"
+#include "xla_ffi/groups.h"
 #include "xla_ffi/hash.h"
 #include "xla_ffi/memory/symmetric_memory.h"
 
@@ -23,14 +24,19 @@ namespace jax_ep {
 struct CudaSiteState {
   static xla::ffi::TypeId id;
   const char* op;
-  int num_ranks;
-  std::vector<int64_t> members;  // as the attribute
-  uint64_t operation;            // hash of the operation and its attributes
+  Groups groups;
+  uint64_t operation;  // hash of the operation and its attributes
 };
 
-xla::ffi::ErrorOr<std::unique_ptr<CudaSiteState>> MakeCudaSite(
-    const char* op, int64_t num_ranks, xla::ffi::Span<const int64_t> members,
-    std::initializer_list<int64_t> static_values);
+xla::ffi::ErrorOr<std::unique_ptr<CudaSiteState>> MakeCudaSite(const char* op, Groups groups,
+                                                               uint64_t operation);
+
+template <typename Attributes>
+xla::ffi::ErrorOr<std::unique_ptr<CudaSiteState>> InstantiateCuda(Attributes attributes) {
+  xla::ffi::ErrorOr<Groups> groups = GroupsOf(attributes);
+  if (!groups.has_value()) return xla::ffi::Unexpected(groups.error());
+  return MakeCudaSite(Attributes::kOp, std::move(*groups), HashOf(attributes));
+}
 
 // What happens to a shared buffer during the call.
 enum class Use {

@@ -3,7 +3,10 @@
 #ifndef JAX_EP_XLA_FFI_CUDA_HANDLERS_H_
 #define JAX_EP_XLA_FFI_CUDA_HANDLERS_H_
 
+#include <cuda_runtime_api.h>
+
 #include "xla/ffi/api/ffi.h"
+#include "xla_ffi/cuda/call_site.h"
 
 namespace jax_ep {
 
@@ -16,11 +19,33 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(kDispatchCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineGradientCuda);
 
-// The same, with the trait that lets XLA record their calls in command buffers.
+// The same, with the trait that lets XLA record their calls in command buffers. It is a trait of the
+// handler itself, for not every CUDA plugin takes it at registration; module.cc hands out either.
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kLayoutCudaRecordable);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kDispatchCudaRecordable);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineCudaRecordable);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineGradientCudaRecordable);
+
+// What XLA passes to each: the operands and results of xla_ffi/calls.h.
+template <typename Attributes>
+auto CudaCallBinding() {
+  return xla::ffi::Ffi::Bind()
+      .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+      .Ctx<xla::ffi::DeviceOrdinal>()
+      .Ctx<xla::ffi::State<CudaSiteState>>()
+      .Attrs<Attributes>()
+      .RemainingArgs()
+      .RemainingRets();
+}
+
+// The three handlers of an operation whose execute function is called so.
+#define JAX_EP_DEFINE_CUDA_HANDLERS(Execute, Attributes)                                   \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(kInstantiate##Execute##Cuda, InstantiateCuda<Attributes>,  \
+                                ::xla::ffi::Ffi::BindInstantiate().Attrs<Attributes>());   \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(k##Execute##Cuda, Execute, CudaCallBinding<Attributes>()); \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(k##Execute##CudaRecordable, Execute,                       \
+                                CudaCallBinding<Attributes>(),                             \
+                                {::xla::ffi::Traits::kCmdBufferCompatible})
 
 }  // namespace jax_ep
 

@@ -24,7 +24,7 @@ class DispatchOp final : public CollectiveOp {
     wire_.resize(sizes.num_ranks);
   }
 
-  // With quantisation, what travels is [q: H bytes][scales: H / 128 f32], made once per token.
+  // With quantisation, what travels is the wire row (cuda/core/wire_row.h), made once per token.
   void Prepare(const PeerMemory&) override {
     if (!sizes_.quantization) return;
     for (int64_t r = 0; r < sizes_.num_ranks; ++r) {
@@ -40,7 +40,7 @@ class DispatchOp final : public CollectiveOp {
       const auto* x = static_cast<const char*>(in_[rank][kDispatchX]);
       for (int64_t t = begin; t < end; ++t) {
         char* wire = wire_[rank].data() + t * wire_bytes();
-        quantize_row(sizes_.quantization->input, sizes_.quantization->scale_format,
+        quantize_row(sizes_.quantization->input, sizes_.quantization->kind,
                      x + t * sizes_.row_bytes, reinterpret_cast<uint8_t*>(wire),
                      reinterpret_cast<float*>(wire + sizes_.num_channels), sizes_.num_channels);
       }
@@ -77,9 +77,7 @@ class DispatchOp final : public CollectiveOp {
     return static_cast<const int32_t*>(in_[rank][which]);
   }
   int64_t wire_bytes() const {
-    return sizes_.quantization
-               ? sizes_.num_channels + sizes_.num_channels / kScaleBlock * int64_t{sizeof(float)}
-               : sizes_.row_bytes;
+    return sizes_.quantization ? wire_row_bytes(sizes_.num_channels) : sizes_.row_bytes;
   }
   bool keeps_fp8() const { return sizes_.quantization && !sizes_.quantization->dequantize; }
   int64_t token_bytes() const { return keeps_fp8() ? sizes_.num_channels : sizes_.row_bytes; }
@@ -117,17 +115,17 @@ class DispatchOp final : public CollectiveOp {
   void ZeroRow(int64_t dst, int64_t row) const {
     std::memset(static_cast<char*>(out_[dst][kDispatchTokens]) + row * token_bytes(), 0,
                 token_bytes());
-    const int64_t num_scales = sizes_.num_channels / kScaleBlock;
+    const int64_t count = num_scales(sizes_.num_channels);
     if (keeps_fp8()) {
-      std::memset(static_cast<float*>(out_[dst][kDispatchScales]) + row * num_scales, 0,
-                  num_scales * sizeof(float));
+      std::memset(static_cast<float*>(out_[dst][kDispatchScales]) + row * count, 0,
+                  count * sizeof(float));
     }
     if (weights_out(dst) != nullptr) weights_out(dst)[row] = 0.0f;
   }
 
   void PutRow(int64_t dst, int64_t row, const char* wire) const {
     char* token = static_cast<char*>(out_[dst][kDispatchTokens]) + row * token_bytes();
-    const int64_t num_scales = sizes_.num_channels / kScaleBlock;
+    const int64_t count = num_scales(sizes_.num_channels);
     if (!sizes_.quantization) {
       std::memcpy(token, wire, token_bytes());
     } else if (sizes_.quantization->dequantize) {
@@ -136,8 +134,8 @@ class DispatchOp final : public CollectiveOp {
                      sizes_.num_channels);
     } else {
       std::memcpy(token, wire, token_bytes());
-      std::memcpy(static_cast<float*>(out_[dst][kDispatchScales]) + row * num_scales,
-                  wire + sizes_.num_channels, num_scales * sizeof(float));
+      std::memcpy(static_cast<float*>(out_[dst][kDispatchScales]) + row * count,
+                  wire + sizes_.num_channels, count * sizeof(float));
     }
   }
 

@@ -33,7 +33,7 @@ std::unique_ptr<CollectiveOp> MakeLayoutOp(const LayoutSizes& sizes, const Membe
 // ---- dispatch: rows to their experts -----------------------------------------------------------
 struct Quantization {
   FloatType input;
-  ScaleFormat scale_format;
+  QuantizationKind kind;
   bool dequantize;  // rows come out as `input` again, and there is no scales result
 };
 struct DispatchSizes {

@@ -158,11 +158,11 @@ void store_row(FloatType type, void* row, const float* acc, int64_t count) {
   });
 }
 
-void quantize_row(FloatType type, ScaleFormat format, const void* row, uint8_t* q, float* scales,
+void quantize_row(FloatType type, QuantizationKind kind, const void* row, uint8_t* q, float* scales,
                   int64_t count) {
   constexpr float kMaxE4M3 = 448.0f;
-  WithFormat(type, [&](auto float_format) {
-    using Format = decltype(float_format);
+  WithFormat(type, [&](auto format) {
+    using Format = decltype(format);
     const auto* x = static_cast<const typename Format::Storage*>(row);
     for (int64_t block = 0; block < count / kScaleBlock; ++block) {
       float value[kScaleBlock];
@@ -174,7 +174,7 @@ void quantize_row(FloatType type, ScaleFormat format, const void* row, uint8_t* 
       }
       float scale = amax / kMaxE4M3;
       float inverse = kMaxE4M3 / amax;
-      if (format == ScaleFormat::kPowerOfTwo) {
+      if (kind == QuantizationKind::kPowerOfTwoScales) {
         uint32_t u = bits(scale);
         if ((u & 0x007fffff) != 0) u = (u & kInfinity) + 0x00800000;
         scale = from_bits(u);

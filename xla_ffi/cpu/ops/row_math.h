@@ -6,12 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/core/float_type.h"
+#include "cuda/core/wire_row.h"
+
 namespace jax_ep::cpu {
-
-enum class FloatType { kF32, kF16, kBF16 };
-
-inline constexpr int64_t kMaxFloatBytes = 4;
-constexpr int64_t float_bytes(FloatType type) { return type == FloatType::kF32 ? 4 : 2; }
 
 // XLA's threads flush subnormals; inside this scope the thread does not. Rounding is to nearest.
 class ExactFloatScope {
@@ -37,16 +35,13 @@ void accumulate_rounded(FloatType type, float* acc, const float* partial, int64_
 // row[i] = round(acc[i]).
 void store_row(FloatType type, void* row, const float* acc, int64_t count);
 
-// fp8 with one f32 scale per 128 channels: value = float8_e4m3fn * scale.
-inline constexpr int64_t kScaleBlock = 128;
-
-enum class ScaleFormat { kFloat32, kPowerOfTwo };
+// fp8 with one f32 scale per kScaleBlock channels: value = float8_e4m3fn * scale.
 
 // amax = max |x| of the block (NaN ignored), at least 2^-100.
-// kFloat32: scale = amax / 448 and inverse = 448 / amax, each one rounded division.
-// kPowerOfTwo: scale = the least power of two >= amax / 448, inverse = 1 / scale (exact).
-// q = e4m3fn(clamp(x * inverse, -448, 448)); NaN stays NaN. `count` is a multiple of 128.
-void quantize_row(FloatType type, ScaleFormat format, const void* row, uint8_t* q, float* scales,
+// kFloat32Scales: scale = amax / 448 and inverse = 448 / amax, each one rounded division.
+// kPowerOfTwoScales: scale = the least power of two >= amax / 448, inverse = 1 / scale (exact).
+// q = e4m3fn(clamp(x * inverse, -448, 448)); NaN stays NaN. `count` is a multiple of kScaleBlock.
+void quantize_row(FloatType type, QuantizationKind kind, const void* row, uint8_t* q, float* scales,
                   int64_t count);
 
 // row[i] = round(f32(q[i]) * scale).

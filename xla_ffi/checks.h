@@ -1,12 +1,10 @@
-// Checks of a handler's buffers against each other and against its attributes, with messages that
-// name the operation and the argument.
-#ifndef JAX_EP_XLA_FFI_FFI_CHECKS_H_
-#define JAX_EP_XLA_FFI_FFI_CHECKS_H_
+// Checks of a call, with messages that name the operation and the argument.
+#ifndef JAX_EP_XLA_FFI_CHECKS_H_
+#define JAX_EP_XLA_FFI_CHECKS_H_
 
 #include <cstdint>
 #include <initializer_list>
 #include <string>
-#include <utility>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -21,20 +19,21 @@ class Checks {
   xla::ffi::Error error() const { return {xla::ffi::ErrorCode::kInvalidArgument, message_}; }
 
   void Require(bool condition, const std::string& what) {
-    if (!condition && ok()) message_ = std::string(op_) + ": " + what;
+    if (!condition && ok()) Fail(what);
   }
 
-  void Type(const char* name, const xla::ffi::AnyBuffer& buffer, xla::ffi::DataType type) {
-    Require(buffer.element_type() == type,
-            std::string(name) + " has element type " +
-                std::to_string(static_cast<int>(buffer.element_type())) + ", expected " +
-                std::to_string(static_cast<int>(type)));
+  // Takes the place of an earlier complaint, which it explains.
+  void Fail(const std::string& what) { message_ = std::string(op_) + ": " + what; }
+
+  void Type(const char* name, xla::ffi::DataType type, xla::ffi::DataType expected) {
+    Require(type == expected, std::string(name) + " has element type " +
+                                  std::to_string(static_cast<int>(type)) + ", expected " +
+                                  std::to_string(static_cast<int>(expected)));
   }
 
   // A dimension of -1 may be anything.
-  template <typename Buffer>
-  void Shape(const char* name, const Buffer& buffer, std::initializer_list<int64_t> expected) {
-    const auto dims = buffer.dimensions();
+  template <typename Dimensions>
+  void Shape(const char* name, const Dimensions& dims, std::initializer_list<int64_t> expected) {
     bool same = dims.size() == expected.size();
     std::string want, got;
     size_t i = 0;
@@ -54,4 +53,4 @@ class Checks {
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_XLA_FFI_FFI_CHECKS_H_
+#endif  // JAX_EP_XLA_FFI_CHECKS_H_

@@ -1,0 +1,217 @@
+#include "xla_ffi/calls.h"
+
+#include <string>
+
+#include "cuda/core/limits.h"
+
+namespace jax_ep {
+namespace {
+
+namespace ffi = xla::ffi;
+using Shape = std::initializer_list<int64_t>;
+
+constexpr int64_t kAny = -1;
+
+// Types narrower than a byte are packed by XLA, and FFI counts a byte for each: rows of them
+// cannot be told apart.
+bool IsWholeBytes(ffi::DataType type) {
+  switch (type) {
+    case ffi::S1:
+    case ffi::S2:
+    case ffi::S4:
+    case ffi::U1:
+    case ffi::U2:
+    case ffi::U4:
+    case ffi::F4E2M1FN:
+      return false;
+    default:
+      return true;
+  }
+}
+
+// Takes operands and results one after the other.
+class Reader {
+ public:
+  Reader(ffi::RemainingArgs operands, ffi::RemainingRets results, Checks* checks)
+      : operands_(operands), results_(results), checks_(checks) {}
+
+  // Without a type, of any.
+  Rows Operand(const char* name, std::optional<ffi::DataType> type, Shape shape) {
+    const auto buffer = operands_.get<ffi::AnyBuffer>(num_operands_++);
+    return buffer.has_value() ? Check(name, *buffer, type, shape) : Rows{};
+  }
+
+  Rows Result(const char* name, std::optional<ffi::DataType> type, Shape shape) {
+    auto buffer = results_.get<ffi::AnyBuffer>(num_results_++);
+    return buffer.has_value() ? Check(name, **buffer, type, shape) : Rows{};
+  }
+
+  void Layout(const TableSizes& sizes, OnLayout* call) {
+    call->sizes = sizes;
+    call->topk_idx = Operand("topk_idx", ffi::S32, {sizes.num_tokens, sizes.top_k}).as<int32_t>();
+    TableView::ForEach(call->tables, sizes,
+                       [&](const char* name, const int32_t*& table, Shape shape) {
+                         table = Operand(name, ffi::S32, shape).as<int32_t>();
+                       });
+  }
+
+  // All must have been taken, and none too many.
+  void End() {
+    if (num_operands_ != operands_.size() || num_results_ != results_.size()) {
+      checks_->Fail("the number of operands or results disagrees with the attributes");
+    }
+  }
+
+ private:
+  Rows Check(const char* name, const ffi::AnyBuffer& buffer, std::optional<ffi::DataType> type,
+             Shape shape) {
+    checks_->Shape(name, buffer.dimensions(), shape);
+    if (type) checks_->Type(name, buffer.element_type(), *type);
+    Rows rows;
+    rows.data = buffer.untyped_data();
+    rows.bytes = buffer.size_bytes();
+    rows.type = buffer.element_type();
+    if (buffer.dimensions().size() > 0) rows.num_channels = buffer.dimensions().back();
+    return rows;
+  }
+
+  const ffi::RemainingArgs operands_;
+  const ffi::RemainingRets results_;
+  Checks* const checks_;
+  size_t num_operands_ = 0, num_results_ = 0;
+};
+
+void CheckSizes(const TableSizes& sizes, Checks* checks) {
+  checks->Require(sizes.num_experts > 0 && sizes.num_experts % sizes.num_ranks == 0,
+                  "num_experts must be a positive multiple of num_ranks");
+  checks->Require(0 < sizes.capacity && sizes.capacity <= kMaxRows,
+                  "capacity must be positive and at most " + std::to_string(kMaxRows));
+  checks->Require(
+      sizes.num_tokens > 0 && sizes.top_k > 0 &&
+          sizes.num_tokens <= kMaxRows / sizes.top_k / sizes.num_ranks,
+      "topk_idx must have ids, and those of all ranks must be at most " + std::to_string(kMaxRows));
+}
+
+// The rows of all ranks, with all padding that the experts could get, are counted in int32.
+void CheckPaddedRows(const TableSizes& sizes, int64_t expert_alignment, Checks* checks) {
+  checks->Require(expert_alignment > 0 && sizes.capacity % expert_alignment == 0,
+                  "capacity must be a positive multiple of expert_alignment");
+  if (!checks->ok()) return;
+  const int64_t num_ids = sizes.num_ranks * sizes.num_tokens * sizes.top_k;
+  checks->Require(expert_alignment <= (kMaxRows - num_ids) / sizes.num_experts,
+                  "the ids of all ranks and num_experts * expert_alignment must come to at most " +
+                      std::to_string(kMaxRows));
+}
+
+}  // namespace
+
+std::optional<FloatType> Rows::float_type() const {
+  switch (type) {
+    case ffi::F32:
+      return FloatType::kF32;
+    case ffi::F16:
+      return FloatType::kF16;
+    case ffi::BF16:
+      return FloatType::kBF16;
+    default:
+      return std::nullopt;
+  }
+}
+
+LayoutCall DecodeCall(const LayoutAttributes& a, ffi::RemainingArgs operands,
+                      ffi::RemainingRets results, Checks* checks) {
+  LayoutCall call{};
+  call.sizes = a.sizes();
+  call.expert_alignment = a.expert_alignment;
+  CheckSizes(call.sizes, checks);
+  CheckPaddedRows(call.sizes, a.expert_alignment, checks);
+  if (!checks->ok()) return call;
+  Reader reader(operands, results, checks);
+  call.topk_idx = reader.Operand("topk_idx", ffi::S32, {a.num_tokens, a.top_k});
+  Tables<int32_t>::ForEach(call.tables, call.sizes,
+                           [&](const char* name, int32_t*& table, Shape shape) {
+                             table = reader.Result(name, ffi::S32, shape).as<int32_t>();
+                           });
+  const int64_t num_local_experts = call.sizes.num_local_experts();
+  call.expert_counts = reader.Result("expert_counts", ffi::S32, {num_local_experts});
+  call.expert_load = reader.Result("expert_load", ffi::S32, {a.num_experts});
+  call.counters = reader.Result("counters", ffi::S32, {3});
+  reader.End();
+  return call;
+}
+
+DispatchCall DecodeCall(const DispatchAttributes& a, ffi::RemainingArgs operands,
+                        ffi::RemainingRets results, Checks* checks) {
+  DispatchCall call{};
+  call.quantization = static_cast<QuantizationKind>(a.quantization);
+  call.dequantize = a.dequantize != 0;
+  call.zero_tail = a.zero_tail != 0;
+  const bool is_quantised = call.quantization != QuantizationKind::kNone;
+  const bool keeps_fp8 = is_quantised && !call.dequantize;
+  CheckSizes(a.sizes(), checks);
+  checks->Require(0 <= a.quantization && a.quantization <= 2, "quantization must be 0, 1 or 2");
+  if (!checks->ok()) return call;
+  Reader reader(operands, results, checks);
+  call.x = reader.Operand("x", std::nullopt, {a.num_tokens, kAny});
+  checks->Require(IsWholeBytes(call.x.type), "x has an element type narrower than a byte");
+  if (is_quantised) {
+    checks->Require(call.x.float_type().has_value(), "x must be bf16, f16 or f32 to be quantised");
+    checks->Require(call.x.num_channels % kScaleBlock == 0,
+                    "x must have a multiple of " + std::to_string(kScaleBlock) + " channels");
+  }
+  reader.Layout(a.sizes(), &call);
+  if (a.has_weights) {
+    call.topk_weights = reader.Operand("topk_weights", ffi::F32, {a.num_tokens, a.top_k});
+  }
+  call.tokens = reader.Result("tokens", keeps_fp8 ? ffi::F8E4M3FN : call.x.type,
+                              {a.capacity, call.x.num_channels});
+  if (keeps_fp8) {
+    call.scales = reader.Result("scales", ffi::F32, {a.capacity, num_scales(call.x.num_channels)});
+  }
+  if (a.has_weights) call.weights = reader.Result("weights", ffi::F32, {a.capacity});
+  reader.End();
+  return call;
+}
+
+CombineCall DecodeCall(const CombineAttributes& a, ffi::RemainingArgs operands,
+                       ffi::RemainingRets results, Checks* checks, bool has_scratch) {
+  CombineCall call{};
+  CheckSizes(a.sizes(), checks);
+  if (!checks->ok()) return call;
+  Reader reader(operands, results, checks);
+  call.y = reader.Operand("y", std::nullopt, {a.capacity, kAny});
+  checks->Require(call.y.float_type().has_value(), "y must be bf16, f16 or f32");
+  reader.Layout(a.sizes(), &call);
+  if (a.has_weights) call.weights = reader.Operand("weights", ffi::F32, {a.capacity});
+  if (a.has_values) call.values = reader.Operand("values", ffi::F32, {a.capacity});
+  const int64_t num_channels = call.y.num_channels;
+  call.out = reader.Result("out", call.y.type, {a.num_tokens, num_channels});
+  if (a.has_values) {
+    call.collected = reader.Result("collected", ffi::F32, {a.num_tokens, a.top_k});
+  }
+  if (has_scratch) {
+    call.partial = reader.Result("partial", call.y.type, {a.num_ranks, a.num_tokens, num_channels});
+  }
+  reader.End();
+  return call;
+}
+
+CombineGradientCall DecodeCall(const CombineGradientAttributes& a, ffi::RemainingArgs operands,
+                               ffi::RemainingRets results, Checks* checks) {
+  CombineGradientCall call{};
+  call.zero_tail = a.zero_tail != 0;
+  CheckSizes(a.sizes(), checks);
+  if (!checks->ok()) return call;
+  Reader reader(operands, results, checks);
+  call.g = reader.Operand("g", std::nullopt, {a.num_tokens, kAny});
+  checks->Require(call.g.float_type().has_value(), "g must be bf16, f16 or f32");
+  reader.Layout(a.sizes(), &call);
+  call.y = reader.Operand("y", call.g.type, {a.capacity, call.g.num_channels});
+  call.weights = reader.Operand("weights", ffi::F32, {a.capacity});
+  call.d_y = reader.Result("d_y", call.g.type, {a.capacity, call.g.num_channels});
+  call.d_weights = reader.Result("d_weights", ffi::F32, {a.capacity});
+  reader.End();
+  return call;
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,35 @@
+// What dispatch and the gradient of combine, which is a form of it, have in common.
+#ifndef JAX_EP_XLA_FFI_CUDA_DISPATCH_ARGUMENTS_H_
+#define JAX_EP_XLA_FFI_CUDA_DISPATCH_ARGUMENTS_H_
+
+#include "cuda/launch.h"
+#include "xla_ffi/calls.h"
+
+namespace jax_ep {
+
+// Of the call of one rank, whose rows x become tokens: [T, H] and [C, H].
+inline gpu::DispatchArguments DispatchArgumentsOf(const OnLayout& layout, const Rows& x,
+                                                  const Rows& tokens) {
+  gpu::DispatchArguments arguments{};
+  static_cast<TableView&>(arguments) = layout.tables;
+  arguments.topk_idx = layout.topk_idx;
+  arguments.x = x.data;
+  arguments.tokens = tokens.data;
+  arguments.num_tokens = layout.sizes.num_tokens;
+  arguments.top_k = layout.sizes.top_k;
+  arguments.capacity = layout.sizes.capacity;
+  arguments.num_local_experts = layout.sizes.num_local_experts();
+  arguments.num_channels = x.num_channels;
+  arguments.row_bytes = x.row_bytes();
+  return arguments;
+}
+
+// Of the landing area for tokens that peers cannot reach.
+inline size_t LandingBytes(const OnLayout& layout, gpu::DispatchMode mode, const Rows& x) {
+  return static_cast<size_t>(layout.sizes.num_ranks * layout.sizes.num_tokens *
+                             gpu::LandingRowBytes(mode, x.num_channels, x.row_bytes()));
+}
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_XLA_FFI_CUDA_DISPATCH_ARGUMENTS_H_

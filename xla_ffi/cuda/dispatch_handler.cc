@@ -1,0 +1,64 @@
+#include "xla_ffi/calls.h"
+#include "xla_ffi/cuda/call_site.h"
+#include "xla_ffi/cuda/checks.h"
+#include "xla_ffi/cuda/dispatch_arguments.h"
+#include "xla_ffi/cuda/handlers.h"
+
+namespace jax_ep {
+namespace {
+
+namespace ffi = xla::ffi;
+
+bool IsInteger(ffi::DataType type) {
+  switch (type) {
+    case ffi::F64:
+    case ffi::F32:
+    case ffi::F16:
+    case ffi::BF16:
+      return false;
+    default:
+      return true;
+  }
+}
+
+ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
+                    DispatchAttributes a, ffi::RemainingArgs operands, ffi::RemainingRets results) {
+  Checks checks(a.kOp);
+  const DispatchCall call = DecodeCall(a, operands, results, &checks);
+  if (checks.ok()) CheckForKernel(call, &checks);
+  if (!checks.ok()) return checks.error();
+  const gpu::DispatchMode mode = call.quantization == QuantizationKind::kNone
+                                     ? gpu::DispatchMode::kCopy
+                                 : call.dequantize ? gpu::DispatchMode::kDequantize
+                                                   : gpu::DispatchMode::kQuantize;
+  GroupCall group;
+  if (ffi::Error e = EnterGroup(*state, ordinal, stream,
+                                {{"tokens", call.tokens.data, call.tokens.bytes, Use::kLanding,
+                                  LandingBytes(call, mode, call.x)},
+                                 {"weights", call.weights.data, call.weights.bytes, Use::kOutput},
+                                 {"scales", call.scales.data, call.scales.bytes, Use::kOutput}},
+                                &group);
+      e.failure()) {
+    return e;
+  }
+  group.Distinguish({call.x.num_channels, static_cast<int64_t>(call.x.type)});
+  gpu::DispatchArguments arguments = DispatchArgumentsOf(call, call.x, call.tokens);
+  arguments.topk_weights = call.topk_weights.as<const float>();
+  arguments.scales = group.At(call.scales.as<float>());
+  arguments.weights = group.At(call.weights.as<float>());
+  arguments.landing = group.LandingOf(call.tokens.data);
+  arguments.mode = mode;
+  arguments.type = call.x.float_type().value_or(FloatType::kF32);
+  arguments.power_of_two_scales = call.quantization == QuantizationKind::kPowerOfTwoScales;
+  arguments.zero_tail = call.zero_tail;
+  arguments.is_integer = IsInteger(call.x.type);
+  const cudaError_t launched =
+      gpu::LaunchDispatch(group, arguments, NumSms(ordinal, a.num_sms), stream);
+  return CudaStatus(a.kOp, group.CopyOut(launched, stream));
+}
+
+}  // namespace
+
+JAX_EP_DEFINE_CUDA_HANDLERS(Dispatch, DispatchAttributes);
+
+}  // namespace jax_ep

@@ -1,0 +1,41 @@
+#include "xla_ffi/calls.h"
+#include "xla_ffi/cuda/call_site.h"
+#include "xla_ffi/cuda/checks.h"
+#include "xla_ffi/cuda/handlers.h"
+
+namespace jax_ep {
+namespace {
+
+namespace ffi = xla::ffi;
+
+ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, LayoutAttributes a,
+                  ffi::RemainingArgs operands, ffi::RemainingRets results) {
+  Checks checks(a.kOp);
+  const LayoutCall call = DecodeCall(a, operands, results, &checks);
+  if (checks.ok()) CheckForKernel(call, &checks);
+  if (!checks.ok()) return checks.error();
+  GroupCall group;
+  if (ffi::Error e = EnterGroup(*state, ordinal, stream,
+                                {{"topk_idx", call.topk_idx.data, call.topk_idx.bytes}}, &group);
+      e.failure()) {
+    return e;
+  }
+  gpu::LayoutArguments arguments{};
+  static_cast<Tables<int32_t>&>(arguments) = call.tables;
+  arguments.topk_idx = group.At(call.topk_idx.as<const int32_t>());
+  arguments.num_tokens = a.num_tokens;
+  arguments.top_k = a.top_k;
+  arguments.num_experts = a.num_experts;
+  arguments.capacity = a.capacity;
+  arguments.expert_alignment = a.expert_alignment;
+  arguments.expert_counts = call.expert_counts.as<int32_t>();
+  arguments.expert_load = call.expert_load.as<int32_t>();
+  arguments.counters = call.counters.as<int32_t>();
+  return CudaStatus(a.kOp, gpu::LaunchLayout(group, arguments, NumSms(ordinal, a.num_sms), stream));
+}
+
+}  // namespace
+
+JAX_EP_DEFINE_CUDA_HANDLERS(Layout, LayoutAttributes);
+
+}  // namespace jax_ep
