@@ -91,8 +91,8 @@ def i32(value: int) -> int:
 def emulate_ids(sizes: Sizes, num_sms: int) -> None:
     """How cuda/direct/layout.cu shares the ids out: all of them, to one warp each.
 
-    Mirrors LaunchLayout (num_blocks, ids_per_block) and the first lines of make_tables (block_begin
-    to end, and the loops that add 32).
+    Mirrors LaunchLayout (num_blocks, ids_per_block), the constructor of Tables (block_begin to
+    end), and the loops of count_ids and place_rows, which add 32.
     """
     num_ids = sizes.num_tokens * sizes.top_k * sizes.num_ranks  # int64_t
     with_one = (num_ids + 511) // 512
@@ -124,8 +124,8 @@ def emulate_ids(sizes: Sizes, num_sms: int) -> None:
 def emulate_rows(sizes: Sizes, capacity: int, load: list[int]) -> None:
     """Where cuda/direct/layout.cu puts the rows of experts with ``load`` rows each.
 
-    Mirrors step 4 of make_tables (padded, the scan over all experts, rank_offset, first_row), the
-    row of step 5, and the sums at its end. xla_ffi/cpu/ops/layout_op.cc reckons in 64 bits and
+    Mirrors place_experts (padded, the scan over all experts, rank_offset, first_row), the row in
+    place_rows, and the sums of fill_rest. xla_ffi/cpu/ops/layout_op.cc reckons in 64 bits and
     stores the same numbers in int32.
     """
     alignment = sizes.expert_alignment

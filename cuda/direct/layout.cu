@@ -21,7 +21,7 @@
 // Progress: the grid is at most one block an SM; waits are for peers ([S1] waits for nothing) and
 //           for resident blocks.
 // Failure:  a timeout fills the tables with -1 and the counts with 0; see give_up.cuh.
-// Limits:   E <= 1024, R * T * K < 2^31, num_blocks <= kMaxLayoutBlocks.
+// Limits:   E <= 1024, R * T * K + E * A and C <= kMaxRows, num_blocks <= kMaxLayoutBlocks.
 #include <algorithm>
 #include <cub/block/block_scan.cuh>
 

@@ -74,7 +74,7 @@ void TestDispatch() {
               const int64_t num_units = num_tokens * ((row_bytes + dispatch::kMaxPieceBytes - 1) /
                                                       dispatch::kMaxPieceBytes);
               const bool is_few = !format.is_cut || (num_units <= INT32_MAX &&
-                                                     num_units / num_sms < kMaxUnitsPerBlock);
+                                                     num_units <= kMaxUnitsPerBlock * num_sms);
               const bool made = dispatch::MakePlan(format, sizes, &plan);
               if (!made && (!format.is_cut || !is_few)) continue;
               REQUIRE(made && is_few, "format %d, %ld bytes", f, long(row_bytes));
@@ -153,11 +153,30 @@ void TestCombine() {
   REQUIRE(!combine::MakePlan(1, 1, 0, 132, &plan, &num_blocks), "empty rows");
 }
 
+// As many tokens as Python lets through (limits.check_cuda), and no more.
+void TestTokens() {
+  for (const int32_t num_sms : {1, 2, 16}) {
+    for (const int64_t beyond : {0, 1}) {
+      const int64_t num_tokens = kMaxUnitsPerBlock * num_sms + beyond;
+      dispatch::Plan dispatched{};
+      combine::Plan combined{};
+      int32_t num_blocks = 0;
+      REQUIRE(dispatch::MakePlan(kCopyFormat, {num_tokens, 1, 16, 2, num_sms, false},
+                                 &dispatched) == (beyond == 0),
+              "%ld tokens on %d SMs", long(num_tokens), num_sms);
+      REQUIRE(
+          combine::MakePlan(num_tokens, 1, 16, num_sms, &combined, &num_blocks) == (beyond == 0),
+          "%ld tokens on %d SMs", long(num_tokens), num_sms);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   TestPieces();
   TestDispatch();
   TestCombine();
+  TestTokens();
   std::printf("plans hold\n");
 }

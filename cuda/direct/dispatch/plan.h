@@ -57,7 +57,10 @@ constexpr bool MakePlan(const RowFormat& format, const Sizes& sizes, Plan* plan)
   plan->num_pieces = pieces.count;
   plan->piece_bytes = pieces.bytes;
   const int64_t num_units = sizes.num_tokens * pieces.count;
-  if (num_units > INT32_MAX || num_units / sizes.num_sms >= kMaxUnitsPerBlock) return false;
+  if (num_units > INT32_MAX ||
+      (num_units + sizes.num_sms - 1) / sizes.num_sms > kMaxUnitsPerBlock) {
+    return false;
+  }
   const bool has_few = num_units <= int64_t{kFewUnits} * sizes.num_sms;
   int32_t num_rings = (has_few ? format.few_rings : format.max_rings) + 2;
   int64_t num_stages = 0;
