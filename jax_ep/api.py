@@ -6,9 +6,7 @@ group, L = E / R experts per rank (expert e lives on rank e // L), C capacity in
 alignment.
 """
 
-import numbers
 import typing
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -16,14 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_ep import autodiff, compat, ffi, group, id_check, limits
+from jax_ep import autodiff, checks, compat, ffi, group, id_check, limits
 from jax_ep.group import AxisName
 from jax_ep.layout import Layout, default_capacity
 
 Array = jax.Array
 ScaleFormat = Literal["float32", "power_of_two"]
 
-_ROW_GRANULE = 16  # bytes; rows move in units of it
 _FLOATS = ("bfloat16", "float16", "float32")
 _PAYLOADS = (*_FLOATS, *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 _SCALE_FORMATS = typing.get_args(ScaleFormat)
@@ -111,15 +108,15 @@ def make_layout(
     where = "jax_ep.make_layout"
     axes = group.axis_names(axis_name, where)
     num_ranks = group.group_size(axes, where)
-    topk_idx = _as_array(where, "topk_idx", topk_idx)
+    topk_idx = checks.as_array(where, "topk_idx", topk_idx)
     if topk_idx.dtype != jnp.int32:
         remedy = "cast it with topk_idx.astype(jnp.int32)"
         if not jnp.issubdtype(topk_idx.dtype, jnp.integer):
             remedy = "it takes the ids of experts, jax.lax.top_k's second result"
         raise TypeError(f"{where}: topk_idx must be int32; got {topk_idx.dtype}: {remedy}")
-    num_tokens, top_k = _matrix_shape(where, "topk_idx", topk_idx, "[tokens, k]")
-    num_experts = _positive_int(where, "num_experts", num_experts)
-    expert_alignment = _positive_int(where, "expert_alignment", expert_alignment)
+    num_tokens, top_k = checks.matrix_shape(where, "topk_idx", topk_idx, "[tokens, k]")
+    num_experts = checks.positive_int(where, "num_experts", num_experts)
+    expert_alignment = checks.positive_int(where, "expert_alignment", expert_alignment)
     if num_experts % num_ranks:
         raise ValueError(
             f"{where}: num_experts must be a multiple of the {num_ranks} ranks along {axes}; "
@@ -139,15 +136,15 @@ def make_layout(
     )
     if capacity is None:
         capacity = default_capacity(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
-    capacity = _positive_int(where, "capacity", capacity)
+    capacity = checks.positive_int(where, "capacity", capacity)
     if capacity % expert_alignment:
         raise ValueError(
             f"{where}: capacity must be a multiple of expert_alignment = {expert_alignment}; got "
             f"{capacity}. jax_ep.capacity(..., expert_alignment={expert_alignment}) computes one"
         )
     limits.check_capacity(where, capacity)
-    num_sms = 0 if num_sms is None else _positive_int(where, "num_sms", num_sms)
-    _warn_if_replicated(where, topk_idx, axes)
+    num_sms = 0 if num_sms is None else checks.positive_int(where, "num_sms", num_sms)
+    checks.warn_if_replicated(where, topk_idx, axes)
     with jax.named_scope(where):
         topk_idx = compat.vary_over(topk_idx, axes)
         if check_ids:
@@ -223,19 +220,19 @@ def dispatch(
         TypeError: a dtype is not supported.
     """
     where = "jax_ep.dispatch"
-    num_tokens, top_k = _check_layout(where, layout)
-    x = _as_array(where, "x", x)
+    num_tokens, top_k = checks.check_layout(where, layout)
+    x = checks.as_array(where, "x", x)
     if x.dtype.name not in _PAYLOADS:
         raise TypeError(
             f"{where}: x must be one of {', '.join(_PAYLOADS)}; got {x.dtype}: cast it first"
         )
-    rows, num_channels = _matrix_shape(where, "x", x, "[tokens, hidden]")
+    rows, num_channels = checks.matrix_shape(where, "x", x, "[tokens, hidden]")
     if rows != num_tokens:
         raise ValueError(
-            f"{where}: x has {rows} tokens, but the layout ({_describe(layout)}) was made for "
-            f"{num_tokens}"
+            f"{where}: x has {rows} tokens, but the layout ({checks.describe(layout)}) was made "
+            f"for {num_tokens}"
         )
-    _check_row(where, "x", x)
+    checks.check_row(where, "x", x)
     if fp8 is not None:
         if fp8 not in _SCALE_FORMATS:
             raise ValueError(f"{where}: fp8 must be one of {list(_SCALE_FORMATS)}; got {fp8!r}")
@@ -249,7 +246,7 @@ def dispatch(
     elif dequantize:
         raise ValueError(f'{where}: dequantize=True needs fp8="float32" or fp8="power_of_two"')
     if topk_weights is not None:
-        topk_weights = _as_float32(
+        topk_weights = checks.as_float32(
             where,
             "topk_weights",
             topk_weights,
@@ -301,17 +298,17 @@ def combine(y: Array, layout: Layout, weights: Array | None = _UNWEIGHTED) -> Ar
         TypeError: a dtype is not supported.
     """
     where = "jax_ep.combine"
-    _check_layout(where, layout)
-    y = _as_array(where, "y", y)
+    checks.check_layout(where, layout)
+    y = checks.as_array(where, "y", y)
     if y.dtype.name not in _FLOATS:
         raise TypeError(f"{where}: y must be one of {', '.join(_FLOATS)}; got {y.dtype}")
-    rows, _ = _matrix_shape(where, "y", y, "[capacity, hidden]")
+    rows, _ = checks.matrix_shape(where, "y", y, "[capacity, hidden]")
     if rows != layout.capacity:
         raise ValueError(
-            f"{where}: y has {rows} rows, but the layout ({_describe(layout)}) has capacity "
+            f"{where}: y has {rows} rows, but the layout ({checks.describe(layout)}) has capacity "
             f"{layout.capacity}: pass the experts' result for all rows of dispatch with this layout"
         )
-    _check_row(where, "y", y)
+    checks.check_row(where, "y", y)
     if weights is None:
         raise ValueError(
             f"{where}: weights is None, which dispatch returns if it was not given topk_weights: "
@@ -320,7 +317,7 @@ def combine(y: Array, layout: Layout, weights: Array | None = _UNWEIGHTED) -> Ar
     if weights is _UNWEIGHTED:
         weights = None
     else:
-        weights = _as_float32(
+        weights = checks.as_float32(
             where,
             "weights",
             weights,
@@ -391,117 +388,6 @@ def moe(
     with jax.named_scope("jax_ep.experts"):
         y = expert_fn(received.tokens, received.group_sizes)
     return combine(y, layout, received.weights), layout
-
-
-def _as_array(where: str, name: str, value: Any) -> Array:
-    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-        remedy = ". Its tokens are what experts take" if isinstance(value, Dispatched) else ""
-        raise TypeError(f"{where}: {name} must be an array; got {type(value).__name__}{remedy}")
-    if isinstance(value, jax.Array):
-        return value
-    array = jnp.asarray(value)
-    if array.dtype != value.dtype:  # without jax_enable_x64, 64-bit values would lose bits here
-        raise TypeError(
-            f"{where}: {name} is {value.dtype}, which JAX would narrow to {array.dtype}: cast it "
-            f"with {name}.astype({array.dtype.name!r})"
-        )
-    return array
-
-
-def _positive_int(where: str, name: str, value: Any) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        what = f"{value!r}, a {type(value).__name__}" if isinstance(value, float) else _kind(value)
-        raise TypeError(f"{where}: {name} must be a static Python int; got {what}")
-    if value < 1:
-        raise ValueError(f"{where}: {name} must be at least 1; got {value}")
-    return int(value)
-
-
-def _matrix_shape(where: str, name: str, array: Array, meaning: str) -> tuple[int, int]:
-    if array.ndim != 2:
-        raise ValueError(
-            f"{where}: {name} must have shape {meaning}; got {array.shape}. Fold leading axes into "
-            "the first with reshape"
-        )
-    if not all(isinstance(size, int) for size in array.shape):
-        raise ValueError(f"{where}: {name} must have a static shape; got {array.shape}")
-    if 0 in array.shape:
-        raise ValueError(f"{where}: {name} must not be empty; got shape {array.shape}")
-    return array.shape[0], array.shape[1]
-
-
-def _check_row(where: str, name: str, array: Array) -> None:
-    row_bytes = array.shape[1] * array.dtype.itemsize
-    if row_bytes % _ROW_GRANULE:
-        raise ValueError(
-            f"{where}: a row of {name} must be a multiple of {_ROW_GRANULE} bytes; got "
-            f"{array.shape[1]} x {array.dtype} = {row_bytes} bytes. Pad the last axis"
-        )
-
-
-def _kind(value: Any) -> str:
-    """What ``value`` is, for a message: an array by its type and shape."""
-    if isinstance(value, jax.Array):
-        return f"an array {value.dtype}{list(value.shape)}"
-    return type(value).__name__
-
-
-def _describe(layout: Layout) -> str:
-    return f"{layout.num_experts} experts, {layout.num_ranks} ranks along {layout.axis_name}"
-
-
-def _check_layout(where: str, layout: Layout) -> tuple[int, int]:
-    """T and K of a layout whose static data, and whose arrays' shapes, fit in here."""
-    if not isinstance(layout, Layout):
-        raise TypeError(f"{where}: layout must come from jax_ep.make_layout; got {_kind(layout)}")
-    bound = compat.manual_mesh().manual_axes
-    unknown = [name for name in layout.axis_name if name not in bound]
-    if unknown and bound:
-        raise ValueError(
-            f"{where}: the layout ({_describe(layout)}) was made along an axis {unknown[0]!r} that "
-            f"the enclosing jax.shard_map does not have; bound axes: {sorted(bound)}. Make the "
-            "layout inside the same shard_map"
-        )
-    num_ranks = group.group_size(layout.axis_name, where)
-    if num_ranks != layout.num_ranks:
-        raise ValueError(
-            f"{where}: the layout was made for a group of {layout.num_ranks} ranks along "
-            f"{layout.axis_name}, but here these axes have {num_ranks}; make the layout inside the "
-            "same shard_map"
-        )
-    ids_shape = layout.topk_idx.shape
-    if len(ids_shape) != 2 or layout.recv_src.shape != (layout.capacity,):
-        raise ValueError(
-            f"{where}: the layout's arrays must have the shapes of one shard, topk_idx [tokens, k] "
-            f"and recv_src [{layout.capacity}]; got {list(ids_shape)} and "
-            f"{list(layout.recv_src.shape)}. If it came into shard_map with a leading axis, remove "
-            "that: jax.tree.map(lambda a: a[0], layout)"
-        )
-    num_tokens, top_k = ids_shape
-    return num_tokens, top_k
-
-
-def _warn_if_replicated(where: str, topk_idx: Array, axes: tuple[str, ...]) -> None:
-    mesh = compat.manual_mesh()
-    varying = compat.varying_axes(topk_idx)
-    shared = tuple(name for name in axes if mesh.shape[name] > 1 and name not in varying)
-    if shared and compat.tracks_varying(shared[0]):
-        warnings.warn(
-            f"{where}: topk_idx is the same on all ranks along {shared}: tokens that are "
-            "replicated over axes of the EP group are sent and computed once for each of its "
-            "ranks. Shard them over these axes (in_specs), or leave the axes out of axis_name",
-            stacklevel=3,
-        )
-
-
-def _as_float32(where: str, name: str, value: Any, shape: tuple[int, ...], meaning: str) -> Array:
-    value = _as_array(where, name, value)
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"{where}: {name} must be floating point; got {value.dtype}")
-    if value.shape != shape:
-        raise ValueError(f"{where}: {name} must have shape {shape}; got {value.shape}: {meaning}")
-    array: Array = value.astype(jnp.float32)
-    return array
 
 
 def _vary_together(layout: Layout, *arrays: Array | None) -> tuple[Any, ...]:

@@ -192,3 +192,12 @@ def test_capacity_errors(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         jax_ep.capacity(**(sizes | change))
     assert str(caught.value) == f"jax_ep.capacity: {message}"
+
+
+def test_capacity_of_numpy_sizes() -> None:
+    """They do not overflow, and a Python int comes out."""
+    large = {"num_tokens": 2**20, "top_k": 8, "num_ranks": 512, "num_experts": 512 * 8}
+    for factor in (None, 1.25):
+        found = jax_ep.capacity(**{k: np.int32(v) for k, v in large.items()}, factor=factor)
+        assert type(found) is int
+        assert found == jax_ep.capacity(**large, factor=factor)
