@@ -91,8 +91,8 @@ def i32(value: int) -> int:
 def emulate_ids(sizes: Sizes, num_sms: int) -> None:
     """How cuda/direct/layout.cu shares the ids out: all of them, to one warp each.
 
-    Mirrors LaunchLayout (num_blocks, ids_per_block), the constructor of Tables (block_begin to
-    end), and the loops of count_ids and place_rows, which add 32.
+    Mirrors LaunchLayout (num_blocks, ids_per_block), the constructor of TableBuilder (block_begin
+    to end), and the loops of count_ids and place_rows, which add 32.
     """
     num_ids = sizes.num_tokens * sizes.top_k * sizes.num_ranks  # int64_t
     with_one = (num_ids + 511) // 512
