@@ -3,10 +3,12 @@
 Supported: JAX 0.10.2 and newer. Everything taken from ``jax._src`` or ``jaxlib`` is taken here.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jaxlib.version
 import jaxlib.xla_client
 import numpy as np
 from jax import lax
@@ -68,6 +70,24 @@ def lower_on_axes(
             ctx.replace(avals_in=[])
         )
     return lowered
+
+
+def jaxlib_version() -> str:
+    """Of the XLA client."""
+    return str(jaxlib.version.__version__)
+
+
+def cpu_client_threads(num_devices: int) -> int | None:
+    """Threads on which XLA runs CPU programs; None where a launch never waits for one of them.
+
+    Before jaxlib 0.12 launches hold threads while they wait for their turn, so that the devices of
+    the launch whose turn it is may find none. Twice as many threads as devices are enough for
+    launches from one thread.
+    """
+    if tuple(map(int, jaxlib_version().split(".")[:2])) >= (0, 12):
+        return None
+    threads = int(os.environ.get("NPROC", "0") or 0) or len(os.sched_getaffinity(0))
+    return max(threads, num_devices)
 
 
 def has_live_client(platform: str) -> bool:

@@ -1,7 +1,9 @@
 """Set-up: joining the processes of a job, and preparing this process's GPUs."""
 
 import atexit
+import functools
 import threading
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +142,24 @@ def require_cpu(target: str, across_processes: bool) -> None:
             f"{target}: the mesh spans processes; call jax_ep.initialize() in every process, after "
             "jax.distributed.initialize() and before compiling"
         )
+    if compat.has_live_client("cpu"):
+        _look_for_few_threads()
+
+
+@functools.cache  # once
+def _look_for_few_threads() -> None:
+    num_devices = len(jax.local_devices(backend="cpu"))
+    num_threads = compat.cpu_client_threads(num_devices)
+    if num_devices == 1 or num_threads is None or num_threads >= 2 * num_devices:
+        return
+    advice = (
+        f"This jaxlib ({compat.jaxlib_version()}) runs CPU programs on {num_threads} threads, and "
+        f"launches that wait for their turn can hold all of them: for {num_devices} devices set "
+        f"NPROC={2 * num_devices} before JAX starts its client, and launch programs from one "
+        "thread (see 'Limits' in jax_ep's README)"
+    )
+    _native.cpu.set_advice(advice)
+    warnings.warn(f"jax_ep: {advice}", RuntimeWarning, stacklevel=2)
 
 
 # CUDA ---------------------------------------------------------------------------------------------

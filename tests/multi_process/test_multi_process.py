@@ -145,6 +145,14 @@ def test_stalled_process(job: Job) -> None:
     assert message.startswith(f"DEADLINE_EXCEEDED: jax_ep_layout: rank {_OF_PROCESS_1} of group 0")
 
 
+def test_who_is_waited_for_is_said_once(job: Job) -> None:
+    """Long before the error, and without one where the rank comes at last."""
+    finished = job("failures", "waited_for", num_processes=2, num_devices=2)
+    assert all("RIGHT" in process.log.splitlines() for process in finished)
+    lines = [line for line in finished[0].log.splitlines() if "waits for rank" in line]
+    assert lines == [f"jax_ep: jax_ep_layout waits for rank {_OF_PROCESS_1} of group 0"]
+
+
 def test_late_process(job: Job) -> None:
     finished = job("failures", "late", num_processes=2, num_devices=2)
     (early,), (late,) = finished[0].lines("ERROR"), finished[1].lines("ERROR")
@@ -192,6 +200,11 @@ def test_forgotten_initialize(job: Job) -> None:
     for finished in job("set_up", "forgotten", num_processes=2, num_devices=1):
         (message,) = finished.lines("ERROR")
         assert "the mesh spans processes; call jax_ep.initialize() in every process" in message
+
+
+def test_groups_inside_processes_need_no_initialize(job: Job) -> None:
+    for process in job("set_up", "groups_inside_processes", num_processes=2, num_devices=4):
+        assert "RIGHT" in process.log.splitlines(), process.log
 
 
 @pytest.mark.parametrize(

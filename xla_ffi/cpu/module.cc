@@ -68,6 +68,10 @@ NB_MODULE(_cpu, m) {
                          std::chrono::duration<double>(timeouts.progress).count());
       },
       "Arrival and progress, in seconds.");
+  m.def(
+      "set_advice",
+      [](std::string advice) { cpu::Rendezvous::Get().set_advice(std::move(advice)); },
+      nb::arg("advice"), "What may keep ranks from coming: a sentence for the errors that say so.");
   m.def("set_poison_outputs", &SetPoisonOutputs, nb::arg("poison"));
   m.def("listen", &cpu::ProcessGroup::Listen, nb::call_guard<nb::gil_scoped_release>());
   m.def(

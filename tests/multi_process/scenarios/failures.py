@@ -1,7 +1,9 @@
 """A process that dies, stalls or comes late."""
 
 import os
+import pathlib
 import signal
+import threading
 import time
 
 import jax
@@ -57,6 +59,28 @@ def stalled() -> None:
     except jax.errors.JaxRuntimeError as error:
         print("ERROR", error)
     mark("done")
+
+
+def waited_for() -> None:
+    """The last process comes later than a rank that has come may take, and in time."""
+    join()
+    jax_ep.initialize()
+    jax_ep.set_timeout(arrival=60, progress=0.5)
+    f, data, ids = layer_and_data()
+    if IS_LAST:
+        wait_for_marks("said", 1)
+    else:
+        threading.Thread(target=_mark_when_said, daemon=True).start()
+    check_pair(f(*data), ids)
+    print("RIGHT")
+
+
+def _mark_when_said(seconds: float = 30) -> None:
+    log = pathlib.Path(os.readlink("/proc/self/fd/2"))
+    deadline = time.monotonic() + seconds
+    while "waits for rank" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    mark("said")
 
 
 def late() -> None:

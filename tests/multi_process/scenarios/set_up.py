@@ -2,12 +2,16 @@
 
 import ctypes
 import time
+from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
 from job import IS_LAST, NUM_PROCESSES, PROCESS, join, leave_as, mark, wait_for_marks
-from layers import check_pair, layer_and_data
+from layers import check_pair, example, layer_and_data, make_mesh, per_shard, put
 
 import jax_ep
+from jax_ep import reference
 
 
 def missing() -> None:
@@ -77,6 +81,29 @@ def forgotten() -> None:
         jax.block_until_ready(f(*data))
     except RuntimeError as error:
         print("ERROR", error)
+
+
+def groups_inside_processes() -> None:
+    """Expert parallelism inside each process, data parallelism across: nothing to initialize."""
+    join()
+    jax_ep.set_timeout(20)
+    mesh = make_mesh((NUM_PROCESSES, jax.local_device_count()), ("dp", "ep"))
+    num_ranks = mesh.shape["ep"]
+    ids, x, weights, _ = example(mesh, num_ranks)
+    data = [put(mesh, array, P(mesh.axis_names)) for array in (ids, x, weights)]
+
+    def layer(ids: Any, x: Any, weights: Any) -> Any:
+        layout = jax_ep.make_layout(ids, num_experts=2 * num_ranks, axis_name="ep")
+        recv = jax_ep.dispatch(x, layout, weights)
+        return jax_ep.combine(recv.tokens, layout, recv.weights), layout.recv_src
+
+    _, recv_src = per_shard(mesh, layer)(*data)
+    ids = np.where(ids >= 2 * num_ranks, -1, ids).reshape(*mesh.devices.shape, *ids.shape[1:])
+    for shard in recv_src.addressable_shards:
+        group, rank = divmod(shard.index[0].start or 0, num_ranks)
+        expected = reference.make_layout(ids[group], num_experts=2 * num_ranks)
+        np.testing.assert_array_equal(np.asarray(shard.data)[0], expected.recv_src[rank])
+    print("RIGHT")
 
 
 def drop_ptrace_capability() -> ctypes.CDLL:

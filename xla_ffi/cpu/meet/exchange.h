@@ -36,6 +36,7 @@ struct Exchange {
   Completion completion;
   Timeouts timeouts;
   Clock::time_point deadline = Clock::time_point::max();  // no call waits for ever, see `expires`
+  Clock::time_point notice = Clock::time_point::max();    // when to say who is waited for
   bool started = false;                                   // Finish is running or has run
   bool local_done = false;                                // Finish has returned
 

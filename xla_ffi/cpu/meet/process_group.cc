@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "xla_ffi/cpu/meet/join.h"
+#include "xla_ffi/cpu/meet/notice.h"
 #include "xla_ffi/cpu/meet/worker_pool.h"
 
 namespace jax_ep::cpu {
@@ -165,6 +166,7 @@ void ProcessGroup::Submit(const CallSite& site, const LaunchKey& launch, int64_t
   exchange->completion = std::move(completion);
   exchange->timeouts = timeouts;
   exchange->deadline = Clock::now() + timeouts.arrival;
+  exchange->notice = Clock::now() + timeouts.progress;
   MaybeFailure failure = FailureBefore(*exchange);
   if (!failure && !exchange->arrived.empty()) failure = Unlike(*exchange, local.likeness);
   exchange->likeness = local.likeness;
@@ -358,6 +360,14 @@ MaybeFailure ProcessGroup::Conflict(const Exchange& ours) const {
 
 void ProcessGroup::ExpireOverdue() {
   const Clock::time_point now = Clock::now();
+  for (const auto& [key, queue] : exchanges_) {
+    for (const auto& e : queue) {
+      if (!e->expires() || e->started || e->notice > now || e->deadline <= now) continue;
+      e->notice = Clock::time_point::max();
+      Notice(e->op_name + " waits for rank " + e->missing() + " of group " +
+             std::to_string(key.group));
+    }
+  }
   FailAll([&](const Exchange& e) -> MaybeFailure {
     if (!e.expires() || e.deadline > now) return std::nullopt;
     return Failure{FailureCode::kDeadlineExceeded,
@@ -372,7 +382,9 @@ Clock::time_point ProcessGroup::NextDeadline() const {
   Clock::time_point next = Clock::time_point::max();
   for (const auto& [key, queue] : exchanges_) {
     for (const auto& e : queue) {
-      if (e->expires()) next = std::min(next, e->deadline);
+      if (!e->expires()) continue;
+      next = std::min(next, e->deadline);
+      if (!e->started) next = std::min(next, e->notice);
     }
   }
   return next;

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "xla_ffi/cpu/meet/notice.h"
 #include "xla_ffi/cpu/meet/process_group.h"
 #include "xla_ffi/cpu/meet/worker_pool.h"
 
@@ -15,15 +16,6 @@ namespace jax_ep::cpu {
 namespace {
 
 constexpr size_t kNumRememberedFailures = 256;
-
-std::string ListRanks(const std::vector<bool>& arrived, const std::vector<bool>& expected,
-                      bool which) {
-  std::string list;
-  for (size_t r = 0; r < arrived.size(); ++r) {
-    if (expected[r] && arrived[r] == which) list += (list.empty() ? "" : ", ") + std::to_string(r);
-  }
-  return list.empty() ? "none" : list;
-}
 
 // Everything is in this process.
 class NoPeers final : public PeerMemory {
@@ -73,6 +65,11 @@ void Rendezvous::set_timeouts(const Timeouts& timeouts) {
 Timeouts Rendezvous::timeouts() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return timeouts_;
+}
+
+void Rendezvous::set_advice(std::string advice) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  advice_ = std::move(advice);
 }
 
 void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64_t group,
@@ -136,6 +133,7 @@ void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64
       fresh.members.resize(num_ranks);
       fresh.arrived.resize(num_ranks);
       fresh.deadline = Clock::now() + timeouts_.arrival;
+      fresh.notice = Clock::now() + timeouts_.progress;
       queue.push_back(std::move(fresh));
       meeting = std::prev(queue.end());
     }
@@ -146,8 +144,8 @@ void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64
       full = std::move(meeting->members);
       queue.erase(meeting);
       if (queue.empty()) meetings_.erase(key);
-    } else if (meeting->deadline < next_wake_) {
-      next_wake_ = meeting->deadline;
+    } else if (std::min(meeting->deadline, meeting->notice) < next_wake_) {
+      next_wake_ = std::min(meeting->deadline, meeting->notice);
       deadline_changed_.notify_one();
     }
   }
@@ -207,22 +205,29 @@ void Rendezvous::FailRun(const CallSite& site, int64_t run, const Failure& failu
   }
 }
 
-Failure Rendezvous::Overdue(const Meeting& meeting, int64_t group) {
+std::string Rendezvous::ListRanks(const Meeting& meeting, int64_t group, bool came) {
   const CallSite& site = *meeting.site;
-  // Missing are ranks of this process: of the one that those who came run in.
   const int64_t* processes = site.group_processes(group);
-  int64_t mine = processes[0];
+  int64_t mine = processes[0];  // this process: the one that those who came run in
   for (int64_t r = 0; r < site.num_ranks; ++r) {
     if (meeting.arrived[r]) mine = processes[r];
   }
-  std::vector<bool> expected(site.num_ranks);
-  for (int64_t r = 0; r < site.num_ranks; ++r) expected[r] = processes[r] == mine;
+  std::string list;
+  for (int64_t r = 0; r < site.num_ranks; ++r) {
+    if (processes[r] != mine || meeting.arrived[r] != came) continue;
+    list += (list.empty() ? "" : ", ") + std::to_string(r);
+  }
+  return list.empty() ? "none" : list;
+}
+
+Failure Rendezvous::Overdue(const Meeting& meeting, int64_t group) const {
   return {FailureCode::kDeadlineExceeded,
-          site.op + ": rank " + ListRanks(meeting.arrived, expected, false) + " of group " +
-              std::to_string(group) + " did not come within the timeout (came: " +
-              ListRanks(meeting.arrived, expected, true) +
+          meeting.site->op + ": rank " + ListRanks(meeting, group, false) + " of group " +
+              std::to_string(group) +
+              " did not come within the timeout (came: " + ListRanks(meeting, group, true) +
               "); every rank of a group must call the operation. jax_ep.set_timeout and "
-              "JAX_EP_TIMEOUT set how long is waited"};
+              "JAX_EP_TIMEOUT set how long is waited" +
+              (advice_.empty() ? "" : ". " + advice_)};
 }
 
 void Rendezvous::Watch() {
@@ -241,14 +246,21 @@ void Rendezvous::Watch() {
       Failure failure;
     };
     std::vector<Late> late;
-    for (const auto& [key, queue] : meetings_) {
+    for (auto& [key, queue] : meetings_) {
       // Only the oldest can be first: a rank missing there is missing in all that follow.
-      const Meeting& oldest = queue.front();
-      if (oldest.deadline > now) {
-        next_wake_ = std::min(next_wake_, oldest.deadline);
-      } else {
-        late.push_back({oldest.site, std::get<1>(key), Overdue(oldest, std::get<2>(key))});
+      Meeting& oldest = queue.front();
+      const int64_t group = std::get<2>(key);
+      if (oldest.deadline <= now) {
+        late.push_back({oldest.site, std::get<1>(key), Overdue(oldest, group)});
+        if (!advice_.empty()) Notice(late.back().failure.message);
+        continue;
       }
+      if (oldest.notice <= now) {
+        oldest.notice = Clock::time_point::max();
+        Notice(oldest.site->op + " waits for rank " + ListRanks(oldest, group, false) +
+               " of group " + std::to_string(group) + ", of this process. " + advice_);
+      }
+      next_wake_ = std::min({next_wake_, oldest.deadline, oldest.notice});
     }
     if (late.empty()) continue;
     lock.unlock();

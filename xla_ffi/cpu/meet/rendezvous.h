@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <tuple>
 
 #include "xla_ffi/cpu/meet/clock.h"
@@ -41,6 +42,10 @@ class Rendezvous {
   void set_timeouts(const Timeouts& timeouts);
   Timeouts timeouts() const;
 
+  // What may keep this process's ranks from coming, for the error that says so. It goes to stderr
+  // as well then: a client without a free thread may never raise it. Empty: nothing is known.
+  void set_advice(std::string advice);
+
  private:
   using Key = std::tuple<uint64_t, int64_t, int64_t>;  // site id, run, group
   using Run = std::pair<uint64_t, int64_t>;            // program id, run
@@ -53,9 +58,12 @@ class Rendezvous {
     std::vector<bool> arrived;
     int64_t num_arrived = 0;
     Clock::time_point deadline;
+    Clock::time_point notice;  // when to say who is waited for
   };
 
-  static Failure Overdue(const Meeting& meeting, int64_t group);
+  // The ranks of this process that have come to a meeting, or have not.
+  static std::string ListRanks(const Meeting& meeting, int64_t group, bool came);
+  Failure Overdue(const Meeting& meeting, int64_t group) const;
   void Watch();
   // Ends what waits of a run, and what comes to it from now on.
   void FailRun(const CallSite& site, int64_t run, const Failure& failure);
@@ -63,6 +71,7 @@ class Rendezvous {
   mutable std::mutex mutex_;
   std::condition_variable deadline_changed_;
   Timeouts timeouts_;
+  std::string advice_;
   std::map<Key, std::deque<Meeting>> meetings_;
   std::deque<std::pair<Run, Failure>> failed_;  // the latest ones
   Clock::time_point next_wake_ = Clock::time_point::max();
