@@ -27,7 +27,8 @@ struct GroupView {
   ControlBlock* control;  // of this device
   ErrorRecord* error;     // host-mapped
   uint64_t operation;     // hash that all ranks of the call share
-  uint64_t staging;       // what peers are shown as offsets: this device's staging region, or 0
+  uint64_t call;     // not 0, another number for each launch of this device, or node of a graph
+  uint64_t staging;  // what peers are shown as offsets: this device's staging region, or 0
   uint64_t staging_bytes;
   int32_t rank;
   int32_t num_ranks;

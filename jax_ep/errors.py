@@ -13,11 +13,17 @@ def check() -> None:
 
     A kernel that waits in vain for a rank cannot raise: after the timeout it fills its results with
     NaN (integers with 0, rows with -1) and records what it waited for. The group is broken then:
-    later calls fail at once, in this process and, after their own timeout, in the others.
+    later calls fail at once, in this process and in the others, also those of other groups that
+    the device is in.
     ``jax.block_until_ready`` does not show it, so call ``check`` after it where NaN would go
     unnoticed, say before a checkpoint is written. The next call of an operation raises the error
     too, and it is printed once to stderr within a second; neither happens by itself in a program
     that XLA replays from a command buffer, the printing does.
+
+    After an error the results of the call that failed, and of what was computed from them, are NaN;
+    all other arrays can be trusted, for the peers have left this process's memory before the call
+    ended. Only if the text says that a device "may yet write to arrays" (it stood still when it was
+    told) take nothing from the named device's memory for good.
 
     Once every rank can come again, ``finalize()`` and ``initialize()`` in all processes mend the
     group. On CPU the operations raise by themselves, and this does nothing.

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/launch.h"
+#include "cuda/sync/grid.cuh"
 
 namespace jax_ep::gpu {
 
@@ -34,10 +35,14 @@ __device__ inline int32_t first_unit(int64_t num_units, uint32_t block) {
 
 inline constexpr uint32_t kNan = ~0u;  // in every float type
 
-// Sets all words: by all threads of a block. `num_bytes` is a multiple of 4.
-__device__ inline void fill(void* buffer, int64_t num_bytes, uint32_t word) {
+// Sets a share of the words: by all threads of a block. `num_bytes` is a multiple of 4.
+__device__ inline void fill(void* buffer, int64_t num_bytes, uint32_t word, const Share& share) {
   auto* words = static_cast<uint32_t*>(buffer);
-  for (int64_t i = threadIdx.x; i < num_bytes / 4; i += blockDim.x) words[i] = word;
+  const int64_t stride = int64_t{share.count} * blockDim.x;
+  for (int64_t i = int64_t{share.index} * blockDim.x + threadIdx.x; i < num_bytes / 4;
+       i += stride) {
+    words[i] = word;
+  }
 }
 
 }  // namespace jax_ep::gpu

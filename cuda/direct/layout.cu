@@ -49,10 +49,10 @@ __device__ void fill(int32_t* table, int64_t begin, int64_t end, int32_t value) 
   }
 }
 
-// By one block: tables of no rows.
-__device__ void fill_without_rows(const LayoutArguments& a, int num_ranks) {
-  const auto fill_all = [](int32_t* table, int64_t size, int32_t value) {
-    for (int64_t i = threadIdx.x; i < size; i += kNumThreads) table[i] = value;
+// A block's share of tables of no rows.
+__device__ void fill_without_rows(const LayoutArguments& a, int num_ranks, const Share& share) {
+  const auto fill_all = [&](int32_t* table, int64_t size, int32_t value) {
+    fill(table, size * int64_t{sizeof value}, static_cast<uint32_t>(value), share);
   };
   fill_all(a.send_row, a.num_tokens * a.top_k, kNoRow);
   fill_all(a.recv_src, a.capacity, kNoSource);
@@ -344,13 +344,14 @@ __global__ __launch_bounds__(kNumThreads,
   extern __shared__ int32_t memory[];
   __shared__ Shared shared;
   timeline::begin();
+  const bool is_claimed = claim_call(g, OpKind::kLayout);
   const bool are_cached = ids_per_block <= num_cached;
   const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.topk_idx)};
   if (blockIdx.x == 0) {
-    send_start(g, OpKind::kLayout, own);  // [S1]
+    send_start(g, OpKind::kLayout, is_claimed, own);  // [S1]
     if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS1);
   }
-  bool ok = receive_start(g, OpKind::kLayout, own, shared.address);  // [S2]
+  bool ok = receive_start(g, OpKind::kLayout, is_claimed, own, shared.address);  // [S2]
   if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS2);
   ok = ok && TableBuilder(g, a, ids_per_block, num_cached, memory, shared).make();
   if (blockIdx.x == 0 && are_cached) {
@@ -358,15 +359,16 @@ __global__ __launch_bounds__(kNumThreads,
     timeline::mark(Role::kBlock, Event::kE2);
   }
   timeline::end(g, OpKind::kLayout);
-  Finish finish = finish_block(g, ok);
+  Finish finish = finish_block(g, OpKind::kLayout, is_claimed, ok);
   if (finish == Finish::kNotLast) return;
   if (finish == Finish::kEnd && !are_cached) {
     send_end(g);                                           // [E1]
     const bool is_good = receive_end(g, OpKind::kLayout);  // [E2]
     if (__syncthreads_and(is_good) == 0) finish = Finish::kFail;
   }
-  if (finish == Finish::kFail) fill_without_rows(a, g.num_ranks);
-  end_call(g);
+  if (finish == Finish::kEnd) return end_call(g);
+  const auto num_units = [](uint32_t) { return 1; };  // peers tell of none
+  fill_without_rows(a, g.num_ranks, fail_call(g, finish, num_units));
 }
 
 int64_t SharedBytes(int64_t num_experts, int64_t num_cached) {

@@ -38,7 +38,7 @@ struct alignas(kLine) StartMail {
   Shown shown[kNumShown];
 };
 
-// "I am done with your memory for epoch." Written by the slot's device.
+// "I have left your memory in epoch, and touch it no more." Written by the slot's device.
 struct alignas(kLine) EndMail {
   uint64_t epoch;
 };
@@ -55,9 +55,9 @@ JAX_EP_HOST_DEVICE constexpr int32_t units_of(uint64_t progress, uint64_t epoch)
 }
 static_assert(units_of(progress_of(1, kMaxUnitsPerBlock), 1) == kMaxUnitsPerBlock);
 
-// "I, rank `rank`, have waited for rank `peer` in vain": never 0.
-JAX_EP_HOST_DEVICE constexpr uint64_t given_up_of(int32_t rank, int32_t peer) {
-  return (static_cast<uint64_t>(rank) + 1) | (static_cast<uint64_t>(peer) << 32);
+// "The device of slot `who` has given up on that of slot `peer`": never 0.
+JAX_EP_HOST_DEVICE constexpr uint64_t given_up_of(int32_t who, int32_t peer) {
+  return (static_cast<uint64_t>(who) + 1) | (static_cast<uint64_t>(peer) << 32);
 }
 JAX_EP_HOST_DEVICE constexpr int32_t who_gave_up(uint64_t given_up) {
   return static_cast<int32_t>(given_up & 0xffffffff) - 1;
@@ -66,20 +66,66 @@ JAX_EP_HOST_DEVICE constexpr int32_t waited_for(uint64_t given_up) {
   return static_cast<int32_t>(given_up >> 32);
 }
 static_assert(who_gave_up(given_up_of(0, 71)) == 0 && waited_for(given_up_of(0, 71)) == 71);
+// In Local::broken in place of that: the host has left the group, peers are no longer mapped.
+inline constexpr uint64_t kHostHasLeft = ~uint64_t{0};
 
-// Written by this device's kernels only.
+// A device's kernels in the memory of one peer: the last epoch in which they may have entered it,
+// and kShut once the peer lets them in no more. The device's blocks raise the epoch and the peer sets
+// kShut, each by one atomic operation (cuda/sync/leave.cuh).
+struct alignas(kLine) Entry {
+  uint64_t entered;
+};
+inline constexpr uint64_t kShut = uint64_t{1} << 63;
+JAX_EP_HOST_DEVICE constexpr bool is_shut(uint64_t entered) { return (entered & kShut) != 0; }
+// By the peer, in its call `epoch`: whether they may be inside. In an epoch before they cannot any
+// more, and an epoch later begins when they are through with this one.
+JAX_EP_HOST_DEVICE constexpr bool may_be_inside(uint64_t entered, uint64_t epoch) {
+  return (entered & ~kShut) == epoch;
+}
+static_assert(may_be_inside(kShut | 3, 3) && !may_be_inside(2, 3) && !may_be_inside(4, 3));
+
+// Whose call a device is in, and how many of its blocks are through, as one number: 0 between calls
+// (cuda/sync/grid.cuh). From bit 0: blocks that are done, as many bits for those of them that have
+// failed, two flags, the call.
+inline constexpr int kBlockCountBits = 8;
+static_assert(kMaxBlocks < 1 << kBlockCountBits);
+inline constexpr uint64_t kOneDone = 1;
+inline constexpr uint64_t kOneFailed = kOneDone << kBlockCountBits;
+inline constexpr uint64_t kContested = kOneFailed << kBlockCountBits;  // another call has come
+inline constexpr uint64_t kClosed = kContested << 1;  // it has failed, and its peers have left
+JAX_EP_HOST_DEVICE constexpr uint64_t running_of(uint64_t call) { return call * kClosed * 2; }
+JAX_EP_HOST_DEVICE constexpr uint32_t num_done(uint64_t running) {
+  return static_cast<uint32_t>(running & (kOneFailed - 1));
+}
+JAX_EP_HOST_DEVICE constexpr bool has_failed(uint64_t running) {
+  return (running & (kContested | kClosed | (kContested - kOneFailed))) != 0;
+}
+// Whether a block that has yet to be done, of a grid of `num_blocks`, belongs to the call. (A graph
+// replays a call under its old number: that one has failed if all its blocks are done.)
+JAX_EP_HOST_DEVICE constexpr bool is_running(uint64_t running, uint64_t call, uint32_t num_blocks) {
+  return running / (kClosed * 2) == call && (running & kClosed) == 0 &&
+         num_done(running) < num_blocks;
+}
+static_assert(is_running(running_of(7) + kContested + 2 * kOneDone, 7, 3));
+static_assert(!is_running(running_of(7) + 3 * kOneDone, 7, 3) && !is_running(0, 7, 3) &&
+              !is_running(running_of(7) + kClosed, 7, 3) && !is_running(running_of(8), 7, 3));
+static_assert(has_failed(running_of(7) + kOneFailed) && !has_failed(running_of(7) + kOneDone));
+
+// Written by this device's kernels only; `broken` also by its host, between them.
 struct alignas(kLine) Local {
   uint64_t epoch[kMaxPeers];  // calls finished with each slot, its own included
-  uint32_t num_blocks_done;   // of the running kernel; 0 between kernels
-  uint32_t barrier;           // arrivals at the grid barrier of the running kernel; 0 between
-  uint32_t running;           // 1 while a kernel runs
-  uint32_t num_taken;         // of the running dispatch's shared units; 0 between
-  uint32_t broken;            // 1 after a timeout: later calls end at once
+  uint64_t running;           // see running_of
+  uint64_t broken;      // 0, or the given_up that this device tells others: later calls end at once
+  uint32_t barrier;     // arrivals at the grid barrier of the running kernel; 0 between
+  uint32_t num_taken;   // of the running dispatch's shared units; 0 between
+  uint32_t has_shown;   // 1 if the running kernel has shown peers its addresses; 0 between
+  uint32_t is_waiting;  // 1 while ErrorRecord::waiting tells of a wait
 };
 
 struct ControlBlock {
-  uint64_t given_up;  // 0, or given_up_of(..): written by a peer whose wait has timed out
+  uint64_t given_up;  // 0, or given_up_of(..): written by a peer that has given up
   StartMail start[kMaxPeers];
+  Entry entry[kMaxPeers];
   EndMail end[kMaxPeers];
   uint64_t progress[kMaxPeers][kMaxBlocks];  // by the peer's block, which writes it
   Local local;
@@ -105,18 +151,30 @@ enum Phase : uint32_t {
   kPeerDied,     // the peer's process has died: the host's abort in place of the epoch seen
 };
 
-// What a device and its host tell each other: lies in host-mapped memory. The device writes a
-// timeout, once; the host writes how long to wait, and that a wait has to end, which holds for
-// replayed command buffers too.
-struct ErrorRecord {
-  uint64_t valid;  // written last
+// A wait that has lasted for kLongWaitNs and goes on, for the host to tell of.
+struct Waiting {
+  uint64_t since;  // by the device's clock, in ns; 0: there is none. Written last, cleared first
   uint64_t operation;
-  uint32_t kind;   // 0 layout, 1 dispatch, 2 combine, 3 its gradient
-  int32_t rank;    // that waited
-  int32_t peer;    // that was waited for
-  uint32_t phase;  // a Phase
+  uint32_t kind;
+  uint32_t phase;
+  int32_t peer_slot;  // that is waited for; this device's own while its blocks find no SM
+};
+inline constexpr uint64_t kLongWaitNs = uint64_t{1000} * 1000 * 1000;
+
+// What a device and its host tell each other: lies in host-mapped memory. The device writes why it
+// has given up, once; the host writes how long to wait, and that a wait has to end, which holds for
+// replayed command buffers too. Devices are named by slot: an error may come from another group.
+struct ErrorRecord {
+  uint64_t valid;  // written last, but for not_left
+  uint64_t operation;
+  uint32_t kind;      // 0 layout, 1 dispatch, 2 combine, 3 its gradient
+  int32_t slot;       // of this device
+  int32_t peer_slot;  // that was waited for
+  uint32_t phase;     // a Phase
   uint64_t expected_epoch;
   uint64_t seen_epoch;
+  uint64_t not_left;  // 0, or 1 + the slot of a peer that may still write to this device's arrays
+  Waiting waiting;
   // Written by the host.
   uint64_t arrival_timeout_ns;   // for a peer to come
   uint64_t progress_timeout_ns;  // for a peer to go on, once it has come

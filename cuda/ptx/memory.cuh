@@ -63,6 +63,40 @@ __device__ inline uint32_t atom_add_acq_rel_gpu(uint32_t* address, uint32_t valu
                : "memory");
   return old;
 }
+__device__ inline uint64_t atom_add_acq_rel_gpu(uint64_t* address, uint64_t value) {
+  uint64_t old;
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;"
+               : "=l"(old)
+               : "l"(address), "l"(value)
+               : "memory");
+  return old;
+}
+__device__ inline uint64_t atom_cas_relaxed_gpu(uint64_t* address, uint64_t expected,
+                                                uint64_t value) {
+  uint64_t old;
+  asm volatile("atom.cas.relaxed.gpu.global.b64 %0, [%1], %2, %3;"
+               : "=l"(old)
+               : "l"(address), "l"(expected), "l"(value)
+               : "memory");
+  return old;
+}
+// On a word that another device changes too.
+__device__ inline uint64_t atom_max_relaxed_sys(uint64_t* address, uint64_t value) {
+  uint64_t old;
+  asm volatile("atom.max.relaxed.sys.global.u64 %0, [%1], %2;"
+               : "=l"(old)
+               : "l"(address), "l"(value)
+               : "memory");
+  return old;
+}
+__device__ inline uint64_t atom_or_relaxed_sys(uint64_t* address, uint64_t value) {
+  uint64_t old;
+  asm volatile("atom.or.relaxed.sys.global.b64 %0, [%1], %2;"
+               : "=l"(old)
+               : "l"(address), "l"(value)
+               : "memory");
+  return old;
+}
 __device__ inline void st_release_cta_shared(int32_t* address, int32_t value) {
   asm volatile("st.release.cta.shared::cta.s32 [%0], %1;" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(address))),

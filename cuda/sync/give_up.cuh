@@ -1,16 +1,26 @@
 // give_up: how a wait ends that would not end by itself.
 //
-// Protocol: A wait that exceeds the timeout breaks the group on its device (`broken` in the control
-//           block), writes the error record for the host, and tells the peers (`given_up`), who
-//           break their groups in turn. Every other wait of a device then ends at once, in this and
-//           all later calls, and the last block of each such call fills its outputs. The host sets
-//           `broken` too, when it leaves the group: a call that finds it set (a replayed command
-//           buffer) touches no memory of a peer.
+// Protocol: A wait ends when what it is for has come, or
+//             when it has taken longer than its timeout: the arrival timeout for a peer that has not
+//               come to the call, the progress timeout for all else;
+//             when the host says that a process has died (`abort`);
+//             when the group is broken on this device.
+//           Each of the first two breaks the group on this device, once: sets `broken`, writes the
+//           error record for the host, and tells the peers (`given_up`), who break their groups in
+//           turn, and so do the other groups of theirs. What is told names devices, not ranks, and
+//           is passed on as it came. Who finds the group broken at the start of a call opens no door
+//           and tells its peers (start_end.cuh); a call that fails sees its peers out of this
+//           device's memory (leave.cuh), and fills its outputs.
+//           The host sets `broken` too, to kHostHasLeft, when it leaves the group: a call that finds
+//           that (a replayed command buffer) touches no memory of a peer.
 // Reuse:    `broken` and `given_up` are set once, and stay until the host sets the device up anew.
-// Failure:  A rank that gives up does not know whether a peer still writes: such stores may reach
-//           its buffers later. Waits within a block, for its copies and for warps that work on what
-//           has been copied (mbarriers), and for its messenger (mailbox), need no timeout: those end
-//           by themselves, and the messenger tells a break to those who wait.
+// Progress: a waiting thread looks after every 256 polls at `broken` and `given_up`, which lie in
+//           this device's memory, and every millisecond at what the host has written, which takes
+//           microseconds; so all waits end soon after the first. A wait that has lasted for
+//           kLongWaitNs is shown to the host, which can tell of it long before the timeout.
+// Failure:  Waits within a block, for its copies and for warps that work on what has been copied
+//           (mbarriers), and for its messenger (mailbox), need no timeout: those end by themselves,
+//           and the messenger tells a break to those who wait.
 #ifndef JAX_EP_CUDA_SYNC_GIVE_UP_CUH_
 #define JAX_EP_CUDA_SYNC_GIVE_UP_CUH_
 
@@ -21,37 +31,42 @@ namespace jax_ep::gpu {
 
 enum class OpKind : uint32_t { kLayout, kDispatch, kCombine, kCombineGradient };
 
-// Whether a wait has taken as long as it may. That lies in the host's memory, where a replayed
-// command buffer sees changes; reading it takes microseconds, so short waits do not.
-__device__ inline bool has_timed_out(const GroupView& g, uint32_t phase, uint64_t nanoseconds) {
-  constexpr uint64_t kShort = 1000 * 1000;
-  if (nanoseconds <= kShort) return false;
-  const uint64_t* timeout_ns =
-      phase == kStart ? &g.error->arrival_timeout_ns : &g.error->progress_timeout_ns;
-  return nanoseconds > ld_relaxed_sys(timeout_ns);
+// Threads of two warps, for what one thread of a block does while others do something else.
+inline constexpr uint32_t kClaimer = 32;  // takes part in Local::running (grid.cuh)
+inline constexpr uint32_t kLooker = 64;   // looks whether the group is broken
+
+// The slot of a rank of the group, this one's own included.
+__device__ inline int slot_of(const GroupView& g, int rank) { return g.peer[rank].slot_here; }
+
+// Tells a peer of the group's end; not once the host has left it.
+__device__ inline void tell_given_up(const GroupView& g, int rank, uint64_t given_up) {
+  if (given_up != kHostHasLeft) st_release_sys(&g.peer[rank].control->given_up, given_up);
 }
 
-// Breaks the group on this device, once, and tells its host and its peers: they must not take for
-// good what they have read here, or will, once this device has given up.
-__device__ inline void break_group(const GroupView& g, OpKind kind, int peer, uint32_t phase,
-                                   uint64_t expected, uint64_t seen) {
-  if (atomicExch(&g.control->local.broken, 1u) != 0) return;
-  g.error->operation = g.operation;
-  g.error->kind = static_cast<uint32_t>(kind);
-  g.error->rank = g.rank;
-  g.error->peer = peer;
-  g.error->phase = phase;
-  g.error->expected_epoch = expected;
-  g.error->seen_epoch = seen;
-  st_release_sys(&g.error->valid, 1);
-  if (phase == kToldByPeer) return;  // who knows more has told all
+// Breaks the group on this device, once, and tells its host and its peers. `slot` is that of the
+// device to blame, with kToldByPeer of the one that has given up, on `seen`.
+__device__ __noinline__ inline void break_group(const GroupView& g, OpKind kind, int slot,
+                                                uint32_t phase, uint64_t expected, uint64_t seen) {
+  const int own = slot_of(g, g.rank);
+  const uint64_t given_up =
+      phase == kToldByPeer ? given_up_of(slot, static_cast<int32_t>(seen)) : given_up_of(own, slot);
+  if (atom_cas_relaxed_gpu(&g.control->local.broken, 0, given_up) != 0) return;
+  ErrorRecord& record = *g.error;
+  record.operation = g.operation;
+  record.kind = static_cast<uint32_t>(kind);
+  record.slot = own;
+  record.peer_slot = slot;
+  record.phase = phase;
+  record.expected_epoch = expected;
+  record.seen_epoch = seen;
+  st_release_sys(&record.valid, 1);
   for (int r = 0; r < g.num_ranks; ++r) {
-    if (r != g.rank) st_release_sys(&g.peer[r].control->given_up, given_up_of(g.rank, peer));
+    if (r != g.rank) tell_given_up(g, r, given_up);
   }
 }
 
 __device__ inline bool is_broken(const GroupView& g, OpKind kind) {
-  const uint32_t broken = ld_relaxed_gpu(&g.control->local.broken);
+  const uint64_t broken = ld_relaxed_gpu_u64(&g.control->local.broken);
   const uint64_t given_up = ld_relaxed_sys(&g.control->given_up);
   if (broken != 0) return true;
   if (given_up == 0) return false;
@@ -60,17 +75,68 @@ __device__ inline bool is_broken(const GroupView& g, OpKind kind) {
   return true;
 }
 
-// What a wait does now and then: false if it has to end, because the group is broken or because it
-// has taken too long, which this reports. `start` is 0 at first.
-__device__ inline bool may_wait(const GroupView& g, OpKind kind, int peer, uint32_t phase,
-                                uint64_t expected, uint64_t seen, uint64_t& start) {
-  if (is_broken(g, kind)) return false;
-  const uint64_t now = globaltimer_ns();
-  if (start == 0) start = now;
-  if (!has_timed_out(g, phase, now - start)) return true;
-  break_group(g, kind, peer, phase, expected, seen);
-  return false;
-}
+// By each thread that waits for something that may not come.
+class Wait {
+ public:
+  __device__ Wait(const GroupView& g, OpKind kind) : g_(g), kind_(kind) {}
+  __device__ ~Wait() { restart(); }
+  Wait(const Wait&) = delete;
+  Wait& operator=(const Wait&) = delete;
+
+  // What was waited for has come.
+  __device__ void restart() {
+    start_ = 0;
+    if (!is_shown_) return;
+    is_shown_ = false;
+    st_release_sys(&g_.error->waiting.since, 0);
+    fence_acq_rel_sys();
+    atomicExch(&g_.control->local.is_waiting, 0u);
+  }
+
+  // Now and then: false if the wait has to end, for the group is broken now. `slot` is that of the
+  // device that is waited for.
+  __device__ bool may_go_on(int slot, uint32_t phase, uint64_t expected, uint64_t seen) {
+    constexpr uint64_t kMillisecond = 1000 * 1000;
+    if (is_broken(g_, kind_)) return false;
+    const uint64_t now = globaltimer_ns();
+    if (start_ == 0) start_ = looked_ = now;
+    if (now - looked_ <= kMillisecond) return true;
+    looked_ = now;
+    const ErrorRecord& host = *g_.error;
+    const uint64_t abort = ld_relaxed_sys(&host.abort);
+    const uint64_t timeout_ns =
+        ld_relaxed_sys(phase == kStart ? &host.arrival_timeout_ns : &host.progress_timeout_ns);
+    if (abort != 0) {
+      break_group(g_, kind_, static_cast<int>(abort) - 1, kPeerDied, expected, abort);
+      return false;
+    }
+    if (now - start_ > timeout_ns) {
+      break_group(g_, kind_, slot, phase, expected, seen);
+      return false;
+    }
+    if (now - start_ > kLongWaitNs && !is_shown_) show(slot, phase);
+    return true;
+  }
+
+ private:
+  // To the host, if none of the device's waits is shown already.
+  __device__ void show(int slot, uint32_t phase) {
+    if (atomicExch(&g_.control->local.is_waiting, 1u) != 0) return;
+    fence_acq_rel_sys();
+    is_shown_ = true;
+    Waiting& waiting = g_.error->waiting;
+    waiting.operation = g_.operation;
+    waiting.kind = static_cast<uint32_t>(kind_);
+    waiting.phase = phase;
+    waiting.peer_slot = slot;
+    st_release_sys(&waiting.since, start_);
+  }
+
+  const GroupView& g_;
+  const OpKind kind_;
+  uint64_t start_ = 0, looked_ = 0;  // by the device's clock; 0: not yet
+  bool is_shown_ = false;
+};
 
 }  // namespace jax_ep::gpu
 

@@ -1,11 +1,25 @@
-// grid: the blocks of one kernel meet, and its last one ends the call.
+// grid: whose call a device is in, how the blocks of its grid meet, and how the last one ends it.
 //
-// Protocol: a barrier that all blocks of a grid reach, by one counter; and a counter of blocks that
-//           have done their work: who adds the last one knows what all have written, and whether all
-//           went well.
-// Reuse:    end_call, by the last block, sets the counters to 0 and the epochs one further; calls of
-//           a device follow one another.
-// Progress: who uses the barrier has all its blocks resident.
+// Protocol: calls of a device follow one another on its stream, and share its counters. So that two
+//           at once, which a program may only make by mistake, spoil nothing, each block takes part
+//           in one word, `running`, by atomic operations:
+//           [C1] a block whose call is not the running one makes it that, if there is none. If
+//                there is another it marks that one (kContested), breaks the group, and its own call
+//                is refused: it shows no peer anything, touches no counter, and each of its blocks
+//                fills its share of the outputs. All blocks of a grid get the same answer: a call
+//                that is marked never makes room for another.
+//           [B]  grid barrier: all blocks are here, by one counter.
+//           [C2] a block that is done counts itself, and whether it has failed. Who is the last
+//                knows what all have written, and that the call has failed if a block has, if it is
+//                marked, or if the group is broken by now.
+//           [C3] the last block of a call that went well sets the counters to 0, the epochs one
+//                further, and then `running` to 0. One of a call that has failed sees the peers out
+//                (leave.cuh), fills the outputs, and closes the device: the calls after it are
+//                refused, until the host sets the device up anew.
+// Reuse:    as calls follow one another, nothing of an earlier one is under way at [C1]. A call that
+//           is replayed has the number it had before: it is taken for the running one only if not
+//           all blocks of that are done.
+// Progress: [C1] and [C2] wait for nothing; who uses the barrier has all its blocks resident.
 // Failure:  a block that does not come to the barrier: as give_up.cuh says.
 #ifndef JAX_EP_CUDA_SYNC_GRID_CUH_
 #define JAX_EP_CUDA_SYNC_GRID_CUH_
@@ -13,60 +27,110 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/sync/give_up.cuh"
+#include "cuda/sync/leave.cuh"
 
 namespace jax_ep::gpu {
 
-// All blocks of the grid, which must all be resident. False if the group is broken meanwhile, or if
-// a block does not come: it leaves when the group is broken, or finds no SM.
+// [C1], by all threads of each block, at the start. False on one of them if the call is refused: the
+// others need not wait for the answer.
+__device__ inline bool claim_call(const GroupView& g, OpKind kind) {
+  if (threadIdx.x != kClaimer) return true;
+  uint64_t* running = &g.control->local.running;
+  while (true) {
+    const uint64_t seen = atom_cas_relaxed_gpu(running, 0, running_of(g.call));
+    if (seen == 0 || is_running(seen, g.call, gridDim.x)) return true;
+    if ((seen & (kContested | kClosed)) != 0 ||
+        atom_cas_relaxed_gpu(running, seen, seen | kContested) == seen) {
+      break_group(g, kind, slot_of(g, g.rank), kTwoAtOnce, 0, 0);
+      return false;
+    }
+  }
+}
+
+// [B], by all blocks of the grid, which must all be resident. False if the group is broken
+// meanwhile, or if a block does not come: it leaves when the group is broken, or finds no SM.
 __device__ inline bool grid_barrier(const GroupView& g, OpKind kind) {
   __syncthreads();
   bool ok = true;
   if (threadIdx.x == 0) {
     uint32_t* barrier = &g.control->local.barrier;
-    uint32_t come = atom_add_acq_rel_gpu(barrier, 1) + 1;
-    uint64_t start = 0;
-    for (uint32_t n = 1; ok && come < gridDim.x; ++n) {
-      come = ld_acquire_gpu(barrier);
+    uint32_t arrived = atom_add_acq_rel_gpu(barrier, 1) + 1;
+    Wait wait(g, kind);
+    for (uint32_t n = 1; ok && arrived < gridDim.x; ++n) {
+      arrived = ld_acquire_gpu(barrier);
       if ((n & 255u) == 0) {
-        ok = may_wait(g, kind, g.rank, kNotResident, gridDim.x, come, start);
+        ok = wait.may_go_on(slot_of(g, g.rank), kNotResident, gridDim.x, arrived);
       }
     }
   }
   return __syncthreads_and(ok) != 0;
 }
 
-// What the last block of a grid has to do.
-enum class Finish { kNotLast, kEnd, kFail };
+// What a block has to do when its work is done.
+enum class Finish {
+  kNotLast,  // nothing
+  kEnd,      // end_call
+  kFail,     // fail_call, and to fill the outputs
+  kRefused,  // likewise
+};
 
-// By all threads of each block, after the block's work, which has gone well if `ok` on all of them.
-__device__ inline Finish finish_block(const GroupView& g, bool ok) {
-  constexpr uint32_t kFailed = 1u << 16;
+// [C2], by all threads of each block, after the block's work, which has gone well if `ok` on all of
+// them. `is_claimed` is what claim_call said.
+__device__ inline Finish finish_block(const GroupView& g, OpKind kind, bool is_claimed, bool ok) {
   __shared__ Finish finish;
   const bool all_ok = __syncthreads_and(ok) != 0;
-  if (threadIdx.x == 0) {
-    const uint32_t one = all_ok ? 1 : 1 + kFailed;
-    const uint32_t sum = atom_add_acq_rel_gpu(&g.control->local.num_blocks_done, one) + one;
-    finish = sum % kFailed != gridDim.x ? Finish::kNotLast
-             : sum < kFailed            ? Finish::kEnd
-                                        : Finish::kFail;
+  if (!all_ok) {
+    fence_acq_rel_sys();  // [L1] releases what has been written at peers; else [P1] has done so
+    __syncthreads();
   }
-  __syncthreads();
-  return finish;
+  bool is_good = true;
+  if (threadIdx.x == kClaimer && !is_claimed) {
+    finish = Finish::kRefused;
+  } else if (threadIdx.x == kClaimer) {
+    const uint64_t one = kOneDone + (all_ok ? 0 : kOneFailed);
+    const uint64_t running = atom_add_acq_rel_gpu(&g.control->local.running, one) + one;
+    finish = num_done(running) != gridDim.x ? Finish::kNotLast
+             : has_failed(running)          ? Finish::kFail
+                                            : Finish::kEnd;
+    if ((running & kContested) != 0) {
+      break_group(g, kind, slot_of(g, g.rank), kTwoAtOnce, 0, 0);
+    }
+  } else if (threadIdx.x == kLooker) {
+    is_good = !is_broken(g, kind);  // meanwhile
+  }
+  is_good = __syncthreads_and(is_good) != 0;
+  return finish == Finish::kEnd && !is_good ? Finish::kFail : finish;
 }
 
-// The call is over for this device: by all threads of the last block, after all else. The next
-// kernel finds the counters at 0.
+// [C3] of a call that went well: by all threads of the last block, after all else.
 __device__ inline void end_call(const GroupView& g) {
-  __syncthreads();
   Local& local = g.control->local;
   const int r = static_cast<int>(threadIdx.x);
-  if (r < g.num_ranks) ++local.epoch[g.peer[r].slot_here];
+  if (r < g.num_ranks) ++local.epoch[slot_of(g, r)];
   if (r == 0) {
-    local.num_blocks_done = 0;
     local.barrier = 0;
     local.num_taken = 0;
-    local.running = 0;
+    local.has_shown = 0;
   }
+  __syncthreads();
+  // Not if it has been marked by now. No release: who follows on the stream sees it all.
+  const uint64_t all_done = running_of(g.call) + gridDim.x * kOneDone;
+  if (r == 0) atom_cas_relaxed_gpu(&local.running, all_done, 0);
+}
+
+// The part of the outputs that a block fills.
+struct Share {
+  uint32_t index, count;
+};
+
+// [C3] of one that has failed or was refused, but for filling the outputs, which comes next: by all
+// threads of the block. `num_units` as in leave.cuh.
+template <typename NumUnits>
+__device__ inline Share fail_call(const GroupView& g, Finish finish, const NumUnits& num_units) {
+  if (finish == Finish::kRefused) return {blockIdx.x, gridDim.x};
+  see_peers_out(g, num_units);
+  if (threadIdx.x == 0) atom_or_relaxed_sys(&g.control->local.running, kClosed);
+  return {0, 1};
 }
 
 }  // namespace jax_ep::gpu

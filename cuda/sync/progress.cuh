@@ -45,11 +45,11 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto block = static_cast<int>(blockIdx.x);
   const int32_t num_units = box.num_units;
-  const auto epoch_with = [&](int r) { return g.control->local.epoch[g.peer[r].slot_here] + 1; };
-  const auto flag_of = [&](int r) { return &g.control->progress[g.peer[r].slot_here][block]; };
+  const auto epoch_with = [&](int r) { return g.control->local.epoch[slot_of(g, r)] + 1; };
+  const auto flag_of = [&](int r) { return &g.control->progress[slot_of(g, r)][block]; };
   const int32_t part = max(1, num_units / kNumParts);
   int32_t published = 0, arrived = 0;
-  uint64_t start = 0;
+  Wait wait(g, kind);
   for (uint32_t round = 0; g.num_ranks > 1 && (published < num_units || arrived < num_units);
        ++round) {
     bool moved = false;
@@ -103,7 +103,7 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
       }
     }
     if (moved) {
-      start = 0;
+      wait.restart();
       continue;
     }
     if ((round & 63u) != 63u) continue;
@@ -119,8 +119,8 @@ __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& b
       expected = all;
       seen = told;
     }
-    const bool goes_on = may_wait(g, kind, peer, kProgress, expected, seen, start);
-    if (__all_sync(0xffffffffu, goes_on) != 0) continue;
+    const bool ok = wait.may_go_on(slot_of(g, peer), kProgress, expected, seen);
+    if (__all_sync(0xffffffffu, ok) != 0) continue;
     if (lane == 0) st_release_cta_shared(&box.arrived, kBroken);
     return false;
   }

@@ -156,8 +156,10 @@ def test_staging_grows_while_calls_run(job: Job) -> None:
 # A process that does not come ---------------------------------------------------------------------
 
 
-_WAITED = r"waited for rank 2 to come until the timeout \(expected epoch \d+, seen \d+\)"
-_TOLD = r"was told by rank [01], which has given up on rank 2 and says why"
+_DEVICE = r"device \d \(process \d\)"
+_LATE = r"device 2 \(process 2\)"
+_WAITED = rf"waited for {_LATE} to come until the timeout \(expected epoch \d+, seen \d+\)"
+_TOLD = rf"was told by {_DEVICE}, which has given up on {_LATE} and says why"
 
 
 @pytest.mark.parametrize("environment", [_POOL, _STAGED], ids=["direct", "staged"])
@@ -170,7 +172,7 @@ def test_stalled_rank(job: Job, environment: dict[str, str]) -> None:
         assert process.lines("POISONED") == ["True"]
         (message,) = process.lines("CHECK")
         assert re.match(
-            rf"jax_ep_layout: rank \d ({_WAITED}|{_TOLD}); the group is broken", message
+            rf"jax_ep_layout: {_DEVICE} ({_WAITED}|{_TOLD}); the group is broken", message
         )
         (again,) = process.lines("AGAIN")
         seconds, error = again.split(" ", 1)
@@ -192,7 +194,9 @@ def test_killed_rank(job: Job) -> None:
     for survivor in finished[:2]:
         assert float(survivor.lines("SECONDS")[0]) < 20
         (message,) = survivor.lines("ERROR")
-        assert re.search(r"jax_ep_\w+: rank \d (waited for|was told by) rank \d", message), message
+        assert re.search(rf"jax_ep_\w+: {_DEVICE} (waited for|was told by) {_DEVICE}", message), (
+            message
+        )
         (again,) = survivor.lines("AGAIN")
         assert float(again.split(" ", 1)[0]) < 2
 

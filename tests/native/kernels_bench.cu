@@ -372,6 +372,7 @@ class Bench {
     view.control = all_.rank[rank].control;
     view.error = all_.rank[rank].error;
     view.operation = std::hash<std::string>()(op) + static_cast<uint64_t>(num_sms);
+    view.call = ++num_calls_;
     view.rank = rank;
     view.num_ranks = o_.ranks;
     for (int q = 0; q < o_.ranks; ++q) {
@@ -437,7 +438,7 @@ class Bench {
       const ErrorRecord& e = *all_.rank[r].error;
       if (e.valid == 0) continue;
       std::printf("rank %d: kind %u waited for rank %d, phase %u, expected %llx, seen %llx\n", r,
-                  e.kind, e.peer, e.phase, static_cast<unsigned long long>(e.expected_epoch),
+                  e.kind, e.peer_slot, e.phase, static_cast<unsigned long long>(e.expected_epoch),
                   static_cast<unsigned long long>(e.seen_epoch));
       std::exit(1);
     }
@@ -536,6 +537,7 @@ class Bench {
   }
 
   const Options o_;
+  mutable uint64_t num_calls_ = 0;
   AllRanks all_{};
   uint32_t* probe_status_;
   int64_t capacity_ = 0;

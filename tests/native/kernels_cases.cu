@@ -22,7 +22,7 @@ void RequireNoError(const Group& group, int num_ranks) {
     const ErrorRecord& e = group.error(r);
     if (e.valid == 0) continue;
     std::printf("rank %d: kind %u waited for rank %d, phase %u, expected %llu, seen %llu\n", r,
-                e.kind, e.peer, e.phase, static_cast<unsigned long long>(e.expected_epoch),
+                e.kind, e.peer_slot, e.phase, static_cast<unsigned long long>(e.expected_epoch),
                 static_cast<unsigned long long>(e.seen_epoch));
     std::exit(1);
   }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "cuda/launch.h"
@@ -73,30 +74,51 @@ class Group {
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
 
-  // Ranks are numbered as they lie here; the slot of each is its rank.
-  GroupView View(int rank, int num_ranks, uint64_t operation, uint64_t timeout_ns) const {
+  // Of a group of the devices in `slots`, as the rank-th of them sees it.
+  GroupView View(int rank, const std::vector<int>& slots, uint64_t operation,
+                 uint64_t timeout_ns) const {
+    const int own = slots[rank];
     GroupView view{};
-    view.control = control_[rank];
-    CHECK_CUDA(cudaHostGetDevicePointer(&view.error, error_[rank], 0));
+    view.control = control_[own];
+    CHECK_CUDA(cudaHostGetDevicePointer(&view.error, error_[own], 0));
     view.operation = operation;
-    error_[rank]->arrival_timeout_ns = error_[rank]->progress_timeout_ns = timeout_ns;
+    view.call = ++num_calls_;
+    error_[own]->arrival_timeout_ns = error_[own]->progress_timeout_ns = timeout_ns;
     view.rank = rank;
-    view.num_ranks = num_ranks;
-    for (int q = 0; q < num_ranks; ++q) {
-      view.peer[q].control = control_[q];
+    view.num_ranks = static_cast<int32_t>(slots.size());
+    for (int q = 0; q < view.num_ranks; ++q) {
+      view.peer[q].control = control_[slots[q]];
       view.peer[q].shift = 0;
-      view.peer[q].slot_here = q;
-      view.peer[q].slot_there = rank;
+      view.peer[q].slot_here = slots[q];
+      view.peer[q].slot_there = own;
     }
     return view;
   }
+  // Of the first devices: the slot of each is its rank.
+  GroupView View(int rank, int num_ranks, uint64_t operation, uint64_t timeout_ns) const {
+    std::vector<int> slots(num_ranks);
+    std::iota(slots.begin(), slots.end(), 0);
+    return View(rank, slots, operation, timeout_ns);
+  }
   cudaStream_t stream(int rank) const { return stream_[rank]; }
-  const ErrorRecord& error(int rank) const { return *error_[rank]; }
+  ErrorRecord& error(int rank) const { return *error_[rank]; }
+  ControlBlock* control(int rank) const { return control_[rank]; }
+
+  // Of all ranks, between calls: as after a new beginning.
+  void SetUpAgain() {
+    CHECK_CUDA(cudaDeviceSynchronize());
+    for (int r = 0; r < kMaxRanks; ++r) {
+      CHECK_CUDA(cudaMemset(control_[r], 0, sizeof(ControlBlock)));
+      std::memset(error_[r], 0, sizeof(ErrorRecord));
+    }
+    CHECK_CUDA(cudaDeviceSynchronize());
+  }
 
  private:
   cudaStream_t stream_[kMaxRanks];
   ControlBlock* control_[kMaxRanks];
   ErrorRecord* error_[kMaxRanks];
+  mutable uint64_t num_calls_ = 0;
 };
 
 // One rank's buffers for one case, all poisoned but the operands.

@@ -143,13 +143,13 @@ void OneProcess() {
   }
   // A recorded error ends later calls, until a new beginning.
   second.error->kind = 1;
-  second.error->rank = 1;
+  second.error->slot = 1;
   second.error->expected_epoch = 3;
   second.error->seen_epoch = 2;
   second.error->valid = 1;
   const std::string recorded = Memory().RecordedError().value_or("");
   CHECK(Contains(recorded,
-                 "jax_ep_dispatch: rank 1 waited for rank 0 to come until the timeout "
+                 "jax_ep_dispatch: device 1 waited for device 0 to come until the timeout "
                  "(expected epoch 3, seen 2)"));
   {
     GroupCall call;
@@ -167,16 +167,22 @@ void OneProcess() {
                  "to finish until the timeout (expected epoch 3, seen 3 with 4 of 9 steps"));
   CHECK(Contains(text_of(jax_ep::gpu::kProgress, progress_of(3, 9), progress_of(2, 7)),
                  "(expected epoch 3, seen 2 with 0 of 9 steps"));
-  CHECK(Contains(text_of(jax_ep::gpu::kNotResident, 128, 96), "on rank 1 only 96 of 128 blocks"));
+  CHECK(Contains(text_of(jax_ep::gpu::kNotResident, 128, 96), "on device 1 only 96 of 128 blocks"));
   CHECK(Contains(text_of(jax_ep::gpu::kToldByPeer, 0, 5),
-                 "rank 1 was told by rank 0, which has given up on rank 5 and says why;"));
+                 "device 1 was told by device 0, which has given up on slot 5 and says why;"));
   CHECK(Contains(text_of(jax_ep::gpu::kToldByPeer, 0, 0),
-                 "rank 1 was told by rank 0, which has given up and says why;"));
+                 "device 1 was told by device 0, which has given up and says why;"));
   CHECK(Contains(text_of(jax_ep::gpu::kTwoAtOnce, 0, 0),
-                 "rank 1 found another call running on its device"));
+                 "device 1 found another call running, where"));
   CHECK(Contains(text_of(jax_ep::gpu::kOtherCall, 10, 11),
-                 "rank 1 and rank 0 are in different calls (operation a, b)"));
-  CHECK(Contains(text_of(jax_ep::gpu::kEnd, 3, 2), "rank 1 waited for rank 0 to finish until"));
+                 "device 1 and device 0 are in different calls (operation a, b)"));
+  CHECK(Contains(text_of(jax_ep::gpu::kEnd, 3, 2), "device 1 waited for device 0 to finish until"));
+  CHECK(
+      Contains(text_of(jax_ep::gpu::kPeerDied, 3, 1),
+               "the process of device 0 has died, so device 1 waits for it no longer; the group"));
+  second.error->not_left = 1;
+  CHECK(Contains(text_of(jax_ep::gpu::kEnd, 3, 2),
+                 "; device 0 stood still when told, and may yet write to arrays on device 1; "));
   CHECK(Memory().Synchronize(std::chrono::seconds(10)));
   Memory().Release(true);
   Memory().Release(true);

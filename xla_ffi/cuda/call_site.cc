@@ -42,8 +42,8 @@ ffi::ErrorOr<std::unique_ptr<CudaSiteState>> MakeCudaSite(const char* op, Groups
 // does after the kernel, the copies out and the next call's copies in, meets nobody. A replayed
 // command buffer repeats copies and kernel in the same order.
 //
-// After a timeout that no longer holds, here as for XLA's buffers; then the group is broken, and
-// the region is used again only when every rank's device has come to an end.
+// A call that fails sees its peers out before it ends (cuda/sync/leave.cuh), here as for XLA's
+// buffers; then the group is broken, and the region is used again only after a new beginning.
 ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t stream,
                       std::initializer_list<SharedBuffer> buffers, GroupCall* call) {
   SymmetricMemory& memory = SymmetricMemory::Get();

@@ -215,7 +215,8 @@ void SymmetricMemory::Release(bool devices_have_ended) {
     Driver::Get().cuCtxGetCurrent(&saved);
     // On a device that has failed it fails, and there is nothing left to tell.
     if (devices_have_ended && cudaSetDevice(device.ordinal) == cudaSuccess) {
-      cudaMemset(&device.control_block()->local.broken, 0xff, sizeof(uint32_t));
+      static_assert(gpu::kHostHasLeft == ~uint64_t{0});
+      cudaMemset(&device.control_block()->local.broken, 0xff, sizeof gpu::kHostHasLeft);
       cudaDeviceSynchronize();
     }
     cudaGetLastError();
@@ -251,6 +252,7 @@ std::optional<std::string> SymmetricMemory::FillGroup(const int64_t* members, in
   // device, and stays so when the region grows and a rank of the call has seen the old one.
   view->staging = remote_.empty() ? 0 : staging->begin;
   view->staging_bytes = remote_.empty() ? 0 : staging->bytes;
+  view->call = ++num_calls_;
   view->num_ranks = num_ranks;
   view->rank = -1;
   for (int r = 0; r < num_ranks; ++r) {

@@ -122,6 +122,7 @@ class SymmetricMemory {
   Device MakeDevice(int ordinal, int64_t member, const std::vector<int>& ordinals);
   static std::map<int64_t, int> NumberSlots(const std::vector<Device>& devices,
                                             const std::map<int64_t, RemoteDevice>& remote);
+  std::string NameOfSlot(int slot) const;
   std::vector<int> Ordinals() const;
 
   // Setup, Export, Import and Release come one after the other, and may take long. What calls need
@@ -139,6 +140,7 @@ class SymmetricMemory {
   std::vector<Device> devices_;
   std::map<int64_t, RemoteDevice> remote_;  // by member
   std::map<int64_t, int> slot_;             // of every device, by member
+  uint64_t num_calls_ = 0;                  // that FillGroup has numbered
   std::vector<Descriptor> descriptors_;     // of what is exported
 };
 

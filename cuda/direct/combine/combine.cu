@@ -140,14 +140,15 @@ __global__ __launch_bounds__(kNumThreads,
     shared.box = {{}, 1, work.num_units, 0, a.values == nullptr};
   }
   __syncthreads();
-  if (warp == kScout) scout.begin();
   const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.partial),
                                        reinterpret_cast<uint64_t>(a.collected)};
+  const bool is_claimed = claim_call(g, OpKind::kCombine);
   if (blockIdx.x == 0) {
-    send_start(g, OpKind::kCombine, own);  // [S1]
+    send_start(g, OpKind::kCombine, is_claimed, own);  // [S1]
     if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS1);
   }
-  bool ok = receive_start(g, OpKind::kCombine, own, shared.address);  // [S2]
+  if (warp == kScout) scout.begin();
+  bool ok = receive_start(g, OpKind::kCombine, is_claimed, own, shared.address);  // [S2]
   if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS2);
   if (ok) {
     if (warp < 2 * kAdderWarps) {
@@ -180,13 +181,14 @@ __global__ __launch_bounds__(kNumThreads,
     }
   }
   timeline::end(g, OpKind::kCombine);
-  const Finish finish = finish_block(g, ok);
+  const Finish finish = finish_block(g, OpKind::kCombine, is_claimed, ok);
   if (finish == Finish::kNotLast) return;
-  if (finish == Finish::kFail) {
-    fill(a.out, a.num_tokens * a.num_channels * (16 / Vector::kCount), kNan);
-    if (a.values != nullptr) fill(a.collected, a.num_tokens * a.top_k * 4, kNan);
-  }
-  end_call(g);
+  if (finish == Finish::kEnd) return end_call(g);
+  const Share share = fail_call(g, finish, [&](uint32_t block) {
+    return first_unit(num_units, block + 1) - first_unit(num_units, block);
+  });
+  fill(a.out, a.num_tokens * work.row_bytes, kNan, share);
+  if (a.values != nullptr) fill(a.collected, a.num_tokens * a.top_k * 4, kNan, share);
 }
 
 template <typename Vector>

@@ -146,6 +146,7 @@ __global__ __launch_bounds__(kNumThreads<Rows>,
   const int64_t num_units = a.num_tokens * plan.num_pieces;
   const int32_t first = first_unit(num_units, blockIdx.x);
   const int32_t num_own = first_unit(num_units, blockIdx.x + 1) - first;
+  const bool is_claimed = claim_call(g, kOpKind<Rows>);
   if (threadIdx.x == 0) {
     for (int s = 0; s < num_rings * plan.num_stages; ++s) {
       mbarrier_init(&shared.full[s], 1);
@@ -162,12 +163,11 @@ __global__ __launch_bounds__(kNumThreads<Rows>,
   if (blockIdx.x == 0) {
     const uint64_t shown[kNumAddresses] = {a.landing != nullptr ? 0 : tokens, weights, scales,
                                            reinterpret_cast<uint64_t>(a.landing)};
-    send_start(g, kOpKind<Rows>, shown);  // [S1]
+    send_start(g, kOpKind<Rows>, is_claimed, shown);  // [S1]
     if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS1);
   }
-  bool ok = true;
-  if (num_own > 0) ok = receive_start(g, kOpKind<Rows>, own, shared.address);  // [S2]
-  if (num_own == 0) __syncthreads();
+  bool ok = num_own > 0 ? receive_start(g, kOpKind<Rows>, is_claimed, own, shared.address)  // [S2]
+                        : __syncthreads_and(is_claimed) != 0;
   if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS2);
   if (ok && num_own > 0) {
     const int32_t slot = warp / kWarpsOfRing<Rows>, part = warp % kWarpsOfRing<Rows>;
@@ -185,17 +185,18 @@ __global__ __launch_bounds__(kNumThreads<Rows>,
       send_weights(a, plan, shared, first);
     }
   }
-  if (warp != kMessenger<Rows>) zero_rest<Rows>(a, shared);
+  if (ok && warp != kMessenger<Rows>) zero_rest<Rows>(a, shared);
   timeline::end(g, kOpKind<Rows>);
-  const Finish finish = finish_block(g, ok);
+  const Finish finish = finish_block(g, kOpKind<Rows>, is_claimed, ok);
   if (finish == Finish::kNotLast) return;
-  if (finish == Finish::kFail) {
-    fill(a.tokens, a.capacity * Rows::tokens_row_bytes(a), a.is_integer ? 0 : kNan);
-    fill(a.scales, a.capacity * Rows::num_scales(a) * 4, kNan);
-    if (a.weights != nullptr) fill(a.weights, a.capacity * 4, kNan);
-    if (a.dots != nullptr) fill(a.dots, a.capacity * 4, kNan);
-  }
-  end_call(g);
+  if (finish == Finish::kEnd) return end_call(g);
+  const Share share = fail_call(g, finish, [&](uint32_t block) {
+    return first_unit(num_units, block + 1) - first_unit(num_units, block);
+  });
+  fill(a.tokens, a.capacity * Rows::tokens_row_bytes(a), a.is_integer ? 0 : kNan, share);
+  fill(a.scales, a.capacity * Rows::num_scales(a) * 4, kNan, share);
+  if (a.weights != nullptr) fill(a.weights, a.capacity * 4, kNan, share);
+  if (a.dots != nullptr) fill(a.dots, a.capacity * 4, kNan, share);
 }
 
 template <typename Rows>
