@@ -85,7 +85,8 @@ int main(int argc, char** argv) {
   CHECK_CUDA(jax_ep::gpu::PrepareKernels());
   CHECK_CUDA(cudaDeviceSynchronize());
   const Group group;
-  if (!KernelsRunTogether(group)) {
+  const bool run_together = KernelsRunTogether(group);
+  if (!run_together) {
     std::printf("NOTE: kernels of different streams do not run together here: one rank only\n");
     ranks = {1};
   }
@@ -107,6 +108,16 @@ int main(int argc, char** argv) {
   TestBreakOnTheWay(700, 0);
   TestBreakOnTheWay(700, 100);
   TestBreakOnTheWay(20000, 100);  // and a layout that reads ids again
+  if (run_together) {
+    TestBreakBeforeTheEnd();
+    TestDeath();
+    TestOtherGroup();
+    TestMemoryAfterTheEnd();
+    Group again;
+    TestTwoAtOnce(again);
+    again.SetUpAgain();
+    RunCase(again, MakeData(Cases(true)[2], 2, seed), 5, seed);
+  }
   if (g_tally.num_wrong > 0) {
     std::printf("%d wrong of %d comparisons\n", g_tally.num_wrong, g_tally.num_compared);
     return 3;

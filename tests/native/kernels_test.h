@@ -28,6 +28,14 @@ void PrintCase(const Data& d, const char* what, int num_sms);
 // A rank that never comes, and one that comes and then does nothing more.
 void TestStall(int num_sms);
 void TestBreakOnTheWay(int num_tokens, uint64_t num_units);
+// For these, kernels of different streams have to run together.
+void TestBreakBeforeTheEnd();
+void TestDeath();
+void TestOtherGroup();
+void TestMemoryAfterTheEnd();
+// Two calls at once on rank 0 of two: both fail, before the second has told anybody anything, and so
+// does rank 1's. Afterwards the group is broken.
+void TestTwoAtOnce(const Group& group);
 
 }  // namespace jax_ep::gpu::test
 
