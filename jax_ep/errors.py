@@ -38,9 +38,11 @@ def check() -> None:
 
 
 class Watcher:
-    """Prints the first error that a kernel records, once.
+    """Looks after kernels that wait, and prints what they record.
 
-    It looks at host memory that the kernels write, without a call into CUDA.
+    When another process of the job has died it ends the waits for it. It prints that, and the first
+    error that a kernel records, once each. All this is in host memory that the kernels share: there
+    is no call into CUDA.
     """
 
     def __init__(self) -> None:
@@ -50,17 +52,23 @@ class Watcher:
         self._thread.start()
 
     def _watch(self) -> None:
-        while not self._printed and not self._stopped.wait(_WATCH_INTERVAL):
+        while not self._stopped.wait(_WATCH_INTERVAL):
             self._look()
 
     def _look(self) -> None:
-        error = _native.cuda.recorded_error()
-        if error is not None and not self._printed:
+        for line in _native.cuda.watch():
+            _print(line)
+        error = None if self._printed else _native.cuda.recorded_error()
+        if error is not None:
             self._printed = True
-            print(f"jax_ep: {error}", file=sys.stderr, flush=True)
+            _print(error)
 
     def stop(self) -> None:
         """Ends the thread, after a last look."""
         self._stopped.set()
         self._thread.join()
         self._look()
+
+
+def _print(line: str) -> None:
+    print(f"jax_ep: {line}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 #include "xla_ffi/memory/symmetric_memory.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -505,17 +506,92 @@ void Death(const Link& link) {
   Memory().Release(true);
 }
 
+// How another process is seen to have gone, which `last` is the last to do.
+void Departure(const Link& link, const std::function<void()>& last, bool is_death) {
+  char* const pool = MakePool();
+  Connect(link, pool, 4096, false);
+  const int num_descriptors = NumDescriptors();
+  CHECK(Memory().Watch().empty());
+  const int64_t other = std::stoll(link.Exchange(std::to_string(getpid())));
+  if (link.process == 1) {
+    last();
+    std::_Exit(0);
+  }
+  const jax_ep::Descriptor pidfd = jax_ep::OpenProcess(other);
+  pollfd ended{pidfd.get(), POLLIN, 0};
+  CHECK(poll(&ended, 1, 30000) == 1);
+  const std::vector<std::string> news = Memory().Watch();
+  const View first(kMembers, 0), second(kMembers, 1);
+  if (is_death) {
+    CHECK(news.size() == 1 && Contains(news[0], "process 1 (pid " + std::to_string(other) +
+                                                    ") has died; calls that wait"));
+    const uint64_t slot = first.peer[2].slot_here;
+    CHECK(first.error->abort == 1 + slot && second.error->abort == 1 + slot);
+  } else {
+    CHECK(news.empty() && first.error->abort == 0 && second.error->abort == 0);
+    // A wait for it, which has gone for good, ends.
+    first.error->waiting.peer_slot = first.peer[3].slot_here;
+    first.error->waiting.since = 1;
+    CHECK(Memory().Watch().empty());
+    CHECK(first.error->abort == 1 + uint64_t(first.peer[3].slot_here));
+  }
+  CHECK(Memory().Watch().empty());  // said already
+  Memory().Release(true);
+  CHECK(Memory().Watch().empty());
+  // The peer's pidfd and its page, and this one's page, are closed; the pidfd above is open.
+  CHECK(NumDescriptors() <= num_descriptors - 3 + 1);
+  Memory().Setup(0, 2, {0, 1}, {0, 1}, 0, false);
+  CHECK(View({0, 1}, 0).error->abort == 0);
+  Memory().Release(true);
+}
+
+// Each wait is told of once, when it has lasted for 30 s.
+void LongWait() {
+  Memory().SetTimeouts({std::chrono::minutes(10), std::chrono::minutes(1)});
+  Memory().Setup(0, 1, {4, 5}, {0, 1}, 0, false);
+  auto& waiting = View({4, 5}, 1).error->waiting;
+  const auto begin = std::chrono::steady_clock::now();
+  const auto after = [&](int seconds) { return begin + std::chrono::seconds(seconds); };
+  CHECK(Memory().Watch(after(0)).empty());
+  waiting.kind = 1;
+  waiting.phase = jax_ep::gpu::kStart;
+  waiting.peer_slot = 0;
+  waiting.since = 17;
+  CHECK(Memory().Watch(after(100)).empty() && Memory().Watch(after(128)).empty());
+  const auto news = Memory().Watch(after(130));
+  CHECK(news.size() == 1 &&
+        news[0] ==
+            "jax_ep_dispatch: device 5 has waited for 30 s for device 4 to come; it gives up "
+            "after 600 s (jax_ep.set_timeout)");
+  CHECK(Memory().Watch(after(200)).empty());
+  waiting.since = 18;  // another one
+  waiting.phase = jax_ep::gpu::kProgress;
+  CHECK(Memory().Watch(after(201)).empty());
+  const auto more = Memory().Watch(after(231));
+  CHECK(more.size() == 1 && Contains(more[0], "for device 4 to go on; it gives up after 60 s"));
+  waiting.since = 0;
+  CHECK(Memory().Watch(after(300)).empty());
+  Memory().Release(true);
+}
+
 void Import() {
   char* const pool = MakePool();
   Memory().Setup(0, 2, {0, 1}, {0, 1}, 0, false);
   const std::string mine = Memory().Export({Address(pool), Address(pool)});
   CHECK(Thrown([&] { Memory().Import({mine, ""}); }).empty());  // one without devices
   CHECK(Contains(Thrown([&] { Memory().Import({mine, "1 17 "}); }), "another version"));
-  const std::string begin = "1 " + std::to_string(sizeof(ControlBlock));
+  CHECK(Contains(Thrown([&] {
+                   Memory().Import({mine, "1 " + std::to_string(sizeof(ControlBlock)) + " 999"});
+                 }),
+                 "pidfd_getfd from process 1"));
+  // A process with a page to show: this one.
+  const jax_ep::Presence page;
+  const std::string begin = std::to_string(getpid()) + " " + std::to_string(sizeof(ControlBlock)) +
+                            " " + std::to_string(page.fd());
   CHECK(Contains(Thrown([&] { Memory().Import({mine, begin + " 4294967296 5"}); }),
                  "an incomplete message of process 1, device 0"));
   CHECK(Contains(Thrown([&] { Memory().Import({mine, begin + " 4294967296 999 0 2097152"}); }),
-                 "pidfd_getfd from process 1"));
+                 "pidfd_getfd from process " + std::to_string(getpid())));
   GroupView view{};
   StagingRegion staging;
   const auto error = Memory().FillGroup(kMembers.data(), 4, 0, &view, &staging);
@@ -523,6 +599,18 @@ void Import() {
                           "rank 2 lives on device 0 of process 1, which this process is "
                           "not connected to"));
   Memory().Release(true);
+}
+
+// Runs `f` in this process and in one that is killed.
+void WithOneThatDies(const std::function<void(const Link&)>& f) {
+  int fds[2];
+  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
+  const pid_t pid = fork();
+  CHECK(pid >= 0);
+  close(fds[pid == 0 ? 0 : 1]);
+  f({pid == 0 ? 1 : 0, fds[pid == 0 ? 1 : 0]});
+  int status = 0;
+  CHECK(waitpid(pid, &status, 0) == pid && WIFSIGNALED(status));
 }
 
 void Run(const char* name, const std::function<void()>& test) {
@@ -549,19 +637,20 @@ int main() {
   Run("one process", OneProcess);
   Run("sharing", Sharing);
   Run("growth", GrowthWhileDevicesWork);
+  Run("long wait", LongWait);
   Run("staging", Staging);
   Run("import", Import);
   Run("two processes", [] { InTwoProcesses(TwoProcesses); });
   Run("no export", [] { InTwoProcesses(NoExport); });
-  Run("death", [] {
-    int fds[2];
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
-    const pid_t pid = fork();
-    CHECK(pid >= 0);
-    close(fds[pid == 0 ? 0 : 1]);
-    Death({pid == 0 ? 1 : 0, fds[pid == 0 ? 1 : 0]});
-    int status = 0;
-    CHECK(waitpid(pid, &status, 0) == pid && WIFSIGNALED(status));
+  Run("death", [] { WithOneThatDies(Death); });
+  Run("a process dies", [] {
+    WithOneThatDies([](const Link& link) { Departure(link, [] { raise(SIGKILL); }, true); });
+  });
+  Run("a process ends without leaving",
+      [] { InTwoProcesses([](const Link& link) { Departure(link, [] {}, true); }); });
+  Run("a process leaves", [] {
+    InTwoProcesses(
+        [](const Link& link) { Departure(link, [] { Memory().Release(true); }, false); });
   });
   return 0;
 }

@@ -81,6 +81,9 @@ NB_MODULE(_cuda, m) {
       "release", [](bool ended) { SymmetricMemory::Get().Release(ended); },
       nb::arg("devices_have_ended"), nb::call_guard<nb::gil_scoped_release>());
   m.def(
+      "watch", [] { return SymmetricMemory::Get().Watch(); },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
       "recorded_error", [] { return SymmetricMemory::Get().RecordedError(); },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(

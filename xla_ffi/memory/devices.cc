@@ -206,6 +206,9 @@ void SymmetricMemory::Release(bool devices_have_ended) {
     std::lock_guard<std::mutex> lock(mutex_);
     devices.swap(devices_);
     remote.swap(remote_);
+    peers_.clear();
+    if (presence_ != nullptr) presence_->Leave();
+    presence_ = nullptr;
     descriptors.swap(descriptors_);
     slot_.clear();
     pool_problem_.clear();

@@ -15,16 +15,20 @@ std::string SymmetricMemory::NameOfSlot(int slot) const {
   return "slot " + std::to_string(slot);
 }
 
-std::optional<std::string> SymmetricMemory::RecordedError() {
+const char* SymmetricMemory::OperationName(uint32_t kind) {
   static constexpr const char* kKinds[] = {"jax_ep_layout", "jax_ep_dispatch", "jax_ep_combine",
                                            "jax_ep_combine_gradient"};
+  return kKinds[kind % std::size(kKinds)];
+}
+
+std::optional<std::string> SymmetricMemory::RecordedError() {
   std::lock_guard<std::mutex> lock(mutex_);
   for (const Device& device : devices_) {
     const gpu::ErrorRecord* record = device.error.get();
     if (__atomic_load_n(&record->valid, __ATOMIC_ACQUIRE) == 0) continue;
     const std::string own = NameOfSlot(record->slot), peer = NameOfSlot(record->peer_slot);
     std::ostringstream out;
-    out << kKinds[record->kind % std::size(kKinds)] << ": ";
+    out << OperationName(record->kind) << ": ";
     const uint64_t expected = record->expected_epoch, seen = record->seen_epoch;
     switch (record->phase) {
       case gpu::kOtherCall:
@@ -58,7 +62,8 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
                "may run them at once: set that in XLA_FLAGS instead, before jax_ep is imported";
         break;
       case gpu::kPeerDied:
-        out << "the process of " << peer << " has died, so " << own << " waits for it no longer";
+        out << "the process of " << peer << (HasLeft(record->peer_slot) ? " has left" : " has died")
+            << ", so " << own << " waits for it no longer";
         break;
       default:
         out << own << " waited for " << peer << " to "

@@ -21,7 +21,8 @@ std::string SymmetricMemory::Export(const std::vector<uint64_t>& pool_pointers) 
   }
   prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0);  // peers take descriptors from here
   std::ostringstream out;
-  out << getpid() << " " << sizeof(gpu::ControlBlock);
+  presence_ = std::make_unique<Presence>();
+  out << getpid() << " " << sizeof(gpu::ControlBlock) << " " << presence_->fd();
   const auto show = [&](uint64_t begin, size_t bytes, const std::string& what) {
     descriptors_.push_back(ExportAllocation(begin, what));
     out << " " << descriptors_.back().get() << " " << begin << " " << bytes;
@@ -69,6 +70,7 @@ void SymmetricMemory::Import(const std::vector<std::string>& exports) {
   std::lock_guard<std::mutex> set_up_lock(set_up_mutex_);
   const std::vector<int> ordinals = Ordinals();
   std::map<int64_t, RemoteDevice> all;
+  std::map<int64_t, std::unique_ptr<PeerProcess>> peers;
   for (size_t process = 0; process < exports.size(); ++process) {
     if (static_cast<int64_t>(process) == process_) continue;
     std::istringstream in(exports[process]);
@@ -78,6 +80,9 @@ void SymmetricMemory::Import(const std::vector<std::string>& exports) {
     if (control_bytes != sizeof(gpu::ControlBlock)) {
       Throw("process " + std::to_string(process) + " runs another version of jax_ep");
     }
+    int presence_fd = -1;
+    if (!(in >> presence_fd)) Throw("an incomplete message of process " + std::to_string(process));
+    peers[process] = std::make_unique<PeerProcess>(pid, presence_fd);
     for (int64_t member = 0; in >> member;) {
       const std::string whose = " of process " + std::to_string(process) + ", device " +
                                 std::to_string(member & 0xffffffff);
@@ -99,6 +104,8 @@ void SymmetricMemory::Import(const std::vector<std::string>& exports) {
   std::map<int64_t, int> slots = NumberSlots(devices_, all);
   std::lock_guard<std::mutex> lock(mutex_);
   remote_ = std::move(all);
+  peers_ = std::move(peers);
+  told_dead_.clear();
   slot_ = std::move(slots);
 }
 

@@ -26,10 +26,16 @@ class AllocationHandle {
   CUmemGenericAllocationHandle handle_;
 };
 
-// A descriptor of another process of this user, in this one.
-Descriptor TakeDescriptor(int64_t pid, int fd) {
-  const Descriptor process(static_cast<int>(syscall(SYS_pidfd_open, static_cast<pid_t>(pid), 0)));
+}  // namespace
+
+Descriptor OpenProcess(int64_t pid) {
+  Descriptor process(static_cast<int>(syscall(SYS_pidfd_open, static_cast<pid_t>(pid), 0)));
   if (process.get() < 0) Throw("pidfd_open " + std::to_string(pid) + ": " + strerror(errno));
+  return process;
+}
+
+Descriptor TakeDescriptor(int64_t pid, int fd) {
+  const Descriptor process = OpenProcess(pid);
   Descriptor mine(static_cast<int>(syscall(SYS_pidfd_getfd, process.get(), fd, 0)));
   if (mine.get() < 0) {
     Throw("pidfd_getfd from process " + std::to_string(pid) + ": " + strerror(errno) +
@@ -38,8 +44,6 @@ Descriptor TakeDescriptor(int64_t pid, int fd) {
   }
   return mine;
 }
-
-}  // namespace
 
 Descriptor::Descriptor(Descriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
 

@@ -54,6 +54,12 @@ std::shared_ptr<Mapping> Allocate(int ordinal, size_t bytes, const std::vector<i
 // A descriptor for other processes of the allocation that is mapped at `begin`.
 Descriptor ExportAllocation(uint64_t begin, const std::string& what);
 
+// A pidfd.
+Descriptor OpenProcess(int64_t pid);
+
+// A descriptor of another process of this user, in this one.
+Descriptor TakeDescriptor(int64_t pid, int fd);
+
 // Maps what process `pid` has exported as its descriptor `fd`.
 std::shared_ptr<Mapping> MapPeer(int64_t pid, int fd, size_t bytes,
                                  const std::vector<int>& ordinals, const std::string& what);

@@ -27,6 +27,7 @@
 
 #include "cuda/launch.h"
 #include "xla_ffi/memory/mapping.h"
+#include "xla_ffi/memory/peer_process.h"
 #include "xla_ffi/memory/sharing.h"
 #include "xla_ffi/timeouts.h"
 
@@ -90,6 +91,12 @@ class SymmetricMemory {
   // Of a device of this process, or null if it is not set up.
   const gpu::ControlBlock* Control(int ordinal);
 
+  // To be called now and then. Looks after the other processes: when one of them has died, kernels
+  // that wait end at once; when one has left, those that wait for it. Returns what the user should
+  // hear of, in words, each once: a death, and who has waited for whom for 30 s.
+  std::vector<std::string> Watch(
+      std::chrono::steady_clock::time_point now = std::chrono::steady_clock::now());
+
   // The first error that a kernel has recorded since Setup, if any, in words.
   std::optional<std::string> RecordedError();
 
@@ -108,6 +115,11 @@ class SymmetricMemory {
     bool reusable = false;                  // after Release: the control memory may start again
     uint64_t pool_begin = 0, pool_end = 0;  // the part of XLA's memory that they map
     std::shared_ptr<SharedAllocations> shared;
+    struct {
+      uint64_t since = 0;  // as the device shows it
+      std::chrono::steady_clock::time_point seen;
+      bool is_told = false;
+    } wait;  // the last one that Watch has seen
 
     gpu::ControlBlock* control_block() const {
       return reinterpret_cast<gpu::ControlBlock*>(control->begin());
@@ -122,8 +134,12 @@ class SymmetricMemory {
   Device MakeDevice(int ordinal, int64_t member, const std::vector<int>& ordinals);
   static std::map<int64_t, int> NumberSlots(const std::vector<Device>& devices,
                                             const std::map<int64_t, RemoteDevice>& remote);
-  std::string NameOfSlot(int slot) const;
   std::vector<int> Ordinals() const;
+  std::string NameOfSlot(int slot) const;
+  static const char* OperationName(uint32_t kind);
+  std::optional<std::string> LookAtWait(Device* device, std::chrono::steady_clock::time_point now);
+  bool HasLeft(int slot) const;
+  void EndWaits(int slot);
 
   // Setup, Export, Import and Release come one after the other, and may take long. What calls need
   // is guarded by `mutex_`, which is never held while a device is waited for: the device may wait
@@ -138,10 +154,13 @@ class SymmetricMemory {
   std::string pool_problem_;  // why other processes cannot map XLA's memory; empty if they do
   Timeouts timeouts_;
   std::vector<Device> devices_;
-  std::map<int64_t, RemoteDevice> remote_;  // by member
-  std::map<int64_t, int> slot_;             // of every device, by member
-  uint64_t num_calls_ = 0;                  // that FillGroup has numbered
-  std::vector<Descriptor> descriptors_;     // of what is exported
+  std::map<int64_t, RemoteDevice> remote_;                 // by member
+  std::unique_ptr<Presence> presence_;                     // of this process; shown by Export
+  std::map<int64_t, std::unique_ptr<PeerProcess>> peers_;  // by process, those with devices
+  std::set<int64_t> told_dead_;                            // processes that Watch has told of
+  std::map<int64_t, int> slot_;                            // of every device, by member
+  uint64_t num_calls_ = 0;                                 // that FillGroup has numbered
+  std::vector<Descriptor> descriptors_;                    // of what is exported
 };
 
 }  // namespace jax_ep

@@ -1,0 +1,77 @@
+// What the host does for kernels that wait, beside them.
+#include <sstream>
+
+#include "xla_ffi/memory/symmetric_memory.h"
+
+namespace jax_ep {
+namespace {
+
+constexpr std::chrono::seconds kTellAfter{30};  // of a wait
+
+}  // namespace
+
+std::vector<std::string> SymmetricMemory::Watch(std::chrono::steady_clock::time_point now) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<std::string> news;
+  for (const auto& [process, peer] : peers_) {
+    if (peer->Look() != PeerProcess::State::kDied) continue;
+    // The slots ascend with the process: this is its first device's.
+    const auto first = slot_.lower_bound(process << 32);
+    if (first == slot_.end()) continue;
+    EndWaits(first->second);
+    if (told_dead_.insert(process).second) {
+      news.push_back("process " + std::to_string(process) + " (pid " + std::to_string(peer->pid()) +
+                     ") has died; calls that wait for its devices end now");
+    }
+  }
+  for (Device& device : devices_) {
+    if (auto text = LookAtWait(&device, now)) news.push_back(std::move(*text));
+  }
+  return news;
+}
+
+std::optional<std::string> SymmetricMemory::LookAtWait(Device* device,
+                                                       std::chrono::steady_clock::time_point now) {
+  const gpu::Waiting& shown = device->error->waiting;
+  const uint64_t since = __atomic_load_n(&shown.since, __ATOMIC_ACQUIRE);
+  if (since != device->wait.since) device->wait = {since, now, false};
+  if (since == 0) return std::nullopt;
+  const gpu::Waiting waiting = shown;
+  __atomic_thread_fence(__ATOMIC_ACQUIRE);
+  if (__atomic_load_n(&shown.since, __ATOMIC_RELAXED) != since) return std::nullopt;  // it is over
+  if (HasLeft(waiting.peer_slot)) EndWaits(waiting.peer_slot);     // it never comes
+  const auto unseen = std::chrono::nanoseconds(gpu::kLongWaitNs);  // before the device showed it
+  if (device->wait.is_told || now - device->wait.seen + unseen < kTellAfter) return std::nullopt;
+  device->wait.is_told = true;
+  const bool has_come = waiting.phase != gpu::kStart;
+  const auto limit = has_come ? timeouts_.progress : timeouts_.arrival;
+  const int own_slot = slot_.at(device->member);
+  std::ostringstream out;
+  out << OperationName(waiting.kind) << ": " << NameOfSlot(own_slot) << " has waited for "
+      << kTellAfter.count() << " s for "
+      << (waiting.peer_slot == own_slot
+              ? "streaming multiprocessors that other work holds"
+              : NameOfSlot(waiting.peer_slot) + (has_come ? " to go on" : " to come"))
+      << "; it gives up after " << std::chrono::duration<double>(limit).count()
+      << " s (jax_ep.set_timeout)";
+  return out.str();
+}
+
+bool SymmetricMemory::HasLeft(int slot) const {
+  for (const auto& [member, its_slot] : slot_) {
+    if (its_slot != slot) continue;
+    const auto peer = peers_.find(member >> 32);
+    return peer != peers_.end() && peer->second->Look() == PeerProcess::State::kLeft;
+  }
+  return false;
+}
+
+void SymmetricMemory::EndWaits(int slot) {
+  for (const Device& device : devices_) {
+    uint64_t none = 0;
+    __atomic_compare_exchange_n(&device.error->abort, &none, static_cast<uint64_t>(slot) + 1, false,
+                                __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+  }
+}
+
+}  // namespace jax_ep
