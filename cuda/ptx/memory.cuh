@@ -71,6 +71,9 @@ __device__ inline uint64_t atom_add_acq_rel_gpu(uint64_t* address, uint64_t valu
                : "memory");
   return old;
 }
+__device__ inline void red_add_relaxed_gpu(uint64_t* address, uint64_t value) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
 __device__ inline uint64_t atom_cas_relaxed_gpu(uint64_t* address, uint64_t expected,
                                                 uint64_t value) {
   uint64_t old;

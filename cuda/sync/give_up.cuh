@@ -75,7 +75,53 @@ __device__ inline bool is_broken(const GroupView& g, OpKind kind) {
   return true;
 }
 
-// By each thread that waits for something that may not come.
+// What a wait finds that has lasted for a millisecond more.
+struct Look {
+  bool goes_on;   // false: the group is broken now
+  bool is_shown;  // the host is shown this wait
+};
+
+// To the host, if none of the device's waits is shown already.
+__device__ inline bool show_wait(const GroupView& g, OpKind kind, int slot, uint32_t phase,
+                                 uint64_t start) {
+  if (atomicExch(&g.control->local.is_waiting, 1u) != 0) return false;
+  fence_acq_rel_sys();
+  Waiting& waiting = g.error->waiting;
+  waiting.operation = g.operation;
+  waiting.kind = static_cast<uint32_t>(kind);
+  waiting.phase = phase;
+  waiting.peer_slot = slot;
+  st_release_sys(&waiting.since, start);
+  return true;
+}
+
+__device__ __noinline__ inline void hide_wait(const GroupView& g) {
+  st_release_sys(&g.error->waiting.since, 0);
+  fence_acq_rel_sys();
+  atomicExch(&g.control->local.is_waiting, 0u);
+}
+
+__device__ __noinline__ inline Look look_at_host(const GroupView& g, OpKind kind, int slot,
+                                                 uint32_t phase, uint64_t expected, uint64_t seen,
+                                                 uint64_t start, uint64_t now, bool is_shown) {
+  const ErrorRecord& host = *g.error;
+  const uint64_t abort = ld_relaxed_sys(&host.abort);
+  const uint64_t timeout_ns =
+      ld_relaxed_sys(phase == kStart ? &host.arrival_timeout_ns : &host.progress_timeout_ns);
+  if (abort != 0) {
+    break_group(g, kind, static_cast<int>(abort) - 1, kPeerDied, expected, abort);
+    return {false, is_shown};
+  }
+  if (now - start > timeout_ns) {
+    break_group(g, kind, slot, phase, expected, seen);
+    return {false, is_shown};
+  }
+  if (now - start > kLongWaitNs && !is_shown) is_shown = show_wait(g, kind, slot, phase, start);
+  return {true, is_shown};
+}
+
+// By each thread that waits for something that may not come. What is rarely done is called, not
+// inlined: the loops that wait stand in kernels whose code is large already.
 class Wait {
  public:
   __device__ Wait(const GroupView& g, OpKind kind) : g_(g), kind_(kind) {}
@@ -86,11 +132,8 @@ class Wait {
   // What was waited for has come.
   __device__ void restart() {
     start_ = 0;
-    if (!is_shown_) return;
+    if (is_shown_) hide_wait(g_);
     is_shown_ = false;
-    st_release_sys(&g_.error->waiting.since, 0);
-    fence_acq_rel_sys();
-    atomicExch(&g_.control->local.is_waiting, 0u);
   }
 
   // Now and then: false if the wait has to end, for the group is broken now. `slot` is that of the
@@ -102,36 +145,12 @@ class Wait {
     if (start_ == 0) start_ = looked_ = now;
     if (now - looked_ <= kMillisecond) return true;
     looked_ = now;
-    const ErrorRecord& host = *g_.error;
-    const uint64_t abort = ld_relaxed_sys(&host.abort);
-    const uint64_t timeout_ns =
-        ld_relaxed_sys(phase == kStart ? &host.arrival_timeout_ns : &host.progress_timeout_ns);
-    if (abort != 0) {
-      break_group(g_, kind_, static_cast<int>(abort) - 1, kPeerDied, expected, abort);
-      return false;
-    }
-    if (now - start_ > timeout_ns) {
-      break_group(g_, kind_, slot, phase, expected, seen);
-      return false;
-    }
-    if (now - start_ > kLongWaitNs && !is_shown_) show(slot, phase);
-    return true;
+    const Look look = look_at_host(g_, kind_, slot, phase, expected, seen, start_, now, is_shown_);
+    is_shown_ = look.is_shown;
+    return look.goes_on;
   }
 
  private:
-  // To the host, if none of the device's waits is shown already.
-  __device__ void show(int slot, uint32_t phase) {
-    if (atomicExch(&g_.control->local.is_waiting, 1u) != 0) return;
-    fence_acq_rel_sys();
-    is_shown_ = true;
-    Waiting& waiting = g_.error->waiting;
-    waiting.operation = g_.operation;
-    waiting.kind = static_cast<uint32_t>(kind_);
-    waiting.phase = phase;
-    waiting.peer_slot = slot;
-    st_release_sys(&waiting.since, start_);
-  }
-
   const GroupView& g_;
   const OpKind kind_;
   uint64_t start_ = 0, looked_ = 0;  // by the device's clock; 0: not yet

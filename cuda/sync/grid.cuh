@@ -8,7 +8,7 @@
 //                is refused: it shows no peer anything, touches no counter, and each of its blocks
 //                fills its share of the outputs. All blocks of a grid get the same answer: a call
 //                that is marked never makes room for another.
-//           [B]  grid barrier: all blocks are here, by one counter.
+//           [B]  grid barrier: all blocks are here, by one counter; a grid of one block has none.
 //           [C2] a block that is done counts itself, and whether it has failed. Who is the last
 //                knows what all have written, and that the call has failed if a block has, if it is
 //                marked, or if the group is broken by now.
@@ -51,6 +51,7 @@ __device__ inline bool claim_call(const GroupView& g, OpKind kind) {
 // meanwhile, or if a block does not come: it leaves when the group is broken, or finds no SM.
 __device__ inline bool grid_barrier(const GroupView& g, OpKind kind) {
   __syncthreads();
+  if (gridDim.x == 1) return true;
   bool ok = true;
   if (threadIdx.x == 0) {
     uint32_t* barrier = &g.control->local.barrier;
@@ -106,7 +107,7 @@ __device__ inline Finish finish_block(const GroupView& g, OpKind kind, bool is_c
 __device__ inline void end_call(const GroupView& g) {
   Local& local = g.control->local;
   const int r = static_cast<int>(threadIdx.x);
-  if (r < g.num_ranks) ++local.epoch[slot_of(g, r)];
+  if (r < g.num_ranks) red_add_relaxed_gpu(&local.epoch[slot_of(g, r)], 1);  // waits for no load
   if (r == 0) {
     local.barrier = 0;
     local.num_taken = 0;
