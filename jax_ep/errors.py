@@ -1,5 +1,6 @@
 """Errors that CUDA kernels record: raised by `check`, printed by a watcher."""
 
+import contextlib
 import sys
 import threading
 
@@ -29,8 +30,9 @@ def check() -> None:
     group. On CPU the operations raise by themselves, and this does nothing.
 
     Raises:
-        RuntimeError: the record in words: the operation, the rank, the rank it waited for, and the
-            epochs (calls of this pair of ranks) that it expected and saw.
+        RuntimeError: the record in words: the operation, the device, the device it waited for, and
+            why the wait ended; where it timed out also the epochs (calls of this pair of devices)
+            that it expected and saw.
     """
     error = None if _native.cuda is None else _native.cuda.recorded_error()
     if error is not None:
@@ -71,4 +73,5 @@ class Watcher:
 
 
 def _print(line: str) -> None:
-    print(f"jax_ep: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # stderr is closed; who watches goes on
+        print(f"jax_ep: {line}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import os
 import threading
 import warnings
 
@@ -16,6 +17,7 @@ from jax_ep.join import Attempt
 _path = environment.path()
 _recordable = True  # whether XLA may record calls in command buffers; fixed at registration
 _connected = False
+_process_id = os.getpid()  # of the process that has set up; a forked child shares its memory
 _set_up_lock = threading.Lock()  # programs may be lowered by several threads
 _watcher: Watcher | None = None  # None: no CUDA device is set up
 # One array a device, in XLA's pool. While they live XLA does not give back the part of the pool
@@ -109,9 +111,9 @@ def finalize() -> None:
     """Leaves the processes' group; also called at interpreter exit. Harmless if there is none.
 
     In any order with ``jax.distributed.shutdown()``. Calls of other processes that wait for this
-    one end with an error that says so (CPU) or at their timeout (CUDA). No operation may be started
-    while it runs; the CUDA devices are given time to end theirs. Then the peers' memory is
-    unmapped, and the error that ``check`` raises is forgotten.
+    one end with an error that says so, on CUDA within a second or two. No operation may be started
+    while it runs; the CUDA devices are given both timeouts to end theirs. Then the peers' memory is
+    unmapped, and the error that ``check`` raises is forgotten. In a forked child it does nothing.
 
     Later calls fail with an error that says what to do, and work again after ``initialize()``.
     Where XLA replays a program from a command buffer, no code of ours runs that could raise: there
@@ -120,7 +122,8 @@ def finalize() -> None:
     MB a device) and the staging region stay allocated until the process ends.
     """
     atexit.unregister(finalize)
-    _leave()
+    if _process_id == os.getpid():
+        _leave()
 
 
 def _leave() -> None:
@@ -131,6 +134,8 @@ def _leave() -> None:
 
 
 def _finalize_at_exit() -> None:
+    global _process_id
+    _process_id = os.getpid()
     atexit.unregister(finalize)
     atexit.register(finalize)
 

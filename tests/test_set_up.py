@@ -99,6 +99,29 @@ def test_watcher_goes_on_after_an_error(
     assert capfd.readouterr().err == f"jax_ep: {RECORD}\njax_ep: process 1 has died\n"
 
 
+def test_watcher_goes_on_without_stderr(
+    cuda: FakeCuda, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(os.devnull, "w") as closed:
+        pass
+    monkeypatch.setattr(sys, "stderr", closed)
+    cuda.news = ["process 1 has died"]
+    wait_for_look(cuda)
+    wait_for_look(cuda)  # a second one, after that which printed
+    assert watcher._thread.is_alive()
+
+
+def test_a_forked_child_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its exit would tell the peers that the parent has left, whose memory it shares."""
+    left: list[bool] = []
+    monkeypatch.setattr(runtime, "_leave", lambda: left.append(True))
+    jax_ep.finalize()
+    assert left == [True]
+    monkeypatch.setattr(runtime.os, "getpid", lambda: 1)
+    jax_ep.finalize()
+    assert left == [True]
+
+
 def test_watcher_takes_a_last_look(
     cuda: FakeCuda, watcher: Watcher, capfd: pytest.CaptureFixture[str]
 ) -> None:
