@@ -21,6 +21,8 @@
 //           all blocks of that are done.
 // Progress: [C1] and [C2] wait for nothing; who uses the barrier has all its blocks resident.
 // Failure:  a block that does not come to the barrier: as give_up.cuh says.
+// Limits:   a refused call still raises its entries at peers ([V1], leave.cuh): one of another group
+//           whose call fails then may wait out [L2]'s bound for it, and name it, for nothing.
 #ifndef JAX_EP_CUDA_SYNC_GRID_CUH_
 #define JAX_EP_CUDA_SYNC_GRID_CUH_
 

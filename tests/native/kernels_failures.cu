@@ -1,4 +1,5 @@
-// Calls that cannot end well: a rank that never comes, and one that stops on the way.
+// Calls that cannot end well: a rank that never comes, one that stops on the way, one that is still
+// inside when a call has failed.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "cuda/sync/give_up.cuh"
+#include "cuda/sync/leave.cuh"
 #include "tests/native/check_cuda.h"
 #include "tests/native/kernels_compare.h"
 #include "tests/native/kernels_test.h"
@@ -52,20 +54,124 @@ __global__ void AwaitWord(const volatile uint64_t* word) {
   }
 }
 
+// By the host, while kernels run.
+template <typename T>
+T Load(const Group& group, const T* from) {
+  const cudaStream_t stream = group.stream(kMaxRanks - 1);
+  T value;
+  CHECK_CUDA(cudaMemcpyAsync(&value, from, sizeof value, cudaMemcpyDeviceToHost, stream));
+  CHECK_CUDA(cudaStreamSynchronize(stream));
+  return value;
+}
+template <typename T>
+void Store(const Group& group, T* to, const T& value) {
+  const cudaStream_t stream = group.stream(kMaxRanks - 1);
+  CHECK_CUDA(cudaMemcpyAsync(to, &value, sizeof value, cudaMemcpyHostToDevice, stream));
+  CHECK_CUDA(cudaStreamSynchronize(stream));
+}
+
 // By the host: until a word of a control block is as it is to be, which it must become soon.
 template <typename IsRight>
 void AwaitOnHost(const Group& group, const uint64_t* word, const IsRight& is_right) {
   const auto start = std::chrono::steady_clock::now();
-  while (std::chrono::steady_clock::now() - start < std::chrono::seconds(20)) {
-    uint64_t value = 0;
-    CHECK_CUDA(cudaMemcpyAsync(&value, word, sizeof value, cudaMemcpyDeviceToHost,
-                               group.stream(kMaxRanks - 1)));
-    CHECK_CUDA(cudaStreamSynchronize(group.stream(kMaxRanks - 1)));
-    if (is_right(value)) return;
+  while (std::chrono::steady_clock::now() - start < std::chrono::seconds(10)) {
+    if (is_right(Load(group, word))) return;
   }
   REQUIRE(false, "a word of a control block");
 }
 const auto kIsSet = [](uint64_t value) { return value != 0; };
+
+// What the host writes when the process of a slot's device has died.
+void MarkGone(ErrorRecord& record, int slot) {
+  __atomic_store_n(&record.abort, uint64_t{1} + slot, __ATOMIC_RELEASE);
+}
+
+// The slots of peers that may still write when a call has ended.
+std::vector<int> NotLeft(const ErrorRecord& record) {
+  if (record.not_left == 0) return {};
+  return {static_cast<int>(record.not_left) - 1};
+}
+
+const OpKind kOperations[] = {OpKind::kLayout, OpKind::kDispatch, OpKind::kCombine,
+                              OpKind::kCombineGradient};
+
+void Launch(OpKind op, const GroupView& view, Buffers& b, const Data& d, int num_sms,
+            cudaStream_t stream) {
+  CHECK_CUDA(op == OpKind::kLayout     ? LaunchLayout(view, b.Layout(d), num_sms, stream)
+             : op == OpKind::kCombine  ? LaunchCombine(view, b.Combine(d), num_sms, stream)
+             : op == OpKind::kDispatch ? LaunchDispatch(view, b.Dispatch(d), num_sms, stream)
+                                       : LaunchDispatch(view, b.Gradient(d), num_sms, stream));
+}
+
+// What a rank that has these buffers sends its peers in its first call.
+StartMail MailOf(OpKind op, Buffers& b, uint64_t operation) {
+  StartMail mail{};
+  for (Shown& shown : mail.shown) shown.epoch = 1;
+  const auto show = [&](int i, const void* address) {
+    mail.shown[i].value = reinterpret_cast<uint64_t>(address);
+  };
+  switch (op) {
+    case OpKind::kLayout:
+      show(0, b.ids.get());
+      break;
+    case OpKind::kDispatch:
+      show(0, b.tokens.get());
+      show(1, b.weights.get());
+      break;
+    case OpKind::kCombine:
+      show(0, b.partial.get());
+      show(1, b.collected.get());
+      break;
+    case OpKind::kCombineGradient:
+      show(0, b.d_y.get());
+      break;
+  }
+  mail.shown[kNumAddresses].value = operation;
+  return mail;
+}
+
+// The outputs of a call that has failed.
+void RequireFilled(OpKind op, const Buffers& b, const Data& d) {
+  switch (op) {
+    case OpKind::kLayout:
+      REQUIRE(AllAre(b.recv_src.Read(), -1) && AllAre(b.expert_load.Read(), 0), "layout");
+      break;
+    case OpKind::kDispatch:
+      REQUIRE(AllOnes(b.tokens.Read(), d.type) && AllNan(b.weights.Read()), "dispatch: not NaN");
+      break;
+    case OpKind::kCombine:
+      REQUIRE(AllOnes(b.out.Read(), d.type) && AllNan(b.collected.Read()), "combine: not NaN");
+      break;
+    case OpKind::kCombineGradient:
+      REQUIRE(AllOnes(b.d_y.Read(), d.type) && AllNan(b.d_weights.Read()), "gradient: not NaN");
+      break;
+  }
+}
+
+// All that peers may write in a call.
+constexpr int kOverwritten = 0x5a;
+void OverwriteWhatPeersWrite(Buffers& b, cudaStream_t stream) {
+  for (Buffer<uint8_t>* rows : {&b.tokens, &b.partial, &b.d_y}) rows->Fill(kOverwritten, stream);
+  for (Buffer<float>* values : {&b.weights, &b.collected, &b.d_weights}) {
+    values->Fill(kOverwritten, stream);
+  }
+}
+void RequireStillOverwritten(OpKind op, const Buffers& b) {
+  const auto is_still = [](const void* data, size_t num_bytes) {
+    const auto* bytes = static_cast<const uint8_t*>(data);
+    return std::all_of(bytes, bytes + num_bytes, [](uint8_t v) { return v == kOverwritten; });
+  };
+  const int number = static_cast<int>(op);
+  for (const Buffer<uint8_t>* each : {&b.tokens, &b.partial, &b.d_y}) {
+    const std::vector<uint8_t> rows = each->Read();
+    REQUIRE(is_still(rows.data(), rows.size()), "operation %d: a peer has written rows", number);
+  }
+  for (const Buffer<float>* each : {&b.weights, &b.collected, &b.d_weights}) {
+    const std::vector<float> values = each->Read();
+    REQUIRE(is_still(values.data(), values.size() * sizeof(float)),
+            "operation %d: a peer has written values", number);
+  }
+}
 
 const Case kSmall{16, 2, 2, 1, 64, RowType::kBF16, Routing::kUniform, 100, true, true};
 
@@ -76,59 +182,27 @@ const Case kSmall{16, 2, 2, 1, 64, RowType::kBF16, Routing::kUniform, 100, true,
 // its timeout and leaves NaN, a layout -1 and 0. One block has all units, which is more than its
 // rings and tables hold at once.
 void TestBreakOnTheWay(int num_tokens, uint64_t num_units) {
-  enum Op { kLayout, kDispatch, kCombine, kGradient };
   const Case c{num_tokens, 2, 2, 1, 64, RowType::kBF16, Routing::kUniform, 100, true, true};
   const Data d = MakeData(c, 2, 11);
   Buffers b(d, 0), other(d, 1);
-  for (const Op op : {kDispatch, kCombine, kGradient, kLayout}) {
+  for (const OpKind op : kOperations) {
     const Group group;  // of its own: it will be broken
     const GroupView view = group.View(0, 2, 5, kSecond / 2);
     group.error(0).arrival_timeout_ns = 60 * kSecond;  // it has come
     b.WriteTables(d, 0);
     b.ClearResults();
-    jax_ep::gpu::StartMail mail{};
-    for (auto& shown : mail.shown) shown.epoch = 1;
-    if (op == kDispatch) {
-      mail.shown[0].value = reinterpret_cast<uint64_t>(other.tokens.get());
-      mail.shown[1].value = reinterpret_cast<uint64_t>(other.weights.get());
-    } else if (op == kCombine) {
-      mail.shown[0].value = reinterpret_cast<uint64_t>(other.partial.get());
-      mail.shown[1].value = reinterpret_cast<uint64_t>(other.collected.get());
-    } else if (op == kGradient) {
-      mail.shown[0].value = reinterpret_cast<uint64_t>(other.d_y.get());
-    } else {
-      mail.shown[0].value = reinterpret_cast<uint64_t>(other.ids.get());
-    }
-    mail.shown[jax_ep::gpu::kNumAddresses].value = view.operation;
-    const int slot = view.peer[1].slot_here;
-    CHECK_CUDA(cudaMemcpy(&view.control->start[slot], &mail, sizeof(mail), cudaMemcpyHostToDevice));
-    const uint64_t progress = jax_ep::gpu::progress_of(1, num_units);
-    CHECK_CUDA(cudaMemcpy(&view.control->progress[slot][0], &progress, sizeof(progress),
-                          cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaDeviceSynchronize());
-    if (op == kLayout) {
-      CHECK_CUDA(jax_ep::gpu::LaunchLayout(view, b.Layout(d), 1, group.stream(0)));
-    } else if (op == kCombine) {
-      CHECK_CUDA(jax_ep::gpu::LaunchCombine(view, b.Combine(d), 1, group.stream(0)));
-    } else {
-      CHECK_CUDA(jax_ep::gpu::LaunchDispatch(view, op == kDispatch ? b.Dispatch(d) : b.Gradient(d),
-                                             1, group.stream(0)));
-    }
+    Store(group, &view.control->start[1], MailOf(op, other, view.operation));
+    Store(group, &view.control->progress[1][0], progress_of(1, num_units));
+    Launch(op, view, b, d, 1, group.stream(0));
     SynchronizeOrDie(group.stream(0));
     const ErrorRecord& e = group.error(0);
-    const uint32_t phase = op == kLayout ? jax_ep::gpu::kEnd : jax_ep::gpu::kProgress;
+    const uint32_t phase = op == OpKind::kLayout ? kEnd : kProgress;
     REQUIRE(
         e.valid == 1 && e.peer_slot == 1 && e.phase == phase && e.kind == static_cast<uint32_t>(op),
-        "operation %d: kind %u, peer %d, phase %u", op, e.kind, e.peer_slot, e.phase);
-    if (op == kDispatch) {
-      REQUIRE(AllOnes(b.tokens.Read(), d.type) && AllNan(b.weights.Read()), "dispatch: not NaN");
-    } else if (op == kCombine) {
-      REQUIRE(AllOnes(b.out.Read(), d.type) && AllNan(b.collected.Read()), "combine: not NaN");
-    } else if (op == kGradient) {
-      REQUIRE(AllOnes(b.d_y.Read(), d.type) && AllNan(b.d_weights.Read()), "gradient: not NaN");
-    } else {
-      REQUIRE(AllAre(b.recv_src.Read(), -1) && AllAre(b.expert_load.Read(), 0), "layout");
-    }
+        "operation %d: kind %u, peer %d, phase %u", static_cast<int>(op), e.kind, e.peer_slot,
+        e.phase);
+    RequireFilled(op, b, d);
   }
 }
 
@@ -150,8 +224,7 @@ void TestStall(int num_sms) {
   CHECK_CUDA(cudaDeviceSynchronize());
 
   const auto start = now();
-  CHECK_CUDA(jax_ep::gpu::LaunchDispatch(group.View(0, 2, 1, timeout), b.Dispatch(d), num_sms,
-                                         group.stream(0)));
+  Launch(OpKind::kDispatch, group.View(0, 2, 1, timeout), b, d, num_sms, group.stream(0));
   CHECK_CUDA(cudaStreamSynchronize(group.stream(0)));
   const double waited = seconds(now() - start);
   REQUIRE(waited > 0.4 && waited < 20, "%.2f s, the timeout is 0.5 s", waited);
@@ -160,20 +233,17 @@ void TestStall(int num_sms) {
   REQUIRE(e.kind == 1 && e.slot == 0 && e.peer_slot == 1 && e.phase == 0,
           "kind %u, slot %d, peer %d, phase %u", e.kind, e.slot, e.peer_slot, e.phase);
   REQUIRE(e.expected_epoch == 1 && e.seen_epoch == 0, "epochs");
-  REQUIRE(AllOnes(b.tokens.Read(), d.type) && AllNan(b.weights.Read()), "dispatch: not NaN");
+  REQUIRE(NotLeft(e).empty(), "who has not come needs not leave");
+  RequireFilled(OpKind::kDispatch, b, d);
 
   const auto again = now();
-  CHECK_CUDA(jax_ep::gpu::LaunchCombine(group.View(0, 2, 2, 60 * kSecond), b.Combine(d), num_sms,
-                                        group.stream(0)));
-  CHECK_CUDA(jax_ep::gpu::LaunchDispatch(group.View(0, 2, 3, 60 * kSecond), b.Gradient(d), num_sms,
-                                         group.stream(0)));
-  CHECK_CUDA(jax_ep::gpu::LaunchLayout(group.View(0, 2, 4, 60 * kSecond), b.Layout(d), num_sms,
-                                       group.stream(0)));
+  const OpKind later[] = {OpKind::kCombine, OpKind::kCombineGradient, OpKind::kLayout};
+  for (const OpKind op : later) {
+    Launch(op, group.View(0, 2, 2, 60 * kSecond), b, d, num_sms, group.stream(0));
+  }
   CHECK_CUDA(cudaStreamSynchronize(group.stream(0)));
   REQUIRE(seconds(now() - again) < 20, "calls after the timeout waited");
-  REQUIRE(AllOnes(b.out.Read(), d.type) && AllNan(b.collected.Read()), "combine: not NaN");
-  REQUIRE(AllOnes(b.d_y.Read(), d.type) && AllNan(b.d_weights.Read()), "gradient: not NaN");
-  REQUIRE(AllAre(b.recv_src.Read(), -1) && AllAre(b.expert_load.Read(), 0), "layout");
+  for (const OpKind op : later) RequireFilled(op, b, d);
   std::printf("NOTE: a missing rank was reported after %.2f s (timeout 0.5 s)\n", waited);
 }
 
@@ -187,54 +257,121 @@ void TestMemoryAfterTheEnd() {
   for (const OpKind op : {OpKind::kDispatch, OpKind::kCombine, OpKind::kCombineGradient}) {
     const Group group;  // of its own: it will be broken
     const auto launch = [&](int r, uint64_t timeout) {
-      Buffers& b = *buffers[r];
-      const GroupView view = group.View(r, 3, 5, timeout);
-      CHECK_CUDA(op == OpKind::kCombine ? LaunchCombine(view, b.Combine(d), 2, group.stream(r))
-                 : op == OpKind::kDispatch
-                     ? LaunchDispatch(view, b.Dispatch(d), 2, group.stream(r))
-                     : LaunchDispatch(view, b.Gradient(d), 2, group.stream(r)));
+      Launch(op, group.View(r, 3, 5, timeout), *buffers[r], d, 2, group.stream(r));
     };
     for (int r = 0; r < 3; ++r) buffers[r]->WriteTables(d, r);
     CHECK_CUDA(cudaDeviceSynchronize());
     launch(1, 60 * kSecond);
     launch(0, kSecond / 5);
-    Buffers& mine = *buffers[0];
-    Buffer<uint8_t>* const rows[] = {&mine.tokens, &mine.partial, &mine.d_y};
-    Buffer<float>* const values[] = {&mine.weights, &mine.collected, &mine.d_weights};
-    for (Buffer<uint8_t>* each : rows) each->Fill(0x5a, group.stream(0));
-    for (Buffer<float>* each : values) each->Fill(0x5a, group.stream(0));
+    OverwriteWhatPeersWrite(*buffers[0], group.stream(0));
     AwaitWord<<<1, 1, 0, group.stream(2)>>>(&group.control(2)->given_up);
     CHECK_CUDA(cudaGetLastError());
     launch(2, 60 * kSecond);
     for (int r = 0; r < 3; ++r) SynchronizeOrDie(group.stream(r));
 
-    const int number = static_cast<int>(op);
-    for (Buffer<uint8_t>* each : rows) {
-      const std::vector<uint8_t> bytes = each->Read();
-      REQUIRE(std::all_of(bytes.begin(), bytes.end(), [](uint8_t v) { return v == 0x5a; }),
-              "operation %d: rows were written after the call's end", number);
-    }
-    for (Buffer<float>* each : values) {
-      std::vector<float> all = each->Read();
-      const auto* bytes = reinterpret_cast<const uint8_t*>(all.data());
-      REQUIRE(std::all_of(bytes, bytes + all.size() * 4, [](uint8_t v) { return v == 0x5a; }),
-              "operation %d: values were written after the call's end", number);
-    }
+    RequireStillOverwritten(op, *buffers[0]);
     for (int r = 1; r < 3; ++r) {
-      Buffers& b = *buffers[r];
-      REQUIRE(AllOnes(op == OpKind::kDispatch  ? b.tokens.Read()
-                      : op == OpKind::kCombine ? b.out.Read()
-                                               : b.d_y.Read(),
-                      d.type),
-              "operation %d: rank %d: not NaN", number, r);
+      RequireFilled(op, *buffers[r], d);
       const ErrorRecord& e = group.error(r);
       REQUIRE(e.valid == 1 && e.phase == kToldByPeer && e.slot == r && e.peer_slot == 0 &&
                   e.seen_epoch == 2,
-              "operation %d: slot %d, phase %u, peer %d", number, e.slot, e.phase, e.peer_slot);
+              "operation %d: slot %d, phase %u, peer %d", static_cast<int>(op), e.slot, e.phase,
+              e.peer_slot);
     }
     const ErrorRecord& e = group.error(0);
     REQUIRE(e.valid == 1 && e.phase == kStart && e.peer_slot == 2, "phase %u", e.phase);
-    for (int r = 0; r < 3; ++r) REQUIRE(group.error(r).not_left == 0, "rank %d", r);
+    for (int r = 0; r < 3; ++r) REQUIRE(NotLeft(group.error(r)).empty(), "rank %d", r);
+  }
+}
+
+// Rank 0 has left its failed call and shut its door, of which rank 1 has heard nothing else: rank 0's
+// start mail is there, and `given_up` is not set. Rank 1 writes nothing, and ends at once.
+void TestShutDoor() {
+  const Data d = MakeData(kSmall, 2, 31);
+  Buffers b(d, 1), other(d, 0);
+  for (const OpKind op : kOperations) {
+    const Group group;  // of its own: it will be broken
+    const int number = static_cast<int>(op);
+    const GroupView view = group.View(1, 2, 5, kSecond / 2);
+    b.WriteTables(d, 1);
+    b.ClearResults();
+    OverwriteWhatPeersWrite(other, group.stream(0));
+    CHECK_CUDA(cudaDeviceSynchronize());
+    Store(group, &view.control->start[0], MailOf(op, other, view.operation));
+    Store(group, &view.control->entry[0].entered, kShut);
+    Launch(op, view, b, d, 4, group.stream(1));
+    SynchronizeOrDie(group.stream(1));
+    RequireStillOverwritten(op, other);
+    RequireFilled(op, b, d);
+    const ErrorRecord& e = group.error(1);
+    REQUIRE(e.valid == 1 && e.phase == kToldByPeer && e.slot == 1 && e.peer_slot == 0,
+            "operation %d: slot %d, phase %u, peer %d", number, e.slot, e.phase, e.peer_slot);
+    REQUIRE(NotLeft(e).empty(), "operation %d: rank 0 has not been inside", number);
+  }
+}
+
+// Rank 1 has entered rank 0's call, as its entry says, when that fails by its timeout: the kernel
+// ends, and fills its outputs, only when rank 1 is out, by one of its signs; when the host says that
+// it has died; or when it has waited for long, and says so.
+void TestWaitForWhoIsInside() {
+  enum Sign { kEndMail, kAllUnits, kGone, kNone };
+  const Data d = MakeData(kSmall, 2, 37);
+  Buffers b(d, 0);
+  const auto now = [] { return std::chrono::steady_clock::now(); };
+  for (const OpKind op : kOperations) {
+    for (const Sign sign : {kEndMail, kAllUnits, kGone, kNone}) {
+      const bool tells_units = op != OpKind::kLayout;
+      if (sign == kAllUnits && !tells_units) continue;
+      const Group group;  // of its own: it will be broken
+      const int number = static_cast<int>(op);
+      const cudaStream_t stream = group.stream(0);
+      ControlBlock *own = group.control(0), *peer = group.control(1);
+      ErrorRecord& e = group.error(0);
+      b.WriteTables(d, 0);
+      b.ClearResults();
+      CHECK_CUDA(cudaDeviceSynchronize());
+      Store(group, &peer->entry[0].entered, uint64_t{1});
+      const auto start = now();
+      Launch(op, group.View(0, 2, 5, kSecond / 5), b, d, 4, stream);
+      AwaitOnHost(group, &peer->entry[0].entered, [](uint64_t v) { return v == (kShut | 1); });
+      // Before it waits it has entered rank 1's memory, told why it ends, and left.
+      REQUIRE(Load(group, &own->entry[1].entered) == 1, "operation %d: [V1]", number);
+      REQUIRE(Load(group, &peer->given_up) == given_up_of(0, 1), "operation %d: told", number);
+      REQUIRE(Load(group, &peer->end[0].epoch) == 1, "operation %d: [L1]", number);
+      REQUIRE(__atomic_load_n(&e.valid, __ATOMIC_ACQUIRE) == 1 && e.phase == kStart &&
+                  e.slot == 0 && e.peer_slot == 1,
+              "operation %d: phase %u, peer %d", number, e.phase, e.peer_slot);
+
+      MarkGone(e, 2);                               // which is not waited for
+      OverwriteWhatPeersWrite(b, group.stream(1));  // as rank 1 may
+      const auto waits = now();
+      bool has_waited = true;
+      while (has_waited && now() - waits < std::chrono::milliseconds(300)) {
+        has_waited = cudaStreamQuery(stream) == cudaErrorNotReady;
+      }
+      REQUIRE(has_waited, "operation %d: has ended while a peer was inside", number);
+      CHECK_CUDA(cudaStreamSynchronize(group.stream(1)));
+      if (sign == kEndMail) {
+        Store(group, &own->end[1].epoch, uint64_t{1});
+      } else if (sign == kAllUnits) {
+        const std::vector<uint64_t> all(kMaxBlocks, progress_of(1, kMaxUnitsPerBlock));
+        CHECK_CUDA(cudaMemcpyAsync(own->progress[1], all.data(), kMaxBlocks * sizeof(uint64_t),
+                                   cudaMemcpyHostToDevice, group.stream(1)));
+        CHECK_CUDA(cudaStreamSynchronize(group.stream(1)));
+      } else if (sign == kGone) {
+        MarkGone(e, 1);
+      }
+      SynchronizeOrDie(stream);
+      const double took = std::chrono::duration<double>(now() - start).count();
+      const double least = (kSecond / 5 + kLeaveTimeoutNs) / 1e9;
+      REQUIRE(sign != kNone || (took > 0.95 * least && took < least + 10),
+              "operation %d: took %.2f s, the timeouts are %.2f s", number, took, least);
+      // Nobody, if the wait has ended by the sign, and not by its timeout.
+      const std::vector<int> not_left = sign == kNone ? std::vector<int>{1} : std::vector<int>{};
+      REQUIRE(NotLeft(e) == not_left, "operation %d, sign %d: %zu have not left", number, sign,
+              NotLeft(e).size());
+      RequireFilled(op, b, d);
+    }
   }
 }
 
@@ -253,10 +390,7 @@ void TestBreakBeforeTheEnd() {
     const GroupView view = group.View(0, 1, 1, 60 * kSecond);
     CHECK_CUDA(LaunchDispatch(view, b.Dispatch(d), 1, group.stream(0)));
     AwaitOnHost(group, &local.running, kIsSet);
-    const uint64_t given_up = given_up_of(3, 4);
-    CHECK_CUDA(
-        cudaMemcpyAsync(word, &given_up, sizeof given_up, cudaMemcpyHostToDevice, group.stream(1)));
-    CHECK_CUDA(cudaStreamSynchronize(group.stream(1)));
+    Store(group, word, given_up_of(3, 4));
     REQUIRE(cudaStreamQuery(group.stream(0)) == cudaErrorNotReady, "the call was too short");
     SynchronizeOrDie(group.stream(0));
     REQUIRE(AllOnes(b.tokens.Read(), d.type) && AllNan(b.weights.Read()), "not NaN");
@@ -287,11 +421,11 @@ void TestDeath() {
               e.waiting.kind == static_cast<uint32_t>(OpKind::kDispatch),
           "peer %d, phase %u", e.waiting.peer_slot, e.waiting.phase);
   const double before = seconds();
-  __atomic_store_n(&e.abort, 2, __ATOMIC_RELEASE);
+  MarkGone(e, 1);
   SynchronizeOrDie(group.stream(0));
   REQUIRE(seconds() - before < 5, "ended after %.2f s", seconds() - before);
   REQUIRE(e.valid == 1 && e.phase == kPeerDied && e.peer_slot == 1, "phase %u", e.phase);
-  REQUIRE(e.waiting.since == 0 && e.not_left == 0, "a wait is still shown");
+  REQUIRE(e.waiting.since == 0 && NotLeft(e).empty(), "a wait is still shown");
   REQUIRE(AllOnes(b.tokens.Read(), d.type) && AllNan(b.weights.Read()), "not NaN");
 }
 
@@ -316,7 +450,7 @@ void TestOtherGroup() {
   SynchronizeOrDie(group.stream(2));
   const ErrorRecord& e = group.error(2);
   REQUIRE(e.valid == 1 && e.phase == kToldByPeer && e.slot == 2 && e.peer_slot == 0 &&
-              e.seen_epoch == 1 && e.not_left == 0,
+              e.seen_epoch == 1 && NotLeft(e).empty(),
           "slot %d, phase %u, peer %d", e.slot, e.phase, e.peer_slot);
   REQUIRE(AllOnes(there.tokens.Read(), d.type) && AllNan(there.weights.Read()), "not NaN");
 }

@@ -108,11 +108,13 @@ int main(int argc, char** argv) {
   TestBreakOnTheWay(700, 0);
   TestBreakOnTheWay(700, 100);
   TestBreakOnTheWay(20000, 100);  // and a layout that reads ids again
+  TestShutDoor();
   if (run_together) {
     TestBreakBeforeTheEnd();
     TestDeath();
     TestOtherGroup();
     TestMemoryAfterTheEnd();
+    TestWaitForWhoIsInside();
     Group again;
     TestTwoAtOnce(again);
     again.SetUpAgain();

@@ -28,11 +28,15 @@ void PrintCase(const Data& d, const char* what, int num_sms);
 // A rank that never comes, and one that comes and then does nothing more.
 void TestStall(int num_sms);
 void TestBreakOnTheWay(int num_tokens, uint64_t num_units);
+// A rank that comes when its peer has left a call that has failed.
+void TestShutDoor();
 // For these, kernels of different streams have to run together.
 void TestBreakBeforeTheEnd();
 void TestDeath();
 void TestOtherGroup();
 void TestMemoryAfterTheEnd();
+// A rank that is in its peer's memory when that one's call fails.
+void TestWaitForWhoIsInside();
 // Two calls at once on rank 0 of two: both fail, before the second has told anybody anything, and so
 // does rank 1's. Afterwards the group is broken.
 void TestTwoAtOnce(const Group& group);
