@@ -283,8 +283,9 @@ def combine(y: Array, layout: Layout, weights: Array | None = _UNWEIGHTED) -> Ar
     Args:
         y: [C, H'], bfloat16, float16 or float32; its type and width may differ from x's. A row must
             be a multiple of 16 bytes. Padding and tail are never read.
-        layout: the layout that dispatched the rows. One of other axes, of another number of ranks
-            or another capacity is refused; y of another layout that agrees in all of these is not
+        layout: the layout that dispatched the rows. One of axes that the enclosing
+            shard_map does not have, of another number of ranks or another capacity is refused; y
+            of another layout that agrees in these, also over other axes of the mesh, is not
             recognised, for rows do not say where they come from.
         weights: [C], cast to float32, what ``dispatch`` returned as ``Dispatched.weights``. Left
             out, rows are summed as they are. None, which ``dispatch`` returns if it was not given

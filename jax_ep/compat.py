@@ -86,7 +86,8 @@ def cpu_client_threads(num_devices: int) -> int | None:
     """
     if tuple(map(int, jaxlib_version().split(".")[:2])) >= (0, 12):
         return None
-    threads = int(os.environ.get("NPROC", "0") or 0) or len(os.sched_getaffinity(0))
+    wanted = os.environ.get("NPROC", "")
+    threads = int(wanted) if wanted.isdecimal() and int(wanted) > 0 else len(os.sched_getaffinity(0))
     return max(threads, num_devices)
 
 

@@ -33,7 +33,12 @@ def require_valid_ids(
         num_experts=num_experts,
     )
     # Zero: what is computed from the sum waits for the callback.
-    zero: jax.Array = jax.pure_callback(report, jax.ShapeDtypeStruct((), jnp.int32), table)
+    zero: jax.Array = jax.pure_callback(
+        report,
+        jax.ShapeDtypeStruct((), jnp.int32),
+        table,
+        vmap_method="sequential",  # so that it is the primitives that refuse vmap
+    )
     return topk_idx + zero
 
 

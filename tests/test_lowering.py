@@ -547,6 +547,8 @@ def test_text_does_not_grow_with_the_pod(platform: str, shape: str) -> None:
         ]
         text = lower(gradients(sharded_layer(placement, mesh, case)), args, platform)
         assert len(calls(text)) == 4
+        # The all-reduce that JAX itself adds lists its groups, before 0.12.
+        text = re.sub(r"replica_groups = dense<[^>]*>", "", text)
         texts.add(re.sub(r"\d+", "0", text))
     assert len(texts) == 1
 

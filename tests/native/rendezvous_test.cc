@@ -465,6 +465,35 @@ void PeerThatComesMuchLater() {
   });
 }
 
+// Fails before its peers have heard of it.
+class ThrowingOp final : public CollectiveOp {
+ public:
+  explicit ThrowingOp(const Members& members) : sum_(members) {}
+  void Prepare(const PeerMemory&) override { throw std::runtime_error("no room"); }
+  std::vector<uint64_t> Published(int64_t rank) const override { return sum_.Published(rank); }
+  MaybeFailure Finish(const PeerMemory& peers) override { return sum_.Finish(peers); }
+
+ private:
+  SumOp sum_;
+};
+
+// Its peer does not wait for a rank that will never come.
+void PeerWhoseOperationThrows() {
+  InTwoProcesses([](int64_t process, pid_t, int) {
+    Rendezvous::Get().set_timeouts({std::chrono::hours(1), std::chrono::hours(1)});
+    const auto site = MakeSite({0, 1});
+    int64_t in = 5, out = -1;
+    Outcome outcome;
+    Rendezvous::Get().Arrive(site, 0, 0, Member{process, {&in}, {&out}, outcome.completion()},
+                             [process](const Members& members) -> std::unique_ptr<CollectiveOp> {
+                               if (process == 1) return std::make_unique<ThrowingOp>(members);
+                               return MakeSumOp(members);
+                             });
+    const MaybeFailure failure = outcome.Wait();
+    CHECK(failure && failure->message.find("no room") != std::string::npos);
+  });
+}
+
 // Stops its process before it reads the peer, who gives up meanwhile and reuses its buffer.
 class StoppingOp final : public CollectiveOp {
  public:
@@ -555,6 +584,7 @@ int main(int argc, char** argv) {
       // These fork, so they come before any thread.
       {"CallsAcrossProcesses", CallsAcrossProcesses},
       {"PeerThatComesMuchLater", PeerThatComesMuchLater},
+      {"PeerWhoseOperationThrows", PeerWhoseOperationThrows},
       {"PeerThatGivesUpWhileItIsRead", PeerThatGivesUpWhileItIsRead},
       {"SitesInRandomOrder", SitesInRandomOrder},
       {"LoopAtOneSite", LoopAtOneSite},

@@ -139,16 +139,18 @@ void ProcessGroup::Submit(const CallSite& site, const LaunchKey& launch, int64_t
       local.others.insert(processes[r]);
     }
   }
+  const auto fail = [&](const Failure& failure) {  // the others must hear of it too
+    GiveUp(launch, failure);
+    completion(failure);
+  };
   if (*local.others.rbegin() >= static_cast<int64_t>(peers_.size()) || *local.others.begin() < 0) {
-    completion(Failure{FailureCode::kFailedPrecondition,
-                       site.op + ": the mesh names a process that this job does not have"});
-    return;
+    return fail(Failure{FailureCode::kFailedPrecondition,
+                        site.op + ": the mesh names a process that this job does not have"});
   }
   try {
     op->Prepare(PeerView(local, peers_));
   } catch (const std::exception& e) {
-    completion(Failure{FailureCode::kInternal, site.op + ": " + e.what()});
-    return;
+    return fail(Failure{FailureCode::kInternal, site.op + ": " + e.what()});
   }
   const std::string published = Exchange::Publish(local.likeness, *op, own_ranks);
 
@@ -166,7 +168,7 @@ void ProcessGroup::Submit(const CallSite& site, const LaunchKey& launch, int64_t
   exchange->completion = std::move(completion);
   exchange->timeouts = timeouts;
   exchange->deadline = Clock::now() + timeouts.arrival;
-  exchange->notice = Clock::now() + timeouts.progress;
+  exchange->notice = Clock::now() + NoticeAfter(timeouts);
   MaybeFailure failure = FailureBefore(*exchange);
   if (!failure && !exchange->arrived.empty()) failure = Unlike(*exchange, local.likeness);
   exchange->likeness = local.likeness;

@@ -133,7 +133,7 @@ void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64
       fresh.members.resize(num_ranks);
       fresh.arrived.resize(num_ranks);
       fresh.deadline = Clock::now() + timeouts_.arrival;
-      fresh.notice = Clock::now() + timeouts_.progress;
+      fresh.notice = Clock::now() + NoticeAfter(timeouts_);
       queue.push_back(std::move(fresh));
       meeting = std::prev(queue.end());
     }
@@ -179,7 +179,9 @@ void Rendezvous::Arrive(std::shared_ptr<const CallSite> site, int64_t run, int64
   try {
     process_group->Submit(*site, launch, group, sizes_hash, std::move(op), timeouts(), complete);
   } catch (const std::exception& e) {
-    complete(Failure{FailureCode::kInternal, site->op + ": " + e.what()});
+    const Failure lost{FailureCode::kInternal, site->op + ": " + e.what()};
+    process_group->GiveUp(launch, lost);
+    complete(lost);
   }
 }
 
@@ -258,7 +260,8 @@ void Rendezvous::Watch() {
       if (oldest.notice <= now) {
         oldest.notice = Clock::time_point::max();
         Notice(oldest.site->op + " waits for rank " + ListRanks(oldest, group, false) +
-               " of group " + std::to_string(group) + ", of this process. " + advice_);
+               " of group " + std::to_string(group) + ", of this process" +
+               (advice_.empty() ? "" : ". " + advice_));
       }
       next_wake_ = std::min({next_wake_, oldest.deadline, oldest.notice});
     }
