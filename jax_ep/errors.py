@@ -18,7 +18,7 @@ def check() -> None:
     the device is in.
     ``jax.block_until_ready`` does not show it, so call ``check`` after it where NaN would go
     unnoticed, say before a checkpoint is written. The next call of an operation raises the error
-    too, and it is printed once to stderr within a second; neither happens by itself in a program
+    too, and it is printed to stderr within a second; neither happens by itself in a program
     that XLA replays from a command buffer, the printing does.
 
     After an error the results of the call that failed, and of what was computed from them, are NaN;
@@ -43,13 +43,14 @@ class Watcher:
     """Looks after kernels that wait, and prints what they record.
 
     When another process of the job has died it ends the waits for it. It prints that, and the first
-    error that a kernel records, once each. All this is in host memory that the kernels share: there
+    error that a kernel records, once each; the error again when its text has changed, since more
+    has been recorded. All this is in host memory that the kernels share: there
     is no call into CUDA.
     """
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
-        self._printed = False
+        self._printed: str | None = None
         self._thread = threading.Thread(target=self._watch, name="jax_ep watcher", daemon=True)
         self._thread.start()
 
@@ -60,9 +61,9 @@ class Watcher:
     def _look(self) -> None:
         for line in _native.cuda.watch():
             _print(line)
-        error = None if self._printed else _native.cuda.recorded_error()
-        if error is not None:
-            self._printed = True
+        error = _native.cuda.recorded_error()
+        if error is not None and error != self._printed:
+            self._printed = error
             _print(error)
 
     def stop(self) -> None:

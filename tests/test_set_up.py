@@ -87,6 +87,19 @@ def test_watcher_prints_once(
     assert capfd.readouterr().err == f"jax_ep: {RECORD}\n"
 
 
+def test_watcher_prints_again_what_has_changed(
+    cuda: FakeCuda, watcher: Watcher, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another device may record later that a peer may yet write to it."""
+    warned = f"{RECORD}; device 3 may yet write to arrays on device 1"
+    for record in (RECORD, warned):
+        cuda.record = record
+        wait_for_look(cuda)
+        wait_for_look(cuda)
+    watcher.stop()
+    assert capfd.readouterr().err == f"jax_ep: {RECORD}\njax_ep: {warned}\n"
+
+
 def test_watcher_goes_on_after_an_error(
     cuda: FakeCuda, watcher: Watcher, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -148,7 +148,7 @@ enum Phase : uint32_t {
   kNotResident,  // own blocks found no SM: their numbers in place of epochs
   kToldByPeer,   // the peer has given up: whom it has waited for in place of the epoch seen
   kTwoAtOnce,    // another call was running on this device
-  kPeerDied,     // the peer's process has died: the host's abort in place of the epoch seen
+  kPeerDied,     // the peer's process has died, or has left
 };
 
 // A wait that has lasted for kLongWaitNs and goes on, for the host to tell of.
@@ -161,9 +161,16 @@ struct Waiting {
 };
 inline constexpr uint64_t kLongWaitNs = uint64_t{1000} * 1000 * 1000;
 
+// A bit for each slot.
+inline constexpr int kSlotWords = (kMaxPeers + 63) / 64;
+JAX_EP_HOST_DEVICE constexpr int word_of(int slot) { return slot / 64; }
+JAX_EP_HOST_DEVICE constexpr uint64_t bit_of(int slot) { return uint64_t{1} << (slot % 64); }
+static_assert(word_of(kMaxPeers - 1) == kSlotWords - 1);
+
 // What a device and its host tell each other: lies in host-mapped memory. The device writes why it
 // has given up, once; the host writes how long to wait, and that a wait has to end, which holds for
 // replayed command buffers too. Devices are named by slot: an error may come from another group.
+// A word has one writer, who stores it: a device's atomic operations on host memory are none over PCIe.
 struct ErrorRecord {
   uint64_t valid;  // written last, but for not_left
   uint64_t operation;
@@ -173,12 +180,13 @@ struct ErrorRecord {
   uint32_t phase;     // a Phase
   uint64_t expected_epoch;
   uint64_t seen_epoch;
-  uint64_t not_left;  // 0, or 1 + the slot of a peer that may still write to this device's arrays
+  uint64_t not_left[kMaxPeers];  // by slot: 1 if it may still write to this device's arrays
   Waiting waiting;
   // Written by the host.
   uint64_t arrival_timeout_ns;   // for a peer to come
   uint64_t progress_timeout_ns;  // for a peer to go on, once it has come
-  uint64_t abort;                // 0, or 1 + the slot of a device whose process has died
+  uint64_t gone[kSlotWords];     // by slot, one bit each: its process has died, or has left
+  uint64_t given_up;             // what peers are told in place of calls that the host refuses
 };
 
 }  // namespace jax_ep::gpu

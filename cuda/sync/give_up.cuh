@@ -3,7 +3,7 @@
 // Protocol: A wait ends when what it is for has come, or
 //             when it has taken longer than its timeout: the arrival timeout for a peer that has not
 //               come to the call, the progress timeout for all else;
-//             when the host says that a process has died (`abort`);
+//             when the host says that the process of who is waited for has died (`gone`);
 //             when the group is broken on this device.
 //           Each of the first two breaks the group on this device, once: sets `broken`, writes the
 //           error record for the host, and tells the peers (`given_up`), who break their groups in
@@ -75,6 +75,11 @@ __device__ inline bool is_broken(const GroupView& g, OpKind kind) {
   return true;
 }
 
+// Whether the process of that device has died, or has left, as far as the host has said.
+__device__ inline bool is_gone(const GroupView& g, int slot) {
+  return (ld_relaxed_sys(&g.error->gone[word_of(slot)]) & bit_of(slot)) != 0;
+}
+
 // What a wait finds that has lasted for a millisecond more.
 struct Look {
   bool goes_on;   // false: the group is broken now
@@ -105,11 +110,10 @@ __device__ __noinline__ inline Look look_at_host(const GroupView& g, OpKind kind
                                                  uint32_t phase, uint64_t expected, uint64_t seen,
                                                  uint64_t start, uint64_t now, bool is_shown) {
   const ErrorRecord& host = *g.error;
-  const uint64_t abort = ld_relaxed_sys(&host.abort);
   const uint64_t timeout_ns =
       ld_relaxed_sys(phase == kStart ? &host.arrival_timeout_ns : &host.progress_timeout_ns);
-  if (abort != 0) {
-    break_group(g, kind, static_cast<int>(abort) - 1, kPeerDied, expected, abort);
+  if (is_gone(g, slot)) {
+    break_group(g, kind, slot, kPeerDied, expected, seen);
     return {false, is_shown};
   }
   if (now - start > timeout_ns) {

@@ -27,7 +27,8 @@
 // Failure:  [L2] ends after kLeaveTimeoutNs, which is far longer than that: then the peer stands
 //           still (its blocks find no SM, its GPU is given to another process, a debugger holds it),
 //           and may write when it goes on. The error record names it (`not_left`). The kernels of a
-//           process that has died have ended with it: it is not waited for, if the host has said so.
+//           process that has died, or has left, have ended: it is not waited for, if the host has
+//           said so (`gone`).
 // Limits:   peers reach this device's memory with atomic operations, as over NVLink.
 #ifndef JAX_EP_CUDA_SYNC_LEAVE_CUH_
 #define JAX_EP_CUDA_SYNC_LEAVE_CUH_
@@ -83,10 +84,9 @@ __device__ __noinline__ inline void see_peers_out(const GroupView& g, const NumU
     }
     const uint64_t start = globaltimer_ns();
     while (may_be_inside(entered, epoch) && !has_left(g, slot, epoch, num_units)) {  // [L2]
-      const uint64_t this_one = static_cast<uint64_t>(slot) + 1;
-      if (ld_relaxed_sys(&g.error->abort) == this_one) break;
+      if (is_gone(g, slot)) break;
       if (globaltimer_ns() - start <= kLeaveTimeoutNs) continue;
-      st_relaxed_sys(&g.error->not_left, this_one);
+      st_relaxed_sys(&g.error->not_left[slot], 1);
       break;
     }
   }

@@ -9,6 +9,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -16,7 +17,9 @@
 #include <filesystem>
 #include <functional>
 #include <future>
+#include <iterator>
 #include <optional>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -156,6 +159,12 @@ void OneProcess() {
     GroupCall call;
     const auto error = EnterGroup(site, 0, nullptr, {}, &call);
     CHECK(error.errc() == xla::ffi::ErrorCode::kDeadlineExceeded && error.message() == recorded);
+    // The other rank is told, for no kernel will; this one's own word is its peers' to write.
+    using jax_ep::gpu::given_up_of;
+    CHECK(second.control->given_up == given_up_of(0, 0) && first.control->given_up == 0);
+    CHECK(!EnterGroup(site, 1, nullptr, {}, &call).success());
+    CHECK(first.control->given_up == given_up_of(1, 0));
+    CHECK(second.control->given_up == given_up_of(0, 0));
   }
   const auto text_of = [&](jax_ep::gpu::Phase phase, uint64_t expected, uint64_t seen) {
     second.error->phase = phase;
@@ -181,9 +190,19 @@ void OneProcess() {
   CHECK(
       Contains(text_of(jax_ep::gpu::kPeerDied, 3, 1),
                "the process of device 0 has died, so device 1 waits for it no longer; the group"));
-  second.error->not_left = 1;
+  second.error->not_left[0] = 1;
   CHECK(Contains(text_of(jax_ep::gpu::kEnd, 3, 2),
                  "; device 0 stood still when told, and may yet write to arrays on device 1; "));
+  // Also if another device's record comes first.
+  first.error->peer_slot = 1;
+  first.error->not_left[1] = 1;
+  first.error->valid = 1;
+  CHECK(
+      Contains(Memory().RecordedError().value_or(""),
+               "jax_ep_layout: device 0 waited for device 1 to come until the timeout (expected "
+               "epoch 0, seen 0); device 1 stood still when told, and may yet write to arrays on "
+               "device 0; device 0 stood still when told, and may yet write to arrays on device 1; "
+               "the group is broken"));
   CHECK(Memory().Synchronize(std::chrono::seconds(10)));
   Memory().Release(true);
   Memory().Release(true);
@@ -342,6 +361,7 @@ void Staging() {
                  "jax_ep_test: the other ranks cannot reach the memory of a, b, c "
                  "(JAX_EP_PATH=staged), so the call needs 1280 bytes of staging "
                  "region, but device 0 has 1024"));
+  CHECK(view.peer[1].control->given_up == 0);  // this call failed, not the group
 
   GroupCall single;  // a group of one shows its buffers to nobody
   CHECK(EnterGroup(Site({0, 1}, 1), 1, nullptr, {{"in", in.data(), 1 << 20}}, &single).success());
@@ -506,6 +526,33 @@ void Death(const Link& link) {
   Memory().Release(true);
 }
 
+// Whether the device is told that these ranks, and no others, have gone.
+bool AreGone(const View& view, const std::set<int>& ranks) {
+  uint64_t expected[jax_ep::gpu::kSlotWords] = {};
+  for (int r : ranks) {
+    const int slot = view.peer[r].slot_here;
+    expected[jax_ep::gpu::word_of(slot)] |= jax_ep::gpu::bit_of(slot);
+  }
+  return std::equal(std::begin(expected), std::end(expected), view.error->gone);
+}
+
+// A process that stops its devices in vain does not say that it has left: they may still write.
+void ReleaseOfABusyDevice(const Link& link) {
+  char* const pool = MakePool();
+  Connect(link, pool, 4096, false);
+  const View view(kMembers, 0);
+  link.Meet();
+  if (link.process == 1) Memory().Release(false);
+  link.Meet();
+  if (link.process == 0) {
+    view.error->waiting.peer_slot = view.peer[2].slot_here;
+    view.error->waiting.since = 1;
+    CHECK(Memory().Watch().empty() && AreGone(view, {}));
+    Memory().Release(true);
+  }
+  link.Meet();
+}
+
 // How another process is seen to have gone, which `last` is the last to do.
 void Departure(const Link& link, const std::function<void()>& last, bool is_death) {
   char* const pool = MakePool();
@@ -525,23 +572,23 @@ void Departure(const Link& link, const std::function<void()>& last, bool is_deat
   if (is_death) {
     CHECK(news.size() == 1 && Contains(news[0], "process 1 (pid " + std::to_string(other) +
                                                     ") has died; calls that wait"));
-    const uint64_t slot = first.peer[2].slot_here;
-    CHECK(first.error->abort == 1 + slot && second.error->abort == 1 + slot);
+    CHECK(AreGone(first, {2, 3}) && AreGone(second, {2, 3}));
   } else {
-    CHECK(news.empty() && first.error->abort == 0 && second.error->abort == 0);
+    CHECK(news.empty() && AreGone(first, {}) && AreGone(second, {}));
     // A wait for it, which has gone for good, ends.
     first.error->waiting.peer_slot = first.peer[3].slot_here;
     first.error->waiting.since = 1;
     CHECK(Memory().Watch().empty());
-    CHECK(first.error->abort == 1 + uint64_t(first.peer[3].slot_here));
+    CHECK(AreGone(first, {2, 3}) && AreGone(second, {2, 3}));
   }
-  CHECK(Memory().Watch().empty());  // said already
+  CHECK(!Memory().RecordedError());  // that is the kernels' to do
+  CHECK(Memory().Watch().empty());   // said already
   Memory().Release(true);
   CHECK(Memory().Watch().empty());
   // The peer's pidfd and its page, and this one's page, are closed; the pidfd above is open.
   CHECK(NumDescriptors() <= num_descriptors - 3 + 1);
   Memory().Setup(0, 2, {0, 1}, {0, 1}, 0, false);
-  CHECK(View({0, 1}, 0).error->abort == 0);
+  CHECK(AreGone(View({0, 1}, 0), {}));
   Memory().Release(true);
 }
 
@@ -648,6 +695,7 @@ int main() {
   });
   Run("a process ends without leaving",
       [] { InTwoProcesses([](const Link& link) { Departure(link, [] {}, true); }); });
+  Run("a busy device is released", [] { InTwoProcesses(ReleaseOfABusyDevice); });
   Run("a process leaves", [] {
     InTwoProcesses(
         [](const Link& link) { Departure(link, [] { Memory().Release(true); }, false); });

@@ -12,6 +12,16 @@ constexpr int kPoison = 0xff;
 
 std::atomic<bool> g_poison_outputs{false};
 
+// In place of a kernel, for the other ranks not to wait for it until the arrival timeout: `given_up`
+// is in host-mapped memory that stays. When a copy fails, they wait.
+void TellGivenUp(const gpu::GroupView& group, const uint64_t* given_up, cudaStream_t stream) {
+  for (int r = 0; r < group.num_ranks; ++r) {
+    if (r == group.rank) continue;
+    (void)cudaMemcpyAsync(&group.peer[r].control->given_up, given_up, sizeof *given_up,
+                          cudaMemcpyDefault, stream);
+  }
+}
+
 }  // namespace
 
 ffi::TypeId CudaSiteState::id = {};
@@ -50,9 +60,6 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t 
   const auto fail = [&](const std::string& what) {
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition, std::string(state.op) + ": " + what);
   };
-  if (auto error = memory.RecordedError()) {
-    return {ffi::ErrorCode::kDeadlineExceeded, *error};
-  }
   const int64_t own = memory.Member(ordinal);
   if (own < 0) {
     return fail("CUDA device " + std::to_string(ordinal) +
@@ -74,6 +81,10 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t 
   StagingRegion staging;
   if (auto error = memory.FillGroup(members, num_ranks, ordinal, call, &staging)) {
     return fail(*error);
+  }
+  if (const uint64_t* given_up = memory.GivenUp(ordinal)) {
+    TellGivenUp(*call, given_up, stream);
+    return {ffi::ErrorCode::kDeadlineExceeded, memory.RecordedError().value_or("")};
   }
   // Ranks share the work by block, so their grids must be equal.
   call->operation = state.operation + static_cast<uint64_t>(NumSms(ordinal, 0));

@@ -103,7 +103,7 @@ class GroupCall : public gpu::GroupView {
 };
 
 // Begins a call: makes the buffers reachable for the group's other ranks, or stages them, and fills
-// the view. Fails if a kernel has recorded an error.
+// the view. Fails if a kernel has recorded an error, and tells the other ranks.
 xla::ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t stream,
                            std::initializer_list<SharedBuffer> buffers, GroupCall* call);
 

@@ -121,7 +121,11 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
                             const std::vector<int>& ordinals, size_t staging_bytes,
                             bool staged_only) {
   std::lock_guard<std::mutex> set_up_lock(set_up_mutex_);
-  std::vector<Device> devices = devices_;  // nobody changes them meanwhile
+  std::vector<Device> devices;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    devices = devices_;  // no others come meanwhile
+  }
   const bool is_new = devices.empty();
   bool changed = is_new;
   if (is_new) {
@@ -207,7 +211,7 @@ void SymmetricMemory::Release(bool devices_have_ended) {
     devices.swap(devices_);
     remote.swap(remote_);
     peers_.clear();
-    if (presence_ != nullptr) presence_->Leave();
+    if (presence_ != nullptr && devices_have_ended) presence_->Leave();
     presence_ = nullptr;
     descriptors.swap(descriptors_);
     slot_.clear();

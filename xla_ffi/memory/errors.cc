@@ -21,65 +21,84 @@ const char* SymmetricMemory::OperationName(uint32_t kind) {
   return kKinds[kind % std::size(kKinds)];
 }
 
-std::optional<std::string> SymmetricMemory::RecordedError() {
-  std::lock_guard<std::mutex> lock(mutex_);
+const gpu::ErrorRecord* SymmetricMemory::FirstRecord() const {
   for (const Device& device : devices_) {
     const gpu::ErrorRecord* record = device.error.get();
-    if (__atomic_load_n(&record->valid, __ATOMIC_ACQUIRE) == 0) continue;
-    const std::string own = NameOfSlot(record->slot), peer = NameOfSlot(record->peer_slot);
-    std::ostringstream out;
-    out << OperationName(record->kind) << ": ";
-    const uint64_t expected = record->expected_epoch, seen = record->seen_epoch;
-    switch (record->phase) {
-      case gpu::kOtherCall:
-        out << own << " and " << peer << " are in different calls (operation " << std::hex
-            << expected << ", " << seen << ")";
-        break;
-      case gpu::kNotResident:
-        out << "on " << own << " only " << seen << " of " << expected
-            << " blocks got a streaming multiprocessor until the timeout: other work holds the "
-               "rest; pass a smaller num_sms to jax_ep.make_layout";
-        break;
-      case gpu::kToldByPeer:
-        out << own << " was told by " << peer << ", which has given up";
-        if (seen != static_cast<uint64_t>(record->peer_slot)) {
-          out << " on " << NameOfSlot(static_cast<int>(seen));
-        }
-        out << " and says why";
-        break;
-      case gpu::kProgress:
-        out << own << " waited for " << peer << " to finish until the timeout (expected epoch "
-            << gpu::epoch_of(expected) << ", seen " << gpu::epoch_of(seen) << " with "
-            << gpu::units_of(seen, gpu::epoch_of(expected)) << " of "
-            << gpu::units_of(expected, gpu::epoch_of(expected))
-            << " steps; if several processes share that GPU, pass a smaller num_sms to "
-               "jax_ep.make_layout)";
-        break;
-      case gpu::kTwoAtOnce:
-        out << own
-            << " found another call running, where calls of a device must follow one another. A "
-               "program with a compiler option xla_gpu_command_buffer_scheduling_mode of its own "
-               "may run them at once: set that in XLA_FLAGS instead, before jax_ep is imported";
-        break;
-      case gpu::kPeerDied:
-        out << "the process of " << peer << (HasLeft(record->peer_slot) ? " has left" : " has died")
-            << ", so " << own << " waits for it no longer";
-        break;
-      default:
-        out << own << " waited for " << peer << " to "
-            << (record->phase == gpu::kStart ? "come" : "finish")
-            << " until the timeout (expected epoch " << expected << ", seen " << seen << ")";
-    }
-    if (const uint64_t not_left = __atomic_load_n(&record->not_left, __ATOMIC_ACQUIRE)) {
-      out << "; " << NameOfSlot(static_cast<int>(not_left) - 1)
-          << " stood still when told, and may yet write to arrays on " << own;
-    }
-    out << "; the group is broken, and later calls fail at once. Once all ranks can come again, "
-           "call jax_ep.finalize() and then jax_ep.initialize() in every process, or start the job "
-           "again";
-    return out.str();
+    if (__atomic_load_n(&record->valid, __ATOMIC_ACQUIRE) != 0) return record;
   }
-  return std::nullopt;
+  return nullptr;
+}
+
+const uint64_t* SymmetricMemory::GivenUp(int ordinal) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const gpu::ErrorRecord* record = FirstRecord();
+  const Device* own = FindLocal(ordinal);
+  if (record == nullptr || own == nullptr) return nullptr;
+  uint64_t* word = &own->error->given_up;
+  const uint64_t given_up = gpu::given_up_of(slot_.at(own->member), record->peer_slot);
+  __atomic_store_n(word, given_up, __ATOMIC_RELAXED);  // an earlier call's copy may read it
+  return word;
+}
+
+std::optional<std::string> SymmetricMemory::RecordedError() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const gpu::ErrorRecord* record = FirstRecord();
+  if (record == nullptr) return std::nullopt;
+  const std::string own = NameOfSlot(record->slot), peer = NameOfSlot(record->peer_slot);
+  std::ostringstream out;
+  out << OperationName(record->kind) << ": ";
+  const uint64_t expected = record->expected_epoch, seen = record->seen_epoch;
+  switch (record->phase) {
+    case gpu::kOtherCall:
+      out << own << " and " << peer << " are in different calls (operation " << std::hex << expected
+          << ", " << seen << ")";
+      break;
+    case gpu::kNotResident:
+      out << "on " << own << " only " << seen << " of " << expected
+          << " blocks got a streaming multiprocessor until the timeout: other work holds the "
+             "rest; pass a smaller num_sms to jax_ep.make_layout";
+      break;
+    case gpu::kToldByPeer:
+      out << own << " was told by " << peer << ", which has given up";
+      if (seen != static_cast<uint64_t>(record->peer_slot)) {
+        out << " on " << NameOfSlot(static_cast<int>(seen));
+      }
+      out << " and says why";
+      break;
+    case gpu::kProgress:
+      out << own << " waited for " << peer << " to finish until the timeout (expected epoch "
+          << gpu::epoch_of(expected) << ", seen " << gpu::epoch_of(seen) << " with "
+          << gpu::units_of(seen, gpu::epoch_of(expected)) << " of "
+          << gpu::units_of(expected, gpu::epoch_of(expected))
+          << " steps; if several processes share that GPU, pass a smaller num_sms to "
+             "jax_ep.make_layout)";
+      break;
+    case gpu::kTwoAtOnce:
+      out << own
+          << " found another call running, where calls of a device must follow one another. A "
+             "program with a compiler option xla_gpu_command_buffer_scheduling_mode of its own "
+             "may run them at once: set that in XLA_FLAGS instead, before jax_ep is imported";
+      break;
+    case gpu::kPeerDied:
+      out << "the process of " << peer << (HasLeft(record->peer_slot) ? " has left" : " has died")
+          << ", so " << own << " waits for it no longer";
+      break;
+    default:
+      out << own << " waited for " << peer << " to "
+          << (record->phase == gpu::kStart ? "come" : "finish")
+          << " until the timeout (expected epoch " << expected << ", seen " << seen << ")";
+  }
+  for (const Device& device : devices_) {
+    for (int slot = 0; slot < gpu::kMaxPeers; ++slot) {
+      if (__atomic_load_n(&device.error->not_left[slot], __ATOMIC_ACQUIRE) == 0) continue;
+      out << "; " << NameOfSlot(slot) << " stood still when told, and may yet write to arrays on "
+          << NameOfSlot(slot_.at(device.member));
+    }
+  }
+  out << "; the group is broken, and later calls fail at once. Once all ranks can come again, "
+         "call jax_ep.finalize() and then jax_ep.initialize() in every process, or start the job "
+         "again";
+  return out.str();
 }
 
 }  // namespace jax_ep

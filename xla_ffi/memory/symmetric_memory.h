@@ -68,7 +68,8 @@ class SymmetricMemory {
 
   // Leaves the group: a call that comes later fails, on the host or, replayed, on the device. No
   // call may be on its way to a device. In this order: tells the devices, unmaps the peers, closes
-  // the descriptors. If the devices have not come to an end the peers stay mapped.
+  // the descriptors. If the devices have not come to an end the peers stay mapped, and are not told
+  // that this process has left: its kernels may still write to them.
   void Release(bool devices_have_ended);
 
   // Holds for calls that wait already, too.
@@ -97,8 +98,13 @@ class SymmetricMemory {
   std::vector<std::string> Watch(
       std::chrono::steady_clock::time_point now = std::chrono::steady_clock::now());
 
-  // The first error that a kernel has recorded since Setup, if any, in words.
+  // The first error that a kernel has recorded since Setup, if any, in words, with all devices that
+  // may yet write to one of this process.
   std::optional<std::string> RecordedError();
+
+  // If there is one, what `ordinal` tells the other ranks of a call that is refused for it, since no
+  // kernel will: the word for their ControlBlock::given_up, in host-mapped memory that stays.
+  const uint64_t* GivenUp(int ordinal);
 
   // How peers reach this process's buffers, in words.
   std::string Describe();
@@ -138,8 +144,10 @@ class SymmetricMemory {
   std::string NameOfSlot(int slot) const;
   static const char* OperationName(uint32_t kind);
   std::optional<std::string> LookAtWait(Device* device, std::chrono::steady_clock::time_point now);
+  const gpu::ErrorRecord* FirstRecord() const;
   bool HasLeft(int slot) const;
-  void EndWaits(int slot);
+  int64_t ProcessOfSlot(int slot) const;
+  void EndWaits(int64_t process);
 
   // Setup, Export, Import and Release come one after the other, and may take long. What calls need
   // is guarded by `mutex_`, which is never held while a device is waited for: the device may wait

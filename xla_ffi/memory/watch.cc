@@ -1,6 +1,7 @@
 // What the host does for kernels that wait, beside them.
 #include <sstream>
 
+#include "xla_ffi/groups.h"
 #include "xla_ffi/memory/symmetric_memory.h"
 
 namespace jax_ep {
@@ -15,10 +16,7 @@ std::vector<std::string> SymmetricMemory::Watch(std::chrono::steady_clock::time_
   std::vector<std::string> news;
   for (const auto& [process, peer] : peers_) {
     if (peer->Look() != PeerProcess::State::kDied) continue;
-    // The slots ascend with the process: this is its first device's.
-    const auto first = slot_.lower_bound(process << 32);
-    if (first == slot_.end()) continue;
-    EndWaits(first->second);
+    EndWaits(process);
     if (told_dead_.insert(process).second) {
       news.push_back("process " + std::to_string(process) + " (pid " + std::to_string(peer->pid()) +
                      ") has died; calls that wait for its devices end now");
@@ -39,7 +37,7 @@ std::optional<std::string> SymmetricMemory::LookAtWait(Device* device,
   const gpu::Waiting waiting = shown;
   __atomic_thread_fence(__ATOMIC_ACQUIRE);
   if (__atomic_load_n(&shown.since, __ATOMIC_RELAXED) != since) return std::nullopt;  // it is over
-  if (HasLeft(waiting.peer_slot)) EndWaits(waiting.peer_slot);     // it never comes
+  if (HasLeft(waiting.peer_slot)) EndWaits(ProcessOfSlot(waiting.peer_slot));  // it never comes
   const auto unseen = std::chrono::nanoseconds(gpu::kLongWaitNs);  // before the device showed it
   if (device->wait.is_told || now - device->wait.seen + unseen < kTellAfter) return std::nullopt;
   device->wait.is_told = true;
@@ -58,19 +56,24 @@ std::optional<std::string> SymmetricMemory::LookAtWait(Device* device,
 }
 
 bool SymmetricMemory::HasLeft(int slot) const {
-  for (const auto& [member, its_slot] : slot_) {
-    if (its_slot != slot) continue;
-    const auto peer = peers_.find(member >> 32);
-    return peer != peers_.end() && peer->second->Look() == PeerProcess::State::kLeft;
-  }
-  return false;
+  const auto peer = peers_.find(ProcessOfSlot(slot));
+  return peer != peers_.end() && peer->second->Look() == PeerProcess::State::kLeft;
 }
 
-void SymmetricMemory::EndWaits(int slot) {
-  for (const Device& device : devices_) {
-    uint64_t none = 0;
-    __atomic_compare_exchange_n(&device.error->abort, &none, static_cast<uint64_t>(slot) + 1, false,
-                                __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+int64_t SymmetricMemory::ProcessOfSlot(int slot) const {
+  for (const auto& [member, its_slot] : slot_) {
+    if (its_slot == slot) return process_of(member);
+  }
+  return -1;
+}
+
+void SymmetricMemory::EndWaits(int64_t process) {
+  for (const auto& [member, slot] : slot_) {
+    if (process_of(member) != process) continue;
+    for (const Device& device : devices_) {
+      uint64_t* word = &device.error->gone[gpu::word_of(slot)];
+      __atomic_store_n(word, *word | gpu::bit_of(slot), __ATOMIC_RELEASE);
+    }
   }
 }
 
