@@ -87,7 +87,9 @@ def cpu_client_threads(num_devices: int) -> int | None:
     if tuple(map(int, jaxlib_version().split(".")[:2])) >= (0, 12):
         return None
     wanted = os.environ.get("NPROC", "")
-    threads = int(wanted) if wanted.isdecimal() and int(wanted) > 0 else len(os.sched_getaffinity(0))
+    threads = (
+        int(wanted) if wanted.isdecimal() and int(wanted) > 0 else len(os.sched_getaffinity(0))
+    )
     return max(threads, num_devices)
 
 
