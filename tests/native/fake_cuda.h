@@ -271,6 +271,12 @@ cudaError_t cudaDeviceSynchronize() {
   --fake_cuda::num_waiting;
   return fake_cuda::Status();
 }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned int) {
+  *stream = nullptr;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
+cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaMemset(void* at, int value, size_t bytes) {
   if (fake_cuda::Status() == cudaSuccess) std::memset(at, value, bytes);
   return fake_cuda::Status();

@@ -25,12 +25,14 @@ void WriteTimeouts(const Timeouts& timeouts, gpu::ErrorRecord* record) {
 // The driver's own kernels for copies are loaded at their first use, which may wait for the whole
 // device; later a peer may be spinning there.
 void WarmUpCopies(const Mapping& staging, const std::string& what) {
+  const OwnStream stream(what);
   auto* begin = reinterpret_cast<char*>(staging.begin());
   for (size_t bytes : {size_t{256}, staging.bytes() / 2}) {
-    Check(cudaMemcpyAsync(begin, begin + staging.bytes() / 2, bytes, cudaMemcpyDeviceToDevice),
+    Check(cudaMemcpyAsync(begin, begin + staging.bytes() / 2, bytes, cudaMemcpyDeviceToDevice,
+                          stream.get()),
           what);
   }
-  Check(cudaDeviceSynchronize(), what);
+  Check(cudaStreamSynchronize(stream.get()), what);
 }
 
 }  // namespace

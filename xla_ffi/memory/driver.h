@@ -68,6 +68,22 @@ class DeviceScope {
   CUcontext saved_ = nullptr;
 };
 
+// A stream for work of set-up on the current device. To wait for the device instead would break what
+// another thread is recording for a command buffer there, and wait for all that runs.
+class OwnStream {
+ public:
+  explicit OwnStream(const std::string& what) {
+    Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), what);
+  }
+  ~OwnStream() { cudaStreamDestroy(stream_); }
+  OwnStream(const OwnStream&) = delete;
+  OwnStream& operator=(const OwnStream&) = delete;
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
 }  // namespace jax_ep
 
 #endif  // JAX_EP_XLA_FFI_MEMORY_DRIVER_H_

@@ -101,8 +101,9 @@ std::shared_ptr<Mapping> Allocate(int ordinal, size_t bytes, const std::vector<i
   Check(driver.cuMemCreate(&created, rounded, &prop, 0), what);
   const AllocationHandle handle(created);
   auto mapping = std::make_shared<Mapping>(handle.get(), rounded, ordinals, what);
-  Check(cudaMemset(reinterpret_cast<void*>(mapping->begin()), 0, rounded), what);
-  Check(cudaDeviceSynchronize(), what);
+  const OwnStream stream(what);
+  Check(cudaMemsetAsync(reinterpret_cast<void*>(mapping->begin()), 0, rounded, stream.get()), what);
+  Check(cudaStreamSynchronize(stream.get()), what);
   return mapping;
 }
 
