@@ -355,7 +355,7 @@ def multi_process(ctx: Context) -> Result:
     """Jobs of 1 to 4 processes: staging, memory that grew, stalled and killed ranks, tear-down."""
     ctx.skip_without_gpu()
     path = TESTS / "multi_process" / "test_multi_process_cuda.py"
-    return run_file(ctx, "multi-process", path, limit=300)
+    return run_file(ctx, "multi-process", path, limit=360)
 
 
 def pytest_tier(path: str) -> Callable[[Context], Result]:

@@ -186,6 +186,34 @@ def test_stalled_rank(job: Job, environment: dict[str, str]) -> None:
     _check_right(finished, times=2)
 
 
+def test_late_rank(job: Job) -> None:
+    """One that comes half a minute late is told of, and waited for."""
+    finished = job("cuda_failures", "late", num_processes=3, environment=_POOL | _NO_REPLAY)
+    _check_right(finished, times=2)
+    for process in finished[:2]:
+        (said,) = [x for x in process.log.splitlines() if "has waited for" in x]
+        assert re.fullmatch(
+            rf"jax_ep: jax_ep_layout: {_DEVICE} has waited for 30 s for {_LATE} to come; "
+            r"it gives up after 600 s \(jax_ep.set_timeout\)",
+            said,
+        ), said
+
+
+def test_a_group_that_another_one_broke(job: Job) -> None:
+    """Who has given up in one group says so in the others, before anybody waits for it."""
+    finished = job(
+        "cuda_failures",
+        "broken_in_another_group",
+        num_processes=4,
+        environment=_POOL | _NO_REPLAY,
+    )
+    assert [process.lines("POISONED") for process in finished[:3]] == [["False"]] * 2 + [["True"]]
+    for process in (finished[0], finished[2]):
+        (message,) = process.lines("ERROR")
+        assert re.search(r"device 3 \(process 3\)", message), message
+        assert float(process.lines("SECONDS")[0]) < 15
+
+
 def test_killed_rank(job: Job) -> None:
     """The survivors hear of it from us, long before JAX's heartbeat, and exit with code 0."""
     finished = job(

@@ -7,6 +7,7 @@ device that this process has on a platform with GPUs.
 
 import os
 import pathlib
+import threading
 import time
 from typing import Any
 
@@ -55,6 +56,21 @@ def wait_for_marks(name: str, count: int, seconds: float = 60) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"fewer than {count} processes left the mark {name!r}")
         time.sleep(0.02)
+
+
+def mark_when_said(words: str, seconds: float = 60) -> None:
+    """Leaves the mark "said" once this process's log has these words; in a thread of its own."""
+
+    def watch() -> None:
+        log = pathlib.Path(os.readlink("/proc/self/fd/2"))
+        deadline = time.monotonic() + seconds
+        while words not in log.read_text():
+            if time.monotonic() > deadline:
+                return  # who waits for the mark says that it has not come
+            time.sleep(0.05)
+        mark("said")
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def leave_as(place: int) -> None:

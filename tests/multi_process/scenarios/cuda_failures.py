@@ -18,9 +18,10 @@ from job import (
     join,
     leave_as,
     mark,
+    mark_when_said,
     wait_for_marks,
 )
-from layers import local_parts
+from layers import example, local_parts, make_mesh, per_shard, put
 
 import jax_ep
 
@@ -59,6 +60,58 @@ def stalled() -> None:
     jax_ep.set_timeout(60)
     connect(staging_bytes=1 << 20)
     Layer().check()  # what XLA replays of the old program gives NaN
+
+
+def late() -> None:
+    """The last rank comes when the others have said that they wait for it."""
+    join()
+    connect(staging_bytes=1 << 20)
+    layer = Layer()
+    layer.check()
+    jax_ep.set_timeout(arrival=600, progress=10)
+    if IS_LAST:
+        wait_for_marks("said", NUM_PROCESSES - 1)
+    else:
+        mark_when_said("has waited for 30 s")
+    layer.check()
+
+
+def broken_in_another_group() -> None:
+    """Process 3 of 2 x 2 does not come to process 2's group, of which process 0's is to hear."""
+    join()
+    connect(staging_bytes=1 << 20)
+    mesh = make_mesh((2, 2), ("row", "column"))
+    ids, x, _, _ = example(mesh, 2)
+    data = [put(mesh, array, jax.sharding.PartitionSpec(mesh.axis_names)) for array in (ids, x)]
+
+    def along(axis: str) -> Callable[..., Any]:
+        def call(ids: Any, x: Any) -> Any:
+            layout = jax_ep.make_layout(ids, num_experts=4, axis_name=axis)
+            return jax_ep.combine(jax_ep.dispatch(x, layout).tokens, layout)
+
+        return per_shard(mesh, call)
+
+    along_row, along_column = along("column"), along("row")
+    for program in (along_row, along_column):
+        jax.block_until_ready(program(*data))
+    jax_ep.check()
+    mark("right")
+    wait_for_marks("right", NUM_PROCESSES)
+    jax_ep.set_timeout(2 if PROCESS == 2 else 600)
+    if PROCESS < 3:
+        results = jax.block_until_ready(along_row(*data))
+        (part,) = (part for _, _, part in local_parts(results))
+        print("POISONED", bool(((part & 0x7FFF) > 0x7F80).all()))
+    if PROCESS in (0, 2):
+        start = time.monotonic()
+        try:
+            jax.block_until_ready(along_column(*data))
+            jax_ep.check()
+        except CALL_ERRORS as error:
+            print("ERROR", str(error).replace("\n", " "))
+        print(f"SECONDS {time.monotonic() - start:.2f}")
+    mark("done")
+    wait_for_marks("done", NUM_PROCESSES)
 
 
 def killed() -> None:

@@ -1,15 +1,21 @@
 """A process that dies, stalls or comes late."""
 
 import os
-import pathlib
 import signal
-import threading
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from job import IS_LAST, NUM_PROCESSES, coordinator_leaves_last, join, mark, wait_for_marks
+from job import (
+    IS_LAST,
+    NUM_PROCESSES,
+    coordinator_leaves_last,
+    join,
+    mark,
+    mark_when_said,
+    wait_for_marks,
+)
 from layers import check_pair, layer_and_data
 
 import jax_ep
@@ -70,17 +76,9 @@ def waited_for() -> None:
     if IS_LAST:
         wait_for_marks("said", 1)
     else:
-        threading.Thread(target=_mark_when_said, daemon=True).start()
+        mark_when_said("waits for rank")
     check_pair(f(*data), ids)
     print("RIGHT")
-
-
-def _mark_when_said(seconds: float = 30) -> None:
-    log = pathlib.Path(os.readlink("/proc/self/fd/2"))
-    deadline = time.monotonic() + seconds
-    while "waits for rank" not in log.read_text() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    mark("said")
 
 
 def late() -> None:
