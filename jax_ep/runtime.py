@@ -4,6 +4,7 @@ import atexit
 import functools
 import os
 import threading
+import time
 import warnings
 
 import jax
@@ -20,6 +21,8 @@ _connected = False
 _process_id = os.getpid()  # of the process that has set up; a forked child shares its memory
 _set_up_lock = threading.Lock()  # programs may be lowered by several threads
 _watcher: Watcher | None = None  # None: no CUDA device is set up
+_LOOK_INTERVAL = 0.1  # seconds in which no signal's handler runs while devices are waited for
+_END_OF_CALL = 5.0  # seconds for devices to end their calls, once the waits for others have ended
 # One array a device, in XLA's pool. While they live XLA does not give back the part of the pool
 # that other processes have mapped, so that its addresses cannot come to mean other memory.
 _pool_anchors: list[jax.Array] = []
@@ -112,8 +115,13 @@ def finalize() -> None:
 
     In any order with ``jax.distributed.shutdown()``. Calls of other processes that wait for this
     one end with an error that says so, on CUDA within a second or two. No operation may be started
-    while it runs; the CUDA devices are given both timeouts to end theirs. Then the peers' memory is
-    unmapped, and the error that ``check`` raises is forgotten. In a forked child it does nothing.
+    while it runs. On CUDA it waits for this process's devices to end their work, for both timeouts
+    at most; an operation of theirs waits for another rank no longer than the progress timeout
+    meanwhile, also for one that has yet to come, and then ends in all ranks as after a timeout. So
+    wait for results that matter, by ``jax.block_until_ready``, before. Ctrl-C ends these waits at
+    once; ``KeyboardInterrupt`` is raised when all is left. Then the peers' memory is unmapped,
+    unless this process's devices are still at work, and the error that ``check`` raises is
+    forgotten. In a forked child it does nothing.
 
     Later calls fail with an error that says what to do, and work again after ``initialize()``.
     Where XLA replays a program from a command buffer, no code of ours runs that could raise: there
@@ -234,15 +242,44 @@ def _release_cuda(must_end: bool = False) -> None:
     global _watcher
     if _watcher is None:
         return
-    # A call waits once for its peers to come and once for them to finish; calls that are queued
-    # behind one that timed out end at once.
-    seconds = sum(timeouts.get_timeout()) + 5
-    ended = _native.cuda.synchronize(seconds)
+    ended, interrupt = _end_work()
     _watcher.stop()
     _watcher = None
     _native.cuda.release(ended)
     _pool_anchors.clear()
+    if interrupt is not None:
+        raise interrupt
     if must_end and not ended:
         raise RuntimeError(
-            f"jax_ep.initialize: work on this process's GPUs has not ended within {seconds:g} s"
+            "jax_ep.initialize: work on this process's GPUs has not ended within "
+            f"{_longest_end():g} s"
         )
+
+
+def _end_work() -> tuple[bool, BaseException | None]:
+    """Whether the devices have come to an end, and what a signal's handler raised meanwhile."""
+    try:
+        _native.cuda.end_waits_within(timeouts.get_timeout().progress)
+        return _await_devices(_longest_end()), None
+    except BaseException as interrupt:
+        try:
+            _native.cuda.end_waits_within(0)
+            return _await_devices(_END_OF_CALL), interrupt
+        except BaseException as another:
+            return False, another
+
+
+def _longest_end() -> float:
+    # A call waits once for its peers to come and once for them to finish; calls that are queued
+    # behind one that timed out end at once. Other work may take its time.
+    return sum(timeouts.get_timeout()) + _END_OF_CALL
+
+
+def _await_devices(seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while True:
+        left = deadline - time.monotonic()
+        if _native.cuda.synchronize(max(0.0, min(left, _LOOK_INTERVAL))):
+            return True
+        if left <= 0:
+            return False

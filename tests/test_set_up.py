@@ -1,9 +1,11 @@
 """Set-up in one process, and the errors that kernels record; all of it without a GPU."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -133,6 +135,100 @@ def test_a_forked_child_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.os, "getpid", lambda: 1)
     jax_ep.finalize()
     assert left == [True]
+
+
+class WaitingCuda(FakeCuda):
+    """A device with a kernel that waits for a rank which never comes.
+
+    Its waits end once they have lasted for what they are allowed. The first `num_interrupts` looks
+    whether it has ended are interrupted by Ctrl-C.
+    """
+
+    def __init__(self, num_interrupts: int) -> None:
+        super().__init__()
+        self.allowed: list[float] = []
+        self.released: list[bool] = []
+        self.num_interrupts = num_interrupts
+
+    def end_waits_within(self, seconds: float) -> None:
+        self.allowed.append(seconds)
+
+    def synchronize(self, seconds: float) -> bool:
+        assert seconds <= 1  # no signal's handler runs meanwhile
+        if self.num_interrupts > 0:
+            self.num_interrupts -= 1
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(min(seconds, 0.01))
+        return bool(self.allowed) and self.allowed[-1] <= 3
+
+    def release(self, ended: bool) -> None:
+        self.released.append(ended)
+
+
+@pytest.fixture
+def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> WaitingCuda:
+    fake = WaitingCuda(request.param)
+    monkeypatch.setattr(_native, "cuda", fake)
+    monkeypatch.setattr(runtime, "_watcher", Watcher())
+    return fake
+
+
+@pytest.fixture
+def long_arrival() -> Iterator[None]:
+    before = jax_ep.get_timeout()
+    jax_ep.set_timeout(arrival=600, progress=3)
+    yield
+    jax_ep.set_timeout(**before._asdict())
+
+
+@pytest.mark.usefixtures("long_arrival")
+@pytest.mark.parametrize("waiting", [0], indirect=True)
+def test_leaving_ends_waits(waiting: WaitingCuda) -> None:
+    jax_ep.finalize()
+    assert waiting.allowed == [3]
+    assert waiting.released == [True]
+    assert runtime._watcher is None
+    jax_ep.finalize()
+    assert waiting.released == [True]
+
+
+@pytest.mark.usefixtures("long_arrival")
+@pytest.mark.parametrize(("waiting", "ended"), [(1, True), (2, False)], indirect=["waiting"])
+def test_interrupt_while_leaving(waiting: WaitingCuda, ended: bool) -> None:
+    """Ctrl-C ends the waits at once, and the process has left; a second one ends that too."""
+    with pytest.raises(KeyboardInterrupt):
+        jax_ep.finalize()
+    assert waiting.allowed == [3, 0]
+    assert waiting.released == [ended]
+    assert runtime._watcher is None
+
+
+LEAVE_AT_EXIT = """
+import atexit, sys
+from test_set_up import Watcher, WaitingCuda, jax_ep, runtime
+jax_ep._native.cuda = cuda = WaitingCuda(int(sys.argv[1]))
+jax_ep.set_timeout(arrival=600, progress=3)
+runtime._watcher = Watcher()
+atexit.register(lambda: print(cuda.allowed, cuda.released))  # after the next one
+runtime._finalize_at_exit()
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_interrupts", "left"),
+    [(0, "[3.0] [True]"), (1, "[3.0, 0] [True]"), (2, "[3.0, 0] [False]")],
+)
+def test_leaving_at_exit(num_interrupts: int, left: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVE_AT_EXIT, str(num_interrupts)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.splitlines() == [left], done.stderr
+    assert done.returncode == 0
+    assert ("KeyboardInterrupt" in done.stderr) == (num_interrupts > 0)
 
 
 def test_watcher_takes_a_last_look(

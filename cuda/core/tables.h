@@ -1,5 +1,5 @@
-// The tables of a layout: which there are, their order and their shapes. A layout writes them, every
-// operation on it reads them; wherever they are passed on, they stand in this order.
+// The tables of a layout: which there are, their order and their shapes. A layout writes them,
+// every operation on it reads them; wherever they are passed on, they stand in this order.
 #ifndef JAX_EP_CUDA_CORE_TABLES_H_
 #define JAX_EP_CUDA_CORE_TABLES_H_
 

@@ -1,5 +1,5 @@
-// Quantised rows: float8_e4m3fn values with one f32 scale for each block of channels, and how such a
-// row crosses a link.
+// Quantised rows: float8_e4m3fn values with one f32 scale for each block of channels, and how such
+// a row crosses a link.
 #ifndef JAX_EP_CUDA_CORE_WIRE_ROW_H_
 #define JAX_EP_CUDA_CORE_WIRE_ROW_H_
 

@@ -70,8 +70,8 @@ static_assert(who_gave_up(given_up_of(0, 71)) == 0 && waited_for(given_up_of(0, 
 inline constexpr uint64_t kHostHasLeft = ~uint64_t{0};
 
 // A device's kernels in the memory of one peer: the last epoch in which they may have entered it,
-// and kShut once the peer lets them in no more. The device's blocks raise the epoch and the peer sets
-// kShut, each by one atomic operation (cuda/sync/leave.cuh).
+// and kShut once the peer lets them in no more. The device's blocks raise the epoch and the peer
+// sets kShut, each by one atomic operation (cuda/sync/leave.cuh).
 struct alignas(kLine) Entry {
   uint64_t entered;
 };
@@ -170,7 +170,8 @@ static_assert(word_of(kMaxPeers - 1) == kSlotWords - 1);
 // What a device and its host tell each other: lies in host-mapped memory. The device writes why it
 // has given up, once; the host writes how long to wait, and that a wait has to end, which holds for
 // replayed command buffers too. Devices are named by slot: an error may come from another group.
-// A word has one writer, who stores it: a device's atomic operations on host memory are none over PCIe.
+// A word has one writer, who stores it: a device's atomic operations on host memory are none over
+// PCIe.
 struct ErrorRecord {
   uint64_t valid;  // written last, but for not_left
   uint64_t operation;

@@ -1,18 +1,18 @@
 // give_up: how a wait ends that would not end by itself.
 //
 // Protocol: A wait ends when what it is for has come, or
-//             when it has taken longer than its timeout: the arrival timeout for a peer that has not
-//               come to the call, the progress timeout for all else;
+//             when it has taken longer than its timeout: the arrival timeout for a peer that has
+//               not come to the call, the progress timeout for all else;
 //             when the host says that the process of who is waited for has died (`gone`);
 //             when the group is broken on this device.
 //           Each of the first two breaks the group on this device, once: sets `broken`, writes the
 //           error record for the host, and tells the peers (`given_up`), who break their groups in
 //           turn, and so do the other groups of theirs. What is told names devices, not ranks, and
-//           is passed on as it came. Who finds the group broken at the start of a call opens no door
-//           and tells its peers (start_end.cuh); a call that fails sees its peers out of this
+//           is passed on as it came. Who finds the group broken at the start of a call opens no
+//           door and tells its peers (start_end.cuh); a call that fails sees its peers out of this
 //           device's memory (leave.cuh), and fills its outputs.
-//           The host sets `broken` too, to kHostHasLeft, when it leaves the group: a call that finds
-//           that (a replayed command buffer) touches no memory of a peer.
+//           The host sets `broken` too, to kHostHasLeft, when it leaves the group: a call that
+//           finds that (a replayed command buffer) touches no memory of a peer.
 // Reuse:    `broken` and `given_up` are set once, and stay until the host sets the device up anew.
 // Progress: a waiting thread looks after every 256 polls at `broken` and `given_up`, which lie in
 //           this device's memory, and every millisecond at what the host has written, which takes

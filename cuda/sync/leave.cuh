@@ -5,8 +5,8 @@
 //
 // Protocol: p's call fails; q is any peer of it; e = calls finished by the pair + 1, as p counts:
 //           [V1] a block of q enters p's memory in its call before it uses p's addresses: it raises
-//                q's entry for p to the call's epoch, by one atomic operation. If that returns kShut
-//                the block ends, and has touched nothing.
+//                q's entry for p to the call's epoch, by one atomic operation. If that returns
+//                kShut the block ends, and has touched nothing.
 //           [V2] p's last block, when all blocks of p have stopped, sets kShut in q's entry, by one
 //                atomic operation, which returns in which epoch q had entered last.
 //           [L1] q's last block, when all blocks of q have stopped, stores e in q's end mail at p,
@@ -25,10 +25,10 @@
 //           [L2] comes after that, which waits for no wait of p's. What q's blocks have begun they
 //           bring to an end, which takes no longer than a call does.
 // Failure:  [L2] ends after kLeaveTimeoutNs, which is far longer than that: then the peer stands
-//           still (its blocks find no SM, its GPU is given to another process, a debugger holds it),
-//           and may write when it goes on. The error record names it (`not_left`). The kernels of a
-//           process that has died, or has left, have ended: it is not waited for, if the host has
-//           said so (`gone`).
+//           still (its blocks find no SM, its GPU is given to another process, a debugger holds
+//           it), and may write when it goes on. The error record names it (`not_left`). The kernels
+//           of a process that has died, or has left, have ended: it is not waited for, if the host
+//           has said so (`gone`).
 // Limits:   peers reach this device's memory with atomic operations, as over NVLink.
 #ifndef JAX_EP_CUDA_SYNC_LEAVE_CUH_
 #define JAX_EP_CUDA_SYNC_LEAVE_CUH_
@@ -41,8 +41,8 @@ namespace jax_ep::gpu {
 
 inline constexpr uint64_t kLeaveTimeoutNs = uint64_t{1000} * 1000 * 1000;
 
-// [V1], by one thread of each block that is to use a peer's addresses of the call `epoch`: what is_shut
-// is asked of. The block uses them only if that is false.
+// [V1], by one thread of each block that is to use a peer's addresses of the call `epoch`: what
+// is_shut is asked of. The block uses them only if that is false.
 __device__ inline uint64_t enter(const GroupView& g, int rank, uint64_t epoch) {
   return atom_max_relaxed_sys(&g.control->entry[slot_of(g, rank)].entered, epoch);
 }
@@ -53,8 +53,8 @@ __device__ inline void send_left(const GroupView& g, int rank, uint64_t epoch) {
   st_release_sys(&peer.control->end[peer.slot_there].epoch, epoch);
 }
 
-// Whether a peer that had entered in `epoch` has left. `num_units(b)` is how many units block b has,
-// 1 in a layout, which tells of none.
+// Whether a peer that had entered in `epoch` has left. `num_units(b)` is how many units block b
+// has, 1 in a layout, which tells of none.
 template <typename NumUnits>
 __device__ inline bool has_left(const GroupView& g, int slot, uint64_t epoch,
                                 const NumUnits& num_units) {

@@ -1,8 +1,8 @@
 // progress: the blocks of the same number at all ranks tell one another how far they are.
 //
 // Protocol: per pair of ranks p and q, e = calls finished by the pair + 1:
-//           [P1] a block of p has written units of q's result, and releases in q's progress, with e,
-//                how many they are; the last number tells that p writes nothing of q's any more.
+//           [P1] a block of p has written units of q's result, and releases in q's progress, with
+//                e, how many they are; the last number tells that p writes nothing of q's any more.
 //                That a bulk store's group is complete does not replace the release: without its
 //                fence the race test sees stale rows.
 //           [P2] q acquires the number it needs
@@ -36,11 +36,11 @@ inline constexpr int32_t kBroken = INT32_MAX;  // nothing more comes, nobody sha
 // wait longer.
 inline constexpr int kNumParts = 16;
 
-// [P1] and [P2] between this block and the blocks of the same number at the peers, until all is told
-// both ways. By a warp of its own: the fence waits for all that the SM has on the way, 5 to 10 us
-// while links and memory are busy, and must not hold up those who move data. What peers have written
-// may be read, by the copy engine too, after `arrived` has been acquired. False if the group is
-// broken.
+// [P1] and [P2] between this block and the blocks of the same number at the peers, until all is
+// told both ways. By a warp of its own: the fence waits for all that the SM has on the way, 5 to 10
+// us while links and memory are busy, and must not hold up those who move data. What peers have
+// written may be read, by the copy engine too, after `arrived` has been acquired. False if the
+// group is broken.
 __device__ inline bool run_messenger(const GroupView& g, OpKind kind, Mailbox& box) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto block = static_cast<int>(blockIdx.x);

@@ -15,7 +15,8 @@ struct CallSizes {
   bool zero_tail;
 };
 
-// Device memory; Row is what the caller sees rows as. Pointers that a call does not use may be null.
+// Device memory; Row is what the caller sees rows as. Pointers that a call does not use may be
+// null.
 template <typename Row>
 struct CallBuffers {
   int32_t *ids, *send_row, *recv_src, *recv_order, *recv_offsets, *group_sizes, *expert_counts,

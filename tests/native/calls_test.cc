@@ -1,8 +1,8 @@
 // What the handlers do before they touch a device: which device is which rank, what makes two calls
 // the same, and what the kernels demand. Needs XLA's FFI headers, no CUDA and no GPU.
 //
-// Groups come on standard input, a line each (test_calls.py): num_ranks, then four lists, each after
-// its length: bases, sizes, strides, and all the members that these stand for.
+// Groups come on standard input, a line each (test_calls.py): num_ranks, then four lists, each
+// after its length: bases, sizes, strides, and all the members that these stand for.
 #include "xla_ffi/calls.h"
 
 #include <cstdint>

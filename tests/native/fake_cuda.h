@@ -1,7 +1,7 @@
 // As much of CUDA as xla_ffi/memory and xla_ffi/cuda/call_site.cc call, in host memory: for tests
 // without a GPU. An allocation is a memfd, so its descriptors cross process borders and its
 // memory lives as long as somebody maps it, as a GPU's does; an access without cuMemSetAccess, or
-// after cuMemUnmap, ends the program. Include it in one file.
+// after cuMemUnmap, ends the program. The functions themselves are in fake_cuda.cc.
 #ifndef JAX_EP_TESTS_NATIVE_FAKE_CUDA_H_
 #define JAX_EP_TESTS_NATIVE_FAKE_CUDA_H_
 
@@ -21,6 +21,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <utility>
 
 namespace fake_cuda {
 
@@ -47,6 +48,10 @@ inline std::condition_variable changed;
 inline bool busy = false;                // devices have work that does not end
 inline int num_waiting = 0;              // threads that wait for it
 inline std::atomic<bool> broken{false};  // every runtime call on a device fails
+inline cudaStream_t recorded = nullptr;  // a stream that is captured: it executes nothing
+inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeThreadLocal;
+inline std::set<std::pair<int, int>> without_atomics;  // pairs of devices, by PCI bus
+inline int first_bus = 0;                              // device i is on the bus first_bus + i
 inline constexpr size_t kGranularity = size_t{2} << 20;
 
 inline void SetBusy(bool value) {
@@ -214,94 +219,6 @@ inline CUresult MemUnmap(CUdeviceptr address, size_t bytes) {
   return CUDA_SUCCESS;
 }
 
-inline void* EntryPoint(const std::string& name) {
-  static const std::map<std::string, void*> table = {
-      {"cuGetErrorString", reinterpret_cast<void*>(&GetErrorString)},
-      {"cuCtxGetCurrent", reinterpret_cast<void*>(&CtxGetCurrent)},
-      {"cuCtxSetCurrent", reinterpret_cast<void*>(&CtxSetCurrent)},
-      {"cuPointerGetAttribute", reinterpret_cast<void*>(&PointerGetAttribute)},
-      {"cuMemPoolGetAccess", reinterpret_cast<void*>(&MemPoolGetAccess)},
-      {"cuMemPoolSetAccess", reinterpret_cast<void*>(&MemPoolSetAccess)},
-      {"cuMemGetAllocationGranularity", reinterpret_cast<void*>(&MemGetAllocationGranularity)},
-      {"cuMemCreate", reinterpret_cast<void*>(&MemCreate)},
-      {"cuMemRelease", reinterpret_cast<void*>(&MemRelease)},
-      {"cuMemGetAddressRange", reinterpret_cast<void*>(&MemGetAddressRange)},
-      {"cuMemRetainAllocationHandle", reinterpret_cast<void*>(&MemRetainAllocationHandle)},
-      {"cuMemExportToShareableHandle", reinterpret_cast<void*>(&MemExportToShareableHandle)},
-      {"cuMemImportFromShareableHandle", reinterpret_cast<void*>(&MemImportFromShareableHandle)},
-      {"cuMemAddressReserve", reinterpret_cast<void*>(&MemAddressReserve)},
-      {"cuMemAddressFree", reinterpret_cast<void*>(&MemAddressFree)},
-      {"cuMemMap", reinterpret_cast<void*>(&MemMap)},
-      {"cuMemSetAccess", reinterpret_cast<void*>(&MemSetAccess)},
-      {"cuMemUnmap", reinterpret_cast<void*>(&MemUnmap)}};
-  const auto it = table.find(name);
-  return it == table.end() ? nullptr : it->second;
-}
-
 }  // namespace fake_cuda
-
-extern "C" {
-
-cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** address, unsigned int,
-                                             unsigned long long,
-                                             cudaDriverEntryPointQueryResult* result) {
-  *address = fake_cuda::EntryPoint(name);
-  *result = cudaDriverEntryPointSuccess;
-  return *address == nullptr ? cudaErrorInvalidValue : cudaSuccess;
-}
-const char* cudaGetErrorString(cudaError_t) { return "a fake error"; }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 132;
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceCanAccessPeer(int* possible, int, int) {
-  *possible = 1;
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceEnablePeerAccess(int, unsigned int) {
-  return cudaErrorPeerAccessAlreadyEnabled;
-}
-cudaError_t cudaDeviceSynchronize() {
-  std::unique_lock<std::mutex> lock(fake_cuda::mutex);
-  ++fake_cuda::num_waiting;
-  fake_cuda::changed.notify_all();
-  fake_cuda::changed.wait(lock, [] { return !fake_cuda::busy; });
-  --fake_cuda::num_waiting;
-  return fake_cuda::Status();
-}
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned int) {
-  *stream = nullptr;
-  return cudaSuccess;
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
-cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaMemset(void* at, int value, size_t bytes) {
-  if (fake_cuda::Status() == cudaSuccess) std::memset(at, value, bytes);
-  return fake_cuda::Status();
-}
-cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
-  return cudaMemset(at, value, bytes);
-}
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
-                            cudaStream_t) {
-  if (fake_cuda::Status() == cudaSuccess) std::memcpy(to, from, bytes);
-  return fake_cuda::Status();
-}
-cudaError_t cudaHostAlloc(void** at, size_t bytes, unsigned int) {
-  *at = std::calloc(1, bytes);
-  return cudaSuccess;
-}
-cudaError_t cudaFreeHost(void* at) {
-  std::free(at);
-  return cudaSuccess;
-}
-cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned int) {
-  *device = host;
-  return cudaSuccess;
-}
-
-}  // extern "C"
 
 #endif  // JAX_EP_TESTS_NATIVE_FAKE_CUDA_H_

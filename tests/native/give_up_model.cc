@@ -1,14 +1,14 @@
-// A model of how calls fail (cuda/sync/give_up.cuh, leave.cuh), in which every order of its steps is
-// tried: no rank writes to another's memory once that one's call has ended, and every rank's call
-// ends. Without a GPU; memory is sequentially consistent here, which the kernels' atomic operations,
-// releases and acquires provide where it matters.
+// A model of how calls fail (cuda/sync/give_up.cuh, leave.cuh), in which every order of its steps
+// is tried: no rank writes to another's memory once that one's call has ended, and every rank's
+// call ends. Without a GPU; memory is sequentially consistent here, which the kernels' atomic
+// operations, releases and acquires provide where it matters.
 //
 //   give_up_model [VARIANT]
 //
-// A rank is an opener, which shows the peers its addresses, and workers, which use theirs, as blocks
-// of a kernel do; when all are through, the last of them closes the call. Ranks start when they
-// like, or never, and a timeout may strike whenever a rank waits. Control variants leave something
-// out; the model has to find what that does.
+// A rank is an opener, which shows the peers its addresses, and workers, which use theirs, as
+// blocks of a kernel do; when all are through, the last of them closes the call. Ranks start when
+// they like, or never, and a timeout may strike whenever a rank waits. Control variants leave
+// something out; the model has to find what that does.
 //
 // Exit codes: 0 right; 3 written after the end; 4 a call that does not end; 1 anything else.
 #include <array>
@@ -149,8 +149,8 @@ class Model {
     for (int q = 0; q < sizes_.ranks; ++q) s[q].end[r] = s[r].call;
   }
 
-  // A worker's wait ends for the group is broken, which it need not see at once, or for it has taken
-  // too long, and breaks the group.
+  // A worker's wait ends for the group is broken, which it need not see at once, or for it has
+  // taken too long, and breaks the group.
   bool EndWait(State& s, int r, int t) const {
     const bool is_broken = s[r].broken != 0 || s[r].given_up != 0;
     Fail(s, r, s[r].worker[t], is_broken ? kDone : kBreak);

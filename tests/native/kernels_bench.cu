@@ -1,17 +1,17 @@
-// Times the kernels through cuda/launch.h on the GPUs of this process, one rank a GPU, without XLA or
-// Python: what a kernel can do before anything is around it. For development; what users get is
+// Times the kernels through cuda/launch.h on the GPUs of this process, one rank a GPU, without XLA
+// or Python: what a kernel can do before anything is around it. For development; what users get is
 // measured by python -m jax_ep.bench.
 //
 //   kernels_bench [--ranks=2] [--tokens=4096] [--top-k=8] [--hidden=7168] [--experts=256]
 //                 [--num-sms=0,24] [--ops=layout,dispatch,...] [--calls=10] [--repeats=9]
 //
 // Rows are bf16, routing is uniform over distinct experts, the capacity is exactly what the fullest
-// rank receives. Each number is the time of a CUDA graph of `calls` calls, over their number, of the
-// slowest rank; calls of the same kind go before, so that all ranks begin together. Afterwards one
-// more call goes into poisoned buffers: rows, weights, sums, collected values and the counts of a
-// layout are compared on the devices, bit for bit; tables are taken for right, fp8 is not compared,
-// nor are a gradient's sums over channels. "of wire" is the time over that of the wire bytes, at the
-// rate at which all ranks at once push rows to the next, measured first.
+// rank receives. Each number is the time of a CUDA graph of `calls` calls, over their number, of
+// the slowest rank; calls of the same kind go before, so that all ranks begin together. Afterwards
+// one more call goes into poisoned buffers: rows, weights, sums, collected values and the counts of
+// a layout are compared on the devices, bit for bit; tables are taken for right, fp8 is not
+// compared, nor are a gradient's sums over channels. "of wire" is the time over that of the wire
+// bytes, at the rate at which all ranks at once push rows to the next, measured first.
 //
 // Exit codes: 0 all right, 3 a result was wrong, 1 anything else.
 #include <cuda_bf16.h>

@@ -251,7 +251,8 @@ void TestStall(int num_sms) {
 }
 
 // Rank 2 comes just after rank 0 has given up on it, while rank 1 still waits for both. Rank 0's
-// buffers are used for something else as soon as its call has ended, and must stay as they are then.
+// buffers are used for something else as soon as its call has ended, and must stay as they are
+// then.
 void TestMemoryAfterTheEnd() {
   const Case c{20000, 2, 2, 1, 64, RowType::kBF16, Routing::kUniform, 100, true, true};
   const Data d = MakeData(c, 3, 13);
@@ -287,8 +288,8 @@ void TestMemoryAfterTheEnd() {
   }
 }
 
-// Rank 0 has left its failed call and shut its door, of which rank 1 has heard nothing else: rank 0's
-// start mail is there, and `given_up` is not set. Rank 1 writes nothing, and ends at once.
+// Rank 0 has left its failed call and shut its door, of which rank 1 has heard nothing else: rank
+// 0's start mail is there, and `given_up` is not set. Rank 1 writes nothing, and ends at once.
 void TestShutDoor() {
   const Data d = MakeData(kSmall, 2, 31);
   Buffers b(d, 1), other(d, 0);
@@ -314,8 +315,8 @@ void TestShutDoor() {
 }
 
 // Rank 1 has entered rank 0's call, as its entry says, when that fails by its timeout: the kernel
-// ends, and fills its outputs, only when rank 1 is out, by one of its signs; when the host says that
-// it has died; or when it has waited for long, and says so.
+// ends, and fills its outputs, only when rank 1 is out, by one of its signs; when the host says
+// that it has died; or when it has waited for long, and says so.
 void TestWaitForWhoIsInside() {
   enum Sign { kEndMail, kAllUnits, kGone, kNone };
   const Data d = MakeData(kSmall, 2, 37);
@@ -378,7 +379,8 @@ void TestWaitForWhoIsInside() {
   }
 }
 
-// The group breaks, here or at a peer, while a call works that waits for nobody: its end looks again.
+// The group breaks, here or at a peer, while a call works that waits for nobody: its end looks
+// once more.
 void TestBreakBeforeTheEnd() {
   const Case c{20000, 2, 2, 1, 64, RowType::kBF16, Routing::kUniform, 100, true, true};
   const Data d = MakeData(c, 1, 17);

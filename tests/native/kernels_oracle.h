@@ -1,5 +1,5 @@
-// What layout, dispatch, combine and its gradient must give: cases, and their results by plain loops
-// on the host.
+// What layout, dispatch, combine and its gradient must give: cases, and their results by plain
+// loops on the host.
 #ifndef JAX_EP_TESTS_NATIVE_KERNELS_ORACLE_H_
 #define JAX_EP_TESTS_NATIVE_KERNELS_ORACLE_H_
 

@@ -20,7 +20,7 @@ void RunCase(const Group& group, const Data& d, int num_sms, uint64_t seed);
 bool HasFp8(const Data& d);
 void RunFp8(const Group& group, const Data& d, int num_sms, uint64_t seed);
 
-// Ends the program if one of a group's ranks has recorded an error: nothing after it means anything.
+// Ends the program if one of a group's ranks has recorded an error: what follows means nothing then.
 void RequireNoError(const Group& group, int num_ranks);
 // Prints the case that something was wrong in.
 void PrintCase(const Data& d, const char* what, int num_sms);
@@ -37,8 +37,8 @@ void TestOtherGroup();
 void TestMemoryAfterTheEnd();
 // A rank that is in its peer's memory when that one's call fails.
 void TestWaitForWhoIsInside();
-// Two calls at once on rank 0 of two: both fail, before the second has told anybody anything, and so
-// does rank 1's. Afterwards the group is broken.
+// Two calls at once on rank 0 of two: both fail, before the second has told anybody anything, and
+// so does rank 1's. Afterwards the group is broken.
 void TestTwoAtOnce(const Group& group);
 
 }  // namespace jax_ep::gpu::test

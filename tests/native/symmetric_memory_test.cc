@@ -1,122 +1,24 @@
-// The host side of the CUDA backend against fake_cuda.h, without a GPU: how processes come to each
-// other's memory, what staging does to a call, and that nothing is freed too early or never.
-#include "xla_ffi/memory/symmetric_memory.h"
-
-#include <fcntl.h>
-#include <poll.h>
-#include <signal.h>
-#include <sys/socket.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-#include <algorithm>
+// The host side of the CUDA backend against fake_cuda.h, without a GPU, in one process: what calls
+// get of set-up, sharing and staging, and what is said of errors and waits. Runs the tests of
+// several processes too.
 #include <chrono>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <filesystem>
-#include <functional>
 #include <future>
-#include <iterator>
-#include <optional>
-#include <set>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "fake_cuda.h"
-#include "xla_ffi/cuda/call_site.h"
-
-#define CHECK(condition)                                                             \
-  do {                                                                               \
-    if (!(condition)) {                                                              \
-      std::fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
-      std::_Exit(1);                                                                 \
-    }                                                                                \
-  } while (false)
+#include "tests/native/symmetric_memory_support.h"
 
 namespace jax_ep::gpu {
 cudaError_t PrepareKernels() { return cudaSuccess; }
 }  // namespace jax_ep::gpu
 
+namespace jax_ep::test {
 namespace {
 
-using jax_ep::EnterGroup;
-using jax_ep::GroupCall;
-using jax_ep::StagingRegion;
-using jax_ep::SymmetricMemory;
-using jax_ep::Use;
-using jax_ep::gpu::ControlBlock;
-using jax_ep::gpu::GroupView;
+using gpu::ControlBlock;
 using std::chrono::nanoseconds;
-
-constexpr size_t kPoolBytes = fake_cuda::kGranularity;
-
-SymmetricMemory& Memory() { return SymmetricMemory::Get(); }
-
-// Maps new VMM memory that device 0 may use.
-void MapNew(CUdeviceptr at) {
-  CUmemGenericAllocationHandle handle;
-  CUmemAccessDesc own{};
-  CHECK(fake_cuda::MemCreate(&handle, kPoolBytes, nullptr, 0) == CUDA_SUCCESS);
-  CHECK(fake_cuda::MemMap(at, kPoolBytes, 0, handle, 0) == CUDA_SUCCESS);
-  CHECK(fake_cuda::MemSetAccess(at, kPoolBytes, &own, 1) == CUDA_SUCCESS);
-  fake_cuda::MemRelease(handle);
-}
-
-// XLA's memory pool on device 0: a reservation of addresses, made of several mappings.
-char* MakePool(int num_mappings = 1) {
-  CUdeviceptr at;
-  CHECK(fake_cuda::MemAddressReserve(&at, kPoolBytes * num_mappings, 0, 0, 0) == CUDA_SUCCESS);
-  for (int i = 0; i < num_mappings; ++i) MapNew(at + kPoolBytes * i);
-  return reinterpret_cast<char*>(at);
-}
-
-uint64_t Address(const void* p) { return reinterpret_cast<uint64_t>(p); }
-
-jax_ep::CudaSiteState Site(std::vector<int64_t> members, int num_ranks) {
-  jax_ep::CudaSiteState site;
-  site.op = "jax_ep_test";
-  site.groups = jax_ep::Groups(std::move(members), {}, {}, num_ranks);
-  site.operation = 7;
-  return site;
-}
-
-struct View : GroupView {
-  View(const std::vector<int64_t>& members, int ordinal) : GroupView{} {
-    const auto error = Memory().FillGroup(members.data(), static_cast<int>(members.size()), ordinal,
-                                          this, &region);
-    if (error) std::fprintf(stderr, "%s\n", error->c_str());
-    CHECK(!error);
-  }
-  StagingRegion region;
-};
-
-std::string Thrown(const std::function<void()>& f) {
-  try {
-    f();
-  } catch (const std::runtime_error& error) {
-    return error.what();
-  }
-  return "";
-}
-
-bool Contains(const std::string& text, const std::string& part) {
-  if (text.find(part) != std::string::npos) return true;
-  std::fprintf(stderr, "'%s' is not in '%s'\n", part.c_str(), text.c_str());
-  return false;
-}
-
-int NumDescriptors() {
-  int count = 0;
-  for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
-    ++count;
-  }
-  return count;
-}
-
-// One process, two devices -------------------------------------------------------------------
 
 void OneProcess() {
   char* const pool = MakePool();
@@ -142,8 +44,7 @@ void OneProcess() {
                      {{"x", pool, 100}, {"rows", pool + 128, 100, Use::kLanding, 200}}, &call)
               .success());
     CHECK(call.LandingOf(pool + 128) == nullptr);
-    CHECK(call.At(pool) == pool && call.operation == 7u + jax_ep::NumSms(0, 0) &&
-          call.num_ranks == 2);
+    CHECK(call.At(pool) == pool && call.operation == 7u + NumSms(0, 0) && call.num_ranks == 2);
   }
   // A recorded error ends later calls, until a new beginning.
   second.error->kind = 1;
@@ -160,38 +61,37 @@ void OneProcess() {
     const auto error = EnterGroup(site, 0, nullptr, {}, &call);
     CHECK(error.errc() == xla::ffi::ErrorCode::kDeadlineExceeded && error.message() == recorded);
     // The other rank is told, for no kernel will; this one's own word is its peers' to write.
-    using jax_ep::gpu::given_up_of;
+    using gpu::given_up_of;
     CHECK(second.control->given_up == given_up_of(0, 0) && first.control->given_up == 0);
     CHECK(!EnterGroup(site, 1, nullptr, {}, &call).success());
     CHECK(first.control->given_up == given_up_of(1, 0));
     CHECK(second.control->given_up == given_up_of(0, 0));
   }
-  const auto text_of = [&](jax_ep::gpu::Phase phase, uint64_t expected, uint64_t seen) {
+  const auto text_of = [&](gpu::Phase phase, uint64_t expected, uint64_t seen) {
     second.error->phase = phase;
     second.error->expected_epoch = expected;
     second.error->seen_epoch = seen;
     return Memory().RecordedError().value_or("");
   };
-  using jax_ep::gpu::progress_of;
-  CHECK(Contains(text_of(jax_ep::gpu::kProgress, progress_of(3, 9), progress_of(3, 4)),
+  using gpu::progress_of;
+  CHECK(Contains(text_of(gpu::kProgress, progress_of(3, 9), progress_of(3, 4)),
                  "to finish until the timeout (expected epoch 3, seen 3 with 4 of 9 steps"));
-  CHECK(Contains(text_of(jax_ep::gpu::kProgress, progress_of(3, 9), progress_of(2, 7)),
+  CHECK(Contains(text_of(gpu::kProgress, progress_of(3, 9), progress_of(2, 7)),
                  "(expected epoch 3, seen 2 with 0 of 9 steps"));
-  CHECK(Contains(text_of(jax_ep::gpu::kNotResident, 128, 96), "on device 1 only 96 of 128 blocks"));
-  CHECK(Contains(text_of(jax_ep::gpu::kToldByPeer, 0, 5),
+  CHECK(Contains(text_of(gpu::kNotResident, 128, 96), "on device 1 only 96 of 128 blocks"));
+  CHECK(Contains(text_of(gpu::kToldByPeer, 0, 5),
                  "device 1 was told by device 0, which has given up on slot 5 and says why;"));
-  CHECK(Contains(text_of(jax_ep::gpu::kToldByPeer, 0, 0),
+  CHECK(Contains(text_of(gpu::kToldByPeer, 0, 0),
                  "device 1 was told by device 0, which has given up and says why;"));
-  CHECK(Contains(text_of(jax_ep::gpu::kTwoAtOnce, 0, 0),
-                 "device 1 found another call running, where"));
-  CHECK(Contains(text_of(jax_ep::gpu::kOtherCall, 10, 11),
+  CHECK(Contains(text_of(gpu::kTwoAtOnce, 0, 0), "device 1 found another call running, where"));
+  CHECK(Contains(text_of(gpu::kOtherCall, 10, 11),
                  "device 1 and device 0 are in different calls (operation a, b)"));
-  CHECK(Contains(text_of(jax_ep::gpu::kEnd, 3, 2), "device 1 waited for device 0 to finish until"));
+  CHECK(Contains(text_of(gpu::kEnd, 3, 2), "device 1 waited for device 0 to finish until"));
   CHECK(
-      Contains(text_of(jax_ep::gpu::kPeerDied, 3, 1),
+      Contains(text_of(gpu::kPeerDied, 3, 1),
                "the process of device 0 has died, so device 1 waits for it no longer; the group"));
   second.error->not_left[0] = 1;
-  CHECK(Contains(text_of(jax_ep::gpu::kEnd, 3, 2),
+  CHECK(Contains(text_of(gpu::kEnd, 3, 2),
                  "; device 0 stood still when told, and may yet write to arrays on device 1; "));
   // Also if another device's record comes first.
   first.error->peer_slot = 1;
@@ -252,6 +152,78 @@ void OneProcess() {
   CHECK(Memory().Member(0) == -1);
   fake_cuda::broken = false;
   Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
+  Memory().Release(true);
+}
+
+// A call that is refused while XLA records its stream tells the other ranks at once: what stands on
+// that stream is never executed.
+void RefusalWhileRecorded() {
+  Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
+  const View first({0, 1}, 0), second({0, 1}, 1);
+  first.error->peer_slot = 1;
+  first.error->valid = 1;
+  cudaStream_t stream;
+  CHECK(cudaStreamCreateWithFlags(&stream, 0) == cudaSuccess);
+  fake_cuda::recorded = stream;
+  GroupCall call;
+  CHECK(EnterGroup(Site({0, 1}, 2), 0, stream, {}, &call).failure());
+  CHECK(second.control->given_up == gpu::given_up_of(0, 1) && first.control->given_up == 0);
+  CHECK(fake_cuda::capture_mode == cudaStreamCaptureModeThreadLocal);
+  fake_cuda::recorded = nullptr;
+  Memory().Release(true);
+}
+
+// A process that leaves shortens the waits of its kernels, and says so; other work it leaves alone.
+void Leaving() {
+  using std::chrono::seconds;
+  const Timeouts timeouts{std::chrono::minutes(10), seconds(30)};
+  Memory().SetTimeouts(timeouts);
+  Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
+  const View first({0, 1}, 0), second({0, 1}, 1);
+  const auto waits_are = [&](nanoseconds arrival, nanoseconds progress) {
+    for (const View* view : {&first, &second}) {
+      if (view->error->arrival_timeout_ns != static_cast<uint64_t>(arrival.count())) return false;
+      if (view->error->progress_timeout_ns != static_cast<uint64_t>(progress.count())) return false;
+    }
+    return true;
+  };
+  fake_cuda::SetBusy(true);
+  Memory().EndWaitsWithin(seconds(40));
+  CHECK(waits_are(seconds(40), seconds(30)));
+  Memory().SetTimeouts({seconds(50), seconds(20)});  // no longer meanwhile
+  CHECK(waits_are(seconds(40), seconds(20)));
+  Memory().EndWaitsWithin(seconds(0));
+  CHECK(waits_are(seconds(0), seconds(0)));
+  first.error->peer_slot = 1;
+  first.error->valid = 1;
+  CHECK(Contains(Memory().RecordedError().value_or(""),
+                 "device 0 waited for device 1 to come until this process left, by "
+                 "jax_ep.finalize() or its exit (expected epoch 0, seen 0)"));
+  // One wait for the devices, however often it is asked for.
+  for (int i = 0; i < 3; ++i) CHECK(!Memory().Synchronize(std::chrono::milliseconds(1)));
+  CHECK(fake_cuda::AwaitWaiting() && fake_cuda::num_waiting == 1);
+  fake_cuda::SetBusy(false);
+  CHECK(Memory().Synchronize(seconds(30)));
+  Memory().Release(true);
+
+  // It is over then. An error from before is not the leaving's.
+  Memory().SetTimeouts(timeouts);
+  Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);
+  CHECK(waits_are(timeouts.arrival, timeouts.progress));
+  first.error->peer_slot = 1;
+  first.error->valid = 1;
+  Memory().EndWaitsWithin(seconds(3));
+  CHECK(Contains(Memory().RecordedError().value_or(""), "to come until the timeout (expected"));
+  Memory().Release(true);
+}
+
+void NoAtomics() {
+  fake_cuda::without_atomics = {{1, 2}};
+  CHECK(Contains(Thrown([] { Memory().Setup(0, 1, {0, 1, 2}, {0, 1, 2}, 0, false); }),
+                 "jax_ep: CUDA device 1 reaches the memory of CUDA device 2 without atomic "
+                 "operations, which the kernels need: NVLink has them, PCIe has not"));
+  CHECK(Memory().Member(0) == -1);
+  Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false);  // without that pair
   Memory().Release(true);
 }
 
@@ -369,229 +341,6 @@ void Staging() {
   Memory().Release(true);
 }
 
-// Two processes ------------------------------------------------------------------------------
-
-struct Link {
-  int process;
-  int fd;
-
-  std::string Exchange(const std::string& mine) const {
-    const uint64_t bytes = mine.size();
-    CHECK(write(fd, &bytes, 8) == 8 && write(fd, mine.data(), bytes) == ssize_t(bytes));
-    uint64_t theirs = 0;
-    CHECK(recv(fd, &theirs, 8, MSG_WAITALL) == 8);
-    std::string text(theirs, '\0');
-    CHECK(recv(fd, text.data(), theirs, MSG_WAITALL) == ssize_t(theirs));
-    return text;
-  }
-  void Meet() const { CHECK(Exchange("here") == "here"); }
-};
-
-// Runs `f` in two processes that can talk; both must return.
-void InTwoProcesses(const std::function<void(const Link&)>& f) {
-  int fds[2];
-  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
-  pid_t pids[2];
-  for (int p = 0; p < 2; ++p) {
-    pids[p] = fork();
-    CHECK(pids[p] >= 0);
-    if (pids[p] != 0) continue;
-    alarm(60);
-    close(fds[1 - p]);
-    f({p, fds[p]});
-    std::_Exit(0);
-  }
-  close(fds[0]);
-  close(fds[1]);
-  for (pid_t pid : pids) {
-    int status = 0;
-    CHECK(waitpid(pid, &status, 0) == pid);
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-  }
-}
-
-const std::vector<int64_t> kMembers = {0, 1, int64_t{1} << 32, int64_t{1} << 32 | 1};
-
-// Two devices a process. `mine` and `theirs` are 64-bit words in each process's pool.
-void Connect(const Link& link, char* pool, size_t staging_bytes, bool staged_only) {
-  Memory().Setup(link.process, 2, {0, 1}, {0, 1}, staging_bytes, staged_only);
-  std::vector<uint64_t> pointers;
-  if (!staged_only) pointers = {Address(pool), Address(pool) + 4096};
-  const std::string mine = Memory().Export(pointers);
-  const std::string theirs = link.Exchange(mine);
-  Memory().Import(link.process == 0 ? std::vector{mine, theirs} : std::vector{theirs, mine});
-  link.Meet();
-  const int num_open = NumDescriptors();
-  Memory().CloseDescriptors();
-  CHECK(NumDescriptors() < num_open);
-}
-
-void TwoProcesses(const Link& link) {
-  char* const pool = MakePool();
-  const int num_descriptors = NumDescriptors();
-  const size_t num_mappings = fake_cuda::mappings.size();
-  std::vector<ControlBlock*> controls;
-  for (int generation = 0; generation < 3; ++generation) {
-    // Nobody has initialised before, or something of this process alone has run.
-    if (generation == 1) Memory().Setup(link.process, 2, {0, 1}, {0, 1}, 0, false);
-    Memory().Release(true);
-    Connect(link, pool, 1 << 16, generation == 2 && link.process == 1);
-
-    const int ordinal = 1, rank = 2 * link.process + ordinal;
-    const int other = 2 * (1 - link.process) + ordinal;
-    const View view(kMembers, ordinal);
-    CHECK(view.rank == rank && view.peer[other].slot_here == other);
-    CHECK(view.peer[other].slot_there == rank);
-    for (ControlBlock* old : controls) CHECK(view.control != old);
-    controls.push_back(view.control);
-
-    // Control memory, staging and XLA's memory of the other process, at the addresses it shows.
-    view.peer[other].control->local.epoch[70] = 100 + link.process;
-    reinterpret_cast<uint64_t*>(view.peer[other].staging)[3] = 200 + link.process;
-    auto* word = reinterpret_cast<uint64_t*>(pool + 512);
-    *word = 300 + link.process;
-    const std::string shown = link.Exchange(std::to_string(Address(word)));
-    CHECK(view.control->local.epoch[70] == uint64_t(100 + 1 - link.process));
-    CHECK(reinterpret_cast<uint64_t*>(view.staging)[3] == uint64_t(200 + 1 - link.process));
-    if (generation < 2 || link.process == 1) {
-      const uint64_t here = std::stoull(shown) + static_cast<uint64_t>(view.peer[other].shift);
-      CHECK(*reinterpret_cast<uint64_t*>(here) == uint64_t(300 + 1 - link.process));
-    }
-
-    // Which buffers are reached directly is the owner's affair.
-    const bool direct = generation < 2 || link.process == 0;
-    char* const elsewhere = MakePool();
-    const auto site = Site(kMembers, 4);
-    GroupCall inside, outside, local;
-    CHECK(EnterGroup(site, ordinal, nullptr, {{"x", pool, 64}}, &inside).success());
-    CHECK((inside.At(pool) == pool) == direct);
-    CHECK(EnterGroup(site, ordinal, nullptr, {{"x", elsewhere, 64}}, &outside).success());
-    CHECK(Address(outside.At(elsewhere)) == view.staging);
-    // A group inside the process reaches all of it.
-    CHECK(
-        EnterGroup(Site(kMembers, 2), ordinal, nullptr, {{"x", elsewhere, 64}}, &local).success());
-    CHECK((local.At(elsewhere) == elsewhere) == direct);
-
-    // One leaves first; the other still writes to it, and neither fails.
-    link.Meet();
-    if (link.process == 0) Memory().Release(true);
-    link.Meet();
-    if (link.process == 1) {
-      view.peer[other].control->local.epoch[70] = 400;
-      reinterpret_cast<uint64_t*>(view.peer[other].staging)[3] = 400;
-      Memory().Release(true);
-    }
-    link.Meet();
-    CHECK(view.control->local.broken != 0);
-    // In a job of several processes old control memory stays broken, whoever begins again.
-  }
-  for (ControlBlock* old : controls) CHECK(old->local.broken != 0);
-  // Left: control memory of each generation and device (and of the set-up alone), a staging region
-  // a device, the pools of this test.
-  CHECK(fake_cuda::mappings.size() == num_mappings + 2 * 4 + 2 + 3);
-  CHECK(NumDescriptors() == num_descriptors + int(fake_cuda::allocations.size()) - 1);
-}
-
-void NoExport(const Link& link) {
-  std::vector<char> memory(1 << 20);  // made by no cuMemMap
-  Memory().Setup(link.process, 2, {0, 1}, {0, 1}, 0, false);
-  const std::string error =
-      Thrown([&] { Memory().Export({Address(memory.data()), Address(memory.data())}); });
-  CHECK(Contains(error,
-                 "other processes cannot map XLA's memory (exporting XLA's memory on CUDA "
-                 "device 0: a fake error)"));
-  CHECK(Contains(error, "jax_ep.initialize(staging_bytes=...)"));
-  Memory().Release(true);
-  Connect(link, memory.data(), 4096, false);
-  CHECK(Contains(Memory().Describe(), "staged path (exporting XLA's memory"));
-  GroupCall call;
-  CHECK(EnterGroup(Site(kMembers, 4), 0, nullptr, {{"x", memory.data(), 64}}, &call).success());
-  CHECK(Address(call.At(memory.data())) == call.staging);
-  link.Meet();
-  Memory().Release(true);
-}
-
-// The other process dies: its memory is still there for kernels that write to it.
-void Death(const Link& link) {
-  char* const pool = MakePool();
-  Connect(link, pool, 4096, false);
-  link.Meet();
-  if (link.process == 1) raise(SIGKILL);
-  char byte;
-  CHECK(read(link.fd, &byte, 1) == 0);
-  const View view(kMembers, 0);
-  view.peer[2].control->start[0].shown[0].epoch = 1;
-  *reinterpret_cast<uint64_t*>(view.peer[2].staging) = 1;
-  *reinterpret_cast<uint64_t*>(Address(pool) + static_cast<uint64_t>(view.peer[2].shift)) = 1;
-  Memory().Release(true);
-}
-
-// Whether the device is told that these ranks, and no others, have gone.
-bool AreGone(const View& view, const std::set<int>& ranks) {
-  uint64_t expected[jax_ep::gpu::kSlotWords] = {};
-  for (int r : ranks) {
-    const int slot = view.peer[r].slot_here;
-    expected[jax_ep::gpu::word_of(slot)] |= jax_ep::gpu::bit_of(slot);
-  }
-  return std::equal(std::begin(expected), std::end(expected), view.error->gone);
-}
-
-// A process that stops its devices in vain does not say that it has left: they may still write.
-void ReleaseOfABusyDevice(const Link& link) {
-  char* const pool = MakePool();
-  Connect(link, pool, 4096, false);
-  const View view(kMembers, 0);
-  link.Meet();
-  if (link.process == 1) Memory().Release(false);
-  link.Meet();
-  if (link.process == 0) {
-    view.error->waiting.peer_slot = view.peer[2].slot_here;
-    view.error->waiting.since = 1;
-    CHECK(Memory().Watch().empty() && AreGone(view, {}));
-    Memory().Release(true);
-  }
-  link.Meet();
-}
-
-// How another process is seen to have gone, which `last` is the last to do.
-void Departure(const Link& link, const std::function<void()>& last, bool is_death) {
-  char* const pool = MakePool();
-  Connect(link, pool, 4096, false);
-  const int num_descriptors = NumDescriptors();
-  CHECK(Memory().Watch().empty());
-  const int64_t other = std::stoll(link.Exchange(std::to_string(getpid())));
-  if (link.process == 1) {
-    last();
-    std::_Exit(0);
-  }
-  const jax_ep::Descriptor pidfd = jax_ep::OpenProcess(other);
-  pollfd ended{pidfd.get(), POLLIN, 0};
-  CHECK(poll(&ended, 1, 30000) == 1);
-  const std::vector<std::string> news = Memory().Watch();
-  const View first(kMembers, 0), second(kMembers, 1);
-  if (is_death) {
-    CHECK(news.size() == 1 && Contains(news[0], "process 1 (pid " + std::to_string(other) +
-                                                    ") has died; calls that wait"));
-    CHECK(AreGone(first, {2, 3}) && AreGone(second, {2, 3}));
-  } else {
-    CHECK(news.empty() && AreGone(first, {}) && AreGone(second, {}));
-    // A wait for it, which has gone for good, ends.
-    first.error->waiting.peer_slot = first.peer[3].slot_here;
-    first.error->waiting.since = 1;
-    CHECK(Memory().Watch().empty());
-    CHECK(AreGone(first, {2, 3}) && AreGone(second, {2, 3}));
-  }
-  CHECK(!Memory().RecordedError());  // that is the kernels' to do
-  CHECK(Memory().Watch().empty());   // said already
-  Memory().Release(true);
-  CHECK(Memory().Watch().empty());
-  // The peer's pidfd and its page, and this one's page, are closed; the pidfd above is open.
-  CHECK(NumDescriptors() <= num_descriptors - 3 + 1);
-  Memory().Setup(0, 2, {0, 1}, {0, 1}, 0, false);
-  CHECK(AreGone(View({0, 1}, 0), {}));
-  Memory().Release(true);
-}
-
 // Each wait is told of once, when it has lasted for 30 s.
 void LongWait() {
   Memory().SetTimeouts({std::chrono::minutes(10), std::chrono::minutes(1)});
@@ -601,7 +350,7 @@ void LongWait() {
   const auto after = [&](int seconds) { return begin + std::chrono::seconds(seconds); };
   CHECK(Memory().Watch(after(0)).empty());
   waiting.kind = 1;
-  waiting.phase = jax_ep::gpu::kStart;
+  waiting.phase = gpu::kStart;
   waiting.peer_slot = 0;
   waiting.since = 17;
   CHECK(Memory().Watch(after(100)).empty() && Memory().Watch(after(128)).empty());
@@ -612,7 +361,7 @@ void LongWait() {
             "after 600 s (jax_ep.set_timeout)");
   CHECK(Memory().Watch(after(200)).empty());
   waiting.since = 18;  // another one
-  waiting.phase = jax_ep::gpu::kProgress;
+  waiting.phase = gpu::kProgress;
   CHECK(Memory().Watch(after(201)).empty());
   const auto more = Memory().Watch(after(231));
   CHECK(more.size() == 1 && Contains(more[0], "for device 4 to go on; it gives up after 60 s"));
@@ -621,84 +370,19 @@ void LongWait() {
   Memory().Release(true);
 }
 
-void Import() {
-  char* const pool = MakePool();
-  Memory().Setup(0, 2, {0, 1}, {0, 1}, 0, false);
-  const std::string mine = Memory().Export({Address(pool), Address(pool)});
-  CHECK(Thrown([&] { Memory().Import({mine, ""}); }).empty());  // one without devices
-  CHECK(Contains(Thrown([&] { Memory().Import({mine, "1 17 "}); }), "another version"));
-  CHECK(Contains(Thrown([&] {
-                   Memory().Import({mine, "1 " + std::to_string(sizeof(ControlBlock)) + " 999"});
-                 }),
-                 "pidfd_getfd from process 1"));
-  // A process with a page to show: this one.
-  const jax_ep::Presence page;
-  const std::string begin = std::to_string(getpid()) + " " + std::to_string(sizeof(ControlBlock)) +
-                            " " + std::to_string(page.fd());
-  CHECK(Contains(Thrown([&] { Memory().Import({mine, begin + " 4294967296 5"}); }),
-                 "an incomplete message of process 1, device 0"));
-  CHECK(Contains(Thrown([&] { Memory().Import({mine, begin + " 4294967296 999 0 2097152"}); }),
-                 "pidfd_getfd from process " + std::to_string(getpid())));
-  GroupView view{};
-  StagingRegion staging;
-  const auto error = Memory().FillGroup(kMembers.data(), 4, 0, &view, &staging);
-  CHECK(error && Contains(*error,
-                          "rank 2 lives on device 0 of process 1, which this process is "
-                          "not connected to"));
-  Memory().Release(true);
-}
-
-// Runs `f` in this process and in one that is killed.
-void WithOneThatDies(const std::function<void(const Link&)>& f) {
-  int fds[2];
-  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
-  const pid_t pid = fork();
-  CHECK(pid >= 0);
-  close(fds[pid == 0 ? 0 : 1]);
-  f({pid == 0 ? 1 : 0, fds[pid == 0 ? 1 : 0]});
-  int status = 0;
-  CHECK(waitpid(pid, &status, 0) == pid && WIFSIGNALED(status));
-}
-
-void Run(const char* name, const std::function<void()>& test) {
-  const pid_t pid = fork();
-  CHECK(pid >= 0);
-  if (pid == 0) {
-    alarm(120);
-    test();
-    std::_Exit(0);
-  }
-  int status = 0;
-  CHECK(waitpid(pid, &status, 0) == pid);
-  if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
-    std::fprintf(stderr, "%s failed\n", name);
-    std::_Exit(1);
-  }
-  std::printf("%s: right\n", name);
-  std::fflush(stdout);
-}
-
 }  // namespace
+}  // namespace jax_ep::test
 
 int main() {
+  using namespace jax_ep::test;
   Run("one process", OneProcess);
+  Run("refusal while recorded", RefusalWhileRecorded);
+  Run("leaving", Leaving);
+  Run("no atomics", NoAtomics);
   Run("sharing", Sharing);
   Run("growth", GrowthWhileDevicesWork);
   Run("long wait", LongWait);
   Run("staging", Staging);
-  Run("import", Import);
-  Run("two processes", [] { InTwoProcesses(TwoProcesses); });
-  Run("no export", [] { InTwoProcesses(NoExport); });
-  Run("death", [] { WithOneThatDies(Death); });
-  Run("a process dies", [] {
-    WithOneThatDies([](const Link& link) { Departure(link, [] { raise(SIGKILL); }, true); });
-  });
-  Run("a process ends without leaving",
-      [] { InTwoProcesses([](const Link& link) { Departure(link, [] {}, true); }); });
-  Run("a busy device is released", [] { InTwoProcesses(ReleaseOfABusyDevice); });
-  Run("a process leaves", [] {
-    InTwoProcesses(
-        [](const Link& link) { Departure(link, [] { Memory().Release(true); }, false); });
-  });
+  RunTestsOfTwoProcesses();
   return 0;
 }

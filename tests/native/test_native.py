@@ -119,6 +119,8 @@ def test_symmetric_memory(tmp_path: pathlib.Path) -> None:
     """The CUDA backend's host side, against a stand-in for CUDA: needs its headers, no GPU."""
     sources = [
         _TEST.with_name("symmetric_memory_test.cc"),
+        _TEST.with_name("symmetric_processes_test.cc"),
+        _TEST.with_name("fake_cuda.cc"),
         *sorted((_ROOT / "xla_ffi" / "memory").glob("*.cc")),
         _ROOT / "xla_ffi" / "cuda" / "call_site.cc",
         _ROOT / "xla_ffi" / "groups.cc",

@@ -1,6 +1,9 @@
 #include "xla_ffi/cuda/call_site.h"
 
 #include <atomic>
+#include <stdexcept>
+
+#include "xla_ffi/memory/driver.h"
 
 namespace jax_ep {
 namespace {
@@ -12,13 +15,20 @@ constexpr int kPoison = 0xff;
 
 std::atomic<bool> g_poison_outputs{false};
 
-// In place of a kernel, for the other ranks not to wait for it until the arrival timeout: `given_up`
-// is in host-mapped memory that stays. When a copy fails, they wait.
-void TellGivenUp(const gpu::GroupView& group, const uint64_t* given_up, cudaStream_t stream) {
-  for (int r = 0; r < group.num_ranks; ++r) {
-    if (r == group.rank) continue;
-    (void)cudaMemcpyAsync(&group.peer[r].control->given_up, given_up, sizeof *given_up,
-                          cudaMemcpyDefault, stream);
+// In place of a kernel, for the other ranks not to wait for it until the arrival timeout:
+// `given_up` is in host-mapped memory that stays. Not on the call's stream: XLA may be recording
+// that for a command buffer, and throws away what it has recorded when the call fails. When a copy
+// fails, they wait.
+void TellGivenUp(const gpu::GroupView& group, const uint64_t* given_up) {
+  const AnyCallScope scope;
+  try {
+    const OwnStream stream("a stream to tell the other ranks");
+    for (int r = 0; r < group.num_ranks; ++r) {
+      if (r == group.rank) continue;
+      (void)cudaMemcpyAsync(&group.peer[r].control->given_up, given_up, sizeof *given_up,
+                            cudaMemcpyDefault, stream.get());
+    }
+  } catch (const std::runtime_error&) {
   }
 }
 
@@ -45,12 +55,12 @@ ffi::ErrorOr<std::unique_ptr<CudaSiteState>> MakeCudaSite(const char* op, Groups
 // of the call, and every call begins again at the region's start.
 //
 // That is right because calls of a device follow one another on its stream, and a peer touches the
-// region only between two mails (cuda/sync/start_end.cuh). It begins after [S2], which observes this call's
-// own [S1], so never before what stands on the stream before the kernel: the copies in. It ends
-// before the kernel does: a peer writes nothing after its last [P1], which the kernel waits for
-// ([P2]), and reads nothing, which it does in layout alone, after [E1] ([E2]). So what the stream
-// does after the kernel, the copies out and the next call's copies in, meets nobody. A replayed
-// command buffer repeats copies and kernel in the same order.
+// region only between two mails (cuda/sync/start_end.cuh). It begins after [S2], which observes
+// this call's own [S1], so never before what stands on the stream before the kernel: the copies in.
+// It ends before the kernel does: a peer writes nothing after its last [P1], which the kernel waits
+// for ([P2]), and reads nothing, which it does in layout alone, after [E1] ([E2]). So what the
+// stream does after the kernel, the copies out and the next call's copies in, meets nobody. A
+// replayed command buffer repeats copies and kernel in the same order.
 //
 // A call that fails sees its peers out before it ends (cuda/sync/leave.cuh), here as for XLA's
 // buffers; then the group is broken, and the region is used again only after a new beginning.
@@ -83,7 +93,7 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t 
     return fail(*error);
   }
   if (const uint64_t* given_up = memory.GivenUp(ordinal)) {
-    TellGivenUp(*call, given_up, stream);
+    TellGivenUp(*call, given_up);
     return {ffi::ErrorCode::kDeadlineExceeded, memory.RecordedError().value_or("")};
   }
   // Ranks share the work by block, so their grids must be equal.

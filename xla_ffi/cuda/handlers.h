@@ -19,8 +19,9 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(kDispatchCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineGradientCuda);
 
-// The same, with the trait that lets XLA record their calls in command buffers. It is a trait of the
-// handler itself, for not every CUDA plugin takes it at registration; module.cc hands out either.
+// The same, with the trait that lets XLA record their calls in command buffers. It is a trait of
+// the handler itself, for not every CUDA plugin takes it at registration; module.cc hands out
+// either.
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kLayoutCudaRecordable);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kDispatchCudaRecordable);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineCudaRecordable);

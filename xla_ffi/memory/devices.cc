@@ -2,6 +2,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstring>
 #include <future>
 #include <sstream>
@@ -33,6 +34,20 @@ void WarmUpCopies(const Mapping& staging, const std::string& what) {
           what);
   }
   Check(cudaStreamSynchronize(stream.get()), what);
+}
+
+// When these devices have no work left. There is no wait for a device with a timeout, so a thread
+// waits; if the wait never ends it goes with the process.
+std::shared_future<void> EndOf(const std::vector<int>& ordinals) {
+  const auto ended = std::make_shared<std::promise<void>>();
+  std::thread([ordinals, ended] {
+    for (int ordinal : ordinals) {
+      // A device that has failed has no work left either.
+      if (cudaSetDevice(ordinal) == cudaSuccess) cudaDeviceSynchronize();
+    }
+    ended->set_value();
+  }).detach();
+  return ended->get_future().share();
 }
 
 }  // namespace
@@ -86,6 +101,7 @@ SymmetricMemory::Device SymmetricMemory::MakeDevice(int ordinal, int64_t member,
       Throw("CUDA device " + std::to_string(ordinal) + " cannot reach the memory of device " +
             std::to_string(other));
     }
+    RequireAtomics(ordinal, other, "CUDA device " + std::to_string(other));
     const cudaError_t status = cudaDeviceEnablePeerAccess(other, 0);
     if (status == cudaErrorPeerAccessAlreadyEnabled) {
       cudaGetLastError();  // by XLA; a later check must not report it
@@ -168,7 +184,7 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
   num_processes_ = num_processes;
   devices_ = std::move(devices);
   slot_ = std::move(slots);
-  for (const Device& device : devices_) WriteTimeouts(timeouts_, device.error.get());
+  for (const Device& device : devices_) WriteTimeouts(TimeoutsInForce(), device.error.get());
 }
 
 std::map<int64_t, int> SymmetricMemory::NumberSlots(const std::vector<Device>& devices,
@@ -183,24 +199,17 @@ std::map<int64_t, int> SymmetricMemory::NumberSlots(const std::vector<Device>& d
 }
 
 bool SymmetricMemory::Synchronize(std::chrono::nanoseconds timeout) {
-  std::vector<int> ordinals;
+  std::shared_future<void> end;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    ordinals = Ordinals();
+    if (devices_.empty()) return true;
+    if (!devices_end_.valid()) devices_end_ = EndOf(Ordinals());
+    end = devices_end_;
   }
-  if (ordinals.empty()) return true;
-  // There is no wait for a device with a timeout, so a thread waits; if the wait never ends it
-  // goes with the process.
-  const auto ended = std::make_shared<std::promise<void>>();
-  std::future<void> all_ended = ended->get_future();
-  std::thread([ordinals, ended] {
-    for (int ordinal : ordinals) {
-      // A device that has failed has no work left either.
-      if (cudaSetDevice(ordinal) == cudaSuccess) cudaDeviceSynchronize();
-    }
-    ended->set_value();
-  }).detach();
-  return all_ended.wait_for(timeout) == std::future_status::ready;
+  if (end.wait_for(timeout) != std::future_status::ready) return false;
+  std::lock_guard<std::mutex> lock(mutex_);
+  devices_end_ = {};
+  return true;
 }
 
 void SymmetricMemory::Release(bool devices_have_ended) {
@@ -218,6 +227,8 @@ void SymmetricMemory::Release(bool devices_have_ended) {
     descriptors.swap(descriptors_);
     slot_.clear();
     pool_problem_.clear();
+    longest_wait_.reset();
+    devices_end_ = {};
   }
   for (Device& device : devices) {
     CUcontext saved = nullptr;
@@ -245,7 +256,20 @@ void SymmetricMemory::Release(bool devices_have_ended) {
 void SymmetricMemory::SetTimeouts(const Timeouts& timeouts) {
   std::lock_guard<std::mutex> lock(mutex_);
   timeouts_ = timeouts;
-  for (const Device& device : devices_) WriteTimeouts(timeouts_, device.error.get());
+  for (const Device& device : devices_) WriteTimeouts(TimeoutsInForce(), device.error.get());
+}
+
+void SymmetricMemory::EndWaitsWithin(std::chrono::nanoseconds limit) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!longest_wait_) was_broken_ = FirstRecord() != nullptr;
+  longest_wait_ = limit;
+  for (const Device& device : devices_) WriteTimeouts(TimeoutsInForce(), device.error.get());
+}
+
+Timeouts SymmetricMemory::TimeoutsInForce() const {
+  if (!longest_wait_) return timeouts_;
+  return {std::min(timeouts_.arrival, *longest_wait_),
+          std::min(timeouts_.progress, *longest_wait_)};
 }
 
 std::optional<std::string> SymmetricMemory::FillGroup(const int64_t* members, int num_ranks,

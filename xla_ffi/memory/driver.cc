@@ -16,6 +16,17 @@ void Check(CUresult status, const std::string& what) {
 
 std::string OnDevice(int ordinal) { return " on CUDA device " + std::to_string(ordinal); }
 
+void RequireAtomics(int ordinal, int other, const std::string& name) {
+  int possible = 0;
+  const std::string own = "CUDA device " + std::to_string(ordinal);
+  Check(cudaDeviceGetP2PAttribute(&possible, cudaDevP2PAttrNativeAtomicSupported, ordinal, other),
+        "cudaDeviceGetP2PAttribute of " + own + " and " + name);
+  if (possible != 0) return;
+  Throw(own + " reaches the memory of " + name +
+        " without atomic operations, which the kernels need: NVLink has them, PCIe has not. "
+        "'nvidia-smi topo -m' shows how devices are connected; CUDA_VISIBLE_DEVICES chooses some");
+}
+
 const Driver& Driver::Get() {
   static const Driver* const driver = new Driver;
   return *driver;

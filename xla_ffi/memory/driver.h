@@ -20,6 +20,10 @@ void Check(CUresult status, const std::string& what);
 
 std::string OnDevice(int ordinal);
 
+// Throws if a device cannot use atomic operations on the memory of another one, of that name, as
+// the kernels do to leave it (cuda/sync/leave.cuh).
+void RequireAtomics(int ordinal, int other, const std::string& name);
+
 // The driver's functions by name: machines that build or import this may have no driver.
 struct Driver {
 #define JAX_EP_DRIVER(name) decltype(::name)* name = Load<decltype(::name)>(#name)
@@ -68,8 +72,8 @@ class DeviceScope {
   CUcontext saved_ = nullptr;
 };
 
-// A stream for work of set-up on the current device. To wait for the device instead would break what
-// another thread is recording for a command buffer there, and wait for all that runs.
+// A stream for work of set-up on the current device. To wait for the device instead would break
+// what another thread is recording for a command buffer there, and wait for all that runs.
 class OwnStream {
  public:
   explicit OwnStream(const std::string& what) {
@@ -82,6 +86,18 @@ class OwnStream {
 
  private:
   cudaStream_t stream_ = nullptr;
+};
+
+// Lets this thread make calls into CUDA that it may not make while it records a stream (a capture).
+class AnyCallScope {
+ public:
+  AnyCallScope() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~AnyCallScope() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  AnyCallScope(const AnyCallScope&) = delete;
+  AnyCallScope& operator=(const AnyCallScope&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then the one before
 };
 
 }  // namespace jax_ep

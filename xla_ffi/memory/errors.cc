@@ -48,6 +48,9 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
   std::ostringstream out;
   out << OperationName(record->kind) << ": ";
   const uint64_t expected = record->expected_epoch, seen = record->seen_epoch;
+  const char* const until = longest_wait_ && !was_broken_
+                                ? " until this process left, by jax_ep.finalize() or its exit"
+                                : " until the timeout";
   switch (record->phase) {
     case gpu::kOtherCall:
       out << own << " and " << peer << " are in different calls (operation " << std::hex << expected
@@ -55,8 +58,8 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
       break;
     case gpu::kNotResident:
       out << "on " << own << " only " << seen << " of " << expected
-          << " blocks got a streaming multiprocessor until the timeout: other work holds the "
-             "rest; pass a smaller num_sms to jax_ep.make_layout";
+          << " blocks got a streaming multiprocessor" << until
+          << ": other work holds the rest; pass a smaller num_sms to jax_ep.make_layout";
       break;
     case gpu::kToldByPeer:
       out << own << " was told by " << peer << ", which has given up";
@@ -66,7 +69,7 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
       out << " and says why";
       break;
     case gpu::kProgress:
-      out << own << " waited for " << peer << " to finish until the timeout (expected epoch "
+      out << own << " waited for " << peer << " to finish" << until << " (expected epoch "
           << gpu::epoch_of(expected) << ", seen " << gpu::epoch_of(seen) << " with "
           << gpu::units_of(seen, gpu::epoch_of(expected)) << " of "
           << gpu::units_of(expected, gpu::epoch_of(expected))
@@ -85,8 +88,8 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
       break;
     default:
       out << own << " waited for " << peer << " to "
-          << (record->phase == gpu::kStart ? "come" : "finish")
-          << " until the timeout (expected epoch " << expected << ", seen " << seen << ")";
+          << (record->phase == gpu::kStart ? "come" : "finish") << until << " (expected epoch "
+          << expected << ", seen " << seen << ")";
   }
   for (const Device& device : devices_) {
     for (int slot = 0; slot < gpu::kMaxPeers; ++slot) {

@@ -11,6 +11,23 @@
 #include "xla_ffi/memory/symmetric_memory.h"
 
 namespace jax_ep {
+namespace {
+
+// Of a device of another process. This one may not see it (CUDA_VISIBLE_DEVICES), and cannot ask
+// then.
+void RequireAtomicsOn(const std::string& bus_id, const std::vector<int>& ordinals,
+                      const std::string& name) {
+  int other = -1;
+  if (cudaDeviceGetByPCIBusId(&other, bus_id.c_str()) != cudaSuccess) {
+    cudaGetLastError();  // a later check must not report it
+    return;
+  }
+  for (int ordinal : ordinals) {
+    if (ordinal != other) RequireAtomics(ordinal, other, name);
+  }
+}
+
+}  // namespace
 
 std::string SymmetricMemory::Export(const std::vector<uint64_t>& pool_pointers) {
   std::lock_guard<std::mutex> set_up_lock(set_up_mutex_);
@@ -33,7 +50,9 @@ std::string SymmetricMemory::Export(const std::vector<uint64_t>& pool_pointers) 
     Device& device = devices_[i];
     const DeviceScope scope(device.ordinal);
     const std::string on = OnDevice(device.ordinal);
-    out << " " << device.member;
+    char bus_id[32];
+    Check(cudaDeviceGetPCIBusId(bus_id, sizeof bus_id, device.ordinal), "PCI bus" + on);
+    out << " " << device.member << " " << bus_id;
     show(device.control->begin(), device.control->bytes(), "exporting control memory" + on);
     if (staged_only_) {
       show_none();
@@ -86,6 +105,9 @@ void SymmetricMemory::Import(const std::vector<std::string>& exports) {
     for (int64_t member = 0; in >> member;) {
       const std::string whose = " of process " + std::to_string(process) + ", device " +
                                 std::to_string(member & 0xffffffff);
+      std::string bus_id;
+      if (!(in >> bus_id)) Throw("an incomplete message" + whose);
+      RequireAtomicsOn(bus_id, ordinals, "the device" + whose);
       uint64_t begin = 0;
       const auto map = [&](const std::string& what) -> std::shared_ptr<Mapping> {
         int fd = -1;

@@ -1,7 +1,8 @@
 // Another process of the job, on this host: whether it still takes part.
 //
-// Its pidfd tells at once that it has ended, however that came. A word in memory that both map tells
-// whether it had left before, by jax_ep.finalize() or an exit that calls it: then nobody has died.
+// Its pidfd tells at once that it has ended, however that came. A word in memory that both map
+// tells whether it had left before, by jax_ep.finalize() or an exit that calls it: then nobody has
+// died.
 #ifndef JAX_EP_XLA_FFI_MEMORY_PEER_PROCESS_H_
 #define JAX_EP_XLA_FFI_MEMORY_PEER_PROCESS_H_
 

@@ -17,6 +17,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <future>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -46,8 +47,9 @@ class SymmetricMemory {
   // Allocates control memory on these CUDA devices, enables access between them and loads all
   // kernels. `process` is this process's number of `num_processes`, `ids` are JAX's numbers of the
   // devices. If they are set up already only the staging regions grow to `staging_bytes`, where
-  // they are smaller; calls may be on their way to the devices. With `staged_only` all buffers that peers touch are staged. Throws std::runtime_error naming
-  // the device and the call that failed; nothing has changed then.
+  // they are smaller; calls may be on their way to the devices. With `staged_only` all buffers that
+  // peers touch are staged. Throws std::runtime_error naming the device and the call that failed;
+  // nothing has changed then.
   void Setup(int64_t process, int64_t num_processes, const std::vector<int>& ids,
              const std::vector<int>& ordinals, size_t staging_bytes, bool staged_only);
 
@@ -63,7 +65,12 @@ class SymmetricMemory {
   // Everybody has imported.
   void CloseDescriptors();
 
-  // Waits until the devices have no work left; false if that takes longer.
+  // This process is about to leave: until Release its kernels, those that wait already too, wait
+  // for others no longer than this, nor than the timeouts say.
+  void EndWaitsWithin(std::chrono::nanoseconds limit);
+
+  // Waits until the devices have no work left; false if that takes longer, and the next call goes
+  // on with the same wait.
   bool Synchronize(std::chrono::nanoseconds timeout);
 
   // Leaves the group: a call that comes later fails, on the host or, replayed, on the device. No
@@ -102,8 +109,8 @@ class SymmetricMemory {
   // may yet write to one of this process.
   std::optional<std::string> RecordedError();
 
-  // If there is one, what `ordinal` tells the other ranks of a call that is refused for it, since no
-  // kernel will: the word for their ControlBlock::given_up, in host-mapped memory that stays.
+  // If there is one, what `ordinal` tells the other ranks of a call that is refused for it, since
+  // no kernel will: the word for their ControlBlock::given_up, in host-mapped memory that stays.
   const uint64_t* GivenUp(int ordinal);
 
   // How peers reach this process's buffers, in words.
@@ -138,6 +145,7 @@ class SymmetricMemory {
 
   Device* FindLocal(int ordinal);
   Device MakeDevice(int ordinal, int64_t member, const std::vector<int>& ordinals);
+  Timeouts TimeoutsInForce() const;
   static std::map<int64_t, int> NumberSlots(const std::vector<Device>& devices,
                                             const std::map<int64_t, RemoteDevice>& remote);
   std::vector<int> Ordinals() const;
@@ -161,6 +169,9 @@ class SymmetricMemory {
   bool staged_only_ = false;
   std::string pool_problem_;  // why other processes cannot map XLA's memory; empty if they do
   Timeouts timeouts_;
+  std::optional<std::chrono::nanoseconds> longest_wait_;  // of a process that leaves
+  bool was_broken_ = false;                               // when it began to leave
+  std::shared_future<void> devices_end_;                  // what Synchronize has begun to wait for
   std::vector<Device> devices_;
   std::map<int64_t, RemoteDevice> remote_;                 // by member
   std::unique_ptr<Presence> presence_;                     // of this process; shown by Export

@@ -42,7 +42,7 @@ std::optional<std::string> SymmetricMemory::LookAtWait(Device* device,
   if (device->wait.is_told || now - device->wait.seen + unseen < kTellAfter) return std::nullopt;
   device->wait.is_told = true;
   const bool has_come = waiting.phase != gpu::kStart;
-  const auto limit = has_come ? timeouts_.progress : timeouts_.arrival;
+  const auto limit = has_come ? TimeoutsInForce().progress : TimeoutsInForce().arrival;
   const int own_slot = slot_.at(device->member);
   std::ostringstream out;
   out << OperationName(waiting.kind) << ": " << NameOfSlot(own_slot) << " has waited for "

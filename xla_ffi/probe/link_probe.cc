@@ -1,5 +1,5 @@
-// The Python module jax_ep._probe, which measures links and memory for the benchmark and the doctor:
-// allocates, launches, times by events, checks what arrived.
+// The Python module jax_ep._probe, which measures links and memory for the benchmark and the
+// doctor: allocates, launches, times by events, checks what arrived.
 //
 // Everything is freed before a function returns: memory by cudaMalloc, beside XLA's pool, so that
 // peer access is all that another device of this process needs to reach it.

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -142,6 +143,33 @@ def killed() -> None:
     assert float(jax.jit(lambda x: x.sum())(np.ones(4))) == 4
     jax_ep.finalize()
     coordinator_leaves_last()
+
+
+def left(how: str) -> None:
+    """Process 0 leaves while its kernel waits for process 1, which lives and does not come.
+
+    By `how`, the progress timeout ends that, or Ctrl-C.
+    """
+    join()
+    connect(staging_bytes=1 << 20)
+    layer = Layer()
+    layer.check()
+    jax_ep.set_timeout(arrival=600, progress=300 if how == "interrupt" else 3)
+    if IS_LAST:
+        wait_for_marks("left", 1)
+        for _ in range(2):  # the kernels of the first call find it, if no handler does
+            layer.print_error("TOLD")
+        return
+    layer.program(*layer.data)
+    start = time.monotonic()
+    if how == "interrupt":
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        jax_ep.finalize()
+    except KeyboardInterrupt:
+        print("INTERRUPTED")
+    print(f"SECONDS {time.monotonic() - start:.2f}")
+    mark("left")
 
 
 def tear_down(how: str) -> None:

@@ -1,0 +1,324 @@
+// Likewise between two processes: how they come to each other's memory, that nothing is freed too
+// early or never, and how one is seen to have gone.
+#include <poll.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <functional>
+#include <iterator>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "tests/native/symmetric_memory_support.h"
+
+namespace jax_ep::test {
+namespace {
+
+using gpu::ControlBlock;
+using gpu::GroupView;
+
+struct Link {
+  int process;
+  int fd;
+
+  std::string Exchange(const std::string& mine) const {
+    const uint64_t bytes = mine.size();
+    CHECK(write(fd, &bytes, 8) == 8 && write(fd, mine.data(), bytes) == ssize_t(bytes));
+    uint64_t theirs = 0;
+    CHECK(recv(fd, &theirs, 8, MSG_WAITALL) == 8);
+    std::string text(theirs, '\0');
+    CHECK(recv(fd, text.data(), theirs, MSG_WAITALL) == ssize_t(theirs));
+    return text;
+  }
+  void Meet() const { CHECK(Exchange("here") == "here"); }
+};
+
+// Runs `f` in two processes that can talk; both must return.
+void InTwoProcesses(const std::function<void(const Link&)>& f) {
+  int fds[2];
+  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
+  pid_t pids[2];
+  for (int p = 0; p < 2; ++p) {
+    pids[p] = fork();
+    CHECK(pids[p] >= 0);
+    if (pids[p] != 0) continue;
+    alarm(60);
+    close(fds[1 - p]);
+    f({p, fds[p]});
+    std::_Exit(0);
+  }
+  close(fds[0]);
+  close(fds[1]);
+  for (pid_t pid : pids) {
+    int status = 0;
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  }
+}
+
+const std::vector<int64_t> kMembers = {0, 1, int64_t{1} << 32, int64_t{1} << 32 | 1};
+
+// Two devices a process. `mine` and `theirs` are 64-bit words in each process's pool.
+void Connect(const Link& link, char* pool, size_t staging_bytes, bool staged_only) {
+  Memory().Setup(link.process, 2, {0, 1}, {0, 1}, staging_bytes, staged_only);
+  std::vector<uint64_t> pointers;
+  if (!staged_only) pointers = {Address(pool), Address(pool) + 4096};
+  const std::string mine = Memory().Export(pointers);
+  const std::string theirs = link.Exchange(mine);
+  Memory().Import(link.process == 0 ? std::vector{mine, theirs} : std::vector{theirs, mine});
+  link.Meet();
+  const int num_open = NumDescriptors();
+  Memory().CloseDescriptors();
+  CHECK(NumDescriptors() < num_open);
+}
+
+void TwoProcesses(const Link& link) {
+  char* const pool = MakePool();
+  const int num_descriptors = NumDescriptors();
+  const size_t num_mappings = fake_cuda::mappings.size();
+  std::vector<ControlBlock*> controls;
+  for (int generation = 0; generation < 3; ++generation) {
+    // Nobody has initialised before, or something of this process alone has run.
+    if (generation == 1) Memory().Setup(link.process, 2, {0, 1}, {0, 1}, 0, false);
+    Memory().Release(true);
+    Connect(link, pool, 1 << 16, generation == 2 && link.process == 1);
+
+    const int ordinal = 1, rank = 2 * link.process + ordinal;
+    const int other = 2 * (1 - link.process) + ordinal;
+    const View view(kMembers, ordinal);
+    CHECK(view.rank == rank && view.peer[other].slot_here == other);
+    CHECK(view.peer[other].slot_there == rank);
+    for (ControlBlock* old : controls) CHECK(view.control != old);
+    controls.push_back(view.control);
+
+    // Control memory, staging and XLA's memory of the other process, at the addresses it shows.
+    view.peer[other].control->local.epoch[70] = 100 + link.process;
+    reinterpret_cast<uint64_t*>(view.peer[other].staging)[3] = 200 + link.process;
+    auto* word = reinterpret_cast<uint64_t*>(pool + 512);
+    *word = 300 + link.process;
+    const std::string shown = link.Exchange(std::to_string(Address(word)));
+    CHECK(view.control->local.epoch[70] == uint64_t(100 + 1 - link.process));
+    CHECK(reinterpret_cast<uint64_t*>(view.staging)[3] == uint64_t(200 + 1 - link.process));
+    if (generation < 2 || link.process == 1) {
+      const uint64_t here = std::stoull(shown) + static_cast<uint64_t>(view.peer[other].shift);
+      CHECK(*reinterpret_cast<uint64_t*>(here) == uint64_t(300 + 1 - link.process));
+    }
+
+    // Which buffers are reached directly is the owner's affair.
+    const bool direct = generation < 2 || link.process == 0;
+    char* const elsewhere = MakePool();
+    const auto site = Site(kMembers, 4);
+    GroupCall inside, outside, local;
+    CHECK(EnterGroup(site, ordinal, nullptr, {{"x", pool, 64}}, &inside).success());
+    CHECK((inside.At(pool) == pool) == direct);
+    CHECK(EnterGroup(site, ordinal, nullptr, {{"x", elsewhere, 64}}, &outside).success());
+    CHECK(Address(outside.At(elsewhere)) == view.staging);
+    // A group inside the process reaches all of it.
+    CHECK(
+        EnterGroup(Site(kMembers, 2), ordinal, nullptr, {{"x", elsewhere, 64}}, &local).success());
+    CHECK((local.At(elsewhere) == elsewhere) == direct);
+
+    // One leaves first; the other still writes to it, and neither fails.
+    link.Meet();
+    if (link.process == 0) Memory().Release(true);
+    link.Meet();
+    if (link.process == 1) {
+      view.peer[other].control->local.epoch[70] = 400;
+      reinterpret_cast<uint64_t*>(view.peer[other].staging)[3] = 400;
+      Memory().Release(true);
+    }
+    link.Meet();
+    CHECK(view.control->local.broken != 0);
+    // In a job of several processes old control memory stays broken, whoever begins again.
+  }
+  for (ControlBlock* old : controls) CHECK(old->local.broken != 0);
+  // Left: control memory of each generation and device (and of the set-up alone), a staging region
+  // a device, the pools of this test.
+  CHECK(fake_cuda::mappings.size() == num_mappings + 2 * 4 + 2 + 3);
+  CHECK(NumDescriptors() == num_descriptors + int(fake_cuda::allocations.size()) - 1);
+}
+
+void NoExport(const Link& link) {
+  std::vector<char> memory(1 << 20);  // made by no cuMemMap
+  Memory().Setup(link.process, 2, {0, 1}, {0, 1}, 0, false);
+  const std::string error =
+      Thrown([&] { Memory().Export({Address(memory.data()), Address(memory.data())}); });
+  CHECK(Contains(error,
+                 "other processes cannot map XLA's memory (exporting XLA's memory on CUDA "
+                 "device 0: a fake error)"));
+  CHECK(Contains(error, "jax_ep.initialize(staging_bytes=...)"));
+  Memory().Release(true);
+  Connect(link, memory.data(), 4096, false);
+  CHECK(Contains(Memory().Describe(), "staged path (exporting XLA's memory"));
+  GroupCall call;
+  CHECK(EnterGroup(Site(kMembers, 4), 0, nullptr, {{"x", memory.data(), 64}}, &call).success());
+  CHECK(Address(call.At(memory.data())) == call.staging);
+  link.Meet();
+  Memory().Release(true);
+}
+
+// The other process dies: its memory is still there for kernels that write to it.
+void Death(const Link& link) {
+  char* const pool = MakePool();
+  Connect(link, pool, 4096, false);
+  link.Meet();
+  if (link.process == 1) raise(SIGKILL);
+  char byte;
+  CHECK(read(link.fd, &byte, 1) == 0);
+  const View view(kMembers, 0);
+  view.peer[2].control->start[0].shown[0].epoch = 1;
+  *reinterpret_cast<uint64_t*>(view.peer[2].staging) = 1;
+  *reinterpret_cast<uint64_t*>(Address(pool) + static_cast<uint64_t>(view.peer[2].shift)) = 1;
+  Memory().Release(true);
+}
+
+// Devices of two processes, on buses 0 and 1, 2 and 3. The process that sees those of both refuses
+// a pair without atomic operations; the other one cannot ask.
+void NoAtomicsBetweenProcesses(const Link& link) {
+  fake_cuda::first_bus = 2 * link.process;
+  fake_cuda::without_atomics = {{1, 2}};
+  char* const pool = MakePool();
+  const std::string error = Thrown([&] { Connect(link, pool, 4096, false); });
+  if (link.process == 0) {
+    CHECK(Contains(error,
+                   "CUDA device 1 reaches the memory of the device of process 1, device 0 "
+                   "without atomic operations"));
+    link.Meet();
+  } else {
+    CHECK(error.empty());
+  }
+  Memory().Release(true);
+}
+
+// Whether the device is told that these ranks, and no others, have gone.
+bool AreGone(const View& view, const std::set<int>& ranks) {
+  uint64_t expected[gpu::kSlotWords] = {};
+  for (int r : ranks) {
+    const int slot = view.peer[r].slot_here;
+    expected[gpu::word_of(slot)] |= gpu::bit_of(slot);
+  }
+  return std::equal(std::begin(expected), std::end(expected), view.error->gone);
+}
+
+// A process that stops its devices in vain does not say that it has left: they may still write.
+void ReleaseOfABusyDevice(const Link& link) {
+  char* const pool = MakePool();
+  Connect(link, pool, 4096, false);
+  const View view(kMembers, 0);
+  link.Meet();
+  if (link.process == 1) Memory().Release(false);
+  link.Meet();
+  if (link.process == 0) {
+    view.error->waiting.peer_slot = view.peer[2].slot_here;
+    view.error->waiting.since = 1;
+    CHECK(Memory().Watch().empty() && AreGone(view, {}));
+    Memory().Release(true);
+  }
+  link.Meet();
+}
+
+// How another process is seen to have gone, which `last` is the last to do.
+void Departure(const Link& link, const std::function<void()>& last, bool is_death) {
+  char* const pool = MakePool();
+  Connect(link, pool, 4096, false);
+  const int num_descriptors = NumDescriptors();
+  CHECK(Memory().Watch().empty());
+  const int64_t other = std::stoll(link.Exchange(std::to_string(getpid())));
+  if (link.process == 1) {
+    last();
+    std::_Exit(0);
+  }
+  const Descriptor pidfd = OpenProcess(other);
+  pollfd ended{pidfd.get(), POLLIN, 0};
+  CHECK(poll(&ended, 1, 30000) == 1);
+  const std::vector<std::string> news = Memory().Watch();
+  const View first(kMembers, 0), second(kMembers, 1);
+  if (is_death) {
+    CHECK(news.size() == 1 && Contains(news[0], "process 1 (pid " + std::to_string(other) +
+                                                    ") has died; calls that wait"));
+    CHECK(AreGone(first, {2, 3}) && AreGone(second, {2, 3}));
+  } else {
+    CHECK(news.empty() && AreGone(first, {}) && AreGone(second, {}));
+    // A wait for it, which has gone for good, ends.
+    first.error->waiting.peer_slot = first.peer[3].slot_here;
+    first.error->waiting.since = 1;
+    CHECK(Memory().Watch().empty());
+    CHECK(AreGone(first, {2, 3}) && AreGone(second, {2, 3}));
+  }
+  CHECK(!Memory().RecordedError());  // that is the kernels' to do
+  CHECK(Memory().Watch().empty());   // said already
+  Memory().Release(true);
+  CHECK(Memory().Watch().empty());
+  // The peer's pidfd and its page, and this one's page, are closed; the pidfd above is open.
+  CHECK(NumDescriptors() <= num_descriptors - 3 + 1);
+  Memory().Setup(0, 2, {0, 1}, {0, 1}, 0, false);
+  CHECK(AreGone(View({0, 1}, 0), {}));
+  Memory().Release(true);
+}
+
+void Import() {
+  char* const pool = MakePool();
+  Memory().Setup(0, 2, {0, 1}, {0, 1}, 0, false);
+  const std::string mine = Memory().Export({Address(pool), Address(pool)});
+  CHECK(Thrown([&] { Memory().Import({mine, ""}); }).empty());  // one without devices
+  CHECK(Contains(Thrown([&] { Memory().Import({mine, "1 17 "}); }), "another version"));
+  CHECK(Contains(Thrown([&] {
+                   Memory().Import({mine, "1 " + std::to_string(sizeof(ControlBlock)) + " 999"});
+                 }),
+                 "pidfd_getfd from process 1"));
+  // A process with a page to show: this one.
+  const Presence page;
+  const std::string begin = std::to_string(getpid()) + " " + std::to_string(sizeof(ControlBlock)) +
+                            " " + std::to_string(page.fd());
+  CHECK(Contains(Thrown([&] { Memory().Import({mine, begin + " 4294967296 0000:09:00.0 5"}); }),
+                 "an incomplete message of process 1, device 0"));
+  CHECK(Contains(
+      Thrown([&] { Memory().Import({mine, begin + " 4294967296 0000:09:00.0 999 0 2097152"}); }),
+      "pidfd_getfd from process " + std::to_string(getpid())));
+  GroupView view{};
+  StagingRegion staging;
+  const auto error = Memory().FillGroup(kMembers.data(), 4, 0, &view, &staging);
+  CHECK(error && Contains(*error,
+                          "rank 2 lives on device 0 of process 1, which this process is "
+                          "not connected to"));
+  Memory().Release(true);
+}
+
+// Runs `f` in this process and in one that is killed.
+void WithOneThatDies(const std::function<void(const Link&)>& f) {
+  int fds[2];
+  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
+  const pid_t pid = fork();
+  CHECK(pid >= 0);
+  close(fds[pid == 0 ? 0 : 1]);
+  f({pid == 0 ? 1 : 0, fds[pid == 0 ? 1 : 0]});
+  int status = 0;
+  CHECK(waitpid(pid, &status, 0) == pid && WIFSIGNALED(status));
+}
+
+}  // namespace
+
+void RunTestsOfTwoProcesses() {
+  Run("import", Import);
+  Run("two processes", [] { InTwoProcesses(TwoProcesses); });
+  Run("no atomics between processes", [] { InTwoProcesses(NoAtomicsBetweenProcesses); });
+  Run("no export", [] { InTwoProcesses(NoExport); });
+  Run("death", [] { WithOneThatDies(Death); });
+  Run("a process dies", [] {
+    WithOneThatDies([](const Link& link) { Departure(link, [] { raise(SIGKILL); }, true); });
+  });
+  Run("a process ends without leaving",
+      [] { InTwoProcesses([](const Link& link) { Departure(link, [] {}, true); }); });
+  Run("a busy device is released", [] { InTwoProcesses(ReleaseOfABusyDevice); });
+  Run("a process leaves", [] {
+    InTwoProcesses(
+        [](const Link& link) { Departure(link, [] { Memory().Release(true); }, false); });
+  });
+}
+
+}  // namespace jax_ep::test
