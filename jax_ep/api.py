@@ -37,13 +37,13 @@ _UNWEIGHTED: Any = _Unweighted()
 
 
 class Dispatched(NamedTuple):
-    """What a rank received, in expert order.
+    """What a rank received, in expert order, or tokens in source order (``expand=False``).
 
     Attributes:
         tokens: [C, H], the rows. Alignment padding is zero; the tail beyond the last group is zero
-            unless the layout says ``zero_tail=False``.
-        weights: float32 [C], the routing weight of each row (0 on padding), or None.
-        scales: float32 [C, H // 128] if tokens are float8, else None.
+            unless the layout says ``zero_tail=False``. With ``expand=False`` [R * T + 1, H].
+        weights: float32 [C], the routing weight of each expert row (0 on padding), or None.
+        scales: float32 [C, H // 128] if tokens are float8, a row for each of tokens, else None.
         group_sizes: int32 [L], rows per local expert: the layout's.
     """
 
@@ -190,6 +190,7 @@ def dispatch(
     *,
     fp8: ScaleFormat | None = None,
     dequantize: bool = False,
+    expand: bool = True,
 ) -> Dispatched:
     """Sends each token's row to the ranks of its experts.
 
@@ -211,9 +212,16 @@ def dispatch(
             TypeError.
         dequantize: with ``fp8``: tokens come out in x's type again, multiplied by their scales,
             and the gradient is that of the exact dispatch (straight through).
+        expand: False for one row per (token, rank) instead of one per (token, k), for grouped
+            GEMMs that gather their rows: tokens [R * T + 1, H], in which row s * T + t is token t
+            of rank s if any of its rows was kept here; ``tokens[layout.row_token]`` are the rows
+            of ``expand=True``. The last row is zero, which padding and tail point to; so are rows
+            of tokens that have none here, unless the layout says ``zero_tail=False``. Then dx[t]
+            is the sum of the cotangents of t's rows over ranks; weights are by expert row as ever.
 
     Returns:
-        Tokens [C, H], weights [C], scales [C, H // 128] and the layout's group sizes.
+        Tokens [C, H], weights [C], scales [C, H // 128] and the layout's group sizes; with
+        ``expand=False`` tokens [R * T + 1, H] and scales [R * T + 1, H // 128].
 
     Raises:
         ValueError: a shape, the layout's group or an option does not fit.
@@ -257,7 +265,12 @@ def dispatch(
     with jax.named_scope(where):
         layout, x, topk_weights = _vary_together(layout, x, topk_weights)
         tokens, scales, weights = autodiff.dispatch(
-            layout, x, topk_weights, ffi.QUANTIZATIONS[fp8], dequantize=dequantize
+            layout,
+            x,
+            topk_weights,
+            ffi.QUANTIZATIONS[fp8],
+            dequantize=dequantize,
+            expand=bool(expand),
         )
         tokens, weights, scales = jax.tree.map(
             lambda a: checkpoint_name(a, "jax_ep_dispatch"), (tokens, weights, scales)
@@ -299,15 +312,21 @@ def combine(y: Array, layout: Layout, weights: Array | None = _UNWEIGHTED) -> Ar
         TypeError: a dtype is not supported.
     """
     where = "jax_ep.combine"
-    checks.check_layout(where, layout)
+    num_tokens, _ = checks.check_layout(where, layout)
     y = checks.as_array(where, "y", y)
     if y.dtype.name not in _FLOATS:
         raise TypeError(f"{where}: y must be one of {', '.join(_FLOATS)}; got {y.dtype}")
     rows, _ = checks.matrix_shape(where, "y", y, "[capacity, hidden]")
     if rows != layout.capacity:
+        remedy = "pass the experts' result for all rows of dispatch with this layout"
+        if rows == layout.num_ranks * num_tokens + 1:
+            remedy = (
+                "these may be a row per token, of expand=False. Experts take and give a row for "
+                "each entry of layout.row_token"
+            )
         raise ValueError(
             f"{where}: y has {rows} rows, but the layout ({checks.describe(layout)}) has capacity "
-            f"{layout.capacity}: pass the experts' result for all rows of dispatch with this layout"
+            f"{layout.capacity}: {remedy}"
         )
     checks.check_row(where, "y", y)
     if weights is None:

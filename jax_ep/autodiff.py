@@ -6,10 +6,12 @@ Moving rows is linear, and the transpose of spreading rows is collecting them:
     collect:  y [C, H], v [C]     ->  out [T, H], v at (t, k)     (combine without weights)
 
 Each is the other's backward rule, so gradients of any order exist and no backward pass exchanges
-metadata. The weighted combine has a rule of its own: its cotangent's rows, spread, times weights
-and times y. On CUDA that is one call, which does it while rows arrive; the backward rule of that
-call is the one of the same in two steps, spread and arithmetic. Forward mode raises JAX's own
-error.
+metadata. ``expand`` says which rows: those of experts, one per (token, k), or one per (token, rank)
+and one of zeros, [R * T + 1, H]; row_w and v are by expert row in either case.
+
+The weighted combine has a rule of its own: its cotangent's rows, spread, times weights and times y.
+On CUDA that is one call, which does it while rows arrive; the backward rule of that call is the one
+of the same in two steps, spread and arithmetic. Forward mode raises JAX's own error.
 """
 
 import functools
@@ -27,74 +29,87 @@ Pair = tuple[Array, Array | None]
 
 
 def dispatch(
-    layout: Layout, x: Array, weights: Array | None, quantization: int, *, dequantize: bool
+    layout: Layout,
+    x: Array,
+    weights: Array | None,
+    quantization: int,
+    *,
+    dequantize: bool,
+    expand: bool,
 ) -> tuple[Array, Array | None, Array | None]:
-    """Rows, scales and weights in expert order. float8 rows, which have scales, have no gradient.
+    """Rows, scales and weights. float8 rows, which have scales, have no gradient.
 
     To differentiate through those is an error, which ``ffi`` raises.
     """
     if quantization != ffi.NO_QUANTIZATION and not dequantize:
-        return ffi.bind_dispatch(x, layout, weights, quantization=quantization)
-    tokens, recv_weights = spread(quantization, layout, x, weights)
+        return ffi.bind_dispatch(x, layout, weights, quantization=quantization, expand=expand)
+    tokens, recv_weights = spread(quantization, expand, layout, x, weights)
     return tokens, None, recv_weights
 
 
 def combine(layout: Layout, y: Array, weights: Array | None) -> Array:
     """Sums of each token's rows. Without weights y is not kept for the backward pass."""
     if weights is None:
-        return collect(layout, y, None)[0]
+        return collect(True, layout, y, None)[0]
     out: Array = combine_weighted(layout, y, weights)
     return out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def spread(quantization: int, layout: Layout, x: Array, weights: Array | None) -> Pair:
-    """Rows and weights into expert order; ``quantization`` says how rows travel."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def spread(
+    quantization: int, expand: bool, layout: Layout, x: Array, weights: Array | None
+) -> Pair:
+    """Rows and weights to their experts; ``quantization`` says how rows travel."""
     tokens, _, recv_weights = ffi.bind_dispatch(
         x,
         layout,
         weights,
         quantization=quantization,
         dequantize=quantization != ffi.NO_QUANTIZATION,
+        expand=expand,
     )
     return tokens, recv_weights
 
 
 def _spread_fwd(
-    quantization: int, layout: Layout, x: Array, weights: Array | None
+    quantization: int, expand: bool, layout: Layout, x: Array, weights: Array | None
 ) -> tuple[Pair, Layout]:
-    return spread(quantization, layout, x, weights), layout
+    return spread(quantization, expand, layout, x, weights), layout
 
 
 def _spread_bwd(
-    quantization: int, layout: Layout, cotangents: Pair
+    quantization: int, expand: bool, layout: Layout, cotangents: Pair
 ) -> tuple[None, Array | np.ndarray, Array | None]:
     d_tokens, d_weights = cotangents
     if d_tokens.dtype != dtypes.float0:
-        return None, *collect(layout, d_tokens, d_weights)
+        return None, *collect(expand, layout, d_tokens, d_weights)
     # Integer rows have no gradient; their weights still may.
     d_x = np.zeros((layout.topk_idx.shape[0], d_tokens.shape[1]), dtypes.float0)
     if d_weights is None:
         return None, d_x, None
     no_rows = jnp.broadcast_to(jnp.zeros_like(d_weights)[:, None], (layout.capacity, 4))
-    return None, d_x, collect(layout, no_rows, d_weights)[1]
+    return None, d_x, collect(True, layout, no_rows, d_weights)[1]
 
 
 spread.defvjp(_spread_fwd, _spread_bwd)
 
 
-@jax.custom_vjp
-def collect(layout: Layout, y: Array, values: Array | None) -> Pair:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def collect(expand: bool, layout: Layout, y: Array, values: Array | None) -> Pair:
     """Sums of each token's rows, and each (token, k)'s value."""
-    return ffi.bind_combine(y, layout, None, values)
+    return ffi.bind_combine(y, layout, None, values, expand=expand)
 
 
-def _collect_fwd(layout: Layout, y: Array, values: Array | None) -> tuple[Pair, Layout]:
-    return collect(layout, y, values), layout
+def _collect_fwd(
+    expand: bool, layout: Layout, y: Array, values: Array | None
+) -> tuple[Pair, Layout]:
+    return collect(expand, layout, y, values), layout
 
 
-def _collect_bwd(layout: Layout, cotangents: Pair) -> tuple[None, Array, Array | None]:
-    return None, *spread(ffi.NO_QUANTIZATION, layout, *cotangents)
+def _collect_bwd(
+    expand: bool, layout: Layout, cotangents: Pair
+) -> tuple[None, Array, Array | None]:
+    return None, *spread(ffi.NO_QUANTIZATION, expand, layout, *cotangents)
 
 
 collect.defvjp(_collect_fwd, _collect_bwd)
@@ -135,7 +150,7 @@ def combine_gradient(layout: Layout, y: Array, weights: Array, g: Array) -> tupl
 def _combine_gradient_in_steps(
     layout: Layout, y: Array, weights: Array, g: Array
 ) -> tuple[Array, Array]:
-    rows, _ = spread(ffi.NO_QUANTIZATION, layout, g, None)
+    rows, _ = spread(ffi.NO_QUANTIZATION, True, layout, g, None)
     return ffi.weigh_rows(rows, layout.recv_src, y, weights)
 
 

@@ -97,8 +97,12 @@ def bind_dispatch(
     *,
     quantization: int = NO_QUANTIZATION,
     dequantize: bool = False,
+    expand: bool = True,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Calls ``jax_ep_dispatch``; returns tokens [C, H], scales [C, H // 128], weights [C]."""
+    """Calls ``jax_ep_dispatch``; returns tokens [C, H], scales [C, H // 128], weights [C].
+
+    Without ``expand`` tokens and scales have a row per (rank, token), and one of zeros.
+    """
     results = _dispatch_p.bind(
         x,
         *_tables(layout),
@@ -108,6 +112,7 @@ def bind_dispatch(
         has_weights=topk_weights is not None,
         quantization=quantization,
         dequantize=dequantize,
+        expand=expand,
     )
     has_scales = quantization != NO_QUANTIZATION and not dequantize
     return (
@@ -122,8 +127,13 @@ def bind_combine(
     layout: Layout,
     weights: jax.Array | None,
     values: jax.Array | None,
+    *,
+    expand: bool = True,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Calls ``jax_ep_combine``; returns out [T, H] and ``values`` at each (token, k), [T, K]."""
+    """Calls ``jax_ep_combine``; returns out [T, H] and ``values`` at each (token, k), [T, K].
+
+    Without ``expand`` y has the rows of a dispatch without it, and there are no weights.
+    """
     results = _combine_p.bind(
         y,
         *_tables(layout),
@@ -132,6 +142,7 @@ def bind_combine(
         **_sizes(layout),
         has_weights=weights is not None,
         has_values=values is not None,
+        expand=expand,
     )
     return results[0], results[1] if values is not None else None
 
@@ -182,19 +193,22 @@ def _layout_shapes(
 def _dispatch_shapes(
     x: Any,
     *_operands: Any,
+    num_ranks: int,
     capacity: int,
     has_weights: bool,
     quantization: int,
     dequantize: bool,
+    expand: bool,
     **_: Any,
 ) -> Sequence[Any]:
-    num_channels = x.shape[1]
+    num_tokens, num_channels = x.shape
+    num_rows = capacity if expand else num_ranks * num_tokens + 1
     keeps_fp8 = quantization != NO_QUANTIZATION and not dequantize
     tokens_dtype = jnp.dtype(FP8) if keeps_fp8 else x.dtype
-    results = [x.update(shape=(capacity, num_channels), dtype=tokens_dtype, weak_type=False)]
+    results = [x.update(shape=(num_rows, num_channels), dtype=tokens_dtype, weak_type=False)]
     f32 = functools.partial(x.update, dtype=jnp.dtype(jnp.float32), weak_type=False)
     if keeps_fp8:
-        results.append(f32(shape=(capacity, num_channels // limits.SCALE_BLOCK)))
+        results.append(f32(shape=(num_rows, num_channels // limits.SCALE_BLOCK)))
     if has_weights:
         results.append(f32(shape=(capacity,)))
     return results
@@ -220,7 +234,13 @@ def _combine_gradient_on_cpu(
 ) -> tuple[jax.Array, jax.Array]:
     *tables, y, weights = operands
     (rows,) = _dispatch_p.bind(
-        g, *tables, has_weights=False, quantization=NO_QUANTIZATION, dequantize=False, **params
+        g,
+        *tables,
+        has_weights=False,
+        quantization=NO_QUANTIZATION,
+        dequantize=False,
+        expand=True,
+        **params,
     )
     recv_src = tables[1 + OPERAND_TABLES.index("recv_src")]  # after topk_idx
     return weigh_rows(rows, recv_src, y, weights)

@@ -4,6 +4,7 @@ import dataclasses
 import numbers
 
 import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,15 @@ class Layout:
     def row_valid(self) -> jax.Array:
         """Bool [C]: the row holds a token, not padding or tail."""
         return self.recv_src >= 0
+
+    @property
+    def row_token(self) -> jax.Array:
+        """Int32 [C]: which row of ``dispatch(..., expand=False)`` each expert row is.
+
+        ``src_rank * T + token``; on padding and tail ``R * T``, the row that is always zero.
+        """
+        num_tokens, top_k = self.topk_idx.shape
+        return jnp.where(self.row_valid, self.recv_src // top_k, self.num_ranks * num_tokens)
 
     def stats(self) -> dict[str, jax.Array]:
         """The scalars as int32 [1], so that they can leave ``shard_map`` along the EP axes."""

@@ -106,6 +106,15 @@ class ReferenceLayout:
         """Which receive rows hold a token (not padding, not tail), bool [R, C]."""
         return self.recv_src >= 0
 
+    @property
+    def row_token(self) -> NDArray[np.int32]:
+        """The row of each receive row's token in `dispatch` with expand=False, int32 [R, C].
+
+        Source rank * T + token; R * T, the row of zeros, on padding and tail.
+        """
+        no_token = self.num_ranks * self.num_tokens
+        return np.where(self.row_valid, self.recv_src // self.top_k, np.int32(no_token))
+
 
 def default_capacity(
     num_tokens: int, top_k: int, num_ranks: int, num_experts: int, expert_alignment: int
@@ -243,18 +252,24 @@ def make_layout(
     )
 
 
-def specified_rows(layout: ReferenceLayout) -> NDArray[np.bool_]:
+def specified_rows(layout: ReferenceLayout, *, expand: bool = True) -> NDArray[np.bool_]:
     """Tells which rows of `dispatch`'s outputs and of `combine_vjp`'s dy have a specified value.
 
     The rows of the groups always have one (padding is zero). The tail beyond the last group is zero
-    with `zero_tail=True`, and may hold anything with `zero_tail=False`.
+    with `zero_tail=True`, and may hold anything with `zero_tail=False`. With `expand=False` the
+    rows of tokens that have none here take the tail's place; the last row is always zero.
 
     Args:
         layout: the layout.
+        expand: as in `dispatch`, for its tokens and scales.
 
     Returns:
-        bool [R, C].
+        bool [R, C], with expand=False [R, R * T + 1].
     """
+    if not expand:
+        specified = np.full((layout.num_ranks, layout.num_ranks * layout.num_tokens + 1), True)
+        specified[:, :-1] = (np.diff(layout.recv_offsets, axis=1) > 0) | layout.zero_tail
+        return specified
     end_of_groups = layout.group_sizes.sum(axis=1, keepdims=True)
     in_a_group: NDArray[np.bool_] = np.arange(layout.capacity) < end_of_groups
     return in_a_group | layout.zero_tail
@@ -264,9 +279,13 @@ def specified_rows(layout: ReferenceLayout) -> NDArray[np.bool_]:
 
 
 def dispatch(
-    x: NDArray[Any], layout: ReferenceLayout, topk_weights: NDArray[Any] | None = None
+    x: NDArray[Any],
+    layout: ReferenceLayout,
+    topk_weights: NDArray[Any] | None = None,
+    *,
+    expand: bool = True,
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """Copies each token to the rows of its experts.
+    """Copies each token to the rows of its experts, or, not expanded, to one row a rank.
 
     Padding and tail are zero here, the tail also with `zero_tail=False`. What a backend leaves
     there is then unspecified and callers must not look; `specified_rows` tells which rows can be
@@ -277,9 +296,12 @@ def dispatch(
         layout: the layout.
         topk_weights: [R, T, K] float32, or bfloat16 or float16, which are cast. With float64 x also
             float64.
+        expand: False for one row per (token, rank), where the token has kept rows on that rank: of
+            token t of rank s row s * T + t, all others zero. `layout.row_token` then says which of
+            them each receive row is: tokens[r][layout.row_token[r]] are the rows of expand=True.
 
     Returns:
-        tokens: [R, C, H] of x's dtype, copies bit for bit.
+        tokens: [R, C, H] of x's dtype, copies bit for bit; with expand=False [R, R * T + 1, H].
         weights: float32 [R, C] (float64 if x is float64), or None without topk_weights.
 
     Raises:
@@ -292,8 +314,14 @@ def dispatch(
     valid = layout.row_valid
     source = layout.recv_src[valid]
 
-    tokens = np.zeros((layout.num_ranks, layout.capacity, hidden), x.dtype)
-    tokens[valid] = x.reshape(-1, hidden)[source // layout.top_k]
+    if expand:
+        tokens = np.zeros((layout.num_ranks, layout.capacity, hidden), x.dtype)
+        tokens[valid] = x.reshape(-1, hidden)[source // layout.top_k]
+    else:
+        num_rows = layout.num_ranks * layout.num_tokens + 1
+        tokens = np.zeros((layout.num_ranks, num_rows, hidden), x.dtype)
+        rank, _ = np.nonzero(valid)
+        tokens[rank, layout.row_token[valid]] = x.reshape(-1, hidden)[source // layout.top_k]
     if topk_weights is None:
         return tokens, None
 
@@ -382,14 +410,23 @@ def collect(values: NDArray[Any], layout: ReferenceLayout) -> NDArray[Any]:
 
 
 def dispatch_vjp(
-    layout: ReferenceLayout, d_tokens: NDArray[Any], d_weights: NDArray[Any] | None = None
+    layout: ReferenceLayout,
+    d_tokens: NDArray[Any],
+    d_weights: NDArray[Any] | None = None,
+    *,
+    expand: bool = True,
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """The gradient of `dispatch`: `combine` without weights, and `collect`.
 
+    With expand=False, dx[t] = round( sum over the ranks r, ascending, that have a kept row of t, of
+    the row of t in d_tokens[r] ), the sum in float32 from +0.0. All other rows are never read.
+
     Args:
         layout: the layout.
-        d_tokens: [R, C, H] cotangent of tokens, of a dtype that `combine` takes.
+        d_tokens: [R, C, H] cotangent of tokens, with expand=False [R, R * T + 1, H], of a dtype
+            that `combine` takes.
         d_weights: float32 [R, C] cotangent of weights, or None.
+        expand: as in `dispatch`.
 
     Returns:
         dx: [R, T, H] of d_tokens' dtype, with the rounding of `combine`.
@@ -400,14 +437,30 @@ def dispatch_vjp(
         ValueError: an array has a shape that does not belong to the layout.
     """
     d_tokens = np.asarray(d_tokens)
-    _check_rows("d_tokens", d_tokens, layout)
-    d_x = combine(d_tokens, layout)
+    if expand:
+        _check_rows("d_tokens", d_tokens, layout)
+        d_x = combine(d_tokens, layout)
+    else:
+        d_x = _sum_over_ranks(d_tokens, layout)
     if d_weights is None:
         return d_x, None
     d_weights = np.asarray(d_weights)
     _check_dtype("d_weights", d_weights.dtype, FLOAT32, FLOAT64)
     _check_shape("d_weights", d_weights, layout.recv_src.shape)
     return d_x, collect(d_weights, layout)
+
+
+def _sum_over_ranks(d_tokens: NDArray[Any], layout: ReferenceLayout) -> NDArray[Any]:
+    """`combine` without weights of one row per (token, rank), [R, R * T + 1, H]."""
+    num_tokens = layout.num_ranks * layout.num_tokens
+    _check_rows("d_tokens", d_tokens, layout, num_tokens + 1)
+    compute = _compute_dtype(d_tokens.dtype)
+    out = np.zeros((num_tokens, d_tokens.shape[-1]), compute)
+    with np.errstate(all="ignore"):
+        for rank in range(layout.num_ranks):
+            has_rows = np.diff(layout.recv_offsets[rank]) > 0
+            out[has_rows] += d_tokens[rank, :-1][has_rows].astype(compute)
+        return out.astype(d_tokens.dtype).reshape(layout.num_ranks, layout.num_tokens, -1)
 
 
 def combine_vjp(
@@ -661,11 +714,13 @@ def _hidden_size(name: str, array: NDArray[Any]) -> int:
     return int(array.shape[-1])
 
 
-def _check_rows(name: str, rows: NDArray[Any], layout: ReferenceLayout) -> None:
-    """Rows that arithmetic is done on: float [R, C, H]."""
+def _check_rows(
+    name: str, rows: NDArray[Any], layout: ReferenceLayout, num_rows: int | None = None
+) -> None:
+    """Rows that arithmetic is done on: float [R, C, H], or another number of them for each rank."""
     _check_dtype(name, rows.dtype, BFLOAT16, FLOAT16, FLOAT32, FLOAT64)
     hidden = _hidden_size(name, rows)
-    _check_shape(name, rows, (layout.num_ranks, layout.capacity, hidden))
+    _check_shape(name, rows, (layout.num_ranks, num_rows or layout.capacity, hidden))
 
 
 def _check_weights(

@@ -317,8 +317,9 @@ def test_repeated_runs_are_bitwise_equal(device_backend: JaxBackend) -> None:
 
 
 @pytest.mark.parametrize("capacity", [2, None])
+@pytest.mark.parametrize("expand", [True, False])
 def test_first_and_second_derivatives_are_exact(
-    device_backend: JaxBackend, capacity: int | None
+    device_backend: JaxBackend, expand: bool, capacity: int | None
 ) -> None:
     # A layer whose expert e maps a row to v_e * row**2, differentiated twice. Data are small
     # integers, so all sums and products are exact in float32, whatever their order: equality with
@@ -344,11 +345,12 @@ def test_first_and_second_derivatives_are_exact(
 
     def sharded(layout: Any, g: Any, *params: Any) -> Any:
         def loss(x: Any, topk_weights: Any, v: Any) -> Any:
-            received = jax_ep.dispatch(x, layout, topk_weights)
+            received = jax_ep.dispatch(x, layout, topk_weights, expand=expand)
+            rows = received.tokens if expand else received.tokens[layout.row_token]
             total = v.shape[0]
             ends = jnp.cumsum(layout.group_sizes)
             group = jnp.searchsorted(ends, jnp.arange(layout.capacity), side="right")
-            y = jnp.append(v, 0)[jnp.minimum(group, total), None] * received.tokens**2
+            y = jnp.append(v, 0)[jnp.minimum(group, total), None] * rows**2
             return (g * jax_ep.combine(y, layout, received.weights)).sum()
 
         return derivatives(loss, g, *params)

@@ -72,12 +72,13 @@ GOOD_CALLS: dict[str, Call] = {
     "jax_ep_dispatch": Call(
         {"x": f32(4, 8), **_ON_LAYOUT, "topk_weights": f32(4, 2)},
         {"tokens": f32(8, 8), "weights": f32(8)},
-        _SIZES | {"has_weights": 1, "zero_tail": 1, "quantization": 0, "dequantize": 0},
+        _SIZES
+        | {"has_weights": 1, "zero_tail": 1, "quantization": 0, "dequantize": 0, "expand": 1},
     ),
     "jax_ep_combine": Call(
         {"y": f32(8, 8), **_ON_LAYOUT, "weights": f32(8)},
         {"out": f32(4, 8)},
-        _SIZES | {"has_weights": 1, "has_values": 0},
+        _SIZES | {"has_weights": 1, "has_values": 0, "expand": 1},
     ),
     "jax_ep_combine_gradient": Call(
         {"g": f32(4, 8), **_ON_LAYOUT, "y": f32(8, 8), "weights": f32(8)},
@@ -222,6 +223,7 @@ ERRORS: list[Case] = [
     attribute("dispatch", "has_weights", 0, _NUMBER),
     attribute("dispatch", "num_tokens", 5, "x has shape [4, 8], expected [5, any]"),
     attribute("dispatch", "top_k", 3, "topk_idx has shape [4, 2], expected [4, 3]"),
+    attribute("dispatch", "expand", 0, "tokens has shape [8, 8], expected [9, 8]"),
     attribute("dispatch", "quantization", 1, _NUMBER),
     attribute("dispatch", "quantization", 3, "quantization must be 0, 1 or 2"),
     (
@@ -245,6 +247,12 @@ ERRORS: list[Case] = [
     result("combine", "out", f32(5, 8), "out has shape [5, 8], expected [4, 8]"),
     result("combine", "out", int32(4, 8), "out has element type"),
     attribute("combine", "has_values", 1, _NUMBER),
+    attribute("combine", "expand", 0, "y has weights only where it is expanded"),
+    (
+        "jax_ep_combine",
+        {"operands": {"weights": None}, "attributes": {"expand": 0, "has_weights": 0}},
+        "y has shape [8, 8], expected [9, any]",
+    ),
     operand("combine_gradient", "g", int32(4, 8), "g must be bf16, f16 or f32"),
     operand("combine_gradient", "y", f32(8, 4), "y has shape [8, 4], expected [8, 8]"),
     operand("combine_gradient", "weights", f32(7), "weights has shape [7], expected [8]"),

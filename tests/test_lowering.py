@@ -161,7 +161,7 @@ def as_on_cpu(call: Call) -> Call:
     """
     flags = call.attributes
     if call.op == "combine_gradient":
-        plain = {"has_weights": 0, "quantization": 0, "dequantize": 0}
+        plain = {"has_weights": 0, "quantization": 0, "dequantize": 0, "expand": 1}
         dispatch = Call("dispatch", flags | plain, call.operands[:-2], call.results[:1])
         return as_on_cpu(dispatch)
     results = call.results
@@ -191,8 +191,8 @@ def test_exact_calls_of_a_layer_for_cuda() -> None:
     """Forward: one call of each, with these attributes, operands and results."""
     case = sizes(EP)
     f = sharded_layer(EP, EP.mesh(), case)
-    dispatch = {"has_weights": 1, "zero_tail": 1, "quantization": 0, "dequantize": 0}
-    combine = {"has_weights": 1, "has_values": 0}
+    dispatch = {"has_weights": 1, "zero_tail": 1, "quantization": 0, "dequantize": 0, "expand": 1}
+    combine = {"has_weights": 1, "has_values": 0, "expand": 1}
     assert calls(lower(f, make_problem(EP, case).inputs, "cuda")) == [
         Call(
             "layout",
@@ -227,7 +227,7 @@ def test_exact_calls_of_the_backward_pass_for_cuda() -> None:
     )
     assert found[3] == Call(
         "combine",
-        ON_EP | {"has_weights": 0, "has_values": 1},
+        ON_EP | {"has_weights": 0, "has_values": 1, "expand": 1},
         ("10x8xf32", *ON_LAYOUT, "10xf32"),
         ("6x8xf32", "6x2xf32", "8x6x8xf32"),
     )
@@ -337,6 +337,7 @@ def test_cpu_and_cuda_lower_alike(name: str) -> None:
 
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "no_weights"])
 @pytest.mark.parametrize("zero_tail", [True, False], ids=["zero_tail", "any_tail"])
+@pytest.mark.parametrize("expand", [True, False], ids=["expand", "once"])
 @pytest.mark.parametrize(
     ("fp8", "dequantize", "quantization"),
     [
@@ -348,14 +349,16 @@ def test_cpu_and_cuda_lower_alike(name: str) -> None:
     ],
 )
 def test_options_of_dispatch(
-    fp8: Any, dequantize: bool, quantization: int, zero_tail: bool, weights: bool
+    fp8: Any, dequantize: bool, quantization: int, expand: bool, zero_tail: bool, weights: bool
 ) -> None:
     def f(x: Any, ids: Any, topk_weights: Any) -> Any:
         layout = jax_ep.make_layout(
             ids, num_experts=16, axis_name="ep", capacity=10, zero_tail=zero_tail
         )
         topk_weights = topk_weights if weights else None
-        recv = jax_ep.dispatch(x, layout, topk_weights, fp8=fp8, dequantize=dequantize)
+        recv = jax_ep.dispatch(
+            x, layout, topk_weights, fp8=fp8, dequantize=dequantize, expand=expand
+        )
         return tuple(a for a in recv if a is not None)
 
     run = jax.shard_map(f, mesh=EP.mesh(), in_specs=P("ep"), out_specs=P("ep"))
@@ -372,10 +375,12 @@ def test_options_of_dispatch(
         "zero_tail": int(zero_tail),
         "quantization": quantization,
         "dequantize": int(dequantize),
+        "expand": int(expand),
     }
-    results = ["10x256xbf16"]
+    num_rows = 10 if expand else 8 * 6 + 1
+    results = [f"{num_rows}x256xbf16"]
     if fp8 and not dequantize:
-        results = ["10x256xf8E4M3FN", "10x2xf32"]
+        results = [f"{num_rows}x256xf8E4M3FN", f"{num_rows}x2xf32"]
     assert call.results == (*results, *(["10xf32"] if weights else []))
 
 

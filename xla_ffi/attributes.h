@@ -31,19 +31,22 @@
   JAX_EP_SIZES(NUMBER)                \
   NUMBER(expert_alignment)
 
-// quantization: a QuantizationKind (cuda/core/wire_row.h). The others: 0 or 1.
+// quantization: a QuantizationKind (cuda/core/wire_row.h). expand: TableSizes::num_rows. The others:
+// 0 or 1.
 #define JAX_EP_DISPATCH_NUMBERS(NUMBER) \
   JAX_EP_SIZES(NUMBER)                  \
   NUMBER(has_weights)                   \
   NUMBER(zero_tail)                     \
   NUMBER(quantization)                  \
-  NUMBER(dequantize)
+  NUMBER(dequantize)                    \
+  NUMBER(expand)
 
-// 0 or 1.
+// 0 or 1. expand: of y, which has no weights where it is 0.
 #define JAX_EP_COMBINE_NUMBERS(NUMBER) \
   JAX_EP_SIZES(NUMBER)                 \
   NUMBER(has_weights)                  \
-  NUMBER(has_values)
+  NUMBER(has_values)                   \
+  NUMBER(expand)
 
 // 0 or 1.
 #define JAX_EP_COMBINE_GRADIENT_NUMBERS(NUMBER) \

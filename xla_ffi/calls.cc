@@ -145,6 +145,7 @@ DispatchCall DecodeCall(const DispatchAttributes& a, ffi::RemainingArgs operands
   DispatchCall call{};
   call.quantization = static_cast<QuantizationKind>(a.quantization);
   call.dequantize = a.dequantize != 0;
+  call.expand = a.expand != 0;
   call.zero_tail = a.zero_tail != 0;
   const bool is_quantised = call.quantization != QuantizationKind::kNone;
   const bool keeps_fp8 = is_quantised && !call.dequantize;
@@ -163,10 +164,11 @@ DispatchCall DecodeCall(const DispatchAttributes& a, ffi::RemainingArgs operands
   if (a.has_weights) {
     call.topk_weights = reader.Operand("topk_weights", ffi::F32, {a.num_tokens, a.top_k});
   }
+  const int64_t num_rows = call.sizes.num_rows(call.expand);
   call.tokens = reader.Result("tokens", keeps_fp8 ? ffi::F8E4M3FN : call.x.type,
-                              {a.capacity, call.x.num_channels});
+                              {num_rows, call.x.num_channels});
   if (keeps_fp8) {
-    call.scales = reader.Result("scales", ffi::F32, {a.capacity, num_scales(call.x.num_channels)});
+    call.scales = reader.Result("scales", ffi::F32, {num_rows, num_scales(call.x.num_channels)});
   }
   if (a.has_weights) call.weights = reader.Result("weights", ffi::F32, {a.capacity});
   reader.End();
@@ -176,10 +178,12 @@ DispatchCall DecodeCall(const DispatchAttributes& a, ffi::RemainingArgs operands
 CombineCall DecodeCall(const CombineAttributes& a, ffi::RemainingArgs operands,
                        ffi::RemainingRets results, Checks* checks, bool has_scratch) {
   CombineCall call{};
+  call.expand = a.expand != 0;
   CheckSizes(a.sizes(), checks);
+  checks->Require(call.expand || a.has_weights == 0, "y has weights only where it is expanded");
   if (!checks->ok()) return call;
   Reader reader(operands, results, checks);
-  call.y = reader.Operand("y", std::nullopt, {a.capacity, kAny});
+  call.y = reader.Operand("y", std::nullopt, {a.sizes().num_rows(call.expand), kAny});
   checks->Require(call.y.float_type().has_value(), "y must be bf16, f16 or f32");
   reader.Layout(a.sizes(), &call);
   if (a.has_weights) call.weights = reader.Operand("weights", ffi::F32, {a.capacity});

@@ -57,26 +57,29 @@ struct OnLayout {
   TableView tables;
 };
 
-// Operands: x, topk_idx, the tables, topk_weights. Results: tokens, scales, weights.
+// Operands: x, topk_idx, the tables, topk_weights. Results: tokens, scales, weights. N rows:
+// TableSizes::num_rows(expand).
 struct DispatchCall : OnLayout {
   Rows x;               // [T, H]
   Memory topk_weights;  // f32 [T, K], if has_weights
-  Rows tokens;          // [C, H], of x's type or float8_e4m3fn
-  Memory scales;        // f32 [C, H / kScaleBlock], if tokens are float8_e4m3fn
+  Rows tokens;          // [N, H], of x's type or float8_e4m3fn
+  Memory scales;        // f32 [N, H / kScaleBlock], if tokens are float8_e4m3fn
   Memory weights;       // f32 [C], if has_weights
   QuantizationKind quantization;
   bool dequantize;  // rows cross as float8_e4m3fn, tokens are of x's type
+  bool expand;
   bool zero_tail;
 };
 
 // Operands: y, topk_idx, the tables, weights, values. Results: out, collected, partial.
 struct CombineCall : OnLayout {
-  Rows y;            // [C, H]
+  Rows y;            // [N, H], as dispatch's tokens
   Memory weights;    // f32 [C], if has_weights; 1 otherwise
   Memory values;     // f32 [C], if has_values
   Rows out;          // [T, H]
   Memory collected;  // f32 [T, K], if has_values: values at the row of each (token, k), 0 if none
   Rows partial;      // [R, T, H], scratch of CUDA's kernel
+  bool expand;
 };
 
 // Operands: g, topk_idx, the tables, y, weights. Results: d_y, d_weights.

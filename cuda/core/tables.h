@@ -17,6 +17,11 @@ struct TableSizes {
   int64_t capacity;     // C
 
   constexpr int64_t num_local_experts() const { return num_experts / num_ranks; }  // L
+  // Rows that dispatch makes: one per (token, k), or, not expanded, one per (rank, token) of the
+  // group in that order, and one of zeros.
+  constexpr int64_t num_rows(bool expand) const {
+    return expand ? capacity : num_ranks * num_tokens + 1;
+  }
 };
 
 // Int is int32_t where a layout makes them, const int32_t where they are read.

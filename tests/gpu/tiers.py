@@ -28,7 +28,9 @@ from context import (
 )
 
 IN_STEP = HERE / "in_step.py"
-SUITE = [f"test_{name}.py" for name in ("layout", "dispatch", "combine", "gradients", "moe")]
+SUITE = [
+    f"test_{name}.py" for name in ("layout", "dispatch", "combine", "gradients", "expand", "moe")
+]
 STRESS = "protocol/test_stress.py"
 COLLECTIVES = "protocol/test_collectives.py"
 GROUPS = "protocol/test_groups.py"

@@ -42,6 +42,7 @@ LAYOUT_ARRAYS = (
     "num_invalid",
     "kept",
     "row_valid",
+    "row_token",
 )
 """Names of a layout's arrays, in the oracle and in `jax_ep.Layout`."""
 
@@ -68,7 +69,10 @@ class BackendLayout:
 
 
 class Received(tuple[Array, Array | None, Array | None]):
-    """Tokens [R, C, H], weights [R, C] or None, scales [R, C, H // 128] or None."""
+    """Tokens [R, C, H], weights [R, C] or None, scales [R, C, H // 128] or None.
+
+    With expand=False tokens and scales have R * T + 1 rows in place of C.
+    """
 
     tokens = property(lambda self: self[0])
     weights = property(lambda self: self[1])
@@ -96,6 +100,7 @@ class Backend:
         *,
         fp8: Any = None,
         dequantize: bool = False,
+        expand: bool = True,
     ) -> Received:
         """Puts x [R, T, H] and topk_weights [R, T, K] into expert order."""
         raise NotImplementedError
@@ -111,6 +116,7 @@ class Backend:
         d_weights: Array | None = None,
         *,
         weights_dtype: DTypeLike = np.float32,
+        expand: bool = True,
     ) -> tuple[Array, Array | None]:
         """Cotangents of x, and of topk_weights of that dtype."""
         raise NotImplementedError
@@ -139,16 +145,18 @@ class ReferenceBackend(Backend):
         *,
         fp8: Any = None,
         dequantize: bool = False,
+        expand: bool = True,
     ) -> Received:
         if fp8 is None:
-            tokens, weights = reference.dispatch(x, layout.handle, topk_weights)
+            tokens, weights = reference.dispatch(x, layout.handle, topk_weights, expand=expand)
             return Received((tokens, weights, None))
         q, scales = reference.quantize(x, scale_format=fp8)
         if dequantize:
             x = reference.dequantize(q, scales, x.dtype)
-            return self.dispatch(x, layout, topk_weights)
-        tokens, weights = reference.dispatch(q, layout.handle, topk_weights)
-        return Received((tokens, weights, reference.dispatch(scales, layout.handle)[0]))
+            return self.dispatch(x, layout, topk_weights, expand=expand)
+        tokens, weights = reference.dispatch(q, layout.handle, topk_weights, expand=expand)
+        recv_scales, _ = reference.dispatch(scales, layout.handle, expand=expand)
+        return Received((tokens, weights, recv_scales))
 
     def combine(self, y: Array, layout: BackendLayout, weights: Array | None = None) -> Array:
         return reference.combine(y, layout.handle, weights)
@@ -160,8 +168,11 @@ class ReferenceBackend(Backend):
         d_weights: Array | None = None,
         *,
         weights_dtype: DTypeLike = np.float32,
+        expand: bool = True,
     ) -> tuple[Array, Array | None]:
-        d_x, d_topk_weights = reference.dispatch_vjp(layout.handle, d_tokens, d_weights)
+        d_x, d_topk_weights = reference.dispatch_vjp(
+            layout.handle, d_tokens, d_weights, expand=expand
+        )
         return d_x, None if d_topk_weights is None else d_topk_weights.astype(weights_dtype)
 
     def combine_vjp(
@@ -258,8 +269,9 @@ class JaxBackend(Backend):
         *,
         fp8: Any = None,
         dequantize: bool = False,
+        expand: bool = True,
     ) -> Received:
-        function = _dispatch_function(fp8, dequantize)
+        function = _dispatch_function(fp8, dequantize, expand)
         return Received(self.run(layout.case.num_ranks, function, layout.handle, x, topk_weights))
 
     def combine(self, y: Array, layout: BackendLayout, weights: Array | None = None) -> Array:
@@ -273,12 +285,14 @@ class JaxBackend(Backend):
         d_weights: Array | None = None,
         *,
         weights_dtype: DTypeLike = np.float32,
+        expand: bool = True,
     ) -> tuple[Array, Array | None]:
         shape = layout.topk_idx.shape
         x = np.zeros((*shape[:2], d_tokens.shape[-1]), d_tokens.dtype)
         topk_weights = None if d_weights is None else np.zeros(shape, weights_dtype)
+        function = _dispatch_vjp_function(expand)
         results: tuple[Array, Array | None] = self.run(
-            shape[0], _dispatch_vjp, layout.handle, x, topk_weights, d_tokens, d_weights
+            shape[0], function, layout.handle, x, topk_weights, d_tokens, d_weights
         )
         return results
 
@@ -376,15 +390,18 @@ def _layout_function(case: Case) -> Callable[..., Any]:
             expert_alignment=case.expert_alignment,
             zero_tail=case.zero_tail,
         )
-        return layout, {"kept": layout.kept, "row_valid": layout.row_valid}
+        derived = {name: getattr(layout, name) for name in ("kept", "row_valid", "row_token")}
+        return layout, derived
 
     return layout_function
 
 
 @functools.cache
-def _dispatch_function(fp8: Any, dequantize: bool) -> Callable[..., Any]:
+def _dispatch_function(fp8: Any, dequantize: bool, expand: bool) -> Callable[..., Any]:
     def dispatch_function(layout: Any, x: jax.Array, topk_weights: jax.Array | None) -> Any:
-        received = jax_ep.dispatch(x, layout, topk_weights, fp8=fp8, dequantize=dequantize)
+        received = jax_ep.dispatch(
+            x, layout, topk_weights, fp8=fp8, dequantize=dequantize, expand=expand
+        )
         return received.tokens, received.weights, received.scales
 
     return dispatch_function
@@ -394,12 +411,19 @@ def _combine(layout: Any, y: jax.Array, weights: jax.Array | None) -> jax.Array:
     return jax_ep.combine(y, layout, *(() if weights is None else (weights,)))
 
 
-def _dispatch_vjp(layout: Any, x: Any, topk_weights: Any, d_tokens: Any, d_weights: Any) -> Any:
-    if topk_weights is None:
-        _, pull = jax.vjp(lambda x: jax_ep.dispatch(x, layout).tokens, x)
-        return *pull(d_tokens), None
-    _, pull = jax.vjp(lambda x, w: jax_ep.dispatch(x, layout, w)[:2], x, topk_weights)
-    return pull((d_tokens, d_weights))
+@functools.cache
+def _dispatch_vjp_function(expand: bool) -> Callable[..., Any]:
+    def dispatch_vjp(layout: Any, x: Any, topk_weights: Any, d_tokens: Any, d_weights: Any) -> Any:
+        def dispatch(x: Any, topk_weights: Any = None) -> Any:
+            return jax_ep.dispatch(x, layout, topk_weights, expand=expand)[:2]
+
+        if topk_weights is None:
+            _, pull = jax.vjp(lambda x: dispatch(x)[0], x)
+            return *pull(d_tokens), None
+        _, pull = jax.vjp(dispatch, x, topk_weights)
+        return pull((d_tokens, d_weights))
+
+    return dispatch_vjp
 
 
 def _combine_vjp(layout: Any, y: jax.Array, weights: jax.Array | None, g: jax.Array) -> Any:

@@ -14,9 +14,14 @@ ffi::Future Combine(ffi::RunId run, CpuSiteState* state, CombineAttributes a,
   Checks checks(a.kOp);
   const CombineCall call = DecodeCall(a, operands, results, &checks, /*has_scratch=*/false);
   if (!checks.ok()) return FailedFuture(checks.error());
-  const cpu::CombineSizes sizes{
-      a.num_ranks,         a.num_tokens,        a.top_k, a.capacity, call.sizes.num_local_experts(),
-      call.y.num_channels, *call.y.float_type()};
+  const cpu::CombineSizes sizes{a.num_ranks,
+                                a.num_tokens,
+                                a.top_k,
+                                a.capacity,
+                                call.sizes.num_local_experts(),
+                                call.y.num_channels,
+                                *call.y.float_type(),
+                                call.expand};
   return Arrive(
       *state, run, coordinates,
       {call.y.data, call.topk_idx, call.tables.send_row, call.tables.recv_src,

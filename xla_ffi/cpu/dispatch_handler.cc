@@ -25,6 +25,7 @@ ffi::Future Dispatch(ffi::RunId run, CpuSiteState* state, DispatchAttributes a,
                                  call.sizes.num_local_experts(),
                                  call.x.row_bytes(),
                                  call.x.num_channels,
+                                 call.expand,
                                  call.zero_tail,
                                  quantization};
   // Receivers fetch the rows, so senders need not know where these go (topk_idx, send_row).

@@ -12,6 +12,7 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
                    ffi::RemainingArgs operands, ffi::RemainingRets results) {
   Checks checks(a.kOp);
   const CombineCall call = DecodeCall(a, operands, results, &checks, /*has_scratch=*/true);
+  checks.Require(call.expand, "on GPUs dispatch makes expert rows only: leave expand=False out");
   if (checks.ok()) CheckForKernel(call, &checks);
   if (!checks.ok()) return checks.error();
   GroupCall group;

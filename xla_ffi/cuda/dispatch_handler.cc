@@ -25,6 +25,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
                     DispatchAttributes a, ffi::RemainingArgs operands, ffi::RemainingRets results) {
   Checks checks(a.kOp);
   const DispatchCall call = DecodeCall(a, operands, results, &checks);
+  checks.Require(call.expand, "on GPUs dispatch makes expert rows only: leave expand=False out");
   if (checks.ok()) CheckForKernel(call, &checks);
   if (!checks.ok()) return checks.error();
   const gpu::DispatchMode mode = call.quantization == QuantizationKind::kNone

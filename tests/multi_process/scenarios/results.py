@@ -47,19 +47,26 @@ def verbs(axis_name: Any, num_ranks: int, capacity: int | None, alignment: int) 
         out, vjp = jax.vjp(layer, x, weights)
         out_plain, vjp_plain = jax.vjp(plain, x)
         fp8 = {
-            f"{scales} {dequantize}": tuple(
-                jax_ep.dispatch(x, layout, weights, fp8=scales, dequantize=dequantize)[:3]
+            f"{scales} {dequantize} {expand}": tuple(
+                jax_ep.dispatch(
+                    x, layout, weights, fp8=scales, dequantize=dequantize, expand=expand
+                )[:3]
             )
             for scales in ("float32", "power_of_two")
             for dequantize in (False, True)
+            for expand in (False, True)
         }
+        once, vjp_once = jax.vjp(
+            lambda x, w: jax_ep.dispatch(x, layout, w, expand=False)[:2], x, weights
+        )
         return {
             "layout": {name: getattr(layout, name) for name in LAYOUT_FIELDS},
             "dispatch": tuple(jax_ep.dispatch(x, layout, weights)[:2]),
+            "once": once,
             "integers": jax_ep.dispatch(ids.repeat(4, axis=1), layout).tokens,
             "fp8": fp8,
             "combine": (out, out_plain),
-            "gradients": (vjp(g), vjp_plain(g)),
+            "gradients": (vjp(g), vjp_plain(g), vjp_once((once[0] * 3, once[1] * 2))),
         }
 
     return f

@@ -116,7 +116,7 @@ class CombineOp final : public CollectiveOp {
     }
   }
 
-  // The kept rows of a token, by rank, then k.
+  // The kept rows of a token, by rank, then k; of y that is not expanded, one for each rank.
   void ListTerms(int64_t src, int64_t token, std::vector<Term>& terms) const {
     terms.clear();
     for (int64_t i = token * sizes_.top_k; i < (token + 1) * sizes_.top_k; ++i) {
@@ -126,6 +126,10 @@ class CombineOp final : public CollectiveOp {
     }
     std::stable_sort(terms.begin(), terms.end(),
                      [](const Term& a, const Term& b) { return a.dst_rank < b.dst_rank; });
+    if (sizes_.expand) return;
+    const auto is_same_rank = [](const Term& a, const Term& b) { return a.dst_rank == b.dst_rank; };
+    terms.erase(std::unique(terms.begin(), terms.end(), is_same_rank), terms.end());
+    for (Term& term : terms) term.row = src * sizes_.num_tokens + token;
   }
 
   void SumToken(int64_t src, int64_t token, const std::vector<Term>& terms,
@@ -179,7 +183,11 @@ class CombineOp final : public CollectiveOp {
     for (int64_t token = src * sizes_.num_tokens; token < (src + 1) * sizes_.num_tokens; ++token) {
       terms.clear();
       for (int32_t slot = offsets[token]; slot < offsets[token + 1]; ++slot) {
-        terms.push_back({dst, order[slot]});
+        if (sizes_.expand) {
+          terms.push_back({dst, order[slot]});
+        } else if (terms.empty()) {
+          terms.push_back({dst, token});
+        }
         if (has_values(dst)) values.push_back(floats(dst, kCombineValues)[order[slot]]);
       }
       if (terms.empty()) continue;

@@ -2,6 +2,7 @@
 // another process crosses once per destination rank, however many of its experts live there.
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "cuda/core/placement.h"
@@ -53,12 +54,14 @@ class DispatchOp final : public CollectiveOp {
   }
 
   MaybeFailure Finish(const PeerMemory& peers) override {
-    const int64_t items = (sizes_.capacity + kRowsPerItem - 1) / kRowsPerItem;
+    const int64_t most = std::max(num_rows(), sizes_.capacity);
+    const int64_t items = (most + kRowsPerItem - 1) / kRowsPerItem;
     WorkerPool::Get().ParallelFor(sizes_.num_ranks * items, [&](int64_t item) {
       const int64_t dst = item / items;
       if (!is_local(dst)) return;
-      const int64_t begin = item % items * kRowsPerItem;
-      FillRows(dst, begin, std::min(begin + kRowsPerItem, sizes_.capacity));
+      const int64_t begin = item % items * kRowsPerItem, end = begin + kRowsPerItem;
+      FillRows(dst, begin, std::min(end, num_rows()));
+      if (weights_out(dst) != nullptr) FillWeights(dst, begin, std::min(end, sizes_.capacity));
     });
     for (int64_t dst = 0; dst < sizes_.num_ranks; ++dst) {
       if (!is_local(dst)) continue;
@@ -79,6 +82,8 @@ class DispatchOp final : public CollectiveOp {
   int64_t wire_bytes() const {
     return sizes_.quantization ? wire_row_bytes(sizes_.num_channels) : sizes_.row_bytes;
   }
+  int64_t num_group_tokens() const { return sizes_.num_ranks * sizes_.num_tokens; }
+  int64_t num_rows() const { return sizes_.expand ? sizes_.capacity : num_group_tokens() + 1; }
   bool keeps_fp8() const { return sizes_.quantization && !sizes_.quantization->dequantize; }
   int64_t token_bytes() const { return keeps_fp8() ? sizes_.num_channels : sizes_.row_bytes; }
   const char* wire_rows(int64_t rank) const {
@@ -86,25 +91,54 @@ class DispatchOp final : public CollectiveOp {
                                : static_cast<const char*>(in_[rank][kDispatchX]);
   }
 
-  // The rows [begin, end) of a destination: local sources copied, padding and tail zeroed.
+  // The token, of all of the group, that a row of a destination holds; kNoSource if none.
+  int64_t TokenOf(int64_t dst, int64_t row) const {
+    if (sizes_.expand) {
+      const int64_t flat = table(dst, kDispatchRecvSrc)[row];
+      return flat == kNoSource ? kNoSource : flat / sizes_.top_k;
+    }
+    if (row == num_group_tokens()) return kNoSource;
+    const int32_t* offsets = table(dst, kDispatchRecvOffsets);
+    return offsets[row] == offsets[row + 1] ? kNoSource : row;
+  }
+
+  // Up to where expert rows are padding if they hold nothing; behind it is the tail.
+  int64_t EndOfGroups(int64_t dst) const {
+    const int32_t* group_sizes = table(dst, kDispatchGroupSizes);
+    return std::accumulate(group_sizes, group_sizes + sizes_.num_local_experts, int64_t{0});
+  }
+
+  // The rows [begin, end) of a destination: local sources copied, those that hold nothing zeroed.
   void FillRows(int64_t dst, int64_t begin, int64_t end) const {
     const ExactFloatScope exact;
-    const int32_t* recv_src = table(dst, kDispatchRecvSrc);
-    const int32_t* group_sizes = table(dst, kDispatchGroupSizes);
-    int64_t num_used = 0;
-    for (int64_t e = 0; e < sizes_.num_local_experts; ++e) num_used += group_sizes[e];
+    const int64_t end_of_groups = EndOfGroups(dst);
     for (int64_t row = begin; row < end; ++row) {
-      if (recv_src[row] == kNoSource) {
-        if (row < num_used || sizes_.zero_tail) ZeroRow(dst, row);
+      const int64_t token = TokenOf(dst, row);
+      if (token == kNoSource) {
+        const bool is_used = sizes_.expand ? row < end_of_groups : row == num_group_tokens();
+        if (is_used || sizes_.zero_tail) ZeroRow(dst, row);
         continue;
       }
-      const int64_t flat_token = recv_src[row] / sizes_.top_k;
-      const int64_t src = flat_token / sizes_.num_tokens;
+      const int64_t src = token / sizes_.num_tokens;
       if (!is_local(src)) continue;  // PullRows
-      PutRow(dst, row, wire_rows(src) + flat_token % sizes_.num_tokens * wire_bytes());
-      if (weights_out(dst) == nullptr) continue;
-      weights_out(dst)[row] = static_cast<const float*>(
-          in_[src][kDispatchTopkWeights])[recv_src[row] - src * sizes_.num_tokens * sizes_.top_k];
+      PutRow(dst, row, wire_rows(src) + token % sizes_.num_tokens * wire_bytes());
+    }
+  }
+
+  // Likewise of the weights, which are by expert row.
+  void FillWeights(int64_t dst, int64_t begin, int64_t end) const {
+    const int32_t* recv_src = table(dst, kDispatchRecvSrc);
+    const int64_t ids_per_rank = sizes_.num_tokens * sizes_.top_k;
+    const int64_t end_of_groups = EndOfGroups(dst);
+    for (int64_t row = begin; row < end; ++row) {
+      if (recv_src[row] == kNoSource) {
+        if (row < end_of_groups || sizes_.zero_tail) weights_out(dst)[row] = 0.0f;
+        continue;
+      }
+      const int64_t src = recv_src[row] / ids_per_rank;
+      if (!is_local(src)) continue;  // PullRows
+      weights_out(dst)[row] =
+          static_cast<const float*>(in_[src][kDispatchTopkWeights])[recv_src[row] % ids_per_rank];
     }
   }
 
@@ -120,7 +154,6 @@ class DispatchOp final : public CollectiveOp {
       std::memset(static_cast<float*>(out_[dst][kDispatchScales]) + row * count, 0,
                   count * sizeof(float));
     }
-    if (weights_out(dst) != nullptr) weights_out(dst)[row] = 0.0f;
   }
 
   void PutRow(int64_t dst, int64_t row, const char* wire) const {
@@ -139,8 +172,8 @@ class DispatchOp final : public CollectiveOp {
     }
   }
 
-  // All rows that rank `src` of another process sends to `dst`: each token read once, put into each
-  // of its rows.
+  // All rows that rank `src` of another process sends to `dst`: each token read once, put into its
+  // row or, expanded, into each of its rows.
   MaybeFailure PullRows(int64_t dst, int64_t src, const PeerMemory& peers) const {
     const ExactFloatScope exact;
     const int32_t* recv_src = table(dst, kDispatchRecvSrc);
@@ -176,10 +209,13 @@ class DispatchOp final : public CollectiveOp {
       int64_t index = -1;
       last_token = -1;
       for (; begin != batch_end; ++begin) {
-        const int64_t flat = recv_src[*begin];
-        if (flat / sizes_.top_k != last_token) ++index;
-        last_token = flat / sizes_.top_k;
-        PutRow(dst, *begin, buffer.data() + index * wire_bytes());
+        const int64_t flat = recv_src[*begin], token = flat / sizes_.top_k;
+        const bool is_first = token != last_token;
+        if (is_first) ++index;
+        last_token = token;
+        if (sizes_.expand || is_first) {
+          PutRow(dst, sizes_.expand ? *begin : token, buffer.data() + index * wire_bytes());
+        }
         if (!weights.empty()) weights_out(dst)[*begin] = weights[flat - src * ids_per_rank];
       }
     }

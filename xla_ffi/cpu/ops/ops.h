@@ -40,6 +40,7 @@ struct DispatchSizes {
   int64_t num_ranks, num_tokens, top_k, capacity, num_local_experts;
   int64_t row_bytes;     // of x
   int64_t num_channels;  // H
+  bool expand;           // as TableSizes::num_rows has it, N below
   bool zero_tail;
   std::optional<Quantization> quantization;
 };
@@ -52,8 +53,8 @@ enum DispatchIn {
   kDispatchTopkWeights   // f32 [T, K] or null
 };
 enum DispatchOut {
-  kDispatchTokens,   // [C, H]
-  kDispatchScales,   // f32 [C, H / 128] or null
+  kDispatchTokens,   // [N, H]
+  kDispatchScales,   // f32 [N, H / 128] or null
   kDispatchWeights,  // f32 [C] or null
   kNumDispatchOut
 };
@@ -64,9 +65,10 @@ struct CombineSizes {
   int64_t num_ranks, num_tokens, top_k, capacity, num_local_experts;
   int64_t num_channels;  // H
   FloatType type;
+  bool expand;  // as in DispatchSizes, of y; weights only where it is set
 };
 enum CombineIn {
-  kCombineY,            // [C, H]
+  kCombineY,            // [N, H]
   kCombineTopkIdx,      // i32 [T, K]
   kCombineSendRow,      // i32 [T, K]
   kCombineRecvSrc,      // i32 [C]
