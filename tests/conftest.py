@@ -4,12 +4,11 @@ import importlib
 import importlib.util
 import os
 
-# Before JAX is imported. JAX 0.10's CPU client needs two threads a device, or ranks that wait for
-# each other can starve one another on a machine with few cores.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
-os.environ.setdefault("NPROC", "16")
+from cpu_devices import cpu_devices
+
+# Before JAX is imported.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cpu_devices(8)['XLA_FLAGS']}"
+os.environ.setdefault("NPROC", cpu_devices(8)["NPROC"])
 
 from collections.abc import Iterator
 

@@ -25,6 +25,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cpu_devices import cpu_devices
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -387,9 +388,7 @@ def main() -> None:
     global CONTROL
     args = parse_args()
     CONTROL = args.control
-    # XLA's own collectives need a thread per device; old versions deadlock with no more than that.
-    os.environ["NPROC"] = str(2 * args.devices)
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
+    os.environ.update(cpu_devices(args.devices))
     jax.config.update("jax_platforms", "cpu")
     jax_ep.set_timeout(120)
     for name in args.scenario or SCENARIOS:

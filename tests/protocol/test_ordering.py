@@ -25,7 +25,8 @@ _SCENARIOS = (
 
 
 def _stress(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{_ROOT}"}
+    paths = [os.environ.get("PYTHONPATH", ""), str(_ROOT), str(_ROOT / "tests" / "support")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run(
         # stress.py ends itself, with the stacks of its threads, before the outer limit.
         [sys.executable, str(_STRESS), "--timeout=120", *arguments],

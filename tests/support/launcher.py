@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
+from cpu_devices import cpu_devices
+
 _WORKER = pathlib.Path(__file__).with_name("worker.py")
 _ROOT = _WORKER.parents[2]
 _GRACE = 3.0  # seconds between TERM and KILL
@@ -275,8 +277,7 @@ def run_scenario(
         **os.environ,
         "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(_ROOT)]),
         "JAX_PLATFORMS": platform,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
-        "NPROC": str(2 * num_devices),
+        **cpu_devices(num_devices),
         **(environment or {}),
     }
     processes = worker_processes(
