@@ -350,7 +350,7 @@ void OperationsOnTinyData() {
          {tokens.data(), nullptr, row_weights.data()}, [](const Members& members) {
            return MakeDispatchOp(
                DispatchSizes{kRanks, kTokens, kTopK, kCapacity, 2, kHidden * int64_t{sizeof(float)},
-                             kHidden, true, std::nullopt},
+                             kHidden, true, true, std::nullopt},
                members);
          });
     for (int64_t row = 0; row < kCapacity; ++row) {
@@ -369,7 +369,7 @@ void OperationsOnTinyData() {
           nullptr},
          {out.data(), nullptr}, [](const Members& members) {
            return MakeCombineOp(
-               CombineSizes{kRanks, kTokens, kTopK, kCapacity, 2, kHidden, FloatType::kF32},
+               CombineSizes{kRanks, kTokens, kTopK, kCapacity, 2, kHidden, FloatType::kF32, true},
                members);
          });
     for (int64_t i = 0; i < kTokens * kHidden; ++i) {
