@@ -84,6 +84,7 @@ def rounding_groups() -> list[tuple[str, int, bool]]:
     return sorted(found)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("dtype", "top_k", "weighted"), rounding_groups())
 def test_rounding(backend: Backend, dtype: str, top_k: int, weighted: bool) -> None:
     # Signed zeros, subnormals, ties, overflow, order of addition: three ranks; the token is the
@@ -117,6 +118,7 @@ def test_rounding(backend: Backend, dtype: str, top_k: int, weighted: bool) -> N
             raise AssertionError(f"{name}: {error}") from None
 
 
+@pytest.mark.once
 @routings.examples(50)
 @given(
     routed=routed_cases(),
@@ -143,6 +145,7 @@ def test_any_routing(
         assert not np.isnan(out.astype(F32)).any()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_subnormal_range(device_backend: JaxBackend, dtype: DTypeLike, weighted: bool) -> None:
@@ -160,6 +163,7 @@ def test_subnormal_range(device_backend: JaxBackend, dtype: DTypeLike, weighted:
     assert subnormal.mean() > 0.25, "the data misses the point"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_overflow_range(device_backend: JaxBackend, dtype: DTypeLike) -> None:
     # Sums near the largest number: some reach infinity on a rank, some at the end, some are NaN
@@ -215,6 +219,7 @@ def test_weights_are_cast_to_float32(device_backend: JaxBackend, dtype: DTypeLik
     assert_same_bits(out, oracle)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("hidden", [4, 12, 260, 4100])
 def test_any_row_of_whole_16_bytes(device_backend: JaxBackend, hidden: int) -> None:
     case, rng = Case(2, 5, 2, 4, hidden=8), np.random.default_rng(hidden)
@@ -224,6 +229,7 @@ def test_any_row_of_whole_16_bytes(device_backend: JaxBackend, hidden: int) -> N
     check_combine(device_backend, case, ids, random_y(rng, layout, hidden, F32), weights)
 
 
+@pytest.mark.once
 def test_every_rank_count(device_backend: JaxBackend) -> None:
     rng = np.random.default_rng(14)
     for num_ranks in range(1, min(device_backend.num_devices, 8) + 1):
@@ -250,6 +256,7 @@ def test_stale_state(device_backend: JaxBackend) -> None:
     assert seen[0] == seen[1], "not reproducible"
 
 
+@pytest.mark.once
 def test_repeated_runs_are_bitwise_equal(device_backend: JaxBackend) -> None:
     case, rng = Case(8, 32, 8, 64, hidden=64), np.random.default_rng(17)
     ids = routings.topk_ids(rng, case, "zipf")

@@ -73,6 +73,7 @@ def test_example(backend: Backend, capacity: int, dtype: DTypeLike) -> None:
     assert backend.dispatch(x, layout).weights is None
 
 
+@pytest.mark.once
 @routings.examples(40)
 @given(routed=routed_cases(), dtype=st.sampled_from([BF16, F16, F32]), weighted=st.booleans())
 def test_any_routing(
@@ -122,6 +123,7 @@ def test_rows_are_copies_of_any_bits(device_backend: JaxBackend, dtype: DTypeLik
     np.testing.assert_array_equal(tokens.view(bits.dtype), expected)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("hidden", [8, 24, 40, 136, 1000, 4104])
 def test_any_row_of_whole_16_bytes(device_backend: JaxBackend, hidden: int) -> None:
     case, rng = Case(2, 5, 2, 4, hidden=hidden), np.random.default_rng(hidden)
@@ -173,6 +175,7 @@ def test_poison_is_seen(device_backend: JaxBackend) -> None:
             assert np.isnan(result[0, 1:].astype(F32)).all()
 
 
+@pytest.mark.once
 def test_every_rank_count(device_backend: JaxBackend) -> None:
     rng = np.random.default_rng(7)
     for num_ranks in range(1, min(device_backend.num_devices, 8) + 1):
@@ -213,6 +216,7 @@ def fp8_sizes() -> list[Case]:
     ]
 
 
+@pytest.mark.once
 @routings.examples(30)
 @given(
     routed=routed_cases(fp8_sizes()),
@@ -243,6 +247,7 @@ def test_fp8(
     check_dispatch(device_backend, case, routed.topk_idx, x, weights, **options)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_fp8_with_many_long_rows(device_backend: JaxBackend, dequantize: bool) -> None:
     """More tokens than a GPU's blocks take at a time, and rows longer than their buffers."""

@@ -65,6 +65,7 @@ def test_example(backend: Backend, capacity: int, dtype: DTypeLike) -> None:
 # dispatch -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @routings.examples(30)
 @given(
     routed=routed_cases(),
@@ -165,6 +166,7 @@ def assert_weight_gradient(actual: Any, expected: Any, y: Any, g_rows: Any, vali
     assert (error <= bound).all(), f"error / bound is up to {np.nanmax(error / bound)}"
 
 
+@pytest.mark.once
 @routings.examples(30)
 @given(
     routed=routed_cases(),
@@ -197,6 +199,7 @@ def test_combine_vjp(
         assert_weight_gradient(d_weights, expected_d_weights, y, g_rows, valid)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("zero_tail", [True, False], ids=["zero_tail", "any_tail"])
 @pytest.mark.parametrize(("dtype", "hidden"), [(BF16, 20480), (BF16, 20488), (F32, 10240)])
 def test_combine_vjp_of_long_rows(
@@ -221,6 +224,7 @@ def test_combine_vjp_of_long_rows(
     assert_weight_gradient(d_weights, expected_d_weights, y, g_rows, expected_layout.row_valid)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_combine_vjp_of_subnormals(device_backend: JaxBackend, dtype: DTypeLike) -> None:
     """On CPU weights * g is XLA's, whose threads flush what is subnormal in float32."""
@@ -294,6 +298,7 @@ def test_a_layout_has_no_gradient(device_backend: JaxBackend) -> None:
     assert_same_bits(d_x, np.ones((2, 2, 8), F32))
 
 
+@pytest.mark.once
 def test_repeated_runs_are_bitwise_equal(device_backend: JaxBackend) -> None:
     case, rng = Case(8, 32, 8, 64, hidden=64), np.random.default_rng(24)
     layout = device_backend.make_layout(case, routings.topk_ids(rng, case, "zipf"))

@@ -45,6 +45,7 @@ def test_example(backend: Backend, capacity: int) -> None:
     assert_same_bits(layout.num_invalid, np.array([0, 1], np.int32))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", routings.ROUTING_KINDS)
 @pytest.mark.parametrize("case", routings.STATIC_SIZES, ids=str)
 def test_default_capacity(device_backend: JaxBackend, case: Case, kind: str) -> None:
@@ -53,12 +54,14 @@ def test_default_capacity(device_backend: JaxBackend, case: Case, kind: str) -> 
     assert_equals_oracle(device_backend, case, topk_idx)
 
 
+@pytest.mark.once
 @routings.examples(60)
 @given(routed=routed_cases())
 def test_any_routing_and_capacity(device_backend: JaxBackend, routed: RoutedCase) -> None:
     assert_equals_oracle(device_backend, routed.case, routed.topk_idx)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("num_ranks", range(1, 9))
 def test_any_number_of_ranks(device_backend: JaxBackend, num_ranks: int) -> None:
     case = Case(num_ranks, 5, 2, 3 * num_ranks, hidden=8, capacity=8, expert_alignment=4)
@@ -74,6 +77,7 @@ def test_one_token(device_backend: JaxBackend, num_ranks: int) -> None:
         assert_equals_oracle(device_backend, case, ids.astype(np.int32).reshape(-1, 1, 1))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["uniform", "zipf"])
 def test_default_capacity_never_drops_distinct_experts(backend: Backend, kind: str) -> None:
     # All tokens of all ranks choose the experts of rank 1 only, all of them: the default holds

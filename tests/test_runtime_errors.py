@@ -187,6 +187,7 @@ def import_with_timeouts(**values: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -202,6 +203,7 @@ def test_timeouts_from_the_environment(values: dict[str, str], expected: str) ->
     assert result.stdout.strip() == expected
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["TIMEOUT", "ARRIVAL_TIMEOUT", "PROGRESS_TIMEOUT"])
 @pytest.mark.parametrize("value", ["soon", "-3", "nan"])
 def test_bad_timeout_in_the_environment(name: str, value: str) -> None:

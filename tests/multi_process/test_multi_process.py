@@ -9,7 +9,8 @@ from launcher import Finished, run_scenario
 
 _SCENARIOS = pathlib.Path(__file__).with_name("scenarios")
 
-SHAPES = [(2, 4), (4, 2)]  # processes, devices of each
+# Processes, devices of each. What a version of JAX may change, two processes show.
+SHAPES = [(2, 4), pytest.param(4, 2, marks=pytest.mark.once)]
 
 
 Job = Callable[..., list[Finished]]
@@ -73,9 +74,15 @@ def test_same_bits_as_one_process(
 # Pairing ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_processes", "num_devices"), SHAPES)
-def test_independent_calls_pair_rightly(job: Job, num_processes: int, num_devices: int) -> None:
-    job("pairing", "pairing", num_processes=num_processes, num_devices=num_devices)
+def test_independent_calls_pair_rightly(job: Job) -> None:
+    scenarios = ("eight_layers", "one_layer_twice", "back_to_back", "scan", "two_programs")
+    job("pairing", "pairing", *scenarios, num_processes=2, num_devices=4)
+
+
+@pytest.mark.once
+def test_independent_calls_of_four_processes_pair_rightly(job: Job) -> None:
+    """What more processes could change: calls of one program, and of two in flight together."""
+    job("pairing", "pairing", "eight_layers", "two_programs", num_processes=4, num_devices=2)
 
 
 @pytest.mark.parametrize(
@@ -139,12 +146,14 @@ def test_killed_process(job: Job) -> None:
 _OF_PROCESS_1 = "2 (process 1, device 2048), 3 (process 1, device 2049)"
 
 
+@pytest.mark.once
 def test_stalled_process(job: Job) -> None:
     finished = job("failures", "stalled", num_processes=2, num_devices=2)
     (message,) = finished[0].lines("ERROR")
     assert message.startswith(f"DEADLINE_EXCEEDED: jax_ep_layout: rank {_OF_PROCESS_1} of group 0")
 
 
+@pytest.mark.once
 def test_who_is_waited_for_is_said_once(job: Job) -> None:
     """Long before the error, and without one where the rank comes at last."""
     finished = job("failures", "waited_for", num_processes=2, num_devices=2)
@@ -153,6 +162,7 @@ def test_who_is_waited_for_is_said_once(job: Job) -> None:
     assert lines == [f"jax_ep: jax_ep_layout waits for rank {_OF_PROCESS_1} of group 0"]
 
 
+@pytest.mark.once
 def test_late_process(job: Job) -> None:
     finished = job("failures", "late", num_processes=2, num_devices=2)
     (early,), (late,) = finished[0].lines("ERROR"), finished[1].lines("ERROR")
@@ -164,6 +174,7 @@ def test_late_process(job: Job) -> None:
 # Set-up and tear-down -----------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_missing_process(job: Job) -> None:
     finished = job("set_up", "missing", num_processes=3, num_devices=1)
     for process in range(2):
@@ -173,6 +184,7 @@ def test_missing_process(job: Job) -> None:
         )
 
 
+@pytest.mark.once
 def test_initialize_again_after_a_missing_process(job: Job) -> None:
     """However often each process has tried before."""
     finished = job("set_up", "retried_after_missing", num_processes=3, num_devices=1)
@@ -184,6 +196,7 @@ def test_initialize_again_after_a_missing_process(job: Job) -> None:
             assert "process 2 of 3 did not call jax_ep.initialize() within 1.0 s" in message
 
 
+@pytest.mark.once
 def test_initialize_again_after_a_failure(job: Job) -> None:
     """One process finds the fault, all hear of it soon, and all can try again."""
     finished = job("set_up", "retried_after_failure", num_processes=3, num_devices=1)
@@ -209,7 +222,15 @@ def test_groups_inside_processes_need_no_initialize(job: Job) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    ["in_turn", "in_reverse", "shutdown_first", "some_at_exit", "at_exit", "unblocked", "again"],
+    [
+        "in_turn",
+        "shutdown_first",
+        "at_exit",
+        *(
+            pytest.param(how, marks=pytest.mark.once)
+            for how in ("in_reverse", "some_at_exit", "unblocked", "again")
+        ),
+    ],
 )
 def test_tear_down(job: Job, how: str) -> None:
     """Exit code 0, whoever leaves first."""
@@ -221,6 +242,7 @@ def test_tear_down(job: Job, how: str) -> None:
             assert "call jax_ep.initialize() in each of them first" in after
 
 
+@pytest.mark.once
 def test_memory_that_may_not_be_read(job: Job) -> None:
     finished = job("set_up", "unreadable", num_processes=2, num_devices=1)
     (message,) = finished[0].lines("ERROR")

@@ -42,6 +42,7 @@ STRESS = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "late", "num_sms"), STRESS, ids=lambda value: str(value).lower().replace("none", "")
 )
@@ -88,6 +89,7 @@ def test_a_wrong_call_would_be_seen(device_backend: JaxBackend) -> None:
     assert (wrong["out"] > 0).all(), wrong
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_race(
     device_backend: JaxBackend, record_property: Callable[[str, object], None], top_k: int

@@ -14,11 +14,11 @@ from protocol import stress
 import jax_ep
 
 
-def pairing() -> None:
+def pairing(*scenarios: str) -> None:
     """Independent calls, ready in different orders, on all devices of all processes."""
     join()
     jax_ep.initialize()
-    for scenario in ("eight_layers", "one_layer_twice", "back_to_back", "scan", "two_programs"):
+    for scenario in scenarios:
         stress.SCENARIOS[scenario](jax.devices(), 40, 0)
 
 
