@@ -37,8 +37,9 @@ _NVSHMEM = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
 
 _PIP = f"{shlex.quote(sys.executable)} -m pip install"
 _BUILD_COMMAND = f"{_PIP} . -C cmake.define.JAX_EP_CUDA=ON"
-# The plugin must match jaxlib.
-_PLUGIN_COMMAND = f"{_PIP} 'jax[cuda13]=={jax.__version__}'"
+# As in the extra cuda13: no older jax has run on GPUs. This one needs Python 3.12.
+_LEAST_CUDA_JAX = (0, 11, 2)
+_LEAST_CUDA_PYTHON = (3, 12)
 _NVCC_COMMAND = "sudo apt-get install cuda-toolkit-13-0"
 _DRIVER_COMMAND = f"sudo apt-get install nvidia-driver-{_LEAST_DRIVER}-server"
 
@@ -97,6 +98,20 @@ def _nvcc() -> tuple[str, int] | None:
         if found:
             return path, int(found[1])
     return None
+
+
+def _dotted(version: Sequence[int]) -> str:
+    return ".".join(map(str, version))
+
+
+def _plugin_command() -> str:
+    """What installs JAX's CUDA plugin, which must match jaxlib."""
+    if sys.version_info < _LEAST_CUDA_PYTHON:
+        python = f"python{_dotted(_LEAST_CUDA_PYTHON)}"
+        return f"{python} -m venv .venv && .venv/bin/pip install '.[cuda13]'"
+    if jax.__version_info__ < _LEAST_CUDA_JAX:
+        return f"{_PIP} --upgrade 'jax[cuda13]>={_dotted(_LEAST_CUDA_JAX)}'"
+    return f"{_PIP} 'jax[cuda13]=={jax.__version__}'"
 
 
 def driver_gpus() -> list[Gpu]:
@@ -196,8 +211,15 @@ def check_machine(gpus: Sequence[Gpu]) -> list[Finding]:
     findings.append(
         Finding("ok", f"JAX's CUDA plugin: {plugin}")
         if plugin
-        else Finding(gap, "JAX's CUDA plugin: not installed", _PLUGIN_COMMAND)
+        else Finding(gap, "JAX's CUDA plugin: not installed", _plugin_command())
     )
+    if gpus and jax.__version_info__ < _LEAST_CUDA_JAX:
+        text = (
+            f"jax {jax.__version__} on Python {_dotted(sys.version_info[:2])}: on GPUs jax_ep has "
+            f"run with jax {_dotted(_LEAST_CUDA_JAX)} and newer, which need Python "
+            f"{_dotted(_LEAST_CUDA_PYTHON)} or newer"
+        )
+        findings.append(Finding("info", text))
     nvcc = _nvcc()
     if _native.cuda is None:
         findings.append(
@@ -325,7 +347,7 @@ def _check_jax_sees_gpus(reason: str) -> Finding:
     if platforms and "cuda" not in platforms:
         return Finding("missing", f"{text}: JAX_PLATFORMS={platforms}", "unset JAX_PLATFORMS")
     if _version(*_PLUGINS) is None:
-        return Finding("missing", f"{text}: it has no CUDA plugin", _PLUGIN_COMMAND)
+        return Finding("missing", f"{text}: it has no CUDA plugin", _plugin_command())
     return Finding("broken", f"{text}: {reason}")
 
 

@@ -6,10 +6,12 @@ The GPUs are those that a program named nvidia-smi lists, so a script of that na
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -117,7 +119,7 @@ def test_each_piece_that_a_gpu_needs_has_its_command(
     text = capsys.readouterr().out
     assert "GPU 1: NVIDIA H200, compute capability 9.0" in text
     for piece, command in (
-        ("JAX's CUDA plugin: not installed", "pip install 'jax[cuda13]=="),
+        ("JAX's CUDA plugin: not installed", "pip install "),
         ("CUDA part (_cuda, _probe): not built", "pip install . -C cmake.define.JAX_EP_CUDA=ON"),
         ("nvcc: not found", "apt-get install cuda-toolkit-13-0"),
     ):
@@ -125,6 +127,39 @@ def test_each_piece_that_a_gpu_needs_has_its_command(
         (at,) = (i for i, line in enumerate(lines) if piece in line)
         assert lines[at].startswith("missing"), lines[at]
         assert command in lines[at + 1], lines[at + 1]
+
+
+@pytest.mark.parametrize(
+    ("python", "version", "command"),
+    [
+        ((3, 12), (0, 12, 0), f"{sys.executable} -m pip install 'jax[cuda13]=={jax.__version__}'"),
+        ((3, 12), (0, 10, 2), f"{sys.executable} -m pip install --upgrade 'jax[cuda13]>=0.11.2'"),
+        ((3, 11), (0, 10, 2), "python3.12 -m venv .venv && .venv/bin/pip install '.[cuda13]'"),
+    ],
+)
+def test_plugin_is_one_that_this_python_can_have(
+    python: tuple[int, int],
+    version: tuple[int, int, int],
+    command: str,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As README says: no jax for Python 3.11 is new enough for the extra cuda13."""
+    machine(H200)
+    monkeypatch.setattr(sys, "version_info", python)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    findings = doctor.check_machine(doctor.driver_gpus())
+    (plugin,) = (f for f in findings if "CUDA plugin" in f.text)
+    assert plugin.command == command
+    told = [f.text for f in findings if "on GPUs jax_ep has run with jax 0.11.2" in f.text]
+    assert len(told) == (version < (0, 11, 2))
+    assert told == [] or "need Python 3.12 or newer" in told[0]
+
+
+def test_least_jax_is_that_of_the_extra() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    (cuda,) = project["project"]["optional-dependencies"]["cuda13"]
+    assert cuda == f"jax[cuda13]>={'.'.join(map(str, doctor._LEAST_CUDA_JAX))}"
 
 
 @pytest.mark.parametrize(
