@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import pathlib
 import re
@@ -34,7 +35,7 @@ def read_examples(text: str) -> list[Example]:
     """The blocks of Python in Markdown."""
     examples = []
     blocks = list(_BLOCK.finditer(text))
-    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+    for block, following in itertools.zip_longest(blocks, blocks[1:]):
         if block[1] != "python":
             continue
         expected = ""
