@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import pathlib
+import platform
 import sysconfig
 import time
 
@@ -342,19 +343,25 @@ def build_steps(config: Config, mesh: jax.sharding.Mesh, optimizer, shardings: d
 
 
 def plot(history: dict, unigram: float, path: pathlib.Path) -> None:
-    """Draws the losses and every layer's expert load."""
+    """Draws the losses, the dropped rows and every layer's expert load."""
     loads = np.array(history["expert_load"])  # [step, layer, expert]
     steps = 1 + np.arange(len(loads))
-    figure = Figure(figsize=(5 * (1 + loads.shape[1]), 4), layout="constrained")
-    loss_axes, *load_axes = figure.subplots(1, 1 + loads.shape[1])
+    figure = Figure(figsize=(5 * (2 + loads.shape[1]), 4), layout="constrained")
+    loss_axes, drop_axes, *load_axes = figure.subplots(1, 2 + loads.shape[1])
     loss_axes.plot(steps, history["loss"], lw=0.8, label="training")
     loss_axes.plot(*np.array(history["heldout"]).reshape(-1, 2).T, "o-", ms=3, label="held out")
     loss_axes.axhline(unigram, color="gray", ls=":", label="unigram entropy")
     loss_axes.set(xlabel="step", ylabel="nats per byte", title="loss")
     loss_axes.legend()
+    for layer, dropped in enumerate(100 * np.array(history["dropped"]).T):
+        drop_axes.plot(steps, dropped, lw=0.8, label=f"layer {layer}")
+    drop_axes.set(xlabel="step", ylabel="% of rows", title="dropped", ylim=(0, None))
+    drop_axes.legend()
     for layer, axes in enumerate(load_axes):
-        axes.stackplot(steps, loads[:, layer].T, lw=0)
+        names = [f"expert {e}" for e in range(loads.shape[2])]
+        axes.stackplot(steps, loads[:, layer].T, lw=0, labels=names)
         axes.set(xlabel="step", ylim=(0, 1), title=f"layer {layer}: share of rows per expert")
+        axes.legend(loc="upper left", fontsize="x-small", ncols=2, reverse=True)
     figure.savefig(path, dpi=120)
 
 
@@ -397,8 +404,9 @@ def main(argv: list[str] | None = None) -> dict:
         argv: Command line, without the program's name; sys.argv if None.
 
     Returns:
-        A summary: "losses" of all steps, "heldout_loss" and "unigram_entropy" (nats per byte),
-        "tokens_per_second", "dropped" (fraction of rows), "sample" and the final "params".
+        A summary: "versions", "config" and "mesh" of the run, "losses" of all steps,
+        "heldout_loss" and "unigram_entropy" (nats per byte), "tokens_per_second", "dropped"
+        (fraction of rows), "sample" and the final "params".
     """
     args = parse_args(argv)
     if not args.distributed:
@@ -471,7 +479,15 @@ def train(args: argparse.Namespace) -> dict:
         raise SystemExit(f"{args.out} holds a run: pass --resume, --overwrite or another --out")
 
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
-    say(f"dp {dp} x ep {ep} on {device.device_kind}, {jax.process_count()} process(es), {config}")
+    versions = {"jax_ep": jax_ep.__version__, "jax": jax.__version__, "optax": optax.__version__}
+    versions["python"] = platform.python_version()
+    settings = dataclasses.asdict(config) | {
+        name: getattr(args, name) for name in ("steps", "batch", "learning_rate", "seed")
+    }
+    say(", ".join(f"{name} {version}" for name, version in versions.items()))
+    say(f"dp {dp} x ep {ep} on {device.device_kind}, {jax.process_count()} process(es)")
+    for name, value in settings.items():
+        say(f"  {name:<17} {value}")
     say(f"{num_params:,} parameters; {len(corpus):,} bytes to train on, {len(heldout):,} held out")
     say(f"unigram entropy: {unigram / np.log(2):.3f} bits = {unigram:.3f} nats per byte")
 
@@ -480,7 +496,10 @@ def train(args: argparse.Namespace) -> dict:
 
     train_step, eval_loss, sample = build_steps(config, mesh, optimizer, shardings)
     start, stop = int(state["step"]), min(args.stop_after or args.steps, args.steps)
+    say("compiling the training step ..")
+    clock = time.perf_counter()
     train_step = train_step.lower(state, batch_of(start)).compile()  # before the clock starts
+    say(f"compiled in {time.perf_counter() - clock:.1f} s")
     pending, seconds, rate, clock = [], 0.0, 0.0, time.perf_counter()
     progress = tqdm.tqdm(total=args.steps, initial=start, disable=not is_main, unit="step")
     for step in range(start + 1, stop + 1):
@@ -512,6 +531,7 @@ def train(args: argparse.Namespace) -> dict:
     checkpoints.close()
 
     # One sequence per device continues the prompt; process 0 shows its first.
+    say(f"sampling {args.sample_bytes} bytes (compiles once more) ..")
     prompt = (b"\n" * args.seq_len + args.prompt.encode())[-args.seq_len :]
     window = place(
         np.tile(np.frombuffer(prompt, np.uint8), (dp * ep, 1)).astype(np.int32), by_batch
@@ -519,6 +539,14 @@ def train(args: argparse.Namespace) -> dict:
     sampled = sample(state["params"], window, key, args.temperature, length=args.sample_bytes)
     sampled = np.asarray(sampled.addressable_shards[0].data[0], np.uint8).tobytes()
     summary = {
+        "versions": versions,
+        "config": settings,
+        "mesh": {
+            "dp": dp,
+            "ep": ep,
+            "device": device.device_kind,
+            "processes": jax.process_count(),
+        },
         "losses": history["loss"],
         "train_loss": float(np.mean(history["loss"][-50:])),
         "heldout_loss": history["heldout"][-1][1] if history["heldout"] else float("nan"),

@@ -466,6 +466,10 @@ def test_run_on_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "'ranks': 4" in text
     assert "XLA_FLAGS" in text
+    assert "times in us (microseconds) of the slowest rank" in text
+    assert "copying the rows takes" in text
+    # XLA has none for CPU, whatever the number of tokens: it is told once.
+    assert text.count(f"\n{operations.RAGGED}") == 1
     written = json.loads(file.read_text())
     assert written["results"] == json.loads(json.dumps(rows))
     assert written["environment"]["jax"] == jax.__version__
@@ -577,6 +581,10 @@ def test_exit_code_tells_that_an_operation_failed() -> None:
         ("--ranks 3 --experts 64", "must be a multiple of 3 ranks"),
         ("--ranks 99 --experts 99", "this process has"),
         ("--top-k 9 --experts 8", "must be at most --experts 8"),
+        (
+            "--only dispatch gather_all",
+            "--only gather_all: no operation has that in its name: make",
+        ),
         ("--tokens 0", "must be at least 1"),
         ("--platform nowhere", "invalid choice"),
     ],
@@ -618,3 +626,36 @@ def test_a_negative_difference_is_shown_as_it_is() -> None:
     assert row["median_s"] == -1e-6
     assert "wire_bytes_per_s" not in row
     assert "-1.0 us" in report.format_row(row)
+
+
+def test_plot_has_a_bound_for_each_operation_and_ticks_where_it_was_measured() -> None:
+    pytest.importorskip("matplotlib")
+    operation_names = ["dispatch", "combine", "all_to_all"]
+    point = {
+        "hidden": 8,
+        "top_k": 1,
+        "routing": "uniform",
+        "capacity_kind": "tight",
+        "dtype": "bfloat16",
+        "fp8": "none",
+        "num_sms": None,
+    }
+    rows = [
+        point
+        | {"operation": name, "baseline": name == "all_to_all", "tokens": tokens}
+        | {"median_s": 3e-6 * tokens, "p10_s": 3e-6 * tokens, "p90_s": 3e-6 * tokens}
+        | {"bound_s": scale * 1e-6 * tokens}
+        for scale, name in enumerate(operation_names, 1)
+        for tokens in (1, 48, 3)
+    ]
+    (axes,) = report.draw(rows, "a machine").axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "3", "48"]
+    assert list(axes.get_xticks()) == [1, 3, 48]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    for scale, name in enumerate(operation_names[:2], 1):
+        bound = lines[f"bound of {name}"]
+        assert list(bound.get_ydata()) == pytest.approx([scale, 3 * scale, 48 * scale])
+        assert bound.get_linestyle() == ":"
+    assert not any("bound of all_to_all" in str(label) for label in lines)
+    _, labels = axes.get_legend_handles_labels()
+    assert labels[-1] == "all_to_all (JAX's own)"

@@ -136,6 +136,8 @@ def runs(whole_run: pathlib.Path) -> pathlib.Path:
 def test_learns_and_leaves_its_results(whole_run: pathlib.Path) -> None:
     """The loss falls, and summary, sample and plot are there: under every version of JAX."""
     summary = _summary(whole_run / "whole")
+    assert list(summary)[:2] == ["versions", "config"]
+    assert summary["config"]["d_model"] == 32
     losses = summary["losses"]
     assert len(losses) == _NUM_STEPS
     assert np.all(np.isfinite(losses))

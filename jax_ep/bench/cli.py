@@ -44,6 +44,7 @@ _TIMELINE_OPERATION, _TIMELINE_TOKENS = "make_layout+dispatch+combine", 4096  # 
 
 # Out of memory, refused by XLA, not built here: the other points are still worth measuring.
 _MEASUREMENT_ERRORS = (RuntimeError, MemoryError, ValueError)
+_UNSUPPORTED = "UNIMPLEMENTED"  # how XLA's error begins for what its backend has not got, at any T
 
 # By platform, what is measured unless the command line says otherwise.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -142,7 +143,11 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out ragged_all_to_all with XLA's device kernel, which needs its own process",
     )
     add("--json", type=Path, help="write all figures to this file, after every point")
-    add("--plot", type=Path, help="draw the base's times over T into this PNG (needs matplotlib)")
+    add(
+        "--plot",
+        type=Path,
+        help="draw the base's times and their bounds over T into this PNG (needs matplotlib)",
+    )
     add(
         "--timeline",
         type=Path,
@@ -217,6 +222,7 @@ class _Bench:
         self.link = link
         self.on_gpu = mesh.devices.flat[0].platform != "cpu"
         self.rows: list[report.Row] = []
+        self.unsupported: dict[str, Exception] = {}  # by operation: what XLA says
 
     def wanted(self, name: str) -> bool:
         only = self.args.only
@@ -251,9 +257,17 @@ class _Bench:
         for operation in todo:
             if not self.wanted(operation.name):
                 continue
+            refused = self.unsupported.get(operation.name)
+            if refused is not None:  # it has been told
+                rows.append(
+                    report.failed_row(operation.name, operation.baseline, point, moved, refused)
+                )
+                continue
             try:
                 emit(self._measure(operation, point, moved))
             except _MEASUREMENT_ERRORS as error:
+                if str(error).startswith(_UNSUPPORTED):
+                    self.unsupported[operation.name] = error
                 emit(report.failed_row(operation.name, operation.baseline, point, moved, error))
         return rows
 
@@ -319,6 +333,14 @@ _VERB_NAMES = (
     "forward+backward",
 )
 _BASELINE_NAMES = ("all_to_all", "all_to_all+gather", "all_gather+gather", operations.RAGGED)
+
+
+def _check_only(parser: argparse.ArgumentParser, only: Sequence[str] | None) -> None:
+    """Ends the program if a word of ``--only`` would choose nothing."""
+    names = (*_VERB_NAMES, *_BASELINE_NAMES)
+    for text in only or ():
+        if not any(text in name for name in names):
+            parser.error(f"--only {text}: no operation has that in its name: {', '.join(names)}")
 
 
 def _describe(point: Point) -> str:
@@ -396,6 +418,7 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
     """
     parser = _parser()
     args = parser.parse_args(argv)
+    _check_only(parser, args.only)
     if (args.plot or args.timeline) and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot and --timeline need matplotlib: pip install matplotlib")
     if args.timeline and not timeline.is_built(_native.cuda):
@@ -438,6 +461,7 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
     link_sms = args.num_sms or _LINK_SMS
     link = _measure_link(mesh, link_sms)
 
+    print("\n" + report.legend(platform == "gpu"))
     bench = _Bench(args, mesh, link)
     all_points = points(args)
 
