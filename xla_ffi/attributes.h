@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/core/operations.h"
 #include "cuda/core/tables.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_ffi/groups.h"
@@ -58,10 +59,10 @@
 #define JAX_EP_DECODED(name) , ::xla::ffi::StructMember<int64_t>(#name)
 
 // A struct of these numbers and the groups, and how FFI decodes it.
-#define JAX_EP_DEFINE_ATTRIBUTES(Type, op, NUMBERS)                                            \
+#define JAX_EP_DEFINE_ATTRIBUTES(Type, kind, NUMBERS)                                          \
   namespace jax_ep {                                                                           \
   struct Type {                                                                                \
-    static constexpr const char* kOp = op;                                                     \
+    static constexpr const char* kOp = op_name(OpKind::kind);                                  \
     ::xla::ffi::Span<const int64_t> member_bases, member_sizes, member_strides;                \
     NUMBERS(JAX_EP_FIELD)                                                                      \
     template <typename Visit>                                                                  \
@@ -76,11 +77,11 @@
       ::xla::ffi::StructMember<::xla::ffi::Span<const int64_t>>("member_strides")              \
           NUMBERS(JAX_EP_DECODED))
 
-JAX_EP_DEFINE_ATTRIBUTES(LayoutAttributes, "jax_ep_layout", JAX_EP_LAYOUT_NUMBERS);
-JAX_EP_DEFINE_ATTRIBUTES(DispatchAttributes, "jax_ep_dispatch", JAX_EP_DISPATCH_NUMBERS);
-JAX_EP_DEFINE_ATTRIBUTES(CombineAttributes, "jax_ep_combine", JAX_EP_COMBINE_NUMBERS);
+JAX_EP_DEFINE_ATTRIBUTES(LayoutAttributes, kLayout, JAX_EP_LAYOUT_NUMBERS);
+JAX_EP_DEFINE_ATTRIBUTES(DispatchAttributes, kDispatch, JAX_EP_DISPATCH_NUMBERS);
+JAX_EP_DEFINE_ATTRIBUTES(CombineAttributes, kCombine, JAX_EP_COMBINE_NUMBERS);
 // On CUDA alone; CPU's gradient of combine is made of dispatch.
-JAX_EP_DEFINE_ATTRIBUTES(CombineGradientAttributes, "jax_ep_combine_gradient",
+JAX_EP_DEFINE_ATTRIBUTES(CombineGradientAttributes, kCombineGradient,
                          JAX_EP_COMBINE_GRADIENT_NUMBERS);
 
 namespace jax_ep {

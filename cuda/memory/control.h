@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "cuda/core/limits.h"
+#include "cuda/core/operations.h"
 #include "cuda/core/placement.h"
 #include "cuda/memory/timeline.h"
 
@@ -132,7 +133,7 @@ struct ControlBlock {
   // Of the running layout: per block of ids its rows to each expert, then its invalid ids.
   alignas(16) int32_t layout_counts[kMaxLayoutBlocks][kMaxExperts + 4];
 #ifdef JAX_EP_TIMELINE
-  CallTimeline<kMaxBlocks> timeline[kNumTimelines];
+  CallTimeline<kMaxBlocks> timeline[kNumOps];  // by OpKind
 #endif
 };
 #ifndef JAX_EP_TIMELINE
@@ -155,7 +156,7 @@ enum Phase : uint32_t {
 struct Waiting {
   uint64_t since;  // by the device's clock, in ns; 0: there is none. Written last, cleared first
   uint64_t operation;
-  uint32_t kind;
+  uint32_t kind;  // an OpKind
   uint32_t phase;
   int32_t peer_slot;  // that is waited for; this device's own while its blocks find no SM
 };
@@ -175,7 +176,7 @@ static_assert(word_of(kMaxPeers - 1) == kSlotWords - 1);
 struct ErrorRecord {
   uint64_t valid;  // written last, but for not_left
   uint64_t operation;
-  uint32_t kind;      // 0 layout, 1 dispatch, 2 combine, 3 its gradient
+  uint32_t kind;      // an OpKind
   int32_t slot;       // of this device
   int32_t peer_slot;  // that was waited for
   uint32_t phase;     // a Phase

@@ -62,7 +62,6 @@ struct BlockTimeline {
   Mark mark[kNumRoles][kNumEvents];
 };
 
-inline constexpr int kNumTimelines = 4;  // of a device: one for each kind of operation
 // Of the newest call of an operation.
 template <int kNumBlocks>
 struct CallTimeline {

@@ -65,13 +65,13 @@ using F16Vector = HalfVector<F16Pair>;
 
 // Calls body(vector of the type).
 template <typename Body>
-__device__ void with_vector(RowType type, const Body& body) {
+__device__ void with_vector(FloatType type, const Body& body) {
   switch (type) {
-    case RowType::kF32:
+    case FloatType::kF32:
       return body(F32Vector());
-    case RowType::kF16:
+    case FloatType::kF16:
       return body(F16Vector());
-    case RowType::kBF16:
+    case FloatType::kBF16:
       return body(Bf16Vector());
   }
 }

@@ -24,12 +24,11 @@
 #ifndef JAX_EP_CUDA_SYNC_GIVE_UP_CUH_
 #define JAX_EP_CUDA_SYNC_GIVE_UP_CUH_
 
+#include "cuda/core/operations.h"
 #include "cuda/launch.h"
 #include "cuda/ptx/memory.cuh"
 
 namespace jax_ep::gpu {
-
-enum class OpKind : uint32_t { kLayout, kDispatch, kCombine, kCombineGradient };
 
 // Threads of two warps, for what one thread of a block does while others do something else.
 inline constexpr uint32_t kClaimer = 32;  // takes part in Local::running (grid.cuh)

@@ -11,7 +11,7 @@ namespace jax_ep::gpu::test {
 
 struct CallSizes {
   int64_t num_ranks, num_tokens, top_k, num_experts, alignment, capacity, num_channels, row_bytes;
-  RowType type;
+  FloatType type;
   bool zero_tail;
 };
 

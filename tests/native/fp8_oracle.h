@@ -55,7 +55,7 @@ struct Fp8Row {
   std::vector<uint8_t> dequantized;  // [row]
 };
 
-inline Fp8Row Quantized(RowType type, const uint8_t* row, int64_t num_channels,
+inline Fp8Row Quantized(FloatType type, const uint8_t* row, int64_t num_channels,
                         bool power_of_two_scales) {
   Fp8Row result;
   const int type_bytes = TypeBytes(type);

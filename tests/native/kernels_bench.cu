@@ -390,7 +390,7 @@ class Bench {
             capacity_,
             o_.hidden,
             int64_t{o_.hidden} * 2,
-            RowType::kBF16,
+            jax_ep::FloatType::kBF16,
             true};
   }
   CombineArguments Combine(const Rank& b, bool weighted) const {

@@ -103,7 +103,7 @@ void RunCase(const Group& group, const Data& d, int num_sms, uint64_t seed) {
 
 std::vector<Case> Cases(bool small) {
   using R = Routing;
-  constexpr auto kF32 = RowType::kF32, kF16 = RowType::kF16, kBF16 = RowType::kBF16;
+  constexpr auto kF32 = FloatType::kF32, kF16 = FloatType::kF16, kBF16 = FloatType::kBF16;
   std::vector<Case> cases = {
       // T, K, L, A, H, type, routing, capacity, weighted, zero_tail
       {1, 1, 1, 1, 8, kBF16, R::kUniform, 100, true, true},

@@ -58,7 +58,7 @@ void Compare(const char* name, int rank, const std::vector<T>& actual,
   Compare(name, rank, actual, expected, expected.size());
 }
 
-inline void CompareNumbers(const char* name, int rank, RowType type, std::vector<uint8_t> actual,
+inline void CompareNumbers(const char* name, int rank, FloatType type, std::vector<uint8_t> actual,
                            const std::vector<uint8_t>& expected) {
   ++g_tally.num_compared;
   const size_t bytes = TypeBytes(type), size = expected.size() / bytes;

@@ -19,7 +19,7 @@
 namespace jax_ep::gpu::test {
 namespace {
 
-bool AllOnes(const std::vector<uint8_t>& bytes, RowType type) {
+bool AllOnes(const std::vector<uint8_t>& bytes, FloatType type) {
   for (size_t i = 0; i + TypeBytes(type) <= bytes.size(); i += TypeBytes(type)) {
     if (!std::isnan(ReadNumber(type, bytes.data() + i))) return false;
   }
@@ -34,12 +34,17 @@ bool AllAre(const std::vector<int32_t>& numbers, int32_t value) {
   return std::all_of(numbers.begin(), numbers.end(), [&](int32_t v) { return v == value; });
 }
 
+using Clock = std::chrono::steady_clock;
+double SecondsSince(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
 // Ends the program if a stream does not come to its end: a hang would end nothing.
 void SynchronizeOrDie(cudaStream_t stream) {
-  const auto start = std::chrono::steady_clock::now();
+  const auto start = Clock::now();
   cudaError_t status;
   while ((status = cudaStreamQuery(stream)) == cudaErrorNotReady) {
-    if (std::chrono::steady_clock::now() - start > std::chrono::seconds(30)) {
+    if (Clock::now() - start > std::chrono::seconds(30)) {
       std::printf("a kernel does not end\n");
       std::_Exit(1);
     }
@@ -73,8 +78,8 @@ void Store(const Group& group, T* to, const T& value) {
 // By the host: until a word of a control block is as it is to be, which it must become soon.
 template <typename IsRight>
 void AwaitOnHost(const Group& group, const uint64_t* word, const IsRight& is_right) {
-  const auto start = std::chrono::steady_clock::now();
-  while (std::chrono::steady_clock::now() - start < std::chrono::seconds(10)) {
+  const auto start = Clock::now();
+  while (Clock::now() - start < std::chrono::seconds(10)) {
     if (is_right(Load(group, word))) return;
   }
   REQUIRE(false, "a word of a control block");
@@ -176,29 +181,33 @@ void RequireStillOverwritten(OpKind op, const Buffers& b) {
   }
 }
 
-const Case kSmall{16, 2, 2, 1, 64, RowType::kBF16, Routing::kUniform, 100, true, true};
+const Case kSmall{16, 2, 2, 1, 64, FloatType::kBF16, Routing::kUniform, 100, true, true};
 
 }  // namespace
 
 // Rank 1 comes to the call of rank 0, as its start mail says, does the first `num_units` units, as
 // its progress says, and then nothing more: the kernel, which is in the middle of its work, ends by
-// its timeout and leaves NaN, a layout -1 and 0. One block has all units, which is more than its
-// rings and tables hold at once.
+// the progress timeout, far before the arrival timeout, and leaves NaN, a layout -1 and 0. One
+// block has all units, which is more than its rings and tables hold at once.
 void TestBreakOnTheWay(int num_tokens, uint64_t num_units) {
-  const Case c{num_tokens, 2, 2, 1, 64, RowType::kBF16, Routing::kUniform, 100, true, true};
+  const Case c{num_tokens, 2, 2, 1, 64, FloatType::kBF16, Routing::kUniform, 100, true, true};
   const Data d = MakeData(c, 2, 11);
   Buffers b(d, 0), other(d, 1);
   for (const OpKind op : kOperations) {
     const Group group;  // of its own: it will be broken
     const GroupView view = group.View(0, 2, 5, kSecond / 2);
-    group.error(0).arrival_timeout_ns = 60 * kSecond;  // it has come
+    group.error(0).arrival_timeout_ns = 60 * kSecond;
     b.WriteTables(d, 0);
     b.ClearResults();
     CHECK_CUDA(cudaDeviceSynchronize());
     Store(group, &view.control->start[1], MailOf(op, other, view.operation));
     Store(group, &view.control->progress[1][0], progress_of(1, num_units));
+    const auto start = Clock::now();
     Launch(op, view, b, d, 1, group.stream(0));
     SynchronizeOrDie(group.stream(0));
+    const double waited = SecondsSince(start);
+    REQUIRE(waited > 0.4 && waited < 20, "operation %d: %.2f s, the progress timeout is 0.5 s",
+            static_cast<int>(op), waited);
     const ErrorRecord& e = group.error(0);
     const uint32_t phase = op == OpKind::kLayout ? kEnd : kProgress;
     REQUIRE(
@@ -209,28 +218,26 @@ void TestBreakOnTheWay(int num_tokens, uint64_t num_units) {
   }
 }
 
-// Rank 0 calls, rank 1 never does: the kernel ends by its timeout, says for whom it waited, and
+// Rank 0 calls, rank 1 never does: the kernel ends by the arrival timeout, far before the progress
+// timeout, says for whom it waited, and
 // leaves NaN; calls after that end at once.
 void TestStall(int num_sms) {
   const Group group;  // of its own: it will be broken
-  const Case c{16, 2, 2, 1, 64, RowType::kBF16, Routing::kUniform, 100, true, true};
+  const Case c{16, 2, 2, 1, 64, FloatType::kBF16, Routing::kUniform, 100, true, true};
   const Data d = MakeData(c, 2, 7);
   Buffers b(d, 0);
   CHECK_CUDA(cudaDeviceSynchronize());
-  const auto now = [] { return std::chrono::steady_clock::now(); };
-  const auto seconds = [](auto duration) {
-    return std::chrono::duration<double>(duration).count();
-  };
-  const uint64_t timeout = kSecond / 2;
   b.WriteTables(d, 0);
   b.ClearResults();
   CHECK_CUDA(cudaDeviceSynchronize());
 
-  const auto start = now();
-  Launch(OpKind::kDispatch, group.View(0, 2, 1, timeout), b, d, num_sms, group.stream(0));
-  CHECK_CUDA(cudaStreamSynchronize(group.stream(0)));
-  const double waited = seconds(now() - start);
-  REQUIRE(waited > 0.4 && waited < 20, "%.2f s, the timeout is 0.5 s", waited);
+  const GroupView view = group.View(0, 2, 1, kSecond / 2);
+  group.error(0).progress_timeout_ns = 60 * kSecond;
+  const auto start = Clock::now();
+  Launch(OpKind::kDispatch, view, b, d, num_sms, group.stream(0));
+  SynchronizeOrDie(group.stream(0));
+  const double waited = SecondsSince(start);
+  REQUIRE(waited > 0.4 && waited < 20, "%.2f s, the arrival timeout is 0.5 s", waited);
   const ErrorRecord& e = group.error(0);
   REQUIRE(e.valid == 1, "no error record");
   REQUIRE(e.kind == 1 && e.slot == 0 && e.peer_slot == 1 && e.phase == 0,
@@ -239,13 +246,13 @@ void TestStall(int num_sms) {
   REQUIRE(NotLeft(e).empty(), "who has not come needs not leave");
   RequireFilled(OpKind::kDispatch, b, d);
 
-  const auto again = now();
+  const auto again = Clock::now();
   const OpKind later[] = {OpKind::kCombine, OpKind::kCombineGradient, OpKind::kLayout};
   for (const OpKind op : later) {
     Launch(op, group.View(0, 2, 2, 60 * kSecond), b, d, num_sms, group.stream(0));
   }
-  CHECK_CUDA(cudaStreamSynchronize(group.stream(0)));
-  REQUIRE(seconds(now() - again) < 20, "calls after the timeout waited");
+  SynchronizeOrDie(group.stream(0));
+  REQUIRE(SecondsSince(again) < 20, "calls after the timeout waited");
   for (const OpKind op : later) RequireFilled(op, b, d);
   std::printf("NOTE: a missing rank was reported after %.2f s (timeout 0.5 s)\n", waited);
 }
@@ -254,7 +261,7 @@ void TestStall(int num_sms) {
 // buffers are used for something else as soon as its call has ended, and must stay as they are
 // then.
 void TestMemoryAfterTheEnd() {
-  const Case c{20000, 2, 2, 1, 64, RowType::kBF16, Routing::kUniform, 100, true, true};
+  const Case c{20000, 2, 2, 1, 64, FloatType::kBF16, Routing::kUniform, 100, true, true};
   const Data d = MakeData(c, 3, 13);
   std::vector<std::unique_ptr<Buffers>> buffers;
   for (int r = 0; r < 3; ++r) buffers.push_back(std::make_unique<Buffers>(d, r));
@@ -321,7 +328,6 @@ void TestWaitForWhoIsInside() {
   enum Sign { kEndMail, kAllUnits, kGone, kNone };
   const Data d = MakeData(kSmall, 2, 37);
   Buffers b(d, 0);
-  const auto now = [] { return std::chrono::steady_clock::now(); };
   for (const OpKind op : kOperations) {
     for (const Sign sign : {kEndMail, kAllUnits, kGone, kNone}) {
       const bool tells_units = op != OpKind::kLayout;
@@ -335,7 +341,7 @@ void TestWaitForWhoIsInside() {
       b.ClearResults();
       CHECK_CUDA(cudaDeviceSynchronize());
       Store(group, &peer->entry[0].entered, uint64_t{1});
-      const auto start = now();
+      const auto start = Clock::now();
       Launch(op, group.View(0, 2, 5, kSecond / 5), b, d, 4, stream);
       AwaitOnHost(group, &peer->entry[0].entered, [](uint64_t v) { return v == (kShut | 1); });
       // Before it waits it has entered rank 1's memory, told why it ends, and left.
@@ -348,9 +354,9 @@ void TestWaitForWhoIsInside() {
 
       MarkGone(e, 2);                               // which is not waited for
       OverwriteWhatPeersWrite(b, group.stream(1));  // as rank 1 may
-      const auto waits = now();
+      const auto waits = Clock::now();
       bool has_waited = true;
-      while (has_waited && now() - waits < std::chrono::milliseconds(300)) {
+      while (has_waited && SecondsSince(waits) < 0.3) {
         has_waited = cudaStreamQuery(stream) == cudaErrorNotReady;
       }
       REQUIRE(has_waited, "operation %d: has ended while a peer was inside", number);
@@ -366,7 +372,7 @@ void TestWaitForWhoIsInside() {
         MarkGone(e, 1);
       }
       SynchronizeOrDie(stream);
-      const double took = std::chrono::duration<double>(now() - start).count();
+      const double took = SecondsSince(start);
       const double least = (kSecond / 5 + kLeaveTimeoutNs) / 1e9;
       REQUIRE(sign != kNone || (took > 0.95 * least && took < least + 10),
               "operation %d: took %.2f s, the timeouts are %.2f s", number, took, least);
@@ -382,7 +388,7 @@ void TestWaitForWhoIsInside() {
 // The group breaks, here or at a peer, while a call works that waits for nobody: its end looks
 // once more.
 void TestBreakBeforeTheEnd() {
-  const Case c{20000, 2, 2, 1, 64, RowType::kBF16, Routing::kUniform, 100, true, true};
+  const Case c{20000, 2, 2, 1, 64, FloatType::kBF16, Routing::kUniform, 100, true, true};
   const Data d = MakeData(c, 1, 17);
   Buffers b(d, 0);
   for (const bool is_told : {false, true}) {
@@ -418,10 +424,8 @@ void TestDeath() {
   MarkGone(e, 2);
   MarkGone(e, 65);  // the bit of slot 1 in the other word
   CHECK_CUDA(LaunchDispatch(view, b.Dispatch(d), 4, group.stream(0)));
-  const auto start = std::chrono::steady_clock::now();
-  const auto seconds = [&] {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  };
+  const auto start = Clock::now();
+  const auto seconds = [&] { return std::chrono::duration<double>(Clock::now() - start).count(); };
   while (__atomic_load_n(&e.waiting.since, __ATOMIC_ACQUIRE) == 0 && seconds() < 20) {
   }
   REQUIRE(seconds() > 0.9 && seconds() < 20, "shown after %.2f s", seconds());

@@ -21,28 +21,28 @@ namespace jax_ep::gpu::test {
 
 // Types --------------------------------------------------------------------------------------
 
-inline int TypeBytes(RowType type) { return type == RowType::kF32 ? 4 : 2; }
+inline int TypeBytes(FloatType type) { return type == FloatType::kF32 ? 4 : 2; }
 
-inline const char* TypeName(RowType type) {
-  return type == RowType::kF32 ? "f32" : type == RowType::kF16 ? "f16" : "bf16";
+inline const char* TypeName(FloatType type) {
+  return type == FloatType::kF32 ? "f32" : type == FloatType::kF16 ? "f16" : "bf16";
 }
 
-inline float ReadNumber(RowType type, const uint8_t* at) {
-  if (type == RowType::kF32) {
+inline float ReadNumber(FloatType type, const uint8_t* at) {
+  if (type == FloatType::kF32) {
     float x;
     std::memcpy(&x, at, 4);
     return x;
   }
   uint16_t bits;
   std::memcpy(&bits, at, 2);
-  if (type == RowType::kF16) return __half2float(__half(__half_raw{bits}));
+  if (type == FloatType::kF16) return __half2float(__half(__half_raw{bits}));
   return __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{bits}));
 }
 
-inline void WriteNumber(RowType type, float x, uint8_t* at) {
-  if (type == RowType::kF32) {
+inline void WriteNumber(FloatType type, float x, uint8_t* at) {
+  if (type == FloatType::kF32) {
     std::memcpy(at, &x, 4);
-  } else if (type == RowType::kF16) {
+  } else if (type == FloatType::kF16) {
     const __half h = __float2half_rn(x);
     std::memcpy(at, &h, 2);
   } else {
@@ -51,7 +51,7 @@ inline void WriteNumber(RowType type, float x, uint8_t* at) {
   }
 }
 
-inline float Rounded(RowType type, float x) {
+inline float Rounded(FloatType type, float x) {
   uint8_t bytes[4];
   WriteNumber(type, x, bytes);
   return ReadNumber(type, bytes);
@@ -63,7 +63,7 @@ enum class Routing { kUniform, kOneExpert, kHoles, kSilentRank, kNowhere };
 
 struct Case {
   int64_t num_tokens, top_k, experts_per_rank, alignment, num_channels;
-  RowType type;
+  FloatType type;
   Routing routing;
   int capacity_percent;  // of the rows that arrive at the fullest rank, rounded up to alignment
   bool weighted, zero_tail;
@@ -73,7 +73,7 @@ struct Case {
 struct Data {
   int num_ranks;
   int64_t num_tokens, top_k, num_experts, num_local, alignment, capacity, num_channels, row_bytes;
-  RowType type;
+  FloatType type;
   Routing routing;
   bool weighted, zero_tail;
   std::vector<std::vector<int32_t>> ids;      // [R][T * K]

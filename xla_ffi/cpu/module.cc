@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/core/limits.h"
+#include "xla_ffi/attributes.h"
 #include "xla_ffi/cpu/call_site.h"
 #include "xla_ffi/cpu/handlers.h"
 #include "xla_ffi/cpu/meet/process_group.h"
@@ -25,9 +26,9 @@ namespace {
 
 nb::dict Handlers() {
   nb::dict handlers;
-  handlers["jax_ep_layout"] = Stages(kInstantiateLayoutCpu, kLayoutCpu);
-  handlers["jax_ep_dispatch"] = Stages(kInstantiateDispatchCpu, kDispatchCpu);
-  handlers["jax_ep_combine"] = Stages(kInstantiateCombineCpu, kCombineCpu);
+  handlers[LayoutAttributes::kOp] = Stages(kInstantiateLayoutCpu, kLayoutCpu);
+  handlers[DispatchAttributes::kOp] = Stages(kInstantiateDispatchCpu, kDispatchCpu);
+  handlers[CombineAttributes::kOp] = Stages(kInstantiateCombineCpu, kCombineCpu);
   return handlers;
 }
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "xla_ffi/attributes.h"
 #include "xla_ffi/cuda/call_site.h"
 #include "xla_ffi/cuda/handlers.h"
 #include "xla_ffi/cuda/timeline.h"
@@ -22,15 +23,15 @@ namespace {
 
 nb::dict Handlers(bool recordable) {
   nb::dict handlers;
-  handlers["jax_ep_layout"] = Stages(
+  handlers[LayoutAttributes::kOp] = Stages(
       kInstantiateLayoutCuda, recordable ? Poisoned<kLayoutCudaRecordable> : Poisoned<kLayoutCuda>);
-  handlers["jax_ep_dispatch"] =
+  handlers[DispatchAttributes::kOp] =
       Stages(kInstantiateDispatchCuda,
              recordable ? Poisoned<kDispatchCudaRecordable> : Poisoned<kDispatchCuda>);
-  handlers["jax_ep_combine"] =
+  handlers[CombineAttributes::kOp] =
       Stages(kInstantiateCombineCuda,
              recordable ? Poisoned<kCombineCudaRecordable> : Poisoned<kCombineCuda>);
-  handlers["jax_ep_combine_gradient"] =
+  handlers[CombineGradientAttributes::kOp] =
       Stages(kInstantiateCombineGradientCuda, recordable ? Poisoned<kCombineGradientCudaRecordable>
                                                          : Poisoned<kCombineGradientCuda>);
   return handlers;

@@ -15,9 +15,6 @@ namespace nb = nanobind;
 namespace jax_ep {
 namespace {
 
-constexpr const char* kOperations[] = {"layout", "dispatch", "combine", "combine gradient"};
-static_assert(std::size(kOperations) == gpu::kNumTimelines);
-
 struct Copy {
   decltype(gpu::ControlBlock::timeline) calls;
 };
@@ -35,7 +32,8 @@ nb::list Timeline(int ordinal) {
           "reading the timeline" + OnDevice(ordinal));
   }
   nb::list rows;
-  for (int kind = 0; kind < gpu::kNumTimelines; ++kind) {
+  for (int kind = 0; kind < static_cast<int>(kNumOps); ++kind) {
+    const char* const operation = kOpNames[kind] + sizeof "jax_ep_" - 1;
     const auto& call = copy->calls[kind];
     for (uint32_t b = 0; b < call.num_blocks && b < std::size(call.block); ++b) {
       const gpu::BlockTimeline& block = call.block[b];
@@ -43,9 +41,9 @@ nb::list Timeline(int ordinal) {
         for (int event = 0; event < gpu::kNumEvents; ++event) {
           const gpu::Mark& mark = block.mark[role][event];
           if (mark.count == 0) continue;
-          rows.append(nb::make_tuple(kOperations[kind], b, gpu::kRoleNames[role],
-                                     gpu::kEventNames[event], block.start_ns + mark.first,
-                                     block.start_ns + mark.last, mark.total, mark.count));
+          rows.append(nb::make_tuple(operation, b, gpu::kRoleNames[role], gpu::kEventNames[event],
+                                     block.start_ns + mark.first, block.start_ns + mark.last,
+                                     mark.total, mark.count));
         }
       }
     }

@@ -1,5 +1,4 @@
 // What kernels have recorded, in words.
-#include <iterator>
 #include <sstream>
 
 #include "xla_ffi/memory/symmetric_memory.h"
@@ -13,12 +12,6 @@ std::string SymmetricMemory::NameOfSlot(int slot) const {
     return num_processes_ == 1 ? name : name + " (process " + std::to_string(member >> 32) + ")";
   }
   return "slot " + std::to_string(slot);
-}
-
-const char* SymmetricMemory::OperationName(uint32_t kind) {
-  static constexpr const char* kKinds[] = {"jax_ep_layout", "jax_ep_dispatch", "jax_ep_combine",
-                                           "jax_ep_combine_gradient"};
-  return kKinds[kind % std::size(kKinds)];
 }
 
 const gpu::ErrorRecord* SymmetricMemory::FirstRecord() const {
@@ -46,7 +39,7 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
   if (record == nullptr) return std::nullopt;
   const std::string own = NameOfSlot(record->slot), peer = NameOfSlot(record->peer_slot);
   std::ostringstream out;
-  out << OperationName(record->kind) << ": ";
+  out << kOpNames[record->kind % kNumOps] << ": ";
   const uint64_t expected = record->expected_epoch, seen = record->seen_epoch;
   const char* const until = longest_wait_ && !was_broken_
                                 ? " until this process left, by jax_ep.finalize() or its exit"

@@ -97,6 +97,8 @@ std::optional<std::string> SymmetricMemory::Share(int ordinal, const void* point
     const Device* device = FindLocal(ordinal);
     if (device == nullptr) return "CUDA device " + std::to_string(ordinal) + " was not set up";
     if (staged_only_) return "JAX_EP_PATH=staged";
+    // What XLA allocates later peers do not map: their hosts would have to wait in the midst of a
+    // call for this one's to show it, and the kernels to know more than one shift (PeerView).
     if (with_other_processes &&
         !(device->pool_begin <= address && address + bytes <= device->pool_end)) {
       if (!pool_problem_.empty()) return pool_problem_;

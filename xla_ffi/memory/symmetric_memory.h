@@ -150,7 +150,6 @@ class SymmetricMemory {
                                             const std::map<int64_t, RemoteDevice>& remote);
   std::vector<int> Ordinals() const;
   std::string NameOfSlot(int slot) const;
-  static const char* OperationName(uint32_t kind);
   std::optional<std::string> LookAtWait(Device* device, std::chrono::steady_clock::time_point now);
   const gpu::ErrorRecord* FirstRecord() const;
   bool HasLeft(int slot) const;

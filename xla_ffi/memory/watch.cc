@@ -45,7 +45,7 @@ std::optional<std::string> SymmetricMemory::LookAtWait(Device* device,
   const auto limit = has_come ? TimeoutsInForce().progress : TimeoutsInForce().arrival;
   const int own_slot = slot_.at(device->member);
   std::ostringstream out;
-  out << OperationName(waiting.kind) << ": " << NameOfSlot(own_slot) << " has waited for "
+  out << kOpNames[waiting.kind % kNumOps] << ": " << NameOfSlot(own_slot) << " has waited for "
       << kTellAfter.count() << " s for "
       << (waiting.peer_slot == own_slot
               ? "streaming multiprocessors that other work holds"
