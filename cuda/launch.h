@@ -46,6 +46,7 @@ enum class DispatchMode : int32_t {
   kCopy,
   kQuantize,    // tokens are float8_e4m3fn, with scales
   kDequantize,  // rows cross as float8_e4m3fn; tokens are products with their scales
+  kScaled,      // x is float8 with scales; tokens and scales are those
   kWeighted,    // tokens are products with row_weights; their products with y are summed to dots
 };
 
@@ -54,32 +55,32 @@ struct DispatchArguments : TableView {
   const void* x;
   const float* topk_weights;  // null without
   void* tokens;
-  float* scales;   // [C, H / kScaleBlock] with kQuantize, else null
+  float* scales;   // [C, num_scales] with kQuantize and kScaled, else null
   float* weights;  // with topk_weights, else null
   // With kWeighted, else null: [C, row], [C], [C].
   const void* y;
   const float* row_weights;
   float* dots;
   // Null if peers reach `tokens`. Else where they write rows in its place:
-  // [R, T, LandingRowBytes], by source.
+  // [R, T, WireRowBytes], by source.
   void* landing;
   int64_t num_tokens, top_k, capacity, num_local_experts;
   int64_t num_channels, row_bytes;  // of a row of x
   DispatchMode mode;
-  FloatType type;  // of x, if not kCopy
+  FloatType type;  // of x, if not kCopy or kScaled
   bool power_of_two_scales, zero_tail;
   bool is_integer;  // x's type
+  // Of a row as it crosses: 0, if it does so as x is.
+  int64_t num_scales;
+  const float* x_scales;  // [T, num_scales] with kScaled, else null
 };
 
 // As the kernels call them.
 using RowType = FloatType;
-constexpr int64_t WireRowBytes(int64_t num_channels) { return wire_row_bytes(num_channels); }
 
-// A row in the landing area.
-constexpr int64_t LandingRowBytes(DispatchMode mode, int64_t num_channels, int64_t row_bytes) {
-  return mode == DispatchMode::kQuantize || mode == DispatchMode::kDequantize
-             ? wire_row_bytes(num_channels)
-             : row_bytes;
+// Of a row of x, as it crosses and in the landing area.
+constexpr int64_t WireRowBytes(int64_t row_bytes, int64_t num_channels, int64_t num_scales) {
+  return num_scales > 0 ? wire_row_bytes(num_channels, num_scales) : row_bytes;
 }
 
 struct CombineArguments : TableView {

@@ -22,7 +22,9 @@ Array = jax.Array
 ScaleFormat = Literal["float32", "power_of_two"]
 
 _FLOATS = ("bfloat16", "float16", "float32")
-_PAYLOADS = (*_FLOATS, *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+_FLOAT8S = ("float8_e4m3fn", "float8_e5m2")
+_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_PAYLOADS = (*_FLOATS, *_FLOAT8S, *_INTEGERS)
 _SCALE_FORMATS = typing.get_args(ScaleFormat)
 
 
@@ -43,7 +45,8 @@ class Dispatched(NamedTuple):
         tokens: [C, H], the rows. Alignment padding is zero; the tail beyond the last group is zero
             unless the layout says ``zero_tail=False``. With ``expand=False`` [R * T + 1, H].
         weights: float32 [C], the routing weight of each expert row (0 on padding), or None.
-        scales: float32 [C, H // 128] if tokens are float8, a row for each of tokens, else None.
+        scales: float32 [C, S], a row for each of tokens, if ``dispatch`` quantised them (then S is
+            ceil(H / 128)) or was given some; else None. Zero where tokens are.
         group_sizes: int32 [L], rows per local expert: the layout's.
     """
 
@@ -191,6 +194,7 @@ def dispatch(
     fp8: ScaleFormat | None = None,
     dequantize: bool = False,
     expand: bool = True,
+    scales: Array | None = None,
 ) -> Dispatched:
     """Sends each token's row to the ranks of its experts.
 
@@ -201,15 +205,17 @@ def dispatch(
     ``jax_ep_dispatch``). vmap raises NotImplementedError.
 
     Args:
-        x: [T, H], bfloat16, float16, float32 or an integer type of at least 8 bits (no gradient);
-            a row must be a multiple of 16 bytes.
+        x: [T, H], bfloat16, float16, float32; or float8_e4m3fn, float8_e5m2 or an integer type of
+            at least 8 bits, which have no gradient (that of ``topk_weights`` is as ever). A row
+            must be a multiple of 16 bytes. Narrower types go two or more to a byte, see
+            docs/guide.md.
         layout: from ``make_layout`` over the same axes, on T tokens.
         topk_weights: [T, K], cast to float32; they travel with the rows.
-        fp8: quantise rows to float8_e4m3fn on the way, with one float32 scale per 128 channels:
-            "float32" scales are amax / 448, "power_of_two" ones are rounded up to a power of two.
-            amax is at least 2**-100; H must be a multiple of 128, on GPUs at most 32768. Tokens and
-            scales come out as they are, for inference: differentiating through them raises
-            TypeError.
+        fp8: quantise rows to float8_e4m3fn on the way, with one float32 scale per 128 channels (the
+            last block may be shorter): "float32" scales are amax / 448, "power_of_two" ones are
+            rounded up to a power of two. amax is at least 2**-100; H must be a multiple of 16, on
+            GPUs at most 32768. Tokens and scales come out as they are, for inference:
+            differentiating through them raises TypeError.
         dequantize: with ``fp8``: tokens come out in x's type again, multiplied by their scales,
             and the gradient is that of the exact dispatch (straight through).
         expand: False for one row per (token, rank) instead of one per (token, k), for grouped
@@ -218,41 +224,35 @@ def dispatch(
             of ``expand=True``. The last row is zero, which padding and tail point to; so are rows
             of tokens that have none here, unless the layout says ``zero_tail=False``. Then dx[t]
             is the sum of the cotangents of t's rows over ranks; weights are by expert row as ever.
+        scales: of x that is float8 already: float32 [T, S], S a divisor of H or ceil(H / 128). Rows
+            and scales are passed on bit for bit, the scales as ``Dispatched.scales``; on GPUs
+            H + 4 * S is at most 49152. For inference: differentiating through x or scales raises
+            TypeError, which says how to train.
 
     Returns:
-        Tokens [C, H], weights [C], scales [C, H // 128] and the layout's group sizes; with
-        ``expand=False`` tokens [R * T + 1, H] and scales [R * T + 1, H // 128].
+        Tokens [C, H], weights [C], scales [C, S] and the layout's group sizes; with
+        ``expand=False`` tokens [R * T + 1, H] and scales [R * T + 1, S].
 
     Raises:
         ValueError: a shape, the layout's group or an option does not fit.
-        TypeError: a dtype is not supported.
+        TypeError: a dtype is not supported, or rows without a gradient were differentiated.
     """
     where = "jax_ep.dispatch"
     num_tokens, top_k = checks.check_layout(where, layout)
     x = checks.as_array(where, "x", x)
     if x.dtype.name not in _PAYLOADS:
         raise TypeError(
-            f"{where}: x must be one of {', '.join(_PAYLOADS)}; got {x.dtype}: cast it first"
+            f"{where}: x must be one of {', '.join(_PAYLOADS)}; got {x.dtype}: "
+            f"{_remedy_for_payload(x.dtype)}"
         )
-    rows, num_channels = checks.matrix_shape(where, "x", x, "[tokens, hidden]")
+    rows, _ = checks.matrix_shape(where, "x", x, "[tokens, hidden]")
     if rows != num_tokens:
         raise ValueError(
             f"{where}: x has {rows} tokens, but the layout ({checks.describe(layout)}) was made "
             f"for {num_tokens}"
         )
     checks.check_row(where, "x", x)
-    if fp8 is not None:
-        if fp8 not in _SCALE_FORMATS:
-            raise ValueError(f"{where}: fp8 must be one of {list(_SCALE_FORMATS)}; got {fp8!r}")
-        if x.dtype.name not in _FLOATS:
-            raise TypeError(f"{where}: fp8 needs x in one of {', '.join(_FLOATS)}; got {x.dtype}")
-        if num_channels % limits.SCALE_BLOCK:
-            raise ValueError(
-                f"{where}: fp8 needs a hidden size that is a multiple of {limits.SCALE_BLOCK}; "
-                f"got {num_channels}"
-            )
-    elif dequantize:
-        raise ValueError(f'{where}: dequantize=True needs fp8="float32" or fp8="power_of_two"')
+    scales = _check_float8(where, x, fp8, dequantize, scales)
     if topk_weights is not None:
         topk_weights = checks.as_float32(
             where,
@@ -263,14 +263,10 @@ def dispatch(
         )
 
     with jax.named_scope(where):
-        layout, x, topk_weights = _vary_together(layout, x, topk_weights)
+        quantization = ffi.QUANTIZATIONS[fp8] if scales is None else ffi.GIVEN_SCALES
+        layout, x, scales, topk_weights = _vary_together(layout, x, scales, topk_weights)
         tokens, scales, weights = autodiff.dispatch(
-            layout,
-            x,
-            topk_weights,
-            ffi.QUANTIZATIONS[fp8],
-            dequantize=dequantize,
-            expand=bool(expand),
+            layout, x, scales, topk_weights, ffi.RowForm(quantization, dequantize, bool(expand))
         )
         tokens, weights, scales = jax.tree.map(
             lambda a: checkpoint_name(a, "jax_ep_dispatch"), (tokens, weights, scales)
@@ -408,6 +404,57 @@ def moe(
     with jax.named_scope("jax_ep.experts"):
         y = expert_fn(received.tokens, received.group_sizes)
     return combine(y, layout, received.weights), layout
+
+
+def _check_float8(
+    where: str, x: Array, fp8: ScaleFormat | None, dequantize: bool, scales: Array | None
+) -> Array | None:
+    """Checks how rows cross as float8; returns the scales that they come with."""
+    if scales is not None:
+        if fp8 is not None or dequantize:
+            raise ValueError(
+                f"{where}: rows that come with scales are passed on as they are; leave out fp8 and "
+                "dequantize"
+            )
+        if x.dtype.name not in _FLOAT8S:
+            raise TypeError(
+                f"{where}: scales need x in {' or '.join(_FLOAT8S)}; got {x.dtype}. To quantise it "
+                'on the way pass fp8="float32" or fp8="power_of_two" instead'
+            )
+        return checks.scales_of_rows(where, scales, x)
+    if fp8 is None:
+        if dequantize:
+            raise ValueError(f'{where}: dequantize=True needs fp8="float32" or fp8="power_of_two"')
+        return None
+    if fp8 not in _SCALE_FORMATS:
+        raise ValueError(f"{where}: fp8 must be one of {list(_SCALE_FORMATS)}; got {fp8!r}")
+    if x.dtype.name not in _FLOATS:
+        remedy = ": pass rows that are float8 with their scales" if x.dtype.name in _FLOAT8S else ""
+        raise TypeError(
+            f"{where}: fp8 needs x in one of {', '.join(_FLOATS)}; got {x.dtype}{remedy}"
+        )
+    num_channels = x.shape[1]
+    if num_channels % checks.ROW_GRANULE:  # a byte each
+        raise ValueError(
+            f"{where}: fp8 needs a hidden size that is a multiple of {checks.ROW_GRANULE}; got "
+            f"{num_channels}. Pad the last axis"
+        )
+    return None
+
+
+def _remedy_for_payload(dtype: Any) -> str:
+    """What to do with rows of a type that ``dispatch`` does not send."""
+    if dtype.name.startswith(("int", "uint", "float", "bfloat")):
+        # jnp.iinfo and finfo know the bits of those that NumPy holds in a byte each.
+        bits = (jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).bits
+        if bits < 8 and 8 % bits == 0:
+            return (
+                f"pack {8 // bits} of them into a byte with jax.lax.bitcast_convert_type, as "
+                'docs/guide.md shows under "Narrow rows"'
+            )
+        if bits == 8:
+            return "send its bytes, jax.lax.bitcast_convert_type(x, jnp.uint8), and cast them back"
+    return "cast it first"
 
 
 def _vary_together(layout: Layout, *arrays: Array | None) -> tuple[Any, ...]:

@@ -12,39 +12,52 @@ and one of zeros, [R * T + 1, H]; row_w and v are by expert row in either case.
 The weighted combine has a rule of its own: its cotangent's rows, spread, times weights and times y.
 On CUDA that is one call, which does it while rows arrive; the backward rule of that call is the one
 of the same in two steps, spread and arithmetic. Forward mode raises JAX's own error.
+
+Integer rows, float8 rows and their scales have no gradient; the weights beside them still have one.
+JAX has no tangents of integers. It has some of float8, in float8: too coarse for a sum of them to
+mean anything, so to differentiate through such rows is a TypeError.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import dtypes
 
 from jax_ep import ffi, limits
 from jax_ep.layout import Layout
 
 Array = jax.Array
 Pair = tuple[Array, Array | None]
+Spread = tuple[Array, Array | None, Array | None]
 
 
 def dispatch(
-    layout: Layout,
-    x: Array,
-    weights: Array | None,
-    quantization: int,
-    *,
-    dequantize: bool,
-    expand: bool,
-) -> tuple[Array, Array | None, Array | None]:
-    """Rows, scales and weights. float8 rows, which have scales, have no gradient.
+    layout: Layout, x: Array, scales: Array | None, weights: Array | None, form: ffi.RowForm
+) -> Spread:
+    """Rows, scales and weights."""
+    if form.has_scales or _is_float8(x):
+        x, scales = without_gradient((x, scales))
+    return spread(form, layout, x, scales, weights)
 
-    To differentiate through those is an error, which ``ffi`` raises.
-    """
-    if quantization != ffi.NO_QUANTIZATION and not dequantize:
-        return ffi.bind_dispatch(x, layout, weights, quantization=quantization, expand=expand)
-    tokens, recv_weights = spread(quantization, expand, layout, x, weights)
-    return tokens, None, recv_weights
+
+def _is_float8(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 1
+
+
+@jax.custom_jvp
+def without_gradient(arrays: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
+    """The arrays; to differentiate through them is an error."""
+    return arrays
+
+
+@without_gradient.defjvp
+def _refuse_jvp(*_: object) -> None:
+    raise TypeError(
+        "jax_ep.dispatch was differentiated where it has no gradient: float8 rows and their scales "
+        'are for inference. For training pass x in bfloat16, float16 or float32 with fp8="float32" '
+        'or fp8="power_of_two" and dequantize=True: its rows cross as float8, and the gradient is '
+        "that of the exact dispatch. Where no gradient is wanted, pass jax.lax.stop_gradient(x)"
+    )
 
 
 def combine(layout: Layout, y: Array, weights: Array | None) -> Array:
@@ -55,40 +68,32 @@ def combine(layout: Layout, y: Array, weights: Array | None) -> Array:
     return out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def spread(
-    quantization: int, expand: bool, layout: Layout, x: Array, weights: Array | None
-) -> Pair:
-    """Rows and weights to their experts; ``quantization`` says how rows travel."""
-    tokens, _, recv_weights = ffi.bind_dispatch(
-        x,
-        layout,
-        weights,
-        quantization=quantization,
-        dequantize=quantization != ffi.NO_QUANTIZATION,
-        expand=expand,
-    )
-    return tokens, recv_weights
+    form: ffi.RowForm, layout: Layout, x: Array, scales: Array | None, weights: Array | None
+) -> Spread:
+    """Rows, scales and weights to their experts."""
+    return ffi.bind_dispatch(x, layout, scales, weights, form)
 
 
 def _spread_fwd(
-    quantization: int, expand: bool, layout: Layout, x: Array, weights: Array | None
-) -> tuple[Pair, Layout]:
-    return spread(quantization, expand, layout, x, weights), layout
+    form: ffi.RowForm, layout: Layout, x: Array, scales: Array | None, weights: Array | None
+) -> tuple[Spread, Layout]:
+    return spread(form, layout, x, scales, weights), layout
 
 
 def _spread_bwd(
-    quantization: int, expand: bool, layout: Layout, cotangents: Pair
-) -> tuple[None, Array | np.ndarray, Array | None]:
-    d_tokens, d_weights = cotangents
-    if d_tokens.dtype != dtypes.float0:
-        return None, *collect(expand, layout, d_tokens, d_weights)
-    # Integer rows have no gradient; their weights still may.
-    d_x = np.zeros((layout.topk_idx.shape[0], d_tokens.shape[1]), dtypes.float0)
+    form: ffi.RowForm, layout: Layout, cotangents: Spread
+) -> tuple[None, Array | None, None, Array | None]:
+    d_tokens, _, d_weights = cotangents
+    if d_tokens.dtype.itemsize > 1:
+        d_x, d_topk_weights = collect(form.expand, layout, d_tokens, d_weights)
+        return None, d_x, None, d_topk_weights
+    # float0 of integer rows, or float8.
     if d_weights is None:
-        return None, d_x, None
+        return None, None, None, None
     no_rows = jnp.broadcast_to(jnp.zeros_like(d_weights)[:, None], (layout.capacity, 4))
-    return None, d_x, collect(True, layout, no_rows, d_weights)[1]
+    return None, None, None, collect(True, layout, no_rows, d_weights)[1]
 
 
 spread.defvjp(_spread_fwd, _spread_bwd)
@@ -109,7 +114,9 @@ def _collect_fwd(
 def _collect_bwd(
     expand: bool, layout: Layout, cotangents: Pair
 ) -> tuple[None, Array, Array | None]:
-    return None, *spread(ffi.NO_QUANTIZATION, expand, layout, *cotangents)
+    d_out, d_values = cotangents
+    rows, _, values = spread(ffi.RowForm(expand=expand), layout, d_out, None, d_values)
+    return None, rows, values
 
 
 collect.defvjp(_collect_fwd, _collect_bwd)
@@ -150,7 +157,7 @@ def combine_gradient(layout: Layout, y: Array, weights: Array, g: Array) -> tupl
 def _combine_gradient_in_steps(
     layout: Layout, y: Array, weights: Array, g: Array
 ) -> tuple[Array, Array]:
-    rows, _ = spread(ffi.NO_QUANTIZATION, True, layout, g, None)
+    rows, _, _ = spread(ffi.RowForm(), layout, g, None, None)
     return ffi.weigh_rows(rows, layout.recv_src, y, weights)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep import compat, group
+from jax_ep import compat, group, limits
 from jax_ep.layout import Layout
 
 Array = jax.Array
 
-_ROW_GRANULE = 16  # bytes; rows move in units of it
+ROW_GRANULE = 16  # bytes; rows move in units of it
 
 
 def as_array(where: str, name: str, value: Any) -> Array:
@@ -61,11 +61,32 @@ def matrix_shape(where: str, name: str, array: Array, meaning: str) -> tuple[int
 def check_row(where: str, name: str, array: Array) -> None:
     """Rows are whole granules."""
     row_bytes = array.shape[1] * array.dtype.itemsize
-    if row_bytes % _ROW_GRANULE:
+    if row_bytes % ROW_GRANULE:
         raise ValueError(
-            f"{where}: a row of {name} must be a multiple of {_ROW_GRANULE} bytes; got "
+            f"{where}: a row of {name} must be a multiple of {ROW_GRANULE} bytes; got "
             f"{array.shape[1]} x {array.dtype} = {row_bytes} bytes. Pad the last axis"
         )
+
+
+def scales_of_rows(where: str, value: Any, x: Array) -> Array:
+    """``value``, if it holds the scales of x's rows."""
+    scales = as_array(where, "scales", value)
+    if scales.dtype != jnp.float32:
+        raise TypeError(
+            f"{where}: scales must be float32; got {scales.dtype}: cast them with "
+            "scales.astype(jnp.float32)"
+        )
+    num_tokens, num_channels = x.shape
+    blocks = limits.num_block_scales(num_channels)
+    num_scales = scales.shape[1] if scales.ndim == 2 else 0
+    fits = num_scales > 0 and (num_channels % num_scales == 0 or num_scales == blocks)
+    if not fits or scales.shape[0] != num_tokens:
+        raise ValueError(
+            f"{where}: scales must have shape ({num_tokens}, S), where S divides x's "
+            f"{num_channels} channels or is {blocks}, one for each {limits.SCALE_BLOCK} of them; "
+            f"got {scales.shape}"
+        )
+    return scales
 
 
 def _kind(value: Any) -> str:

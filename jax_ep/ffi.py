@@ -15,16 +15,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import batching, mlir
 
 from jax_ep import _cpu, compat, group, limits, runtime
 from jax_ep.layout import Layout
 
 FP8 = jnp.float8_e4m3fn
 
-# Values of the attribute `quantization`, by the format of the scales.
+# Values of the attribute `quantization`: by the format of the scales, and where x comes with them.
 NO_QUANTIZATION = 0
 QUANTIZATIONS = {None: NO_QUANTIZATION, "float32": 1, "power_of_two": 2}
+GIVEN_SCALES = 3
+
+
+class RowForm(NamedTuple):
+    """How the rows of a dispatch cross and come out: attributes of the call."""
+
+    quantization: int = NO_QUANTIZATION
+    dequantize: bool = False
+    expand: bool = True
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether rows come out with scales."""
+        return self.quantization != NO_QUANTIZATION and not self.dequantize
+
+    @property
+    def becomes_fp8(self) -> bool:
+        """Whether rows come out quantised, and x is wider."""
+        return self.has_scales and self.quantization != GIVEN_SCALES
 
 
 class LayoutTables(NamedTuple):
@@ -93,31 +112,27 @@ def _sizes(layout: Layout) -> dict[str, Any]:
 def bind_dispatch(
     x: jax.Array,
     layout: Layout,
+    x_scales: jax.Array | None,
     topk_weights: jax.Array | None,
-    *,
-    quantization: int = NO_QUANTIZATION,
-    dequantize: bool = False,
-    expand: bool = True,
+    form: RowForm,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Calls ``jax_ep_dispatch``; returns tokens [C, H], scales [C, H // 128], weights [C].
+    """Calls ``jax_ep_dispatch``; returns tokens [C, H], scales [C, S] and weights [C].
 
-    Without ``expand`` tokens and scales have a row per (rank, token), and one of zeros.
+    Without ``form.expand`` tokens and scales have a row per (rank, token), and one of zeros.
     """
     results = _dispatch_p.bind(
         x,
         *_tables(layout),
+        *(() if x_scales is None else (x_scales,)),
         *(() if topk_weights is None else (topk_weights,)),
         **_sizes(layout),
         zero_tail=layout.zero_tail,
         has_weights=topk_weights is not None,
-        quantization=quantization,
-        dequantize=dequantize,
-        expand=expand,
+        **form._asdict(),
     )
-    has_scales = quantization != NO_QUANTIZATION and not dequantize
     return (
         results[0],
-        results[1] if has_scales else None,
+        results[1] if form.has_scales else None,
         results[-1] if topk_weights is not None else None,
     )
 
@@ -192,7 +207,7 @@ def _layout_shapes(
 
 def _dispatch_shapes(
     x: Any,
-    *_operands: Any,
+    *operands: Any,
     num_ranks: int,
     capacity: int,
     has_weights: bool,
@@ -203,15 +218,23 @@ def _dispatch_shapes(
 ) -> Sequence[Any]:
     num_tokens, num_channels = x.shape
     num_rows = capacity if expand else num_ranks * num_tokens + 1
-    keeps_fp8 = quantization != NO_QUANTIZATION and not dequantize
-    tokens_dtype = jnp.dtype(FP8) if keeps_fp8 else x.dtype
+    form = RowForm(quantization, dequantize, expand)
+    tokens_dtype = jnp.dtype(FP8) if form.becomes_fp8 else x.dtype
     results = [x.update(shape=(num_rows, num_channels), dtype=tokens_dtype, weak_type=False)]
     f32 = functools.partial(x.update, dtype=jnp.dtype(jnp.float32), weak_type=False)
-    if keeps_fp8:
-        results.append(f32(shape=(num_rows, num_channels // limits.SCALE_BLOCK)))
+    if form.has_scales:
+        num_scales = limits.num_block_scales(num_channels)
+        if quantization == GIVEN_SCALES:
+            num_scales = _x_scales(operands).shape[1]
+        results.append(f32(shape=(num_rows, num_scales)))
     if has_weights:
         results.append(f32(shape=(capacity,)))
     return results
+
+
+def _x_scales(operands: Sequence[Any]) -> Any:
+    """Of dispatch's operands after x: its scales, which come after topk_idx and the tables."""
+    return operands[1 + len(OPERAND_TABLES)]
 
 
 def _combine_shapes(
@@ -277,7 +300,12 @@ _VERBS = {
 
 
 def _check_limits_of_cuda(target: str, avals: Sequence[Any], params: dict[str, Any]) -> None:
-    is_fp8 = params.get("quantization", NO_QUANTIZATION) != NO_QUANTIZATION
+    quantization = params.get("quantization", NO_QUANTIZATION)
+    num_channels, scaled_row_bytes = None, None
+    if quantization == GIVEN_SCALES:
+        scaled_row_bytes = avals[0].shape[1] + 4 * _x_scales(avals[1:]).shape[1]
+    elif quantization != NO_QUANTIZATION:
+        num_channels = avals[0].shape[1]
     limits.check_cuda(
         _VERBS[target],
         num_ranks=params["num_ranks"],
@@ -285,7 +313,8 @@ def _check_limits_of_cuda(target: str, avals: Sequence[Any], params: dict[str, A
         top_k=params["top_k"],
         num_sms=0 if target == "jax_ep_layout" else params["num_sms"],
         num_experts=params["num_experts"],
-        num_fp8_channels=avals[0].shape[1] if is_fp8 else None,
+        num_fp8_channels=num_channels,
+        scaled_row_bytes=scaled_row_bytes,
     )
 
 
@@ -302,13 +331,6 @@ def _refuse_vmap(target: str, *_: Any, **__: Any) -> Any:
         f"{target} has no vmap rule: its rows move between devices, and a batch of calls is one "
         "call on more tokens. Fold the batch axis into the token axis (reshape [B, T, ...] to "
         "[B * T, ...]) before make_layout, or use jax.lax.map or jax.lax.scan over the batch"
-    )
-
-
-def _refuse_jvp(target: str, *_: Any, **__: Any) -> Any:
-    raise TypeError(
-        f"{target} was differentiated where it has no gradient: float8 tokens and scales (fp8 "
-        "dispatch without dequantize=True) are for inference. For training pass dequantize=True"
     )
 
 
@@ -329,7 +351,6 @@ def _make_primitive(
             rule = mlir.lower_fun(on_cpu, multiple_results=True)
         mlir.register_lowering(primitive, rule, platform=platform)
     batching.primitive_batchers[primitive] = functools.partial(_refuse_vmap, target)
-    ad.primitive_jvps[primitive] = functools.partial(_refuse_jvp, target)
     return primitive
 
 

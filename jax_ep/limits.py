@@ -7,8 +7,13 @@ from jax_ep import _cpu
 
 _LIMITS = _cpu.limits()
 MAX_ROWS = _LIMITS["max_rows"]  # of a group with padding, and of a capacity
-SCALE_BLOCK = _LIMITS["scale_block"]  # channels that share one fp8 scale
+SCALE_BLOCK = _LIMITS["scale_block"]  # channels that share a scale, where dispatch quantises
 MAX_WEIGHTED_ROW_BYTES = _LIMITS["cuda_weighted_row_bytes"]  # that one call forms gradients of
+
+
+def num_block_scales(num_channels: int) -> int:
+    """S of rows with this many channels that dispatch quantises; the last block may be shorter."""
+    return -(-num_channels // SCALE_BLOCK)
 
 
 def check_rows(
@@ -57,6 +62,7 @@ def check_cuda(
     num_sms: int,
     num_experts: int | None = None,
     num_fp8_channels: int | None = None,
+    scaled_row_bytes: int | None = None,
 ) -> None:
     """What the CUDA kernels take, whatever the machine: also where there is none.
 
@@ -67,7 +73,8 @@ def check_cuda(
         top_k: K.
         num_sms: of a call that moves rows; 0 is all of them, a number that is not known here.
         num_experts: E, of a layout.
-        num_fp8_channels: H, of rows that cross as fp8.
+        num_fp8_channels: H, of rows that dispatch quantises.
+        scaled_row_bytes: of a row of x with the scales that it comes with.
 
     Raises:
         ValueError: a size is beyond a limit.
@@ -98,6 +105,12 @@ def check_cuda(
             num_fp8_channels,
             _LIMITS["cuda_fp8_channels"],
             "Dispatch x without fp8, or in parts of its channels",
+        ),
+        (
+            "the bytes of a row of x with its scales",
+            scaled_row_bytes,
+            _LIMITS["cuda_scaled_row_bytes"],
+            "Dispatch the scales on their own, as rows, or x in parts of its channels",
         ),
         (
             f"the tokens of a call with num_sms = {num_sms}",

@@ -291,6 +291,8 @@ def dispatch(
     there is then unspecified and callers must not look; `specified_rows` tells which rows can be
     compared.
 
+    Scales [R, T, S] of rows that come quantised go where the rows go: they are an x of their own.
+
     Args:
         x: [R, T, H] of any dtype.
         layout: the layout.
@@ -519,8 +521,9 @@ def quantize(
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """Quantises to float8_e4m3fn with one scale per 128 channels.
 
-    All operations are float32, rounded to nearest even. Per group, amax is the largest magnitude,
-    NaN ignored (0 if there is nothing else), and at least 2**-100. Then
+    The last group may be shorter. All operations are float32, rounded to nearest even. Per group,
+    amax is the largest magnitude, NaN ignored (0 if there is nothing else), and at least 2**-100.
+    Then
 
     * "float32": scale = amax / 448 and inverse = 448 / amax;
     * "power_of_two": scale = the smallest power of two >= amax / 448, and inverse = 1 / scale,
@@ -532,16 +535,16 @@ def quantize(
     of 2**128 can dequantise to infinity.
 
     Args:
-        x: [..., H] bfloat16, float16 or float32, H a multiple of 128.
+        x: [..., H] bfloat16, float16 or float32.
         scale_format: "float32" or "power_of_two".
 
     Returns:
         q: float8_e4m3fn [..., H].
-        scales: float32 [..., H // 128].
+        scales: float32 [..., ceil(H / 128)].
 
     Raises:
         TypeError: x has another dtype.
-        ValueError: H is not a multiple of 128, or scale_format is unknown.
+        ValueError: x has no channels, or scale_format is unknown.
     """
     x = np.asarray(x)
     _check_dtype("x", x.dtype, BFLOAT16, FLOAT16, FLOAT32)
@@ -557,8 +560,8 @@ def quantize(
             scale = _round_up_to_power_of_two(scale)
             inverse = np.float32(1) / scale
         clamped = np.clip(groups * inverse, -FLOAT8_MAX, FLOAT8_MAX)  # NaN stays NaN
-        q = clamped.astype(FLOAT8).reshape(x.shape)
-    return q, scale[..., 0]
+        q = clamped.astype(FLOAT8)
+    return _without_groups(q, x.shape), scale[..., 0]
 
 
 def dequantize(
@@ -567,8 +570,8 @@ def dequantize(
     """Returns dtype(float32(q) * scale): one float32 product, then one rounding.
 
     Args:
-        q: float8_e4m3fn [..., H], H a multiple of 128.
-        scales: float32 [..., H // 128].
+        q: float8_e4m3fn [..., H].
+        scales: float32 [..., ceil(H / 128)].
         dtype: bfloat16, float16 or float32.
 
     Returns:
@@ -576,7 +579,7 @@ def dequantize(
 
     Raises:
         TypeError: q, scales or dtype has another dtype.
-        ValueError: H is not a multiple of 128, or scales has another shape.
+        ValueError: q has no channels, or scales has another shape.
     """
     q, scales = np.asarray(q), np.asarray(scales)
     _check_dtype("q", q.dtype, FLOAT8)
@@ -587,18 +590,24 @@ def dequantize(
     _check_shape("scales", scales, groups.shape[:-1])
     with np.errstate(all="ignore"):
         product = groups.astype(np.float32) * scales[..., None]
-        return product.astype(result_dtype).reshape(q.shape)
+        return _without_groups(product.astype(result_dtype), q.shape)
 
 
 def _groups(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Reshapes [..., H] to [..., H // 128, 128]."""
+    """Reshapes [..., H] to [..., ceil(H / 128), 128], the last group filled up with zeros."""
     hidden = array.shape[-1] if array.ndim else 0
-    if hidden < 1 or hidden % QUANTIZATION_GROUP:
-        raise ValueError(
-            f"{name} must have a last axis that is a positive multiple of {QUANTIZATION_GROUP}, "
-            f"got shape {array.shape}"
-        )
-    return array.reshape(*array.shape[:-1], hidden // QUANTIZATION_GROUP, QUANTIZATION_GROUP)
+    if hidden < 1:
+        raise ValueError(f"{name} must have a last axis of at least 1, got shape {array.shape}")
+    num_groups = -(-hidden // QUANTIZATION_GROUP)
+    shape = (*array.shape[:-1], num_groups * QUANTIZATION_GROUP)
+    filled = np.zeros(shape, array.dtype)
+    filled[..., :hidden] = array
+    return filled.reshape(*shape[:-1], num_groups, QUANTIZATION_GROUP)
+
+
+def _without_groups(groups: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """What `_groups` made of an array of this shape, back in it."""
+    return groups.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
 
 def _round_up_to_power_of_two(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -44,7 +44,7 @@ def initialize(*, timeout: float = 60.0, staging_bytes: int = 0) -> None:
     (``XLA_PYTHON_CLIENT_PREALLOCATE=false``). What they would write there goes through a staging
     region: a fixed part of each device's memory, for one copy more. A call needs up to ``num_ranks
     * T * row bytes + 4 * max(capacity, T * K)`` of it, for rows and weights, and fp8 dispatch
-    without ``dequantize`` ``capacity * H / 32`` for scales, each rounded up to 256 bytes. If that
+    without ``dequantize`` ``4 * capacity * S`` for scales, each rounded up to 256 bytes. If that
     is not there the call fails with the number. With the environment variable
     ``JAX_EP_PATH=staged`` all buffers take this way.
 

@@ -163,12 +163,13 @@ def test_bytes_of_the_published_case() -> None:
         (7168, 7168 + 224, 7168 + 224),
         (128, 128 + 16, 128 + 4),
         (640, 640 + 32, 640 + 20),  # 5 scales of 4 bytes, filled up to 32
+        (2880, 2880 + 96, 2880 + 92),  # 22 blocks of 128 and one of 64
     ],
 )
 def test_a_quantised_row_is_filled_up_to_16_bytes_on_the_wire(
     hidden: int, wire: int, received: int
 ) -> None:
-    """As WireRowBytes in cuda/launch.h; the caller gets rows and scales apart, without filling."""
+    """As cuda/core/wire_row.h says; the caller gets rows and scales apart, without filling."""
     point = dataclasses.replace(POINT, hidden=hidden, fp8="float32")
     assert (point.wire_row_bytes, point.received_row_bytes) == (wire, received)
     dequantized = dataclasses.replace(point, fp8="float32+dequantize")
@@ -571,7 +572,7 @@ def test_exit_code_tells_that_an_operation_failed() -> None:
             check=False,
         )
         assert run.returncode == code, run.stdout + run.stderr
-        assert ("that is a multiple of 128" in run.stdout) == (code == 1), run.stdout
+        assert ("that is a multiple of 16" in run.stdout) == (code == 1), run.stdout
 
 
 @pytest.mark.parametrize(

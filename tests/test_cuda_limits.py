@@ -29,9 +29,10 @@ def layer(
     top_k: int = 2,
     num_experts: int = 0,
     hidden: int = 128,
+    num_scales: int = 0,
     **options: Any,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A layer without experts, whose rows may cross as fp8, and its arguments' types."""
+    """A layer without experts, whose rows may cross as fp8 or be it, and its arguments' types."""
     fp8 = {name: options.pop(name) for name in ("fp8", "dequantize") if name in options}
     num_experts = num_experts or num_ranks * top_k
 
@@ -39,7 +40,10 @@ def layer(
         layout = jax_ep.make_layout(
             ids, num_experts=num_experts, axis_name="ep", capacity=16, **options
         )
-        recv = jax_ep.dispatch(x, layout, topk_weights, **fp8)
+        rows, scales = x, None
+        if num_scales > 0:
+            rows, scales = x.astype(jnp.float8_e4m3fn), jnp.ones((num_tokens, num_scales))
+        recv = jax_ep.dispatch(rows, layout, topk_weights, **fp8, scales=scales)
         return jax_ep.combine(recv.tokens.astype(x.dtype), layout, recv.weights)
 
     mesh = AbstractMesh((num_ranks,), ("ep",), axis_types=(AxisType.Auto,))
@@ -86,6 +90,12 @@ LIMITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"hidden": 2**15, "fp8": "power_of_two", "dequantize": True},
         {"hidden": 2**15 + 128, "fp8": "power_of_two", "dequantize": True},
         "jax_ep.dispatch: for CUDA H of fp8 rows must be at most 32768; got 32896.",
+    ),
+    "scaled_row_bytes": (
+        {"hidden": 2**15, "num_scales": 2**12},
+        {"hidden": 2**15, "num_scales": 2**13},
+        "jax_ep.dispatch: for CUDA the bytes of a row of x with its scales must be at most 49152; "
+        "got 65536. Dispatch the scales on their own, as rows, or x in parts of its channels",
     ),
     "tokens_of_an_sm": (
         {"num_tokens": 2 * (2**24 - 1), "num_sms": 2},

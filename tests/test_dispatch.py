@@ -1,5 +1,6 @@
 """dispatch on every backend: rows are copies, everything else is zero, fp8 is the oracle's."""
 
+import itertools
 from typing import Any
 
 import hypothesis.strategies as st
@@ -213,6 +214,10 @@ def fp8_sizes() -> list[Case]:
         Case(1, 1, 1, 1, hidden=128),
         Case(2, 5, 2, 4, hidden=256, expert_alignment=16),
         Case(8, 6, 4, 16, hidden=384),
+        # Whose last block is shorter: the shortest there is, and 22 and a half of them.
+        Case(3, 5, 2, 6, hidden=16, capacity=8),
+        Case(2, 5, 2, 4, hidden=144),
+        Case(2, 9, 4, 8, hidden=2880, expert_alignment=8),
     ]
 
 
@@ -237,11 +242,12 @@ def test_fp8(
     # groups of 128 all zero, all subnormal, or tiny.
     rng, case = routed.rng, routed.case
     x = routings.random_rows(rng, rows_shape(case), dtype, specials=bool(rng.integers(2)))
-    groups = x.reshape(-1, 128)
     tiny = float(ml_dtypes.finfo(dtype).tiny)
-    for factor in (0.0, tiny, 2.0**-6 * tiny):
-        chosen = rng.random(len(groups)) < 0.1
-        groups[chosen] = (factor * rng.uniform(-1, 1, (chosen.sum(), 128))).astype(dtype)
+    for begin, factor in itertools.product(range(0, case.hidden, 128), (0, tiny, tiny / 64)):
+        groups = x[:, :, begin : begin + 128]
+        chosen = rng.random(groups.shape[:2]) < 0.1
+        values = factor * rng.uniform(-1, 1, (chosen.sum(), groups.shape[2]))
+        groups[chosen] = values.astype(dtype)
     weights = routings.random_weights(rng, case) if weighted else None
     options = {"fp8": fp8, "dequantize": dequantize}
     check_dispatch(device_backend, case, routed.topk_idx, x, weights, **options)
@@ -249,9 +255,10 @@ def test_fp8(
 
 @pytest.mark.once
 @pytest.mark.parametrize("dequantize", [False, True])
-def test_fp8_with_many_long_rows(device_backend: JaxBackend, dequantize: bool) -> None:
+@pytest.mark.parametrize("hidden", [4224, 2880])
+def test_fp8_with_many_long_rows(device_backend: JaxBackend, hidden: int, dequantize: bool) -> None:
     """More tokens than a GPU's blocks take at a time, and rows longer than their buffers."""
-    case, rng = Case(2, 700, 4, 8, hidden=4224, expert_alignment=8), np.random.default_rng(7)
+    case, rng = Case(2, 700, 4, 8, hidden=hidden, expert_alignment=8), np.random.default_rng(7)
     ids = routings.topk_ids(rng, case, "uniform")
     x = routings.random_rows(rng, rows_shape(case), BF16, specials=False)
     weights = routings.random_weights(rng, case)

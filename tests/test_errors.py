@@ -200,8 +200,8 @@ DISPATCH_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
     (
         "x_dtype",
         TypeError,
-        "dispatch: x must be one of bfloat16, float16, float32, int8, int16, int32, int64, uint8, "
-        "uint16, uint32, uint64; got complex64: cast it first",
+        "dispatch: x must be one of bfloat16, float16, float32, float8_e4m3fn, float8_e5m2, int8, "
+        "int16, int32, int64, uint8, uint16, uint32, uint64; got complex64: cast it first",
         lambda _, layout: jax_ep.dispatch(zeros(4, 8, dtype=np.complex64), layout),
     ),
     (
@@ -211,10 +211,30 @@ DISPATCH_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
         lambda _, layout: jax_ep.dispatch(zeros(4, 16, dtype=bool), layout),
     ),
     (
-        "x_fp8",
+        "x_other_fp8",
         TypeError,
-        "uint64; got float8_e4m3fn: cast it first",
-        lambda _, layout: jax_ep.dispatch(zeros(4, 16, dtype=jnp.float8_e4m3fn), layout),
+        "uint64; got float8_e8m0fnu: send its bytes, jax.lax.bitcast_convert_type(x, jnp.uint8), "
+        "and cast them back",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 16, dtype=jnp.float8_e8m0fnu), layout),
+    ),
+    (
+        "x_int4",
+        TypeError,
+        "uint64; got int4: pack 2 of them into a byte with jax.lax.bitcast_convert_type, as "
+        'docs/guide.md shows under "Narrow rows"',
+        lambda _, layout: jax_ep.dispatch(zeros(4, 32, dtype=jnp.int4), layout),
+    ),
+    (
+        "x_fp4",
+        TypeError,
+        "uint64; got float4_e2m1fn: pack 2 of them into a byte",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 32, dtype=jnp.float4_e2m1fn), layout),
+    ),
+    (
+        "x_int2",
+        TypeError,
+        "uint64; got int2: pack 4 of them into a byte",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 64, dtype=jnp.int2), layout),
     ),
     (
         "x_list",
@@ -288,8 +308,61 @@ DISPATCH_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
     (
         "fp8_hidden",
         ValueError,
-        "dispatch: fp8 needs a hidden size that is a multiple of 128; got 64",
-        lambda _, layout: jax_ep.dispatch(zeros(4, 64), layout, fp8="float32"),
+        "dispatch: fp8 needs a hidden size that is a multiple of 16; got 72. Pad the last axis",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 72), layout, fp8="float32"),
+    ),
+    (
+        "fp8_of_fp8",
+        TypeError,
+        "dispatch: fp8 needs x in one of bfloat16, float16, float32; got float8_e5m2: pass rows "
+        "that are float8 with their scales",
+        lambda _, layout: jax_ep.dispatch(
+            zeros(4, 16, dtype=jnp.float8_e5m2), layout, fp8="float32"
+        ),
+    ),
+    (
+        "scales_of_wide_rows",
+        TypeError,
+        "dispatch: scales need x in float8_e4m3fn or float8_e5m2; got bfloat16. To quantise it on "
+        'the way pass fp8="float32" or fp8="power_of_two" instead',
+        lambda _, layout: jax_ep.dispatch(
+            zeros(4, 16, dtype=jnp.bfloat16), layout, scales=zeros(4, 1)
+        ),
+    ),
+    *(
+        (
+            f"scales_and_{option}",
+            ValueError,
+            "dispatch: rows that come with scales are passed on as they are; leave out fp8 and "
+            "dequantize",
+            lambda _, layout, option=option, value=value: jax_ep.dispatch(
+                zeros(4, 16, dtype=jnp.float8_e4m3fn),
+                layout,
+                scales=zeros(4, 1),
+                **{option: value},
+            ),
+        )
+        for option, value in (("fp8", "float32"), ("dequantize", True))
+    ),
+    (
+        "scales_dtype",
+        TypeError,
+        "dispatch: scales must be float32; got bfloat16: cast them with scales.astype(jnp.float32)",
+        lambda _, layout: jax_ep.dispatch(
+            zeros(4, 16, dtype=jnp.float8_e4m3fn), layout, scales=zeros(4, 1, dtype=jnp.bfloat16)
+        ),
+    ),
+    *(
+        (
+            f"scales_shape_{shape}",
+            ValueError,
+            "dispatch: scales must have shape (4, S), where S divides x's 2880 channels or is 23, "
+            f"one for each 128 of them; got {shape}",
+            lambda _, layout, shape=shape: jax_ep.dispatch(
+                zeros(4, 2880, dtype=jnp.float8_e4m3fn), layout, scales=zeros(*shape)
+            ),
+        )
+        for shape in ((4, 22), (3, 23), (4,), (4, 0), (4, 5760))
     ),
     (
         "dequantize_alone",
@@ -603,20 +676,3 @@ def test_forward_mode(device_backend: JaxBackend, layout: BackendLayout, verb: s
 
     with pytest.raises(TypeError, match=r"forward-mode autodiff.*custom_vjp"):
         device_backend.run(2, tangent, layout.handle)
-
-
-@pytest.mark.parametrize("transform", ["grad", "jvp"])
-def test_differentiating_fp8_tokens(
-    device_backend: JaxBackend, layout: BackendLayout, transform: str
-) -> None:
-    def differentiate(lay: Any) -> Any:
-        def loss(x: Any) -> Any:
-            received = jax_ep.dispatch(x, lay, fp8="float32")
-            return received.tokens.astype(jnp.float32).sum() + received.scales.sum()
-
-        x = zeros(4, 128)
-        return jax.grad(loss)(x) if transform == "grad" else jax.jvp(loss, (x,), (x,))
-
-    message = "jax_ep_dispatch was differentiated where it has no gradient.*pass dequantize=True"
-    with pytest.raises(TypeError, match=message):
-        device_backend.run(2, differentiate, layout.handle)

@@ -126,15 +126,16 @@ def test_weights_alone(device_backend: JaxBackend) -> None:
 
 @pytest.mark.parametrize("fp8", ["float32", "power_of_two"])
 @pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("hidden", [128, 144])
 def test_fp8_gradient_is_the_exact_dispatchs(
-    device_backend: JaxBackend, fp8: Any, dtype: DTypeLike
+    device_backend: JaxBackend, fp8: Any, hidden: int, dtype: DTypeLike
 ) -> None:
-    case, rng = Case(2, 5, 2, 4, hidden=128, capacity=12), np.random.default_rng(21)
+    case, rng = Case(2, 5, 2, 4, hidden=hidden, capacity=12), np.random.default_rng(21)
     ids = routings.topk_ids(rng, case, "uniform")
     layout = device_backend.make_layout(case, ids)
-    x = routings.random_rows(rng, (2, 5, 128), dtype)
+    x = routings.random_rows(rng, (2, 5, hidden), dtype)
     weights = routings.random_weights(rng, case)
-    cotangents = random_y(rng, layout, 128, dtype), random_row_weights(rng, layout)
+    cotangents = random_y(rng, layout, hidden, dtype), random_row_weights(rng, layout)
 
     def straight_through(layout: Any, x: Any, weights: Any, cotangents: Any) -> Any:
         def both(x: Any, weights: Any) -> Any:

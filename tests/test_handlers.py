@@ -29,6 +29,10 @@ def f32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.float32)
 
 
+def fp8(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn)
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """What a target takes and gives, by name and in order.
@@ -161,6 +165,17 @@ def attribute(*case: Any) -> Case:
     return wrong("attributes", *case)
 
 
+def scaled(kind: str, name: str, value: Any, message: str) -> Case:
+    """With one thing wrong about rows that come with scales."""
+    changes: dict[str, dict[str, Any]] = {
+        "operands": {"x": fp8(4, 16), "topk_weights": None, "x_scales": f32(4, 2)},
+        "results": {"tokens": fp8(8, 16), "weights": None, "scales": f32(8, 2)},
+        "attributes": {"has_weights": 0, "quantization": 3},
+    }
+    changes[kind][name] = value
+    return "jax_ep_dispatch", changes, message
+
+
 _NUMBER = "the number of operands or results disagrees with the attributes"
 
 # For every operation on a layout.
@@ -225,12 +240,23 @@ ERRORS: list[Case] = [
     attribute("dispatch", "top_k", 3, "topk_idx has shape [4, 2], expected [4, 3]"),
     attribute("dispatch", "expand", 0, "tokens has shape [8, 8], expected [9, 8]"),
     attribute("dispatch", "quantization", 1, _NUMBER),
-    attribute("dispatch", "quantization", 3, "quantization must be 0, 1 or 2"),
+    attribute("dispatch", "quantization", 4, "quantization must be 0, 1, 2 or 3"),
+    attribute("dispatch", "quantization", 3, "x must be float8_e4m3fn or float8_e5m2 to come with"),
+    attribute("dispatch", "dequantize", 1, "there is nothing to dequantize"),
     (
         "jax_ep_dispatch",
         {"attributes": {"quantization": 1, "dequantize": 1}},
-        "x must have a multiple of 128 channels",
+        "x must have a multiple of 16 channels to cross as float8",
     ),
+    scaled("attributes", "dequantize", 1, "there is nothing to dequantize"),
+    scaled("operands", "x", fp8(4, 24), "x must have a multiple of 16 channels to cross as"),
+    scaled("operands", "x_scales", f32(3, 2), "x_scales has shape [3, 2], expected [4, any]"),
+    scaled("operands", "x_scales", f32(4, 0), "x_scales must have one for each row at least"),
+    scaled("operands", "x_scales", int32(4, 2), "x_scales has element type"),
+    scaled("operands", "x_scales", None, _NUMBER),
+    scaled("results", "scales", f32(8, 3), "scales has shape [8, 3], expected [8, 2]"),
+    scaled("results", "scales", None, _NUMBER),
+    scaled("results", "tokens", f32(8, 16), "tokens has element type"),
     (
         "jax_ep_dispatch",
         {
@@ -304,6 +330,15 @@ CUDA_ERRORS: list[Case] = [
             "attributes": {"quantization": 1, "dequantize": 1},
         },
         "x must have at most 32768 channels to be quantised",
+    ),
+    (
+        "jax_ep_dispatch",
+        {
+            "operands": {"x": fp8(4, 2**15), "topk_weights": None, "x_scales": f32(4, 2**13)},
+            "results": {"tokens": fp8(8, 2**15), "weights": None, "scales": f32(8, 2**13)},
+            "attributes": {"has_weights": 0, "quantization": 3},
+        },
+        "a row of x with its scales must be at most 49152 bytes",
     ),
     (
         "jax_ep_combine",

@@ -384,6 +384,31 @@ def test_options_of_dispatch(
     assert call.results == (*results, *(["10xf32"] if weights else []))
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("weights", [True, False], ids=["weights", "no_weights"])
+def test_scales_that_rows_come_with(dtype: str, weights: bool) -> None:
+    def f(x: Any, ids: Any, scales: Any, topk_weights: Any) -> Any:
+        layout = jax_ep.make_layout(ids, num_experts=16, axis_name="ep", capacity=10)
+        recv = jax_ep.dispatch(x, layout, topk_weights if weights else None, scales=scales)
+        assert (recv.weights is not None) == weights
+        return recv.tokens, recv.scales
+
+    run = jax.shard_map(f, mesh=EP.mesh(), in_specs=P("ep"), out_specs=P("ep"))
+    args = (
+        jax.ShapeDtypeStruct((48, 2880), dtype),
+        jax.ShapeDtypeStruct((48, 2), "int32"),
+        jax.ShapeDtypeStruct((48, 23), "float32"),
+        jax.ShapeDtypeStruct((48, 2), "float32"),
+    )
+    (on_cuda,) = [c for c in calls(lower(run, args, "cuda")) if c.op == "dispatch"]
+    (call,) = [c for c in calls(lower(run, args, "cpu")) if c.op == "dispatch"]
+    assert as_on_cpu(on_cuda) == call
+    assert (call.attributes["quantization"], call.attributes["dequantize"]) == (3, 0)
+    assert call.attributes["has_weights"] == weights
+    rows = "f8E4M3FN" if dtype == "float8_e4m3fn" else "f8E5M2"
+    assert call.results == (f"10x2880x{rows}", "10x23xf32", *(["10xf32"] if weights else []))
+
+
 def test_num_sms_reaches_every_call_of_a_layout() -> None:
     """Backward passes too; dataclasses.replace changes it for what follows."""
 

@@ -147,28 +147,44 @@ DispatchCall DecodeCall(const DispatchAttributes& a, ffi::RemainingArgs operands
   call.dequantize = a.dequantize != 0;
   call.expand = a.expand != 0;
   call.zero_tail = a.zero_tail != 0;
-  const bool is_quantised = call.quantization != QuantizationKind::kNone;
-  const bool keeps_fp8 = is_quantised && !call.dequantize;
+  const bool has_scales = call.quantization == QuantizationKind::kGivenScales;
+  const bool is_quantised = call.quantization != QuantizationKind::kNone && !has_scales;
   CheckSizes(a.sizes(), checks);
-  checks->Require(0 <= a.quantization && a.quantization <= 2, "quantization must be 0, 1 or 2");
+  checks->Require(0 <= a.quantization && a.quantization <= 3, "quantization must be 0, 1, 2 or 3");
+  checks->Require(is_quantised || !call.dequantize, "there is nothing to dequantize");
   if (!checks->ok()) return call;
   Reader reader(operands, results, checks);
   call.x = reader.Operand("x", std::nullopt, {a.num_tokens, kAny});
   checks->Require(IsWholeBytes(call.x.type), "x has an element type narrower than a byte");
   if (is_quantised) {
     checks->Require(call.x.float_type().has_value(), "x must be bf16, f16 or f32 to be quantised");
-    checks->Require(call.x.num_channels % kScaleBlock == 0,
-                    "x must have a multiple of " + std::to_string(kScaleBlock) + " channels");
+    call.num_scales = num_block_scales(call.x.num_channels);
+  }
+  if (has_scales) {
+    checks->Require(call.x.type == ffi::F8E4M3FN || call.x.type == ffi::F8E5M2,
+                    "x must be float8_e4m3fn or float8_e5m2 to come with scales");
+  }
+  if (has_scales || is_quantised) {
+    checks->Require(call.x.num_channels % kRowAlignment == 0, "x must have a multiple of " +
+                                                                  std::to_string(kRowAlignment) +
+                                                                  " channels to cross as float8");
   }
   reader.Layout(a.sizes(), &call);
+  if (has_scales) {
+    const Rows scales = reader.Operand("x_scales", ffi::F32, {a.num_tokens, kAny});
+    call.x_scales = scales;
+    call.num_scales = scales.num_channels;
+    checks->Require(call.num_scales > 0, "x_scales must have one for each row at least");
+  }
   if (a.has_weights) {
     call.topk_weights = reader.Operand("topk_weights", ffi::F32, {a.num_tokens, a.top_k});
   }
   const int64_t num_rows = call.sizes.num_rows(call.expand);
-  call.tokens = reader.Result("tokens", keeps_fp8 ? ffi::F8E4M3FN : call.x.type,
+  const bool becomes_fp8 = is_quantised && !call.dequantize;
+  call.tokens = reader.Result("tokens", becomes_fp8 ? ffi::F8E4M3FN : call.x.type,
                               {num_rows, call.x.num_channels});
-  if (keeps_fp8) {
-    call.scales = reader.Result("scales", ffi::F32, {num_rows, num_scales(call.x.num_channels)});
+  if (becomes_fp8 || has_scales) {
+    call.scales = reader.Result("scales", ffi::F32, {num_rows, call.num_scales});
   }
   if (a.has_weights) call.weights = reader.Result("weights", ffi::F32, {a.capacity});
   reader.End();

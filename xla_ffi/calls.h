@@ -57,14 +57,16 @@ struct OnLayout {
   TableView tables;
 };
 
-// Operands: x, topk_idx, the tables, topk_weights. Results: tokens, scales, weights. N rows:
-// TableSizes::num_rows(expand).
+// Operands: x, topk_idx, the tables, x_scales, topk_weights. Results: tokens, scales, weights. N
+// rows: TableSizes::num_rows(expand).
 struct DispatchCall : OnLayout {
   Rows x;               // [T, H]
+  Memory x_scales;      // f32 [T, num_scales], if x comes with them
   Memory topk_weights;  // f32 [T, K], if has_weights
-  Rows tokens;          // [N, H], of x's type or float8_e4m3fn
-  Memory scales;        // f32 [N, H / kScaleBlock], if tokens are float8_e4m3fn
+  Rows tokens;          // [N, H], of x's type, or float8_e4m3fn if dispatch quantises
+  Memory scales;        // f32 [N, num_scales], unless tokens are without
   Memory weights;       // f32 [C], if has_weights
+  int64_t num_scales;   // of a row as it crosses; 0: it does so as x is
   QuantizationKind quantization;
   bool dequantize;  // rows cross as float8_e4m3fn, tokens are of x's type
   bool expand;

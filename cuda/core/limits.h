@@ -13,7 +13,7 @@ namespace jax_ep {
 inline constexpr int64_t kMaxRows = (int64_t{1} << 31) - (int64_t{1} << 20);
 
 inline constexpr int kRowAlignment = 16;  // bytes: kernels move rows by so many
-inline constexpr int kScaleBlock = 128;   // channels that share an fp8 scale
+inline constexpr int kScaleBlock = 128;   // channels that share a scale, where dispatch quantises
 
 namespace gpu {
 
@@ -21,7 +21,8 @@ inline constexpr int kMaxPeers = 72;  // devices of the largest NVLink domain
 inline constexpr int kMaxExperts = 1024;
 inline constexpr int kMaxTopK = 32;
 inline constexpr int64_t kMaxUnitsPerBlock = (int64_t{1} << 24) - 1;  // a token has one or more
-inline constexpr int64_t kMaxFp8Channels = 1 << 15;         // of a row that fp8 dispatch takes
+inline constexpr int64_t kMaxFp8Channels = 1 << 15;         // of a row that dispatch quantises
+inline constexpr int64_t kMaxScaledRowBytes = 48 * 1024;    // of a float8 row with given scales
 inline constexpr int64_t kMaxWeightedRowBytes = 40 * 1024;  // that combine's gradient takes
 
 }  // namespace gpu

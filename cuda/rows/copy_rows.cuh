@@ -19,6 +19,11 @@ __device__ inline void copy_to_stage(const void* source, uint32_t bytes, char* s
   }
 }
 
+// A token's row of x, from byte `at` on.
+__device__ inline const char* row_of_x(const DispatchArguments& a, int64_t token, int64_t at = 0) {
+  return static_cast<const char*>(a.x) + token * a.row_bytes + at;
+}
+
 // A row that has crossed.
 struct Crossed {
   uint64_t address;
@@ -34,8 +39,9 @@ class RowsOfX {
   __device__ static int64_t tokens_row_bytes(const DispatchArguments& a) { return a.row_bytes; }
   __device__ static int64_t num_scales(const DispatchArguments&) { return 0; }
   __device__ Extra extra_of(uint64_t /*scales*/, int32_t /*row*/) const { return {}; }
-  __device__ void fill_stage(const char* x, uint32_t bytes, char* stage, uint64_t* full) const {
-    copy_to_stage(x, bytes, stage, full);
+  __device__ void fill_stage(int64_t token, int64_t at, uint32_t bytes, char* stage,
+                             uint64_t* full) const {
+    copy_to_stage(row_of_x(a_, token, at), bytes, stage, full);
   }
   __device__ void fetch_stage(const Crossed& crossed, uint32_t bytes, char* stage,
                               uint64_t* full) const {

@@ -19,8 +19,9 @@ class DequantizedRows : public RowsOfX {
   __device__ DequantizedRows(const DispatchArguments& a, char* ring_memory)
       : RowsOfX(a), buffers_(ring_memory) {}
 
-  __device__ void fill_stage(const char* x, uint32_t /*bytes*/, char* stage, uint64_t* full) const {
-    quantize_to_stage(a_, x, stage, full);
+  __device__ void fill_stage(int64_t token, int64_t /*at*/, uint32_t /*bytes*/, char* stage,
+                             uint64_t* full) const {
+    quantize_to_stage(a_, row_of_x(a_, token), stage, full);
   }
 
   __device__ void store(const char* stage, uint32_t bytes, uint64_t to, bool verbatim,

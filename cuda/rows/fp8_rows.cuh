@@ -1,5 +1,5 @@
 // Rows as float8_e4m3fn with a scale per 128 channels: the numbers as jax_ep/reference.py's quantize
-// defines them, laid out as they cross a link (WireRowBytes in cuda/launch.h).
+// defines them, laid out as they cross a link (cuda/core/wire_row.h).
 #ifndef JAX_EP_CUDA_ROWS_FP8_ROWS_CUH_
 #define JAX_EP_CUDA_ROWS_FP8_ROWS_CUH_
 
@@ -21,6 +21,7 @@ __device__ inline float2 scale_and_inverse(float amax, bool power_of_two) {
 }
 
 // Quantises a row of x into a row as it crosses, by a warp: kAtOnce vectors of each lane at a time.
+// Of a last block that is shorter the missing vectors are zeros, which change no amax.
 template <typename Vector>
 __device__ void quantize_row(const DispatchArguments& a, const char* x, char* wire) {
   constexpr int kAtOnce = 8;
@@ -28,7 +29,7 @@ __device__ void quantize_row(const DispatchArguments& a, const char* x, char* wi
   constexpr int kGroups = 32 / kLanes;                  // of lanes
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
   const auto num_vectors = static_cast<int32_t>(a.num_channels / Vector::kCount);
-  const auto num_scales = static_cast<int32_t>(a.num_channels / kScaleBlock);
+  const auto num_scales = static_cast<int32_t>(a.num_scales);
   const auto load = [&](int32_t begin, uint4(&vector)[kAtOnce]) {
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {

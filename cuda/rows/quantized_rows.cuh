@@ -31,24 +31,20 @@ class QuantizedRows {
       : a_(a), num_scales_(static_cast<int32_t>(num_scales(a))) {}
 
   __device__ static int64_t tokens_row_bytes(const DispatchArguments& a) { return a.num_channels; }
-  __device__ static int64_t num_scales(const DispatchArguments& a) {
-    return a.num_channels / kScaleBlock;
-  }
+  __device__ static int64_t num_scales(const DispatchArguments& a) { return a.num_scales; }
   __device__ Extra extra_of(uint64_t scales, int32_t row) const {
     return {scales + int64_t{row} * num_scales_ * 4};
   }
 
-  __device__ void fill_stage(const char* x, uint32_t /*bytes*/, char* stage, uint64_t* full) const {
-    quantize_to_stage(a_, x, stage, full);
+  __device__ void fill_stage(int64_t token, int64_t /*at*/, uint32_t /*bytes*/, char* stage,
+                             uint64_t* full) const {
+    quantize_to_stage(a_, row_of_x(a_, token), stage, full);
   }
   __device__ void fetch_stage(const Crossed& crossed, uint32_t bytes, char* stage,
                               uint64_t* full) const {
     if (!crossed.is_in_landing) {
       bytes = static_cast<uint32_t>(a_.num_channels);
-      const float* from = a_.scales + int64_t{crossed.row} * num_scales_;
-      auto* scales = reinterpret_cast<float*>(stage + a_.num_channels);
-      for (int32_t s = lane_of_warp(); s < num_scales_; s += 32) scales[s] = __ldcg(from + s);
-      fence_proxy_async_shared();  // the copy engine reads what was written
+      scales_to_stage(a_.scales + int64_t{crossed.row} * num_scales_, stage);
     }
     copy_to_stage(reinterpret_cast<const void*>(crossed.address), bytes, stage, full);
   }
@@ -62,6 +58,17 @@ class QuantizedRows {
     store_scales(stage + a_.num_channels, to != 0 && !verbatim ? extra.scales : 0);
     bulk_commit_group();
   }
+
+ protected:
+  // Puts a row's scales behind its values.
+  __device__ void scales_to_stage(const float* from, char* stage) const {
+    auto* scales = reinterpret_cast<float*>(stage + a_.num_channels);
+    for (int32_t s = lane_of_warp(); s < num_scales_; s += 32) scales[s] = __ldcg(from + s);
+    fence_proxy_async_shared();  // the copy engine reads what was written
+  }
+
+  const DispatchArguments& a_;
+  const int32_t num_scales_;
 
  private:
   // Where each lane wants them; 0: nowhere.
@@ -81,9 +88,6 @@ class QuantizedRows {
       }
     }
   }
-
-  const DispatchArguments& a_;
-  const int32_t num_scales_;
 };
 
 }  // namespace jax_ep::gpu

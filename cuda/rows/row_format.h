@@ -1,6 +1,6 @@
 // The codecs of dispatch: what a row becomes on its way. Here is what the plan of a call has to know
 // of one, in plain C++; the codecs themselves are copy_rows.cuh, quantized_rows.cuh,
-// dequantized_rows.cuh and weighted_rows.cuh.
+// dequantized_rows.cuh, scaled_rows.cuh and weighted_rows.cuh.
 //
 // A row has two forms: as it crosses a link, in which it fills stages and landing areas, and as
 // `tokens` hold it. A codec is a class with
@@ -9,8 +9,10 @@
 //   tokens_row_bytes(a)                of a row of tokens
 //   num_scales(a)                      of a row of tokens
 //   extra_of(scales, row)              of that row of tokens; a rank's scales begin at that address
-//   fill_stage(x, bytes, stage, full)  brings a row of x into a stage, in the form in which it
-//                                      crosses, and completes the phase of the barrier `full`
+//   fill_stage(token, at, bytes, stage, full)
+//                                      brings so much of a token's row of x, from byte `at` on, into
+//                                      a stage, in the form in which it crosses, and completes the
+//                                      phase of the barrier `full`
 //   fetch_stage(crossed, ..)           likewise a row that has crossed
 //   store(stage, bytes, to, verbatim, extra)
 //                                      stores a stage's row where the lane wants it (0: nowhere), as
@@ -50,6 +52,8 @@ inline constexpr RowFormat kCopyFormat{4, 2, 0, 0, 0, true, false, true};
 inline constexpr RowFormat kQuantizedFormat{10, 10, 0, 0, 0, false, true, true};
 inline constexpr RowFormat kDequantizedFormat{
     10, 10, 0, 0, kNumProductBuffers * kProductBufferBytes, false, true, false};
+// Their scales may need the warp's own loads, for which it waits.
+inline constexpr RowFormat kScaledFormat{6, 6, 0, 0, 0, false, false, true};
 // Behind a row: dot products by helper and lane.
 inline constexpr RowFormat kWeightedFormat{
     2,     2,    kNumWeightedHelpers, kNumWeightedHelpers * 32 * int32_t{sizeof(float)}, 0, false,

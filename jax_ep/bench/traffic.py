@@ -62,8 +62,8 @@ class Point:
     def wire_row_bytes(self) -> int:
         """Bytes of a row as dispatch sends it.
 
-        fp8 rows carry a float32 scale per 128 channels, filled up to 16 bytes: ``WireRowBytes`` in
-        cuda/launch.h.
+        fp8 rows carry a float32 scale per 128 channels, filled up to 16 bytes:
+        cuda/core/wire_row.h.
         """
         if self.fp8 == "none":
             return self.row_bytes
@@ -78,7 +78,7 @@ class Point:
 
     @property
     def _scale_bytes(self) -> int:
-        return self.hidden // SCALE_BLOCK * 4
+        return -(-self.hidden // SCALE_BLOCK) * 4
 
 
 def expert_ids(

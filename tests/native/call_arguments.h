@@ -22,7 +22,7 @@ struct CallBuffers {
   int32_t *ids, *send_row, *recv_src, *recv_order, *recv_offsets, *group_sizes, *expert_counts,
       *expert_load, *counters;
   Row *x, *y, *tokens, *partial, *out;
-  float *topk_weights, *weights, *row_weights, *dots, *scales, *collected;
+  float *topk_weights, *weights, *row_weights, *dots, *scales, *x_scales, *collected;
 };
 
 template <typename Row>
@@ -74,7 +74,13 @@ DispatchArguments DispatchOf(const CallSizes& sizes, const CallBuffers<Row>& b, 
     a.topk_weights = b.topk_weights;
     a.weights = b.weights;
   }
-  if (mode == DispatchMode::kQuantize) a.scales = b.scales;
+  if (mode == DispatchMode::kCopy || mode == DispatchMode::kWeighted) return a;
+  a.num_scales = num_block_scales(sizes.num_channels);
+  if (mode != DispatchMode::kDequantize) a.scales = b.scales;
+  if (mode == DispatchMode::kScaled) {
+    a.row_bytes = sizes.num_channels;  // x is taken for float8
+    a.x_scales = b.x_scales;
+  }
   return a;
 }
 

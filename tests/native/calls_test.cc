@@ -169,6 +169,15 @@ void Demands() {
   CHECK(Complaint(dispatch).empty());
   dispatch.quantization = jax_ep::QuantizationKind::kFloat32Scales;
   CHECK(Complaint(dispatch) == "op: x must have at most 32768 channels to be quantised");
+  dispatch.x = dispatch.tokens = RowsAt(kAligned, 1 << 15, ffi::F8E4M3FN);
+  dispatch.quantization = jax_ep::QuantizationKind::kGivenScales;
+  dispatch.num_scales = 1 << 12;
+  CHECK(Complaint(dispatch).empty());
+  dispatch.num_scales = (1 << 12) + 1;
+  CHECK(Complaint(dispatch) == "op: a row of x with its scales must be at most 49152 bytes");
+  dispatch.num_scales = 1;
+  dispatch.x_scales.data = RowsAt(kAligned + 4, 8).data;
+  CHECK(Complaint(dispatch) == "op: x_scales must lie at a multiple of 16 bytes");
 
   jax_ep::CombineCall combine{};
   combine.sizes = sizes;

@@ -1,5 +1,5 @@
 // What dispatch in fp8 must give, by plain loops on the host: quantise and dequantise as
-// jax_ep/reference.py defines them.
+// jax_ep/reference.py defines them, and rows that come with scales.
 #ifndef JAX_EP_TESTS_NATIVE_FP8_ORACLE_H_
 #define JAX_EP_TESTS_NATIVE_FP8_ORACLE_H_
 
@@ -51,7 +51,7 @@ inline uint8_t Fp8Code(float x) {
 
 struct Fp8Row {
   std::vector<uint8_t> numbers;      // [H]
-  std::vector<float> scales;         // [H / 128]
+  std::vector<float> scales;         // [ceil(H / 128)]
   std::vector<uint8_t> dequantized;  // [row]
 };
 
@@ -61,8 +61,9 @@ inline Fp8Row Quantized(FloatType type, const uint8_t* row, int64_t num_channels
   const int type_bytes = TypeBytes(type);
   result.dequantized.resize(num_channels * type_bytes);
   for (int64_t begin = 0; begin < num_channels; begin += kScaleBlock) {
+    const int64_t end = std::min(begin + kScaleBlock, num_channels);
     float amax = 0x1p-100f;
-    for (int64_t h = begin; h < begin + kScaleBlock; ++h) {
+    for (int64_t h = begin; h < end; ++h) {
       const float magnitude = std::abs(ReadNumber(type, row + h * type_bytes));
       if (magnitude > amax) amax = magnitude;  // false for NaN
     }
@@ -75,7 +76,7 @@ inline Fp8Row Quantized(FloatType type, const uint8_t* row, int64_t num_channels
       inverse = 1.0f / scale;
     }
     result.scales.push_back(scale);
-    for (int64_t h = begin; h < begin + kScaleBlock; ++h) {
+    for (int64_t h = begin; h < end; ++h) {
       const uint8_t code = Fp8Code(ReadNumber(type, row + h * type_bytes) * inverse);
       result.numbers.push_back(code);
       WriteNumber(type, Fp8Value(code) * scale, result.dequantized.data() + h * type_bytes);
@@ -88,7 +89,7 @@ inline Fp8Row Quantized(FloatType type, const uint8_t* row, int64_t num_channels
 struct Fp8Data {
   std::vector<std::vector<uint8_t>> x;                     // [R][T * row]
   std::vector<std::vector<uint8_t>> numbers, dequantized;  // [R][C * H], [R][C * row]
-  std::vector<std::vector<float>> scales;                  // [R][C * H / 128]
+  std::vector<std::vector<float>> scales;                  // [R][C * ceil(H / 128)]
 };
 
 // Rows of g, in which some groups are made of what is special.
@@ -98,18 +99,20 @@ inline std::vector<std::vector<uint8_t>> MakeFp8Rows(const Data& d, uint64_t see
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const int type_bytes = TypeBytes(d.type);
   std::vector<std::vector<uint8_t>> x = d.g;
+  const int64_t num_scales = num_block_scales(d.num_channels);
   for (auto& rows : x) {
-    const int64_t num_groups = d.num_tokens * d.num_channels / kScaleBlock;
-    for (int64_t i = 0; i < num_groups; ++i) {
-      uint8_t* group = rows.data() + i * kScaleBlock * type_bytes;
+    for (int64_t i = 0; i < d.num_tokens * num_scales; ++i) {
+      const int64_t begin = i % num_scales * kScaleBlock;
+      const int64_t size = std::min<int64_t>(kScaleBlock, d.num_channels - begin);
+      uint8_t* group = rows.data() + i / num_scales * d.row_bytes + begin * type_bytes;
       const auto set = [&](int64_t h, float value) {
         WriteNumber(d.type, value, group + h * type_bytes);
       };
       const auto kind = rng() % 16;
-      const auto at = static_cast<int64_t>(rng() % kScaleBlock);
+      const auto at = static_cast<int64_t>(rng() % size);
       if (kind == 0) set(at, nan);
       if (kind == 1) set(at, at % 2 == 0 ? infinity : -infinity);
-      for (int64_t h = 0; h < kScaleBlock; ++h) {
+      for (int64_t h = 0; h < size; ++h) {
         if (kind == 2) set(h, h % 2 == 0 ? 0.0f : -0.0f);
         if (kind == 3) set(h, nan);
         if (kind == 4) set(h, static_cast<float>(h - 64) * 0x1p-110f);  // below the smallest amax
@@ -125,7 +128,8 @@ inline Fp8Data MakeFp8Data(const Data& d, const std::vector<std::vector<uint8_t>
                            bool power_of_two_scales) {
   Fp8Data f;
   f.x = x;
-  const int64_t ids_per_rank = d.num_tokens * d.top_k, num_scales = d.num_channels / kScaleBlock;
+  const int64_t ids_per_rank = d.num_tokens * d.top_k;
+  const int64_t num_scales = num_block_scales(d.num_channels);
   std::vector<std::vector<Fp8Row>> rows(d.num_ranks);
   for (int r = 0; r < d.num_ranks; ++r) {
     for (int64_t token = 0; token < d.num_tokens; ++token) {
@@ -150,6 +154,45 @@ inline Fp8Data MakeFp8Data(const Data& d, const std::vector<std::vector<uint8_t>
     f.scales.push_back(scales);
   }
   return f;
+}
+
+// Rows of any bytes with scales of any bits, which all ranks send, and what all must get.
+struct ScaledData {
+  int64_t num_scales;
+  std::vector<std::vector<uint8_t>> x, tokens;       // [R][T * H], [R][C * H]
+  std::vector<std::vector<float>> x_scales, scales;  // [R][T * num_scales], [R][C * num_scales]
+};
+
+inline ScaledData MakeScaledData(const Data& d, int64_t num_scales, uint64_t seed) {
+  ScaledData s{};
+  s.num_scales = num_scales;
+  std::mt19937_64 rng(seed);
+  for (int r = 0; r < d.num_ranks; ++r) {
+    std::vector<uint8_t> x(d.num_tokens * d.num_channels);
+    for (uint8_t& code : x) code = static_cast<uint8_t>(rng());
+    std::vector<float> scales(d.num_tokens * num_scales);
+    for (float& scale : scales) {
+      const auto bits = static_cast<uint32_t>(rng());
+      std::memcpy(&scale, &bits, 4);
+    }
+    s.x.push_back(x);
+    s.x_scales.push_back(scales);
+  }
+  const int64_t ids_per_rank = d.num_tokens * d.top_k;
+  for (int r = 0; r < d.num_ranks; ++r) {
+    std::vector<uint8_t> tokens(d.capacity * d.num_channels, 0);
+    std::vector<float> scales(d.capacity * num_scales, 0.0f);
+    for (int64_t row = 0; row < d.capacity; ++row) {
+      const int64_t flat = d.recv_src[r][row];
+      if (flat < 0) continue;
+      const int64_t src = flat / ids_per_rank, token = flat % ids_per_rank / d.top_k;
+      std::memcpy(&tokens[row * d.num_channels], &s.x[src][token * d.num_channels], d.num_channels);
+      std::memcpy(&scales[row * num_scales], &s.x_scales[src][token * num_scales], num_scales * 4);
+    }
+    s.tokens.push_back(tokens);
+    s.scales.push_back(scales);
+  }
+  return s;
 }
 
 }  // namespace jax_ep::gpu::test

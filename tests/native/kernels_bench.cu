@@ -38,8 +38,8 @@ using namespace jax_ep::gpu;
 
 constexpr int kMaxRanks = 8;
 constexpr int kCallsBefore = 4;  // long enough for the host to launch what follows on all ranks
-const char* const kOps[] = {"layout",   "dispatch", "layout+dispatch", "combine", "collect",
-                            "gradient", "fp8",      "fp8-dequantized"};
+const char* const kOps[] = {"layout",   "dispatch", "layout+dispatch", "combine",   "collect",
+                            "gradient", "fp8",      "fp8-dequantized", "fp8-scaled"};
 
 struct Sizes {
   int ranks = 2, tokens = 4096, top_k = 8, hidden = 7168, experts = 256;
@@ -103,7 +103,7 @@ Options Parse(int argc, char** argv) {
   require(o.experts >= 1 && o.experts <= kMaxExperts && o.experts % o.ranks == 0,
           "experts: a multiple of ranks, at most 1024");
   require(o.top_k >= 1 && o.top_k <= std::min(o.experts, kMaxTopK), "top-k: from 1 to 32");
-  require(o.hidden >= 128 && o.hidden % 128 == 0, "hidden: a multiple of 128");
+  require(o.hidden >= 16 && o.hidden % 16 == 0, "hidden: a multiple of 16");
   require(o.tokens >= 1 && int64_t{o.ranks} * o.tokens * o.top_k < int64_t{1} << 31,
           "tokens: at least 1, fewer than 2^31 ids in all");
   require(o.calls >= 1 && o.repeats >= 1, "calls, repeats: at least 1");
@@ -287,7 +287,8 @@ class Bench {
       b.weights = Allocate<float>(rows);
       b.row_weights = Allocate<float>(rows);
       b.dots = Allocate<float>(rows);
-      b.scales = Allocate<float>(rows * (o_.hidden / jax_ep::kScaleBlock));
+      b.scales = Allocate<float>(rows * jax_ep::num_block_scales(o_.hidden));
+      b.x_scales = Allocate<float>(tokens * jax_ep::num_block_scales(o_.hidden));
       b.collected = Allocate<float>(ids_here);
       b.load = Allocate<int32_t>(o_.experts);
       CHECK_CUDA(cudaMemcpy(b.load, load.data(), o_.experts * 4, cudaMemcpyHostToDevice));
@@ -416,6 +417,7 @@ class Bench {
     if (op == "gradient") dispatch(DispatchMode::kWeighted);
     if (op == "fp8") dispatch(DispatchMode::kQuantize);
     if (op == "fp8-dequantized") dispatch(DispatchMode::kDequantize);
+    if (op == "fp8-scaled") dispatch(DispatchMode::kScaled);
     if (op == "combine" || op == "collect") {
       CHECK_CUDA(
           LaunchCombine(View(rank, op, num_sms), Combine(b, op == "combine"), num_sms, b.stream));

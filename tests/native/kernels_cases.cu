@@ -112,10 +112,13 @@ std::vector<Case> Cases(bool small) {
       {17, 4, 4, 4, 520, kBF16, R::kSilentRank, 120, false, false},
       {40, 2, 2, 1, 264, kF16, R::kOneExpert, 60, true, false},
       {8, 2, 2, 8, 16, kF32, R::kNowhere, 100, true, true},
-      // Channels that have scales: fp8 as well.
+      // Blocks of channels that have scales, the last one whole or shorter: fp8 as well, which takes
+      // all multiples of 16.
       {33, 3, 5, 16, 128, kF32, R::kHoles, 80, true, true},
       {17, 4, 4, 4, 640, kBF16, R::kSilentRank, 120, false, false},
       {40, 2, 2, 1, 1152, kF16, R::kOneExpert, 60, true, true},
+      {37, 4, 4, 8, 2880, kBF16, R::kHoles, 90, true, false},
+      {21, 3, 3, 1, 144, kF32, R::kUniform, 80, false, true},
       // Enough units that the blocks of a grid of five share some.
       {330, 2, 2, 1, 64, kBF16, R::kSilentRank, 100, true, true},
       {350, 2, 2, 1, 64, kF16, R::kNowhere, 100, true, false},

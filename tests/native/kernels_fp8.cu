@@ -1,9 +1,12 @@
-// Dispatch in fp8: rows stay quantised or are dequantised where they arrive, with both kinds of
-// scales. Results are poisoned before, so that padding and tail are seen to be written.
+// Dispatch in fp8: rows that are quantised and stay so or are dequantised where they arrive, with
+// both kinds of scales, and rows that come with scales. Results are poisoned before, so that padding
+// and tail are seen to be written.
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <memory>
+#include <set>
 #include <vector>
 
 #include "tests/native/check_cuda.h"
@@ -14,13 +17,26 @@
 namespace jax_ep::gpu::test {
 namespace {
 
-// One rank's results of one call in fp8.
-struct Results {
-  Results(const Data& d, bool keeps_fp8)
-      : rows(d.capacity * (keeps_fp8 ? d.num_channels : d.row_bytes)),
-        scales(keeps_fp8 ? d.capacity * d.num_channels / kScaleBlock : 0),
+// What a call takes and how its rows cross.
+struct Fp8Call {
+  DispatchMode mode;
+  bool power_of_two_scales;
+  int64_t num_scales;
+  const std::vector<std::vector<uint8_t>>& x;                 // [R], rows
+  const std::vector<std::vector<float>>* x_scales = nullptr;  // [R], with kScaled
+
+  bool keeps_scales() const { return mode != DispatchMode::kDequantize; }
+};
+
+// One rank's operands and results.
+struct Fp8Buffers {
+  Fp8Buffers(const Data& d, const Fp8Call& call, int r)
+      : x(call.x[r]),
+        x_scales(call.x_scales != nullptr ? (*call.x_scales)[r] : std::vector<float>{}),
+        rows(d.capacity * (call.keeps_scales() ? d.num_channels : d.row_bytes)),
+        scales(call.keeps_scales() ? d.capacity * call.num_scales : 0),
         weights(d.capacity),
-        landing(d.num_ranks * d.num_tokens * WireRowBytes(d.num_channels)) {}
+        landing(d.num_ranks * d.num_tokens * wire_row_bytes(d.num_channels, call.num_scales)) {}
 
   void Poison(cudaStream_t stream) {
     rows.Fill(0xff, stream);
@@ -29,6 +45,8 @@ struct Results {
     landing.Fill(0xff, stream);
   }
 
+  Buffer<uint8_t> x;
+  Buffer<float> x_scales;
   Buffer<uint8_t> rows;
   Buffer<float> scales, weights;
   Buffer<uint8_t> landing;
@@ -41,32 +59,30 @@ void MakeNansEqual(std::vector<uint8_t>& numbers) {
   }
 }
 
-void RunMode(const Group& group, const Data& d, const Fp8Data& expected, DispatchMode mode,
-             bool power_of_two_scales, std::vector<std::unique_ptr<Buffers>>& buffers, int num_sms,
-             uint64_t seed) {
-  const int num_wrong_before = g_tally.num_wrong;
-  const bool keeps_fp8 = mode == DispatchMode::kQuantize;
-  std::vector<std::unique_ptr<Results>> results;
-  std::vector<std::unique_ptr<Buffer<uint8_t>>> x;
-  for (int r = 0; r < d.num_ranks; ++r) {
-    results.push_back(std::make_unique<Results>(d, keeps_fp8));
-    x.push_back(std::make_unique<Buffer<uint8_t>>(expected.x[r]));
-  }
+// Calls twice on all ranks; `operation` tells calls of a case apart.
+std::vector<std::unique_ptr<Fp8Buffers>> Run(const Group& group, const Data& d, const Fp8Call& call,
+                                             std::vector<std::unique_ptr<Buffers>>& buffers,
+                                             int num_sms, uint64_t seed, uint64_t operation) {
+  std::vector<std::unique_ptr<Fp8Buffers>> results;
+  for (int r = 0; r < d.num_ranks; ++r) results.push_back(std::make_unique<Fp8Buffers>(d, call, r));
   CHECK_CUDA(cudaDeviceSynchronize());
   for (int round = 0; round < 2; ++round) {
     for (int r = 0; r < d.num_ranks; ++r) {
-      Results& out = *results[r];
+      Fp8Buffers& out = *results[r];
       out.Poison(group.stream(r));
-      const GroupView view = group.View(
-          r, d.num_ranks, seed * 8 + 5 + (keeps_fp8 ? 0 : 1) + (power_of_two_scales ? 8192 : 0),
-          10 * kSecond);
+      const GroupView view = group.View(r, d.num_ranks, seed * 8 + operation, 10 * kSecond);
       DispatchArguments a = buffers[r]->Dispatch(d);
-      a.x = x[r]->get();
-      a.mode = mode;
+      a.x = out.x.get();
+      a.mode = call.mode;
       a.type = d.type;
-      a.power_of_two_scales = power_of_two_scales;
+      a.num_scales = call.num_scales;
+      a.power_of_two_scales = call.power_of_two_scales;
+      if (call.mode == DispatchMode::kScaled) {
+        a.row_bytes = d.num_channels;
+        a.x_scales = out.x_scales.get();
+      }
       a.tokens = out.rows.get();
-      a.scales = keeps_fp8 ? out.scales.get() : nullptr;
+      a.scales = call.keeps_scales() ? out.scales.get() : nullptr;
       a.weights = d.weighted ? out.weights.get() : nullptr;
       // Every case mixes ranks whose rows land elsewhere first with ranks whose do not.
       a.landing = (r + seed) % 2 == 0 ? out.landing.get() : nullptr;
@@ -76,34 +92,71 @@ void RunMode(const Group& group, const Data& d, const Fp8Data& expected, Dispatc
   CHECK_CUDA(cudaDeviceSynchronize());
   RequireNoError(group, d.num_ranks);
   for (int r = 0; r < d.num_ranks; ++r) {
-    const Results& out = *results[r];
+    if (d.weighted) {
+      Compare("weights beside fp8", r, results[r]->weights.Read(), d.weights[r],
+              NumSpecified(d, r));
+    }
+    Compare("x of fp8", r, results[r]->x.Read(), call.x[r]);
+  }
+  return results;
+}
+
+void RunQuantizing(const Group& group, const Data& d, const Fp8Data& expected, DispatchMode mode,
+                   bool power_of_two_scales, std::vector<std::unique_ptr<Buffers>>& buffers,
+                   int num_sms, uint64_t seed) {
+  const int num_wrong_before = g_tally.num_wrong;
+  const Fp8Call call{mode, power_of_two_scales, num_block_scales(d.num_channels), expected.x};
+  const auto results = Run(group, d, call, buffers, num_sms, seed,
+                           5 + (call.keeps_scales() ? 0 : 1) + (power_of_two_scales ? 8192 : 0));
+  for (int r = 0; r < d.num_ranks; ++r) {
+    const Fp8Buffers& out = *results[r];
     const int64_t num_specified = NumSpecified(d, r);
-    if (keeps_fp8) {
+    if (call.keeps_scales()) {
       std::vector<uint8_t> numbers = out.rows.Read();
       MakeNansEqual(numbers);
       Compare("fp8 tokens", r, numbers, expected.numbers[r], num_specified * d.num_channels);
       Compare("fp8 scales", r, out.scales.Read(), expected.scales[r],
-              num_specified * d.num_channels / kScaleBlock);
+              num_specified * call.num_scales);
     } else {
       std::vector<uint8_t> rows = out.rows.Read(), right = expected.dequantized[r];
       rows.resize(num_specified * d.row_bytes);
       right.resize(num_specified * d.row_bytes);
       CompareNumbers("dequantised tokens", r, d.type, rows, right);
     }
-    if (d.weighted) {
-      Compare("weights beside fp8", r, out.weights.Read(), d.weights[r], num_specified);
-    }
-    Compare("x of fp8", r, x[r]->Read(), expected.x[r]);
   }
   if (g_tally.num_wrong != num_wrong_before) {
     PrintCase(d, power_of_two_scales ? "in fp8, scales powers of two" : "in fp8", num_sms);
   }
 }
 
+// Rows that come with scales; what is checked are bits.
+void RunScaled(const Group& group, const Data& d, int64_t num_scales,
+               std::vector<std::unique_ptr<Buffers>>& buffers, int num_sms, uint64_t seed) {
+  const int num_wrong_before = g_tally.num_wrong;
+  const ScaledData expected = MakeScaledData(d, num_scales, seed);
+  const Fp8Call call{DispatchMode::kScaled, false, num_scales, expected.x, &expected.x_scales};
+  const auto results =
+      Run(group, d, call, buffers, num_sms, seed, 7 + 8192 * static_cast<uint64_t>(num_scales));
+  for (int r = 0; r < d.num_ranks; ++r) {
+    const int64_t num_specified = NumSpecified(d, r);
+    Compare("tokens that come with scales", r, results[r]->rows.Read(), expected.tokens[r],
+            num_specified * d.num_channels);
+    Compare("scales that come with tokens", r, results[r]->scales.Read(), expected.scales[r],
+            num_specified * num_scales);
+    Compare("given scales", r, results[r]->x_scales.Read(), expected.x_scales[r]);
+  }
+  if (g_tally.num_wrong != num_wrong_before) {
+    char what[64];
+    std::snprintf(what, sizeof what, "in float8 with %d scales a row",
+                  static_cast<int>(num_scales));
+    PrintCase(d, what, num_sms);
+  }
+}
+
 }  // namespace
 
 bool HasFp8(const Data& d) {
-  return d.num_channels % kScaleBlock == 0 && d.num_channels <= kMaxFp8Channels;
+  return d.num_channels % kRowAlignment == 0 && d.num_channels <= kMaxFp8Channels;
 }
 
 void RunFp8(const Group& group, const Data& d, int num_sms, uint64_t seed) {
@@ -116,8 +169,13 @@ void RunFp8(const Group& group, const Data& d, int num_sms, uint64_t seed) {
   for (const bool power_of_two_scales : {false, true}) {
     const Fp8Data expected = MakeFp8Data(d, x, power_of_two_scales);
     for (const DispatchMode mode : {DispatchMode::kQuantize, DispatchMode::kDequantize}) {
-      RunMode(group, d, expected, mode, power_of_two_scales, buffers, num_sms, seed);
+      RunQuantizing(group, d, expected, mode, power_of_two_scales, buffers, num_sms, seed);
     }
+  }
+  // One a row, one a block of 128 channels, and (mostly) a number that the copy engine takes.
+  for (const int64_t num_scales :
+       std::set<int64_t>{1, num_block_scales(d.num_channels), d.num_channels / 16}) {
+    RunScaled(group, d, num_scales, buffers, num_sms, seed);
   }
 }
 

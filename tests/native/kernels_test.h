@@ -16,7 +16,8 @@ std::vector<Case> Cases(bool small);
 // Layout, dispatch, combine and combine's gradient of one case, against the oracle.
 void RunCase(const Group& group, const Data& d, int num_sms, uint64_t seed);
 
-// Dispatch in both forms of fp8, with both kinds of scales, of one case that can have them.
+// Dispatch in fp8 of one case that can have it: in both forms with both kinds of scales, and of rows
+// that come with scales.
 bool HasFp8(const Data& d);
 void RunFp8(const Group& group, const Data& d, int num_sms, uint64_t seed);
 

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
+#include <iterator>
 
 #include "cuda/direct/dispatch/plan.h"
 #include "cuda/direct/pieces.h"
@@ -59,9 +60,10 @@ void TestPieces() {
 }
 
 void TestDispatch() {
-  const RowFormat formats[] = {kCopyFormat, kQuantizedFormat, kDequantizedFormat, kWeightedFormat};
-  int64_t longest[4] = {};
-  for (int f = 0; f < 4; ++f) {
+  const RowFormat formats[] = {kCopyFormat, kQuantizedFormat, kDequantizedFormat, kWeightedFormat,
+                               kScaledFormat};
+  int64_t longest[std::size(formats)] = {};
+  for (int f = 0; f < static_cast<int>(std::size(formats)); ++f) {
     const RowFormat& format = formats[f];
     ForRows([&](int64_t row_bytes) {
       for (const int64_t num_tokens : {1, 128, 32768}) {
@@ -103,9 +105,11 @@ void TestDispatch() {
     });
   }
   REQUIRE(longest[0] > 1024 * kMiB, "%ld", long(longest[0]));
-  // What LaunchDispatch lets through: 32768 channels with their scales, 40 KiB.
-  REQUIRE(longest[1] >= 33792 && longest[2] >= 33792 && longest[3] >= 40960, "%ld %ld %ld",
-          long(longest[1]), long(longest[2]), long(longest[3]));
+  // What LaunchDispatch lets through: 32768 channels with their scales, 40 KiB, 48 KiB.
+  REQUIRE(longest[1] >= 33792 && longest[2] >= 33792 && longest[3] >= kMaxWeightedRowBytes &&
+              longest[4] >= kMaxScaledRowBytes,
+          "%ld %ld %ld %ld", long(longest[1]), long(longest[2]), long(longest[3]),
+          long(longest[4]));
   // Units are numbered in 32 bits.
   dispatch::Plan plan{};
   for (const int64_t num_tokens : {int64_t{1} << 31, int64_t{1} << 40}) {

@@ -176,11 +176,11 @@ VALUE_ERRORS: Failures = [
     ("g must have shape (2, 3, 2), got (2, 3, 1)", lambda: combine_vjp(g=EXAMPLE_X[:, :, :1])),
     # fp8
     (
-        "x must have a last axis that is a positive multiple of 128, got shape (2, 192)",
-        lambda: quantize(np.zeros((2, 192), np.float32)),
+        "x must have a last axis of at least 1, got shape ()",
+        lambda: quantize(np.zeros((), np.float32)),
     ),
     (
-        "x must have a last axis that is a positive multiple of 128, got shape (2, 0)",
+        "x must have a last axis of at least 1, got shape (2, 0)",
         lambda: quantize(np.zeros((2, 0), np.float32)),
     ),
     (
@@ -188,8 +188,8 @@ VALUE_ERRORS: Failures = [
         lambda: quantize(np.zeros(128, np.float32), "e8m0"),
     ),
     (
-        "q must have a last axis that is a positive multiple of 128, got shape (64,)",
-        lambda: reference.dequantize(FP8_ROW[:64], ONE_SCALE),
+        "q must have a last axis of at least 1, got shape (0,)",
+        lambda: reference.dequantize(FP8_ROW[:0], ONE_SCALE),
     ),
     (
         "scales must have shape (1,), got (2,)",

@@ -123,6 +123,27 @@ def test_quantize_groups_are_independent(scale_format: Any, dtype: DTypeLike) ->
         assert np.abs(q_one.astype(np.float32)).max() >= 224
 
 
+@pytest.mark.parametrize("scale_format", ["float32", "power_of_two"])
+@pytest.mark.parametrize("hidden", [1, 16, 127, 129, 192, 2880])
+def test_a_last_group_that_is_shorter_is_a_group(scale_format: Any, hidden: int) -> None:
+    # Each group by itself, and the last one by itself filled up with what cannot be its largest.
+    rng = np.random.default_rng(hidden)
+    x = routings.random_rows(rng, (3, hidden), F32)
+    q, scales = reference.quantize(x, scale_format=scale_format)
+    assert q.shape == x.shape
+    assert scales.shape == (3, (hidden + 127) // 128)
+    back = reference.dequantize(q, scales, F32)
+    assert back.shape == x.shape
+    for row, begin in itertools.product(range(3), range(0, hidden, 128)):
+        end = min(begin + 128, hidden)
+        alone = group([*x[row, begin:end]])
+        q_alone, scale_alone = reference.quantize(alone, scale_format=scale_format)
+        assert_same_bits(scales[row, begin // 128 :][:1], scale_alone)
+        assert_same_bits(q[row, begin:end].view(np.uint8), q_alone[: end - begin].view(np.uint8))
+        product = q[row, begin:end].astype(F32) * scale_alone
+        assert_same_bits(back[row, begin:end], product)
+
+
 @oracle_examples
 @given(
     st.integers(0, 2**32 - 1),

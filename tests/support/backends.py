@@ -69,7 +69,7 @@ class BackendLayout:
 
 
 class Received(tuple[Array, Array | None, Array | None]):
-    """Tokens [R, C, H], weights [R, C] or None, scales [R, C, H // 128] or None.
+    """Tokens [R, C, H], weights [R, C] or None, scales [R, C, S] or None.
 
     With expand=False tokens and scales have R * T + 1 rows in place of C.
     """
@@ -101,8 +101,9 @@ class Backend:
         fp8: Any = None,
         dequantize: bool = False,
         expand: bool = True,
+        scales: Array | None = None,
     ) -> Received:
-        """Puts x [R, T, H] and topk_weights [R, T, K] into expert order."""
+        """Puts x [R, T, H], its scales [R, T, S] and topk_weights [R, T, K] into expert order."""
         raise NotImplementedError
 
     def combine(self, y: Array, layout: BackendLayout, weights: Array | None = None) -> Array:
@@ -146,15 +147,17 @@ class ReferenceBackend(Backend):
         fp8: Any = None,
         dequantize: bool = False,
         expand: bool = True,
+        scales: Array | None = None,
     ) -> Received:
-        if fp8 is None:
-            tokens, weights = reference.dispatch(x, layout.handle, topk_weights, expand=expand)
+        if fp8 is not None:
+            q, scales = reference.quantize(x, scale_format=fp8)
+            if dequantize:
+                x, scales = reference.dequantize(q, scales, x.dtype), None
+            else:
+                x = q
+        tokens, weights = reference.dispatch(x, layout.handle, topk_weights, expand=expand)
+        if scales is None:
             return Received((tokens, weights, None))
-        q, scales = reference.quantize(x, scale_format=fp8)
-        if dequantize:
-            x = reference.dequantize(q, scales, x.dtype)
-            return self.dispatch(x, layout, topk_weights, expand=expand)
-        tokens, weights = reference.dispatch(q, layout.handle, topk_weights, expand=expand)
         recv_scales, _ = reference.dispatch(scales, layout.handle, expand=expand)
         return Received((tokens, weights, recv_scales))
 
@@ -270,9 +273,11 @@ class JaxBackend(Backend):
         fp8: Any = None,
         dequantize: bool = False,
         expand: bool = True,
+        scales: Array | None = None,
     ) -> Received:
         function = _dispatch_function(fp8, dequantize, expand)
-        return Received(self.run(layout.case.num_ranks, function, layout.handle, x, topk_weights))
+        arguments = layout.handle, x, topk_weights, scales
+        return Received(self.run(layout.case.num_ranks, function, *arguments))
 
     def combine(self, y: Array, layout: BackendLayout, weights: Array | None = None) -> Array:
         out: Array = self.run(layout.case.num_ranks, _combine, layout.handle, y, weights)
@@ -398,9 +403,17 @@ def _layout_function(case: Case) -> Callable[..., Any]:
 
 @functools.cache
 def _dispatch_function(fp8: Any, dequantize: bool, expand: bool) -> Callable[..., Any]:
-    def dispatch_function(layout: Any, x: jax.Array, topk_weights: jax.Array | None) -> Any:
+    def dispatch_function(
+        layout: Any, x: jax.Array, topk_weights: jax.Array | None, scales: jax.Array | None
+    ) -> Any:
         received = jax_ep.dispatch(
-            x, layout, topk_weights, fp8=fp8, dequantize=dequantize, expand=expand
+            x,
+            layout,
+            topk_weights,
+            fp8=fp8,
+            dequantize=dequantize,
+            expand=expand,
+            scales=scales,
         )
         return received.tokens, received.weights, received.scales
 

@@ -42,6 +42,7 @@ nb::dict Limits() {
   limits["cuda_top_k"] = gpu::kMaxTopK;
   limits["cuda_tokens_per_sm"] = gpu::kMaxUnitsPerBlock;
   limits["cuda_fp8_channels"] = gpu::kMaxFp8Channels;
+  limits["cuda_scaled_row_bytes"] = gpu::kMaxScaledRowBytes;
   limits["cuda_weighted_row_bytes"] = gpu::kMaxWeightedRowBytes;
   return limits;
 }

@@ -13,12 +13,17 @@ void CheckTopK(const TableSizes& sizes, Checks* checks) {
 }
 
 // Kernels move rows by 16 bytes; another address is a trap, which would end the context.
+void CheckAddress(const char* name, const Memory& memory, Checks* checks) {
+  checks->Require(
+      reinterpret_cast<uintptr_t>(memory.data) % kRowAlignment == 0,
+      std::string(name) + " must lie at a multiple of " + std::to_string(kRowAlignment) + " bytes");
+}
+
 void CheckRows(const char* name, const Rows& rows, Checks* checks) {
-  const std::string alignment = std::to_string(kRowAlignment) + " bytes";
   checks->Require(rows.row_bytes() % kRowAlignment == 0,
-                  "a row of " + std::string(name) + " must be a multiple of " + alignment);
-  checks->Require(reinterpret_cast<uintptr_t>(rows.data) % kRowAlignment == 0,
-                  std::string(name) + " must lie at a multiple of " + alignment);
+                  "a row of " + std::string(name) + " must be a multiple of " +
+                      std::to_string(kRowAlignment) + " bytes");
+  CheckAddress(name, rows, checks);
 }
 
 }  // namespace
@@ -33,7 +38,13 @@ void CheckForKernel(const DispatchCall& call, Checks* checks) {
   CheckTopK(call.sizes, checks);
   CheckRows("x", call.x, checks);
   CheckRows("tokens", call.tokens, checks);
-  if (call.quantization != QuantizationKind::kNone) {
+  CheckAddress("scales", call.scales, checks);
+  if (call.quantization == QuantizationKind::kGivenScales) {
+    CheckAddress("x_scales", call.x_scales, checks);
+    checks->Require(wire_row_bytes(call.x.num_channels, call.num_scales) <= gpu::kMaxScaledRowBytes,
+                    "a row of x with its scales must be at most " +
+                        std::to_string(gpu::kMaxScaledRowBytes) + " bytes");
+  } else if (call.quantization != QuantizationKind::kNone) {
     checks->Require(call.x.num_channels <= gpu::kMaxFp8Channels,
                     "x must have at most " + std::to_string(gpu::kMaxFp8Channels) +
                         " channels to be quantised");

@@ -17,12 +17,11 @@ ffi::Error CombineGradient(cudaStream_t stream, int32_t ordinal, CudaSiteState* 
   const CombineGradientCall call = DecodeCall(a, operands, results, &checks);
   if (checks.ok()) CheckForKernel(call, &checks);
   if (!checks.ok()) return checks.error();
-  constexpr gpu::DispatchMode kMode = gpu::DispatchMode::kWeighted;
   GroupCall group;
-  if (ffi::Error e = EnterGroup(*state, ordinal, stream,
-                                {{"d_y", call.d_y.data, call.d_y.bytes, Use::kLanding,
-                                  LandingBytes(call, kMode, call.g)}},
-                                &group);
+  if (ffi::Error e = EnterGroup(
+          *state, ordinal, stream,
+          {{"d_y", call.d_y.data, call.d_y.bytes, Use::kLanding, LandingBytes(call, call.g, 0)}},
+          &group);
       e.failure()) {
     return e;
   }
@@ -32,7 +31,7 @@ ffi::Error CombineGradient(cudaStream_t stream, int32_t ordinal, CudaSiteState* 
   arguments.row_weights = call.weights.as<const float>();
   arguments.dots = call.d_weights.as<float>();
   arguments.landing = group.LandingOf(call.d_y.data);
-  arguments.mode = kMode;
+  arguments.mode = gpu::DispatchMode::kWeighted;
   arguments.type = *call.g.float_type();
   arguments.zero_tail = call.zero_tail;
   const cudaError_t launched =

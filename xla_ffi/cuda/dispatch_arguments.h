@@ -25,9 +25,9 @@ inline gpu::DispatchArguments DispatchArgumentsOf(const OnLayout& layout, const 
 }
 
 // Of the landing area for tokens that peers cannot reach.
-inline size_t LandingBytes(const OnLayout& layout, gpu::DispatchMode mode, const Rows& x) {
+inline size_t LandingBytes(const OnLayout& layout, const Rows& x, int64_t num_scales) {
   return static_cast<size_t>(layout.sizes.num_ranks * layout.sizes.num_tokens *
-                             gpu::LandingRowBytes(mode, x.num_channels, x.row_bytes()));
+                             gpu::WireRowBytes(x.row_bytes(), x.num_channels, num_scales));
 }
 
 }  // namespace jax_ep

@@ -9,16 +9,32 @@ namespace {
 
 namespace ffi = xla::ffi;
 
+// Without NaN.
 bool IsInteger(ffi::DataType type) {
   switch (type) {
     case ffi::F64:
     case ffi::F32:
     case ffi::F16:
     case ffi::BF16:
+    case ffi::F8E4M3FN:
+    case ffi::F8E5M2:
       return false;
     default:
       return true;
   }
+}
+
+gpu::DispatchMode ModeOf(const DispatchCall& call) {
+  switch (call.quantization) {
+    case QuantizationKind::kNone:
+      return gpu::DispatchMode::kCopy;
+    case QuantizationKind::kGivenScales:
+      return gpu::DispatchMode::kScaled;
+    case QuantizationKind::kFloat32Scales:
+    case QuantizationKind::kPowerOfTwoScales:
+      break;
+  }
+  return call.dequantize ? gpu::DispatchMode::kDequantize : gpu::DispatchMode::kQuantize;
 }
 
 ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
@@ -28,27 +44,25 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
   checks.Require(call.expand, "on GPUs dispatch makes expert rows only: leave expand=False out");
   if (checks.ok()) CheckForKernel(call, &checks);
   if (!checks.ok()) return checks.error();
-  const gpu::DispatchMode mode = call.quantization == QuantizationKind::kNone
-                                     ? gpu::DispatchMode::kCopy
-                                 : call.dequantize ? gpu::DispatchMode::kDequantize
-                                                   : gpu::DispatchMode::kQuantize;
   GroupCall group;
   if (ffi::Error e = EnterGroup(*state, ordinal, stream,
                                 {{"tokens", call.tokens.data, call.tokens.bytes, Use::kLanding,
-                                  LandingBytes(call, mode, call.x)},
+                                  LandingBytes(call, call.x, call.num_scales)},
                                  {"weights", call.weights.data, call.weights.bytes, Use::kOutput},
                                  {"scales", call.scales.data, call.scales.bytes, Use::kOutput}},
                                 &group);
       e.failure()) {
     return e;
   }
-  group.Distinguish({call.x.num_channels, static_cast<int64_t>(call.x.type)});
+  group.Distinguish({call.x.num_channels, static_cast<int64_t>(call.x.type), call.num_scales});
   gpu::DispatchArguments arguments = DispatchArgumentsOf(call, call.x, call.tokens);
   arguments.topk_weights = call.topk_weights.as<const float>();
   arguments.scales = group.At(call.scales.as<float>());
   arguments.weights = group.At(call.weights.as<float>());
   arguments.landing = group.LandingOf(call.tokens.data);
-  arguments.mode = mode;
+  arguments.mode = ModeOf(call);
+  arguments.num_scales = call.num_scales;
+  arguments.x_scales = call.x_scales.as<const float>();
   arguments.type = call.x.float_type().value_or(FloatType::kF32);
   arguments.power_of_two_scales = call.quantization == QuantizationKind::kPowerOfTwoScales;
   arguments.zero_tail = call.zero_tail;

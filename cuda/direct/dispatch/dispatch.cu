@@ -4,11 +4,12 @@
 //           else 0.
 //           With fp8, x crosses as float8_e4m3fn with a scale per 128 channels, as
 //           jax_ep/reference.py's quantize defines them: tokens and scales are those, or, with
-//           kDequantize, tokens are their products in x's type.
+//           kDequantize, tokens are their products in x's type. With kScaled x is float8 and has
+//           scales: they cross together, scales[row] = x_scales of src [t].
 //           With kWeighted, which is the gradient of combine: tokens[row] = round(row_weights[row] *
 //           x of src [t]), dots[row] = sum over channels of y[row] * x of src [t], 0 if it holds no
 //           row; all in f32.
-// Roles:    one block an SM, 6 warps, 12 with fp8, 18 with kWeighted. The first ones, senders and
+// Roles:    one block an SM, 6 warps, 12 with fp8, 8 with kScaled, 18 with kWeighted. The first ones, senders and
 //           then receivers, run a ring of stages each; with kWeighted each has helpers, which share
 //           the channels of its rows and form products and sums. Senders load (or quantise) each of
 //           the rank's own tokens once and store it to its rows here, and to one row at each other
@@ -22,7 +23,8 @@
 //           what crosses; the rows that stay here are stored by whichever sender is free, which
 //           loads the token again.
 // Buffers:  name            | lives on       | written by                     | read by
-//           x, topk_weights | XLA, own       | before the call                | own senders
+//           x, x_scales,    | XLA, own       | before the call                | own senders
+//             topk_weights  |                |                                |
 //           tokens, weights,| XLA, each rank | peers' senders, [S2]..[P1]     | receivers, [P2], what
 //             scales        |                | (one row a token, weights,     | peers wrote; later
 //                           |                | scales); own warps (the rest)  | kernels
@@ -49,7 +51,7 @@
 //           give_up.cuh.
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses; longer ones than a stage go in
 //           pieces; at most kMaxUnitsPerBlock units a block; with fp8 at most kMaxFp8Channels, with
-//           kWeighted at most kMaxWeightedRowBytes, and no pieces.
+//           kScaled and kWeighted at most kMaxScaledRowBytes and kMaxWeightedRowBytes, and no pieces.
 #include <type_traits>
 
 #include "cuda/core/placement.h"
@@ -63,6 +65,7 @@
 #include "cuda/rows/copy_rows.cuh"
 #include "cuda/rows/dequantized_rows.cuh"
 #include "cuda/rows/quantized_rows.cuh"
+#include "cuda/rows/scaled_rows.cuh"
 #include "cuda/rows/weighted_rows.cuh"
 #include "cuda/sync/give_up.cuh"
 #include "cuda/sync/grid.cuh"
@@ -202,8 +205,9 @@ __global__ __launch_bounds__(kNumThreads<Rows>,
 template <typename Rows>
 cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_sms,
                    cudaStream_t stream) {
-  const Sizes sizes{a.num_tokens,    a.top_k, LandingRowBytes(a.mode, a.num_channels, a.row_bytes),
-                    group.num_ranks, num_sms, a.landing != nullptr};
+  const Sizes sizes{
+      a.num_tokens,    a.top_k, WireRowBytes(a.row_bytes, a.num_channels, a.num_scales),
+      group.num_ranks, num_sms, a.landing != nullptr};
   Plan plan;
   if (!MakePlan(Rows::kFormat, sizes, &plan)) return cudaErrorInvalidValue;
   dispatch_kernel<Rows>
@@ -222,6 +226,8 @@ cudaError_t LaunchDispatch(const GroupView& group, const DispatchArguments& a, i
       return Launch<QuantizedRows>(group, a, num_sms, stream);
     case DispatchMode::kDequantize:
       return Launch<DequantizedRows>(group, a, num_sms, stream);
+    case DispatchMode::kScaled:
+      return Launch<ScaledRows>(group, a, num_sms, stream);
     case DispatchMode::kWeighted:
       return Launch<WeightedRows>(group, a, num_sms, stream);
   }
@@ -229,8 +235,9 @@ cudaError_t LaunchDispatch(const GroupView& group, const DispatchArguments& a, i
 }
 
 cudaError_t PrepareDispatch() {
-  for (auto* kernel : {dispatch_kernel<CopyRows>, dispatch_kernel<QuantizedRows>,
-                       dispatch_kernel<DequantizedRows>, dispatch_kernel<WeightedRows>}) {
+  for (auto* kernel :
+       {dispatch_kernel<CopyRows>, dispatch_kernel<QuantizedRows>, dispatch_kernel<DequantizedRows>,
+        dispatch_kernel<ScaledRows>, dispatch_kernel<WeightedRows>}) {
     if (cudaError_t e = PrepareKernel(kernel, kRingBytes); e != cudaSuccess) return e;
   }
   return cudaSuccess;

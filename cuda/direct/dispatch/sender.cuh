@@ -148,8 +148,8 @@ class Sender : Ring<Rows> {
     const uint32_t bytes = this->bytes_at(at);
     this->describe_stage(mine ? to_ : 0, extra_, mine && crosses_, mine && verbatim_, bytes,
                          num_issued_);
-    const char* x = static_cast<const char*>(a_.x) + this->token_of(unit) * a_.row_bytes + at;
-    this->rows_.fill_stage(x, bytes, this->load_stage(), &shared_.full[this->load_slot()]);  // [L]
+    this->rows_.fill_stage(this->token_of(unit), at, bytes, this->load_stage(),
+                           &shared_.full[this->load_slot()]);  // [L]
     timeline::mark(Role::kSender, Event::kLoad);
     this->leave_load_stage();
   }

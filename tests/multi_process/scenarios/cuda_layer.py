@@ -7,6 +7,8 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from job import CALL_ERRORS
 from layers import NUM_TOKENS, example, local_parts, make_mesh, per_shard, put
@@ -18,8 +20,8 @@ from jax_ep import reference
 class Layer:
     """A layer and a part of its gradient, compiled once, with data and what the oracle makes of it.
 
-    It has every kind of buffer that peers touch: ids, rows (as they are, quantised, dequantised),
-    weights, scales, partial sums, and values that are collected.
+    It has every kind of buffer that peers touch: ids, rows (as they are, quantised, dequantised,
+    with scales), weights, scales, partial sums, and values that are collected.
     """
 
     def __init__(self, num_tokens: int = NUM_TOKENS) -> None:
@@ -32,11 +34,14 @@ class Layer:
             out = jax_ep.combine(recv[0], layout, recv[1])
             quantized = jax_ep.dispatch(x, layout, weights, fp8="float32")
             dequantized = jax_ep.dispatch(x, layout, fp8="float32", dequantize=True)
+            float8 = jax.lax.bitcast_convert_type(x, jnp.float8_e5m2).reshape(x.shape[0], -1)
+            scaled = jax_ep.dispatch(float8, layout, scales=x[:, :2].astype(jnp.float32))
             return {
                 "recv_src": layout.recv_src,
                 "received": recv,
                 "quantized": (quantized.tokens, quantized.scales, quantized.weights),
                 "dequantized": dequantized.tokens,
+                "scaled": (scaled.tokens, scaled.scales),
                 "out": out,
                 "gradients": pull((recv[0], recv[1] * 2)),
             }
@@ -50,11 +55,13 @@ class Layer:
         assert recv[1] is not None
         quantized = reference.quantize(x, scale_format="float32")
         dequantized = reference.dequantize(*quantized, x.dtype)
+        scaled = x.view(ml_dtypes.float8_e5m2), x[..., :2].astype(np.float32)
         self.expected = {
             "recv_src": oracle.recv_src,
             "received": recv,
             "quantized": (*(reference.dispatch(part, oracle)[0] for part in quantized), recv[1]),
             "dequantized": reference.dispatch(dequantized, oracle)[0],
+            "scaled": tuple(reference.dispatch(part, oracle)[0] for part in scaled),
             "out": reference.combine(recv[0], oracle, recv[1]),
             "gradients": reference.dispatch_vjp(oracle, recv[0], recv[1] * 2),
         }

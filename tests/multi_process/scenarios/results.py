@@ -59,12 +59,15 @@ def verbs(axis_name: Any, num_ranks: int, capacity: int | None, alignment: int) 
         once, vjp_once = jax.vjp(
             lambda x, w: jax_ep.dispatch(x, layout, w, expand=False)[:2], x, weights
         )
+        as_float8 = jax.lax.bitcast_convert_type(x, jnp.float8_e5m2).reshape(x.shape[0], -1)
+        scaled = jax_ep.dispatch(as_float8, layout, weights, scales=x[:, :2].astype(jnp.float32))
         return {
             "layout": {name: getattr(layout, name) for name in LAYOUT_FIELDS},
             "dispatch": tuple(jax_ep.dispatch(x, layout, weights)[:2]),
             "once": once,
             "integers": jax_ep.dispatch(ids.repeat(4, axis=1), layout).tokens,
             "fp8": fp8,
+            "scaled": tuple(scaled[:3]),
             "combine": (out, out_plain),
             "gradients": (vjp(g), vjp_plain(g), vjp_once((once[0] * 3, once[1] * 2))),
         }

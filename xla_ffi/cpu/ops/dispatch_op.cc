@@ -25,9 +25,9 @@ class DispatchOp final : public CollectiveOp {
     wire_.resize(sizes.num_ranks);
   }
 
-  // With quantisation, what travels is the wire row (cuda/core/wire_row.h), made once per token.
+  // With scales, what travels is the wire row (cuda/core/wire_row.h), made once per token.
   void Prepare(const PeerMemory&) override {
-    if (!sizes_.quantization) return;
+    if (!has_wire_rows()) return;
     for (int64_t r = 0; r < sizes_.num_ranks; ++r) {
       if (is_local(r)) wire_[r].resize(sizes_.num_tokens * wire_bytes());
     }
@@ -38,12 +38,8 @@ class DispatchOp final : public CollectiveOp {
       const ExactFloatScope exact;
       const int64_t begin = item % items * kRowsPerItem;
       const int64_t end = std::min(begin + kRowsPerItem, sizes_.num_tokens);
-      const auto* x = static_cast<const char*>(in_[rank][kDispatchX]);
       for (int64_t t = begin; t < end; ++t) {
-        char* wire = wire_[rank].data() + t * wire_bytes();
-        quantize_row(sizes_.quantization->input, sizes_.quantization->kind,
-                     x + t * sizes_.row_bytes, reinterpret_cast<uint8_t*>(wire),
-                     reinterpret_cast<float*>(wire + sizes_.num_channels), sizes_.num_channels);
+        MakeWireRow(rank, t, wire_[rank].data() + t * wire_bytes());
       }
     });
   }
@@ -79,16 +75,32 @@ class DispatchOp final : public CollectiveOp {
   const int32_t* table(int64_t rank, DispatchIn which) const {
     return static_cast<const int32_t*>(in_[rank][which]);
   }
+  bool has_wire_rows() const { return sizes_.num_scales > 0; }
   int64_t wire_bytes() const {
-    return sizes_.quantization ? wire_row_bytes(sizes_.num_channels) : sizes_.row_bytes;
+    return has_wire_rows() ? wire_row_bytes(sizes_.num_channels, sizes_.num_scales)
+                           : sizes_.row_bytes;
   }
   int64_t num_group_tokens() const { return sizes_.num_ranks * sizes_.num_tokens; }
   int64_t num_rows() const { return sizes_.expand ? sizes_.capacity : num_group_tokens() + 1; }
-  bool keeps_fp8() const { return sizes_.quantization && !sizes_.quantization->dequantize; }
-  int64_t token_bytes() const { return keeps_fp8() ? sizes_.num_channels : sizes_.row_bytes; }
+  int64_t scale_bytes() const { return sizes_.num_scales * static_cast<int64_t>(sizeof(float)); }
+  bool keeps_scales() const { return has_wire_rows() && !sizes_.dequantize; }
+  int64_t token_bytes() const { return keeps_scales() ? sizes_.num_channels : sizes_.row_bytes; }
   const char* wire_rows(int64_t rank) const {
-    return sizes_.quantization ? wire_[rank].data()
-                               : static_cast<const char*>(in_[rank][kDispatchX]);
+    return has_wire_rows() ? wire_[rank].data() : static_cast<const char*>(in_[rank][kDispatchX]);
+  }
+
+  void MakeWireRow(int64_t rank, int64_t token, char* wire) const {
+    const auto* x = static_cast<const char*>(in_[rank][kDispatchX]) + token * sizes_.row_bytes;
+    char* scales = wire + sizes_.num_channels;
+    if (sizes_.quantization == QuantizationKind::kGivenScales) {
+      std::memcpy(wire, x, sizes_.num_channels);
+      std::memcpy(scales,
+                  static_cast<const char*>(in_[rank][kDispatchXScales]) + token * scale_bytes(),
+                  scale_bytes());
+    } else {
+      quantize_row(sizes_.type, sizes_.quantization, x, reinterpret_cast<uint8_t*>(wire),
+                   reinterpret_cast<float*>(scales), sizes_.num_channels);
+    }
   }
 
   // The token, of all of the group, that a row of a destination holds; kNoSource if none.
@@ -142,6 +154,7 @@ class DispatchOp final : public CollectiveOp {
     }
   }
 
+  char* scales_out(int64_t rank) const { return static_cast<char*>(out_[rank][kDispatchScales]); }
   float* weights_out(int64_t rank) const {
     return static_cast<float*>(out_[rank][kDispatchWeights]);
   }
@@ -149,26 +162,20 @@ class DispatchOp final : public CollectiveOp {
   void ZeroRow(int64_t dst, int64_t row) const {
     std::memset(static_cast<char*>(out_[dst][kDispatchTokens]) + row * token_bytes(), 0,
                 token_bytes());
-    const int64_t count = num_scales(sizes_.num_channels);
-    if (keeps_fp8()) {
-      std::memset(static_cast<float*>(out_[dst][kDispatchScales]) + row * count, 0,
-                  count * sizeof(float));
-    }
+    if (keeps_scales()) std::memset(scales_out(dst) + row * scale_bytes(), 0, scale_bytes());
   }
 
   void PutRow(int64_t dst, int64_t row, const char* wire) const {
     char* token = static_cast<char*>(out_[dst][kDispatchTokens]) + row * token_bytes();
-    const int64_t count = num_scales(sizes_.num_channels);
-    if (!sizes_.quantization) {
-      std::memcpy(token, wire, token_bytes());
-    } else if (sizes_.quantization->dequantize) {
-      dequantize_row(sizes_.quantization->input, reinterpret_cast<const uint8_t*>(wire),
-                     reinterpret_cast<const float*>(wire + sizes_.num_channels), token,
-                     sizes_.num_channels);
-    } else {
-      std::memcpy(token, wire, token_bytes());
-      std::memcpy(static_cast<float*>(out_[dst][kDispatchScales]) + row * count,
-                  wire + sizes_.num_channels, count * sizeof(float));
+    const char* scales = wire + sizes_.num_channels;
+    if (has_wire_rows() && sizes_.dequantize) {
+      dequantize_row(sizes_.type, reinterpret_cast<const uint8_t*>(wire),
+                     reinterpret_cast<const float*>(scales), token, sizes_.num_channels);
+      return;
+    }
+    std::memcpy(token, wire, token_bytes());
+    if (keeps_scales()) {
+      std::memcpy(scales_out(dst) + row * scale_bytes(), scales, scale_bytes());
     }
   }
 

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <optional>
 
 #include "xla_ffi/cpu/ops/collective_op.h"
 #include "xla_ffi/cpu/ops/row_math.h"
@@ -31,18 +30,16 @@ enum LayoutOut {
 std::unique_ptr<CollectiveOp> MakeLayoutOp(const LayoutSizes& sizes, const Members& members);
 
 // ---- dispatch: rows to their experts -----------------------------------------------------------
-struct Quantization {
-  FloatType input;
-  QuantizationKind kind;
-  bool dequantize;  // rows come out as `input` again, and there is no scales result
-};
 struct DispatchSizes {
   int64_t num_ranks, num_tokens, top_k, capacity, num_local_experts;
   int64_t row_bytes;     // of x
   int64_t num_channels;  // H
-  bool expand;           // as TableSizes::num_rows has it, N below
+  int64_t num_scales;    // of a row as it travels; 0: it does so as x is
+  QuantizationKind quantization;
+  FloatType type;   // of x, if it is quantised here
+  bool dequantize;  // rows come out as x is, and there is no scales result
+  bool expand;      // as TableSizes::num_rows has it, N below
   bool zero_tail;
-  std::optional<Quantization> quantization;
 };
 enum DispatchIn {
   kDispatchX,            // [T, H]
@@ -50,11 +47,12 @@ enum DispatchIn {
   kDispatchRecvOrder,    // i32 [C]
   kDispatchRecvOffsets,  // i32 [R * T + 1]
   kDispatchGroupSizes,   // i32 [L]
+  kDispatchXScales,      // f32 [T, num_scales] or null
   kDispatchTopkWeights   // f32 [T, K] or null
 };
 enum DispatchOut {
   kDispatchTokens,   // [N, H]
-  kDispatchScales,   // f32 [N, H / 128] or null
+  kDispatchScales,   // f32 [N, num_scales] or null
   kDispatchWeights,  // f32 [C] or null
   kNumDispatchOut
 };

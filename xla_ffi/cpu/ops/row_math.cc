@@ -1,5 +1,6 @@
 #include "xla_ffi/cpu/ops/row_math.h"
 
+#include <algorithm>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -164,11 +165,12 @@ void quantize_row(FloatType type, QuantizationKind kind, const void* row, uint8_
   WithFormat(type, [&](auto format) {
     using Format = decltype(format);
     const auto* x = static_cast<const typename Format::Storage*>(row);
-    for (int64_t block = 0; block < count / kScaleBlock; ++block) {
+    for (int64_t begin = 0; begin < count; begin += kScaleBlock) {
+      const int64_t size = std::min<int64_t>(kScaleBlock, count - begin);
       float value[kScaleBlock];
       float amax = from_bits((127 - 100) << 23);
-      for (int64_t i = 0; i < kScaleBlock; ++i) {
-        value[i] = Format::load(x[block * kScaleBlock + i]);
+      for (int64_t i = 0; i < size; ++i) {
+        value[i] = Format::load(x[begin + i]);
         const float magnitude = from_bits(bits(value[i]) & ~kSign);
         amax = magnitude > amax ? magnitude : amax;  // false for NaN
       }
@@ -180,12 +182,12 @@ void quantize_row(FloatType type, QuantizationKind kind, const void* row, uint8_
         scale = from_bits(u);
         inverse = 1.0f / scale;
       }
-      scales[block] = scale;
-      for (int64_t i = 0; i < kScaleBlock; ++i) {
+      scales[begin / kScaleBlock] = scale;
+      for (int64_t i = 0; i < size; ++i) {
         float y = value[i] * inverse;
         y = y > kMaxE4M3 ? kMaxE4M3 : y;
         y = y < -kMaxE4M3 ? -kMaxE4M3 : y;
-        q[block * kScaleBlock + i] = E4M3::store(y);
+        q[begin + i] = E4M3::store(y);
       }
     }
   });

@@ -40,7 +40,7 @@ void store_row(FloatType type, void* row, const float* acc, int64_t count);
 // amax = max |x| of the block (NaN ignored), at least 2^-100.
 // kFloat32Scales: scale = amax / 448 and inverse = 448 / amax, each one rounded division.
 // kPowerOfTwoScales: scale = the least power of two >= amax / 448, inverse = 1 / scale (exact).
-// q = e4m3fn(clamp(x * inverse, -448, 448)); NaN stays NaN. `count` is a multiple of kScaleBlock.
+// q = e4m3fn(clamp(x * inverse, -448, 448)); NaN stays NaN. The last block may be shorter.
 void quantize_row(FloatType type, QuantizationKind kind, const void* row, uint8_t* q, float* scales,
                   int64_t count);
 
