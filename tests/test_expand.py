@@ -155,6 +155,17 @@ def test_fp8(
     check_dispatch(device_backend, case, routed.topk_idx, x, weights, **options)
 
 
+@pytest.mark.parametrize("num_scales", [None, 1, 3])
+def test_float8_rows(device_backend: JaxBackend, num_scales: int | None) -> None:
+    case, rng = Case(3, 7, 3, 6, hidden=384, capacity=20), np.random.default_rng(4)
+    ids = routings.topk_ids(rng, case, "repeated")
+    x = routings.random_rows(rng, rows_shape(case), ml_dtypes.float8_e4m3fn)
+    scales = None
+    if num_scales is not None:
+        scales = routings.random_rows(rng, (3, 7, num_scales), F32, specials=True)
+    check_dispatch(device_backend, case, ids, x, routings.random_weights(rng, case), scales=scales)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32])
 def test_integer_rows(device_backend: JaxBackend, dtype: DTypeLike) -> None:
     case, rng = Case(3, 7, 3, 6, hidden=32, capacity=20), np.random.default_rng(3)
