@@ -19,6 +19,7 @@ mean anything, so to differentiate through such rows is a TypeError.
 """
 
 import functools
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def without_gradient(arrays: tuple[Array, Array | None]) -> tuple[Array, Array |
 
 
 @without_gradient.defjvp
-def _refuse_jvp(*_: object) -> None:
+def _refuse_jvp(*_: object) -> NoReturn:
     raise TypeError(
         "jax_ep.dispatch was differentiated where it has no gradient: float8 rows and their scales "
         'are for inference. For training pass x in bfloat16, float16 or float32 with fp8="float32" '
