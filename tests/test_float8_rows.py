@@ -216,10 +216,9 @@ def test_the_guides_recipe_for_narrower_rows(device_backend: JaxBackend, dtype: 
 
     def dispatch(layout: Any, nibbles: Any, topk_weights: Any) -> Any:
         x = jax.lax.bitcast_convert_type(nibbles.astype(jnp.uint4), jnp.dtype(dtype))
-        names = {"jax": jax, "jnp": jnp, "jax_ep": jax_ep}
-        names |= {"x": x, "layout": layout, "topk_weights": topk_weights}
+        names: dict[str, Any] = {"jax": jax, "jnp": jnp, "jax_ep": jax_ep}
         exec(recipe, names)
-        tokens = names["tokens"]
+        tokens = names["dispatch_narrow"](x, layout, topk_weights).tokens
         assert tokens.dtype == x.dtype
         return jax.lax.bitcast_convert_type(tokens, jnp.uint4).astype(jnp.uint8)
 
