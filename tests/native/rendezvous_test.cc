@@ -350,7 +350,8 @@ void OperationsOnTinyData() {
          {tokens.data(), nullptr, row_weights.data()}, [](const Members& members) {
            return MakeDispatchOp(
                DispatchSizes{kRanks, kTokens, kTopK, kCapacity, 2, kHidden * int64_t{sizeof(float)},
-                             kHidden, 0, QuantizationKind::kNone, FloatType::kF32, false, true, true},
+                             kHidden, 0, QuantizationKind::kNone, FloatType::kF32, false, true,
+                             true},
                members);
          });
     for (int64_t row = 0; row < kCapacity; ++row) {
