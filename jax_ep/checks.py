@@ -4,6 +4,7 @@
 """
 
 import numbers
+import sys
 import warnings
 from typing import Any
 
@@ -142,8 +143,18 @@ def warn_if_replicated(where: str, topk_idx: Array, axes: tuple[str, ...]) -> No
             f"{where}: topk_idx is the same on all ranks along {shared}: tokens that are "
             "replicated over axes of the EP group are sent and computed once for each of its "
             "ranks. Shard them over these axes (in_specs), or leave the axes out of axis_name",
-            stacklevel=3,
+            stacklevel=_level_of_user(),
         )
+
+
+def _level_of_user() -> int:
+    """The ``stacklevel``, in a warning of the caller, of the code that called this package."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__package__") == __package__ and frame.f_back is not None:
+        frame = frame.f_back
+        level += 1
+    return level
 
 
 def as_float32(where: str, name: str, value: Any, shape: tuple[int, ...], meaning: str) -> Array:

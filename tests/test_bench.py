@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bench_point import POINT, RANKS
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -23,18 +24,7 @@ from jax_ep.bench.traffic import Movement, Point
 
 pytestmark = pytest.mark.once
 
-RANKS, EXPERTS = 4, 8
-POINT = Point(
-    tokens=6,
-    hidden=64,
-    top_k=3,
-    routing="zipf",
-    capacity="tight",
-    dtype="bfloat16",
-    fp8="none",
-    num_sms=None,
-)
-ALIGNMENT = 4
+EXPERTS, ALIGNMENT = 8, 4
 
 VERBS = [
     "make_layout",

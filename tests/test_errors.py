@@ -500,8 +500,12 @@ def test_trace_errors(
     message: str,
     call: Verb,
 ) -> None:
+    def refused(ids: Any, layout: Any) -> None:
+        call(ids, layout)
+        raise AssertionError("it was traced")  # and is not to run: some would fill the memory
+
     with pytest.raises(error, match=re.escape(message)) as caught:
-        device_backend.run(2, lambda ids, layout: call(ids, layout), IDS, layout.handle)
+        device_backend.run(2, refused, IDS, layout.handle)
     assert type(caught.value) is error
     assert str(caught.value).startswith("jax_ep.")
 
@@ -623,10 +627,20 @@ def test_replicated_tokens_are_told_of(device_backend: JaxBackend, check_vma: bo
     """Where JAX follows what varies; not for axes of one device, nor for tokens of each rank."""
     devices = np.array(device_backend.mesh(2).devices)
 
-    def warned(in_specs: Any, shape: tuple[int, ...], axis_name: Any) -> list[str]:
+    def make_sizes(ids: Any, axis_name: Any) -> Any:
+        return make(ids, axis_name=axis_name).group_sizes
+
+    def moe_sizes(ids: Any, axis_name: Any) -> Any:
+        options = {"num_experts": 6, "expert_alignment": 2, "axis_name": axis_name}
+        x, weights = zeros(*ids.shape[:1], 8), jnp.ones(ids.shape, F32)
+        return jax_ep.moe(x, ids, weights, lambda rows, sizes: rows, **options)[1].group_sizes
+
+    def warned(
+        in_specs: Any, shape: tuple[int, ...], axis_name: Any, sizes: Verb = make_sizes
+    ) -> list[str]:
         mesh = jax.sharding.Mesh(devices.reshape(shape), ("dp", AXIS))
         run = jax.shard_map(
-            lambda ids: make(ids, axis_name=axis_name).group_sizes,
+            lambda ids: sizes(ids, axis_name),
             mesh=mesh,
             in_specs=in_specs,
             out_specs=PartitionSpec(("dp", AXIS)),
@@ -635,14 +649,17 @@ def test_replicated_tokens_are_told_of(device_backend: JaxBackend, check_vma: bo
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             jax.eval_shape(run, jax.ShapeDtypeStruct((8, 2), np.int32))
-        return [str(w.message) for w in caught if w.category is UserWarning]
+        found = [w for w in caught if w.category is UserWarning]
+        assert all(w.filename == __file__ for w in found)  # whoever called the package
+        return [str(w.message) for w in found]
 
     both = ("dp", AXIS)
     assert warned(PartitionSpec(both), (1, 2), AXIS) == []
     assert warned(PartitionSpec(AXIS), (1, 2), both) == []
     found = warned(PartitionSpec(), (1, 2), AXIS) + warned(PartitionSpec("dp"), (1, 2), both)
+    found += warned(PartitionSpec(), (1, 2), AXIS, moe_sizes)
     message = "jax_ep.make_layout: topk_idx is the same on all ranks along ('ep',): tokens that are"
-    assert len(found) == (2 if check_vma else 0)
+    assert len(found) == (3 if check_vma else 0)
     assert all(text.startswith(message) for text in found)
 
 

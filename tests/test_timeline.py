@@ -4,24 +4,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from bench_point import POINT, RANKS
 
 from jax_ep import _native
 from jax_ep.bench import cli, timeline
-from jax_ep.bench.traffic import Point
 
 pytestmark = pytest.mark.once
-
-RANKS = 4
-POINT = Point(
-    tokens=6,
-    hidden=64,
-    top_k=3,
-    routing="zipf",
-    capacity="tight",
-    dtype="bfloat16",
-    fp8="none",
-    num_sms=None,
-)
 
 
 class NotingCuda:
