@@ -63,9 +63,11 @@ def test_layers_between_collectives(device_backend: JaxBackend) -> None:
     if reason := backend.no_collectives:
         pytest.skip(reason)
     on_gpu = backend.platform != "cpu"
-    # On GPUs large enough for a collective to last longer than a layer.
-    shape = (num_ranks, num_ranks, 1024, 512) if on_gpu else (num_ranks, num_ranks, 8, 8)
-    num_steps = 30 if on_gpu else 3
+    # On GPUs large enough for a collective to last longer than a layer. What all ranks have, which
+    # the host compares, grows with their number.
+    rows, columns = (2048 // num_ranks, 512) if on_gpu else (8, 8)
+    shape = (num_ranks, num_ranks, rows, columns)
+    num_steps = 60 // num_ranks if on_gpu else 3
     cases = tuple(layer_cases(num_ranks))
     rng = np.random.default_rng(40)
     for step in range(num_steps):
