@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_ep import autodiff, checks, compat, ffi, group, id_check, limits
+from jax_ep import autodiff, batching, checks, compat, ffi, group, id_check, limits
 from jax_ep.group import AxisName
 from jax_ep.layout import Layout, default_capacity
 
@@ -466,6 +466,7 @@ def _vary_together(layout: Layout, *arrays: Array | None) -> tuple[Any, ...]:
     for leaf in jax.tree.leaves((layout, arrays)):
         axes |= compat.varying_axes(leaf)
     ordered = sorted(axes)
-    return tuple(
-        jax.tree.map(lambda a: compat.vary_over(a, ordered), tree) for tree in (layout, *arrays)
-    )
+    leaves, structure = jax.tree.flatten(arrays)
+    layout, leaves = jax.tree.map(lambda a: compat.vary_over(a, ordered), (layout, leaves))
+    leaves = batching.map_together(leaves, jax.tree.leaves(layout))
+    return layout, *jax.tree.unflatten(structure, leaves)

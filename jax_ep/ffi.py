@@ -18,6 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from jax_ep import _cpu, compat, group, limits, runtime
+from jax_ep.batching import map_calls
 from jax_ep.layout import Layout
 
 FP8 = jnp.float8_e4m3fn
@@ -326,14 +327,6 @@ def _scratch(target: str, avals: Sequence[Any], params: dict[str, Any]) -> list[
     return [y.update(shape=(params["num_ranks"], params["num_tokens"], y.shape[1]))]
 
 
-def _refuse_vmap(target: str, *_: Any, **__: Any) -> Any:
-    raise NotImplementedError(
-        f"{target} has no vmap rule: its rows move between devices, and a batch of calls is one "
-        "call on more tokens. Fold the batch axis into the token axis (reshape [B, T, ...] to "
-        "[B * T, ...]) before make_layout, or use jax.lax.map or jax.lax.scan over the batch"
-    )
-
-
 def _make_primitive(
     target: str,
     shapes: Callable[..., Sequence[Any]],
@@ -350,7 +343,7 @@ def _make_primitive(
         if platform == "cpu" and on_cpu is not None:
             rule = mlir.lower_fun(on_cpu, multiple_results=True)
         mlir.register_lowering(primitive, rule, platform=platform)
-    batching.primitive_batchers[primitive] = functools.partial(_refuse_vmap, target)
+    batching.primitive_batchers[primitive] = functools.partial(map_calls, primitive)
     return primitive
 
 

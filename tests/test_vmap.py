@@ -1,7 +1,7 @@
-"""vmap of the verbs is an error that says what to do instead; what it says works."""
+"""vmap of the verbs: one call after the other, or one on each device of a mesh axis."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,15 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from sharded_layers import (
     EP,
+    Placement,
+    Problem,
     assert_equal,
+    calls_in,
+    checks_vma,
     dense_layer,
+    gate,
     make_problem,
+    place,
     shard_layer,
     sharded_layer,
     sizes,
@@ -22,79 +28,226 @@ from sharded_layers import (
 
 import jax_ep
 
-
-def test_vmap_says_what_to_do_instead() -> None:
-    mesh, case = EP.mesh(), sizes(EP)
-    problem = make_problem(EP, case)
-    x, ids, weights, _ = (jnp.stack([a, a], axis=1) for a in problem.inputs)
-
-    def make(ids: Any) -> jax_ep.Layout:
-        return jax_ep.make_layout(ids, num_experts=16, axis_name="ep", capacity=10)
-
-    functions: Mapping[str, Callable] = {
-        "jax_ep_layout": lambda x, ids, w: jax.vmap(make, 1)(ids).num_recv,
-        "jax_ep_dispatch": lambda x, ids, w: jax.vmap(
-            lambda x: jax_ep.dispatch(x, make(ids[:, 0])).tokens, 1
-        )(x),
-        "jax_ep_dispatch (weights)": lambda x, ids, w: jax.vmap(
-            lambda w: jax_ep.dispatch(x[:, 0], make(ids[:, 0]), w).weights, 1
-        )(w),
-        "jax_ep_combine": lambda x, ids, w: jax.vmap(lambda y: jax_ep.combine(y, make(ids[:, 0])))(
-            jnp.zeros((2, 10, 8))
-        ),
-        "jax_ep_combine_gradient": lambda x, ids, w: jax.vmap(
-            jax.vjp(
-                lambda y, w: jax_ep.combine(y, make(ids[:, 0]), w), jnp.ones((10, 8)), jnp.ones(10)
-            )[1]
-        )(jnp.swapaxes(x, 0, 1))[0],
-    }
-    for name, f in functions.items():
-        run = jax.shard_map(f, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
-        with pytest.raises(NotImplementedError, match=name.split()[0]) as caught:
-            jax.jit(run)(x, ids, weights)
-        assert "Fold the batch axis into the token axis" in str(caught.value)
-        assert "jax.lax.map or jax.lax.scan" in str(caught.value)
+# A stage is a slice of the mesh, whose layer has parameters of its own. The helpers split tokens
+# over every axis but the replicated ones; here vmap splits the batch over the stages.
+STAGES = {
+    "2x2": Placement((("stage", 2), ("ep", 2)), replicated=("stage",)),
+    "2x4": Placement((("stage", 2), ("ep", 4)), replicated=("stage",)),
+    "ep_outside": Placement((("ep", 2), ("stage", 4)), replicated=("stage",)),
+    "permuted": Placement(
+        (("stage", 2), ("ep", 4)), replicated=("stage",), order=(5, 0, 3, 6, 1, 7, 4, 2)
+    ),
+}
+ARGUMENTS = ("x", "topk_idx", "topk_weights", "scale")
 
 
-def test_vmap_around_shard_map() -> None:
-    mesh, case = EP.mesh(), sizes(EP)
-    problem = make_problem(EP, case)
-    layer = jax.jit(sharded_layer(EP, mesh, case))
-    x, *rest = problem.inputs
-    with pytest.raises(NotImplementedError, match="Fold the batch axis"):
-        jax.vmap(lambda x: layer(x, *rest))(np.stack([x, x]))
-    with pytest.raises(NotImplementedError, match="Fold the batch axis"):
-        jax.jacrev(lambda x: layer(x, *rest))(x)
+def _stack(problems: Sequence[Problem], mapped: Sequence[bool]) -> list[Any]:
+    """The layer's arguments: those that are mapped of each problem, the others of the first."""
+    arrays = zip(*(p.inputs for p in problems), strict=True)
+    return [np.stack(a) if m else a[0] for a, m in zip(arrays, mapped, strict=True)]
 
 
-def test_what_vmaps_message_recommends() -> None:
-    """lax.map over the batch, and the batch folded into the tokens."""
-    mesh, case = EP.mesh(), sizes(EP)
-    problems = [make_problem(EP, case, seed=i) for i in range(2)]
-    batches = [np.stack(arrays) for arrays in zip(*(p.inputs[:3] for p in problems), strict=True)]
-    scale = problems[0].scale
-    layer = shard_layer(case, "ep")
-    mapped = jax.shard_map(
-        lambda batch, scale: lax.map(lambda args: layer(*args, scale)[0], batch),
-        mesh=mesh,
-        in_specs=((P(None, "ep"),) * 3, P("ep")),
-        out_specs=P(None, "ep"),
+def _vmapped_layer_is_right(
+    placement: Placement, batch: int, mapped: Sequence[bool], *, check_vma: bool, **vmap: Any
+) -> None:
+    """Result and gradients are those of a loop over the batch on all tokens at once."""
+    mesh, case = placement.mesh(), sizes(placement, capacity=None)
+    problems = [make_problem(placement, case, seed=i) for i in range(batch)]
+    arguments = _stack(problems, mapped)
+    target = np.stack([p.target for p in problems])
+    in_axes = tuple(0 if m else None for m in mapped)
+    layer = sharded_layer(placement, mesh, case, check_vma=check_vma)
+
+    def dense(x: Any, ids: Any, weights: Any, scale: Any) -> jax.Array:
+        return dense_layer(True, x, ids, weights, scale, ids >= 0)
+
+    def value_and_grad(f: Callable) -> Any:
+        def loss(x: Any, ids: Any, weights: Any, scale: Any) -> Any:
+            out = f(x, ids, weights, scale)
+            return jnp.sum(out * target), out
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3), has_aux=True))(*arguments)
+
+    actual = value_and_grad(jax.vmap(layer, in_axes=in_axes, **vmap))
+    expected = value_and_grad(jax.vmap(dense, in_axes=in_axes))
+    assert all(np.any(g) for g in jax.tree.leaves(expected))
+    assert_equal(actual, expected)
+
+
+@checks_vma
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("per_device", [1, 2])
+def test_vmap_over_a_mesh_axis(name: str, per_device: int, check_vma: bool) -> None:
+    """A device has one element of the batch, or two, which it maps one after the other."""
+    placement = STAGES[name]
+    batch = per_device * dict(placement.axes)["stage"]
+    _vmapped_layer_is_right(
+        placement, batch, (True,) * 4, check_vma=check_vma, spmd_axis_name="stage"
     )
-    expected = [dataclasses.replace(p, scale=scale).out() for p in problems]
-    assert_equal(jax.jit(mapped)(tuple(batches), scale), np.stack(expected))
 
-    wide = sizes(EP, capacity=None)
-    fold = shard_layer(wide, "ep")
 
-    def folded(batch: Any, scale: Any) -> Any:
-        x, ids, weights = (a.reshape(-1, a.shape[-1]) for a in batch)
-        return fold(x, ids, weights, scale)[0].reshape(batch[0].shape)
+@pytest.mark.parametrize(
+    ("spmd_axis_name", "check_vma"), [("stage", True), ("stage", False), (None, True)]
+)
+@pytest.mark.parametrize(
+    "mapped",
+    [m for m in itertools.product((True, False), repeat=4) if sum(m) in (1, 3)],
+    ids=lambda mapped: "-".join(itertools.compress(ARGUMENTS, mapped)),
+)
+def test_what_is_not_mapped_is_shared(
+    mapped: tuple[bool, ...], spmd_axis_name: str | None, check_vma: bool
+) -> None:
+    """Its gradient is the sum over the batch, also over the devices that have its elements."""
+    _vmapped_layer_is_right(
+        STAGES["2x2"], 2, mapped, check_vma=check_vma, spmd_axis_name=spmd_axis_name
+    )
+
+
+@checks_vma
+def test_one_call_for_each_stage(check_vma: bool) -> None:
+    """No loop: a device's one element is squeezed, forward and backward."""
+    placement = STAGES["2x4"]
+    mesh, case = placement.mesh(), sizes(placement)
+    arguments = _stack([make_problem(placement, case, seed=i) for i in range(2)], (True,) * 4)
+    layer = sharded_layer(placement, mesh, case, check_vma=check_vma)
+    mapped = jax.vmap(layer, spmd_axis_name="stage")
+
+    def loss(x: Any, ids: Any, weights: Any, scale: Any) -> jax.Array:
+        return jnp.sum(mapped(x, ids, weights, scale) ** 2)
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 2, 3))).lower(*arguments).compile()
+    assert calls_in(compiled) == (1, 2, 2)
+    assert " while(" not in compiled.as_text()
+
+
+@checks_vma
+def test_pipeline(check_vma: bool) -> None:
+    """Stages in parallel, microbatches one after the other: loss and gradients of the stack.
+
+    Each step, every stage runs its layer on what came from the stage before, and the results move
+    on by a ppermute. What comes out in the first steps is not used, so it has no gradient.
+    """
+    placement = STAGES["2x4"]
+    num_stages, num_batches = dict(placement.axes)["stage"], 3
+    mesh, case = placement.mesh(), sizes(placement, capacity=None)
+    # ids belong to the stages: each routes all microbatches alike.
+    stages = [make_problem(placement, case, seed=i) for i in range(num_stages)]
+    batches = [make_problem(placement, case, seed=10 + i) for i in range(num_batches)]
+    x, target = np.stack([b.x for b in batches]), np.stack([b.target for b in batches])
+    ids, weights, scale = (np.stack([s.inputs[i] for s in stages]) for i in (1, 2, 3))
+    layer = sharded_layer(placement, mesh, case, check_vma=check_vma, square=False)
+    run_stages = jax.vmap(lambda h, i, w, s: gate(h, layer(h, i, w, s)), spmd_axis_name="stage")
+    order = [(i, (i + 1) % num_stages) for i in range(num_stages)]
+    move_on = jax.shard_map(
+        lambda h: lax.ppermute(h, "stage", order),
+        mesh=mesh,
+        in_specs=P("stage", "ep"),
+        out_specs=P("stage", "ep"),
+    )
+
+    def pipeline(x: Any, weights: Any, scale: Any, ids: Any, target: Any) -> jax.Array:
+        def step(state: Any, feed: Any) -> Any:
+            state = run_stages(state.at[0].set(feed), ids, weights, scale)
+            return move_on(state), state[-1]
+
+        empty = jnp.zeros((num_stages - 1, *x.shape[1:]), x.dtype)
+        state = jnp.zeros((num_stages, *x.shape[1:]), x.dtype)
+        _, outs = lax.scan(step, state, jnp.concatenate([x, empty]))
+        return jnp.sum(outs[num_stages - 1 :] * target)
+
+    def stack(x: Any, weights: Any, scale: Any, ids: Any, target: Any) -> jax.Array:
+        for i in range(num_stages):
+            out = jax.vmap(
+                lambda h, i=i: dense_layer(False, h, ids[i], weights[i], scale[i], ids[i] >= 0)
+            )(x)
+            x = gate(x, out)
+        return jnp.sum(x * target)
+
+    arguments = (x, weights, scale, ids, target)
+    expected = jax.jit(jax.value_and_grad(stack, argnums=(0, 1, 2)))(*arguments)
+    assert all(np.any(g) for g in jax.tree.leaves(expected))
+    of_stage, of_batch = P("stage", "ep"), P(None, "ep")
+    placed = place(mesh, (of_batch, of_stage, of_stage, of_stage, of_batch), arguments)
+    actual = jax.jit(jax.value_and_grad(pipeline, argnums=(0, 1, 2)))(*placed)
+    assert_equal(actual, expected)
+
+
+@checks_vma
+def test_vmap_inside_shard_map(check_vma: bool) -> None:
+    """Of the three verbs together, over any axis, drops and statistics as in single calls."""
+    mesh, case = EP.mesh(), sizes(EP)
+    problems = [make_problem(EP, case, seed=i) for i in range(3)]
+    x, ids, weights, _ = _stack(problems, (True, True, True, False))
+    layer = shard_layer(case, "ep")
+
+    def shard(x: Any, ids: Any, weights: Any, scale: Any) -> Any:
+        out, layout = jax.vmap(layer, in_axes=(0, 1, 0, None), out_axes=1)(
+            x, jnp.swapaxes(ids, 0, 1), weights, scale
+        )
+        return jnp.swapaxes(out, 0, 1), layout.num_dropped
 
     run = jax.shard_map(
-        folded,
+        shard,
         mesh=mesh,
-        in_specs=((P(None, "ep"),) * 3, P("ep")),
-        out_specs=P(None, "ep"),
+        in_specs=(P(None, "ep"), P(None, "ep"), P(None, "ep"), P("ep")),
+        out_specs=(P(None, "ep"), P("ep")),
+        check_vma=check_vma,
     )
-    expected = [dense_layer(True, *p.inputs[:3], scale, (p.topk_idx >= 0)) for p in problems]
-    assert_equal(jax.jit(run)(tuple(batches), scale), np.stack(expected))
+    out, num_dropped = jax.jit(run)(x, ids, weights, problems[0].scale)
+    expected = [dense_layer(True, *p.inputs[:3], problems[0].scale, p.kept) for p in problems]
+    assert_equal(out, np.stack(expected))
+    dropped = np.stack([p.layouts[0].num_dropped for p in problems], axis=1)
+    assert dropped.any()
+    assert_equal(num_dropped.reshape(8, 3), dropped)
+
+
+def test_vmap_of_vmap() -> None:
+    """The outer one over the stages, the inner one over a batch."""
+    placement = STAGES["2x2"]
+    mesh, case = placement.mesh(), sizes(placement)
+    problems = [make_problem(placement, case, seed=i) for i in range(6)]
+    x, ids, weights, _ = (a.reshape(2, 3, *a.shape[1:]) for a in _stack(problems, (True,) * 4))
+    scale = problems[0].scale
+    layer = sharded_layer(placement, mesh, case)
+    run = jax.vmap(
+        jax.vmap(layer, in_axes=(0, 0, 0, None)), in_axes=(0, 0, 0, None), spmd_axis_name="stage"
+    )
+    expected = np.stack([dense_layer(True, *p.inputs[:3], scale, p.kept) for p in problems])
+    assert_equal(jax.jit(run)(x, ids, weights, scale), expected.reshape(x.shape))
+
+
+def test_jacrev() -> None:
+    """It maps the backward pass; the Jacobian of some sums of the result is the dense layer's."""
+    mesh, case = EP.mesh(), sizes(EP)
+    problem = make_problem(EP, case)
+    layer = sharded_layer(EP, mesh, case)
+    x, ids, weights, scale = problem.inputs
+
+    def sums(f: Callable) -> Callable:
+        return jax.jit(jax.jacrev(lambda x, w: jnp.sum(f(x, w), axis=0)[:3], argnums=(0, 1)))
+
+    actual = sums(lambda x, w: layer(x, ids, w, scale))(x, weights)
+    expected = sums(lambda x, w: dense_layer(True, x, ids, w, scale, problem.kept))(x, weights)
+    assert all(np.any(j) for j in expected)
+    assert_equal(actual, expected)
+
+
+@checks_vma
+def test_fp8_and_integer_rows(check_vma: bool) -> None:
+    """What has no gradient: quantised tokens with their scales, and ids of rows."""
+    placement = STAGES["2x2"]
+    mesh, case = placement.mesh(), sizes(placement, hidden=128)
+    problems = [make_problem(placement, case, seed=i) for i in range(2)]
+    x, ids, _, _ = _stack(problems, (True,) * 4)
+
+    def shard(x: Any, ids: Any) -> Any:
+        layout = jax_ep.make_layout(ids, num_experts=16, axis_name="ep", capacity=10)
+        received = jax_ep.dispatch(x, layout, fp8="float32")
+        numbers = jax_ep.dispatch(x.astype(jnp.int32), layout).tokens
+        return received.tokens.astype(jnp.float32), received.scales, numbers
+
+    run = jax.shard_map(shard, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"), check_vma=check_vma)
+    singly = [jax.jit(run)(x[i], ids[i]) for i in range(2)]
+    expected = jax.tree.map(lambda *a: np.stack(a), *singly)
+    assert_equal(jax.jit(jax.vmap(run, spmd_axis_name="stage"))(x, ids), expected)
+    assert_equal(jax.jit(jax.vmap(run))(x, ids), expected)
