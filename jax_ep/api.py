@@ -75,8 +75,8 @@ def make_layout(
     to ``combine`` and has zero gradient.
 
     Works under jit, scan and checkpoint (its arrays carry the name ``jax_ep_layout``: a policy that
-    saves it spares recomputation the exchange). Integers only, so no gradient. vmap raises
-    NotImplementedError. No operand is donated.
+    saves it spares recomputation the exchange). Integers only, so no gradient. vmap maps calls one
+    after the other. No operand is donated.
 
     Args:
         topk_idx: int32 [T, K], expert ids. -1 routes nowhere; any other id outside [0, E) routes
@@ -202,7 +202,7 @@ def dispatch(
     expert. Gradients: dx[t] is the sum of the cotangents of t's kept rows (``combine`` without
     weights); d topk_weights[t, k] is the cotangent of that row's weight, 0 if dropped. Works under
     jit, grad (of any order), scan and checkpoint (tokens and weights carry the name
-    ``jax_ep_dispatch``). vmap raises NotImplementedError.
+    ``jax_ep_dispatch``). vmap maps calls one after the other.
 
     Args:
         x: [T, H], bfloat16, float16, float32; or float8_e4m3fn, float8_e5m2 or an integer type of
@@ -286,8 +286,8 @@ def combine(y: Array, layout: Layout, weights: Array | None = _UNWEIGHTED) -> Ar
     both 0 on padding. On GPUs one call forms both while rows arrive. On CPU, and where a row of y
     is longer than 40 KiB, they are XLA's own arithmetic, which on CPU flushes subnormal products to
     zero. Without weights y is not kept for the backward pass. Works under jit, grad (of any order),
-    scan and checkpoint (the result carries the name ``jax_ep_combine``). vmap raises
-    NotImplementedError.
+    scan and checkpoint (the result carries the name ``jax_ep_combine``). vmap maps calls one after
+    the other.
 
     Args:
         y: [C, H'], bfloat16, float16 or float32; its type and width may differ from x's. A row must
@@ -466,7 +466,7 @@ def _vary_together(layout: Layout, *arrays: Array | None) -> tuple[Any, ...]:
     for leaf in jax.tree.leaves((layout, arrays)):
         axes |= compat.varying_axes(leaf)
     ordered = sorted(axes)
+    layout, arrays = jax.tree.map(lambda a: compat.vary_over(a, ordered), (layout, arrays))
     leaves, structure = jax.tree.flatten(arrays)
-    layout, leaves = jax.tree.map(lambda a: compat.vary_over(a, ordered), (layout, leaves))
-    leaves = batching.map_together(leaves, jax.tree.leaves(layout))
-    return layout, *jax.tree.unflatten(structure, leaves)
+    mapped = batching.map_together(leaves, jax.tree.leaves(layout))
+    return layout, *jax.tree.unflatten(structure, mapped)

@@ -62,12 +62,16 @@ def after_each_compilation(function: Callable[[], None]) -> None:
 
 
 def lower_on_axes(
-    ctx: Any, axis_sizes: Mapping[str, int], function: Callable[[], Sequence[Any]]
+    ctx: Any,
+    axis_sizes: Mapping[str, int],
+    function: Callable[..., Sequence[Any]],
+    *operands: tuple[Any, Any],
 ) -> Sequence[Any]:
-    """Lowers ``function``, which may ask for its index along the mesh's axes."""
+    """Lowers ``function``, which may use the mesh's axes; operands are pairs (value, type)."""
+    values, types = zip(*operands, strict=True) if operands else ((), ())
     with _core.extend_axis_env_nd(axis_sizes.items()):
         lowered: Sequence[Any] = mlir.lower_fun(function, multiple_results=True)(
-            ctx.replace(avals_in=[])
+            ctx.replace(avals_in=list(types)), *values
         )
     return lowered
 

@@ -2,13 +2,18 @@
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from jax_ep import compat, group
+from jax_ep.batching import map_calls
 
 _MOST_NAMED = 4  # ranks, in a message
 
@@ -21,25 +26,29 @@ def require_valid_ids(
     Else a callback raises on every device, before any of them uses the ids: nobody is left to wait
     for a rank that has failed.
     """
+    (checked,) = _check_p.bind(
+        topk_idx,
+        where=where,
+        num_experts=num_experts,
+        axes=(*group.other_axes(axis_name), *axis_name),
+        num_ranks=math.prod(compat.manual_mesh().shape[name] for name in axis_name),
+    )
+    result: jax.Array = checked
+    return result
+
+
+def _check(
+    topk_idx: jax.Array, *, where: str, num_experts: int, axes: tuple[str, ...], num_ranks: int
+) -> list[jax.Array]:
     invalid = (topk_idx < -1) | (topk_idx >= num_experts)
     own = jnp.stack([jnp.sum(invalid, dtype=jnp.int32), jnp.min(topk_idx), jnp.max(topk_idx)])
-    axes = (*group.other_axes(axis_name), *axis_name)
     table = lax.all_gather(compat.vary_over(own, axes), axes)
     report = functools.partial(
-        _report,
-        where,
-        num_ranks=math.prod(compat.manual_mesh().shape[name] for name in axis_name),
-        num_ids=topk_idx.size,
-        num_experts=num_experts,
+        _report, where, num_ranks=num_ranks, num_ids=topk_idx.size, num_experts=num_experts
     )
     # Zero: what is computed from the sum waits for the callback.
-    zero: jax.Array = jax.pure_callback(
-        report,
-        jax.ShapeDtypeStruct((), jnp.int32),
-        table,
-        vmap_method="sequential",  # so that it is the primitives that refuse vmap
-    )
-    return topk_idx + zero
+    zero = jax.pure_callback(report, jax.ShapeDtypeStruct((), jnp.int32), table)
+    return [topk_idx + zero]
 
 
 def _report(
@@ -63,3 +72,19 @@ def _report(
         f"{where}: ids that are neither -1 nor in [0, num_experts = {num_experts}): "
         f"{'; '.join(named)}. Ids count from 0, and num_experts is the width of the router"
     )
+
+
+def _lower(ctx: Any, topk_idx: Any, **params: Any) -> Sequence[Any]:
+    names, _, shape = compat.mesh_devices(compat.lowering_mesh(ctx))
+    sizes = dict(zip(names, shape, strict=True))
+    check = functools.partial(_check, **params)
+    return compat.lower_on_axes(ctx, sizes, check, (topk_idx, ctx.avals_in[0]))
+
+
+# A primitive, because vmap around shard_map may take a mesh axis (spmd_axis_name): what it traces
+# can not gather over that.
+_check_p = Primitive("jax_ep_check_ids")
+_check_p.multiple_results = True
+_check_p.def_abstract_eval(lambda topk_idx, **_: [topk_idx])
+mlir.register_lowering(_check_p, _lower)
+batching.primitive_batchers[_check_p] = functools.partial(map_calls, _check_p)

@@ -666,21 +666,6 @@ def test_replicated_tokens_are_told_of(device_backend: JaxBackend, check_vma: bo
 # Transformations ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["layout", "dispatch", "combine"])
-def test_vmap(device_backend: JaxBackend, layout: BackendLayout, verb: str) -> None:
-    def batched(ids: Any, lay: Any) -> Any:
-        x = zeros(3, 8, 8)
-        if verb == "layout":
-            return jax.vmap(lambda ids: make(ids).group_sizes)(jnp.stack([ids] * 3))
-        if verb == "dispatch":
-            return jax.vmap(lambda x: jax_ep.dispatch(x, lay).tokens)(x[:, :4])
-        return jax.vmap(lambda y: jax_ep.combine(y, lay))(x)
-
-    message = f"jax_ep_{verb} has no vmap rule.*Fold the batch axis into the token axis"
-    with pytest.raises(NotImplementedError, match=message):
-        device_backend.run(2, batched, IDS, layout.handle)
-
-
 @pytest.mark.parametrize("verb", ["dispatch", "combine", "combine_weighted"])
 def test_forward_mode(device_backend: JaxBackend, layout: BackendLayout, verb: str) -> None:
     # JAX's own words about custom_vjp.
