@@ -8,6 +8,7 @@
 
 #include "cuda/core/float_type.h"
 #include "cuda/core/limits.h"
+#include "cuda/core/placement.h"
 #include "cuda/core/tables.h"
 #include "cuda/core/wire_row.h"
 #include "cuda/memory/control.h"
@@ -38,7 +39,8 @@ static_assert(sizeof(GroupView) <= 2560, "fits the 4 KB of kernel parameters");
 
 struct LayoutArguments : Tables<int32_t> {
   const int32_t* topk_idx;
-  int64_t num_tokens, top_k, num_experts, capacity, expert_alignment;
+  int64_t num_tokens, top_k, num_experts;
+  Room room;
   int32_t *expert_counts, *expert_load, *counters;
 };
 

@@ -19,7 +19,7 @@ except ImportError as error:
 
 from jax_ep.api import Dispatched, combine, dispatch, make_layout, moe
 from jax_ep.errors import check
-from jax_ep.layout import Layout, capacity
+from jax_ep.layout import Layout, capacity, expert_capacity
 from jax_ep.runtime import finalize, initialize
 from jax_ep.timeouts import Timeout, get_timeout, set_timeout
 
@@ -33,6 +33,7 @@ __all__ = [
     "check",
     "combine",
     "dispatch",
+    "expert_capacity",
     "finalize",
     "get_timeout",
     "initialize",

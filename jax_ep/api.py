@@ -3,7 +3,7 @@
 All are per-shard functions: call them inside ``jax.shard_map`` over a mesh that has ``axis_name``.
 Letters: T tokens on this rank, H hidden size, K experts per token, E experts, R ranks of the EP
 group, L = E / R experts per rank (expert e lives on rank e // L), C capacity in rows, A expert
-alignment.
+alignment, M room of an expert in rows.
 """
 
 import typing
@@ -63,6 +63,7 @@ def make_layout(
     axis_name: AxisName,
     capacity: int | None = None,
     expert_alignment: int = 1,
+    expert_capacity: int | None = None,
     zero_tail: bool = True,
     num_sms: int | None = None,
     check_ids: bool = False,
@@ -74,6 +75,10 @@ def make_layout(
     on; its row i is kept if o[e] + i < C. What does not fit is dropped and counted: it adds nothing
     to ``combine`` and has zero gradient.
 
+    With ``expert_capacity`` M each expert has M rows of its own instead: o[e] = e * M, row i is
+    kept if i < M, C = L * M and all group sizes are M. ``recv.tokens.reshape(L, M, H)`` is then the
+    operand of a batched matrix product; rows that no token has are zero, as padding always is.
+
     Works under jit, scan and checkpoint (its arrays carry the name ``jax_ep_layout``: a policy that
     saves it spares recomputation the exchange). Integers only, so no gradient. vmap maps calls one
     after the other. No operand is donated.
@@ -84,12 +89,15 @@ def make_layout(
             expert twice in a token makes two rows. Ids that are the same on all ranks (tokens
             replicated over the EP axes, which every rank then sends and computes) give a
             UserWarning, where ``shard_map`` has ``check_vma=True``.
-        num_experts: E, the width of the router: a multiple of R and at least K.
+        num_experts: E, the width of the router: a multiple of R and at least K. Where the router's
+            width is not, the experts are padded: the error says by how many.
         axis_name: the mesh axis of the EP group, or a tuple of axes (row-major).
         capacity: C, rows to receive at most, a multiple of A. Default:
             ``(R*T*min(K, L) + L*(A-1)) // A * A``, which cannot overflow while a token's experts
             are distinct; ``jax_ep.capacity`` computes tighter ones.
         expert_alignment: A; each expert's rows start at a multiple of it.
+        expert_capacity: M, a multiple of A, in place of ``capacity``: the same room for every
+            expert. ``jax_ep.expert_capacity`` computes one.
         zero_tail: zero the rows beyond the last group (in ``dispatch``, and in the gradient of
             ``combine``). False leaves them unspecified, for experts that never read them.
         num_sms: streaming multiprocessors that this call and every operation on the layout may use
@@ -104,8 +112,9 @@ def make_layout(
         The layout, for ``dispatch`` and ``combine`` over the same axes.
 
     Raises:
-        ValueError: a size or the axis does not fit; the message names it. R * T * K + E * A and C
-            are at most 2**31 - 2**20. For CUDA, when it is lowered: K is at most 32, E 1024, R 72.
+        ValueError: a size or the axis does not fit, or both capacities are given; the message names
+            it. R * T * K + E * A and C are at most 2**31 - 2**20. For CUDA, when it is lowered: K
+            is at most 32, E 1024, R 72.
         TypeError: ``topk_idx`` is not int32.
     """
     where = "jax_ep.make_layout"
@@ -120,11 +129,7 @@ def make_layout(
     num_tokens, top_k = checks.matrix_shape(where, "topk_idx", topk_idx, "[tokens, k]")
     num_experts = checks.positive_int(where, "num_experts", num_experts)
     expert_alignment = checks.positive_int(where, "expert_alignment", expert_alignment)
-    if num_experts % num_ranks:
-        raise ValueError(
-            f"{where}: num_experts must be a multiple of the {num_ranks} ranks along {axes}; "
-            f"got {num_experts}"
-        )
+    limits.check_experts(where, num_experts, num_ranks, f"the {num_ranks} ranks along {axes}")
     if top_k > num_experts:
         raise ValueError(
             f"{where}: topk_idx has k = {top_k} experts per token, but num_experts is {num_experts}"
@@ -137,15 +142,23 @@ def make_layout(
         num_experts=num_experts,
         expert_alignment=expert_alignment,
     )
-    if capacity is None:
-        capacity = default_capacity(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
-    capacity = checks.positive_int(where, "capacity", capacity)
-    if capacity % expert_alignment:
-        raise ValueError(
-            f"{where}: capacity must be a multiple of expert_alignment = {expert_alignment}; got "
-            f"{capacity}. jax_ep.capacity(..., expert_alignment={expert_alignment}) computes one"
+    if expert_capacity is not None:
+        if capacity is not None:
+            raise ValueError(
+                f"{where}: give capacity or expert_capacity, not both; got {capacity} and "
+                f"{expert_capacity}. expert_capacity alone makes it experts per rank * "
+                "expert_capacity"
+            )
+        expert_capacity = checks.aligned_rows(
+            where, "expert_capacity", expert_capacity, expert_alignment
         )
-    limits.check_capacity(where, capacity)
+        capacity = num_experts // num_ranks * expert_capacity
+        limits.check_capacity(where, capacity, num_local_experts=num_experts // num_ranks)
+    else:
+        if capacity is None:
+            capacity = default_capacity(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
+        capacity = checks.aligned_rows(where, "capacity", capacity, expert_alignment)
+        limits.check_capacity(where, capacity)
     num_sms = 0 if num_sms is None else checks.positive_int(where, "num_sms", num_sms)
     checks.warn_if_replicated(where, topk_idx, axes)
     with jax.named_scope(where):
@@ -159,6 +172,7 @@ def make_layout(
             num_experts=num_experts,
             capacity=capacity,
             expert_alignment=expert_alignment,
+            expert_capacity=expert_capacity or 0,
             num_sms=num_sms,
         )
         num_recv, num_dropped, num_invalid = (tables.counters[i] for i in range(3))
@@ -179,6 +193,7 @@ def make_layout(
             num_experts=num_experts,
             capacity=capacity,
             expert_alignment=expert_alignment,
+            expert_capacity=expert_capacity,
             zero_tail=bool(zero_tail),
             num_sms=num_sms,
         )
@@ -357,6 +372,7 @@ def moe(
     axis_name: AxisName,
     capacity: int | None = None,
     expert_alignment: int = 1,
+    expert_capacity: int | None = None,
     zero_tail: bool = True,
     num_sms: int | None = None,
     check_ids: bool = False,
@@ -368,11 +384,13 @@ def moe(
         x: [T, H], the tokens of this shard.
         topk_idx: int32 [T, K], as in ``make_layout``.
         topk_weights: [T, K], the routing weights, applied in ``combine``.
-        expert_fn: takes tokens [C, H] and group_sizes int32 [L], returns [C, H'].
+        expert_fn: takes tokens [C, H] and group_sizes int32 [L], returns [C, H']. With
+            ``expert_capacity`` M it may work on ``tokens.reshape(L, M, H)``.
         num_experts: as in ``make_layout``.
         axis_name: as in ``make_layout``.
         capacity: as in ``make_layout``.
         expert_alignment: as in ``make_layout``.
+        expert_capacity: as in ``make_layout``.
         zero_tail: as in ``make_layout``.
         num_sms: as in ``make_layout``.
         check_ids: as in ``make_layout``.
@@ -396,6 +414,7 @@ def moe(
         axis_name=axis_name,
         capacity=capacity,
         expert_alignment=expert_alignment,
+        expert_capacity=expert_capacity,
         zero_tail=zero_tail,
         num_sms=num_sms,
         check_ids=check_ids,

@@ -45,6 +45,17 @@ def positive_int(where: str, name: str, value: Any) -> int:
     return int(value)
 
 
+def aligned_rows(where: str, name: str, value: Any, expert_alignment: int) -> int:
+    """``value``, if it is a positive multiple of the alignment; jax_ep has a function ``name``."""
+    rows = positive_int(where, name, value)
+    if rows % expert_alignment:
+        raise ValueError(
+            f"{where}: {name} must be a multiple of expert_alignment = {expert_alignment}; got "
+            f"{rows}. jax_ep.{name}(..., expert_alignment={expert_alignment}) computes one"
+        )
+    return rows
+
+
 def matrix_shape(where: str, name: str, array: Array, meaning: str) -> tuple[int, int]:
     """The shape of an array with two static axes, neither of them empty."""
     if array.ndim != 2:
@@ -99,7 +110,8 @@ def _kind(value: Any) -> str:
 
 def describe(layout: Layout) -> str:
     """A layout, for a message."""
-    return f"{layout.num_experts} experts, {layout.num_ranks} ranks along {layout.axis_name}"
+    room = "" if layout.expert_capacity is None else f" with {layout.expert_capacity} rows each"
+    return f"{layout.num_experts} experts{room}, {layout.num_ranks} ranks along {layout.axis_name}"
 
 
 def check_layout(where: str, layout: Layout) -> tuple[int, int]:

@@ -72,9 +72,13 @@ def bind_layout(
     num_experts: int,
     capacity: int,
     expert_alignment: int,
+    expert_capacity: int,
     num_sms: int,
 ) -> LayoutTables:
-    """Calls ``jax_ep_layout`` on this shard's ids, int32 [T, K]."""
+    """Calls ``jax_ep_layout`` on this shard's ids, int32 [T, K].
+
+    ``expert_capacity`` 0: the experts share the capacity.
+    """
     num_tokens, top_k = topk_idx.shape
     return LayoutTables(
         *_layout_p.bind(
@@ -86,6 +90,7 @@ def bind_layout(
             num_experts=num_experts,
             capacity=capacity,
             expert_alignment=expert_alignment,
+            expert_capacity=expert_capacity,
             num_sms=num_sms,
         )
     )

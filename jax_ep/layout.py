@@ -6,6 +6,8 @@ import numbers
 import jax
 import jax.numpy as jnp
 
+from jax_ep import limits
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -27,7 +29,8 @@ class Layout:
         recv_offsets: [R * T + 1], where the rows of each (source rank, token) begin in
             ``recv_order``; the last entry is ``num_recv``.
         group_sizes: [L], rows of each local expert with padding, cut at the capacity: multiples
-            of ``expert_alignment`` with sum <= C. What ``jax.lax.ragged_dot`` takes.
+            of ``expert_alignment`` with sum <= C. What ``jax.lax.ragged_dot`` takes. With
+            ``expert_capacity`` all are M.
         expert_counts: [L], rows routed to each local expert, unpadded, before drops.
         expert_load: [E], rows of the whole group routed to each expert, before drops.
         num_recv: [], rows kept here, without padding.
@@ -38,6 +41,8 @@ class Layout:
         num_experts: E.
         capacity: C.
         expert_alignment: A.
+        expert_capacity: M where each expert has M rows, so that rows reshape to [L, M, H]; None
+            where experts share the capacity.
         zero_tail: whether rows beyond the last group are zeroed.
         num_sms: streaming multiprocessors that each operation on this layout, backward passes
             included, may use on a GPU; 0 is all of them. ``dataclasses.replace(layout, num_sms=n)``
@@ -60,6 +65,7 @@ class Layout:
     num_experts: int
     capacity: int
     expert_alignment: int
+    expert_capacity: int | None
     zero_tail: bool
     num_sms: int
 
@@ -95,6 +101,7 @@ _STATIC_FIELDS = (
     "num_experts",
     "capacity",
     "expert_alignment",
+    "expert_capacity",
     "zero_tail",
     "num_sms",
 )
@@ -146,6 +153,73 @@ def capacity(
         ValueError: if a size is below 1, E is no multiple of R, K > E, or ``factor`` is not
             positive.
     """
+    num_tokens, top_k, num_ranks, num_experts, expert_alignment = _check_sizes(
+        "jax_ep.capacity", num_tokens, top_k, num_ranks, num_experts, expert_alignment, factor
+    )
+    most = default_capacity(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
+    if factor is None:
+        return most
+    rows = -int(-factor * num_tokens * top_k // 1)
+    rows += num_experts // num_ranks * (expert_alignment - 1)
+    return min(most, -(-rows // expert_alignment) * expert_alignment)
+
+
+def expert_capacity(
+    num_tokens: int,
+    top_k: int,
+    num_ranks: int,
+    factor: float | None = 1.25,
+    *,
+    num_experts: int,
+    expert_alignment: int = 1,
+) -> int:
+    """Rows to reserve per expert: ``factor`` times what each gets when all are equally loaded.
+
+    ``ceil(factor * R * T * K / E)``, and no more than R * T, which cannot overflow while a token's
+    experts are distinct; rounded up to a multiple of A. For ``make_layout(expert_capacity=)``: an
+    expert's rows beyond it are dropped and counted (``Layout.num_dropped``).
+
+    Args:
+        num_tokens: T, tokens per rank.
+        top_k: K, experts per token.
+        num_ranks: R, ranks of the EP group.
+        factor: above 0; None for the room that cannot overflow.
+        num_experts: E, a multiple of R.
+        expert_alignment: A, rows.
+
+    Returns:
+        The room M of an expert in rows, a multiple of A.
+
+    Raises:
+        TypeError: if a size is no int.
+        ValueError: if a size is below 1, E is no multiple of R, K > E, or ``factor`` is not
+            positive.
+    """
+    num_tokens, top_k, num_ranks, num_experts, expert_alignment = _check_sizes(
+        "jax_ep.expert_capacity",
+        num_tokens,
+        top_k,
+        num_ranks,
+        num_experts,
+        expert_alignment,
+        factor,
+    )
+    rows = num_ranks * num_tokens
+    if factor is not None:
+        rows = min(rows, -int(-factor * num_ranks * num_tokens * top_k / num_experts // 1))
+    return -(-rows // expert_alignment) * expert_alignment
+
+
+def _check_sizes(
+    where: str,
+    num_tokens: int,
+    top_k: int,
+    num_ranks: int,
+    num_experts: int,
+    expert_alignment: int,
+    factor: float | None,
+) -> tuple[int, ...]:
+    """The sizes as Python's ints: NumPy's would overflow."""
     sizes = {
         "num_tokens": num_tokens,
         "top_k": top_k,
@@ -155,25 +229,12 @@ def capacity(
     }
     for name, value in sizes.items():
         if not isinstance(value, numbers.Integral):
-            raise TypeError(f"jax_ep.capacity: {name} must be an int; got {value!r}")
+            raise TypeError(f"{where}: {name} must be an int; got {value!r}")
         if value < 1:
-            raise ValueError(f"jax_ep.capacity: {name} must be at least 1; got {value}")
-    # NumPy's integers would overflow.
-    num_tokens, top_k, num_ranks, num_experts, expert_alignment = map(int, sizes.values())
-    if num_experts % num_ranks:
-        raise ValueError(
-            f"jax_ep.capacity: num_experts must be a multiple of num_ranks = {num_ranks}; "
-            f"got {num_experts}"
-        )
+            raise ValueError(f"{where}: {name} must be at least 1; got {value}")
+    limits.check_experts(where, int(num_experts), int(num_ranks), f"num_ranks = {num_ranks}")
     if top_k > num_experts:
-        raise ValueError(
-            f"jax_ep.capacity: top_k must be at most num_experts = {num_experts}; got {top_k}"
-        )
-    most = default_capacity(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
-    if factor is None:
-        return most
-    if not 0 < factor < float("inf"):
-        raise ValueError(f"jax_ep.capacity: factor must be positive and finite; got {factor}")
-    rows = -int(-factor * num_tokens * top_k // 1)
-    rows += num_experts // num_ranks * (expert_alignment - 1)
-    return min(most, -(-rows // expert_alignment) * expert_alignment)
+        raise ValueError(f"{where}: top_k must be at most num_experts = {num_experts}; got {top_k}")
+    if factor is not None and not 0 < factor < float("inf"):
+        raise ValueError(f"{where}: factor must be positive and finite; got {factor}")
+    return tuple(map(int, sizes.values()))

@@ -16,6 +16,22 @@ def num_block_scales(num_channels: int) -> int:
     return -(-num_channels // SCALE_BLOCK)
 
 
+def check_experts(where: str, num_experts: int, num_ranks: int, ranks: str) -> None:
+    """Every rank has as many experts; ``ranks`` names them, for the message.
+
+    Raises:
+        ValueError: some would have more.
+    """
+    missing = -num_experts % num_ranks
+    if missing:
+        raise ValueError(
+            f"{where}: num_experts must be a multiple of {ranks}; got {num_experts}. Pad the "
+            f"experts: pass num_experts={num_experts + missing} and append {missing} to their "
+            f"weights, as jnp.pad(w, ((0, {missing}), (0, 0), (0, 0))) does. The router and its "
+            "ids stay as they are: no token chooses the added ones"
+        )
+
+
 def check_rows(
     where: str,
     *,
@@ -40,17 +56,28 @@ def check_rows(
         )
 
 
-def check_capacity(where: str, capacity: int) -> None:
+def check_capacity(where: str, capacity: int, num_local_experts: int | None = None) -> None:
     """Rows are numbered in int32.
+
+    Args:
+        where: the verb, for the message.
+        capacity: C.
+        num_local_experts: L, if C is as many times an expert's room.
 
     Raises:
         ValueError: some could not be.
     """
-    if capacity > MAX_ROWS:
-        raise ValueError(
-            f"{where}: rows are counted in int32: capacity must be at most {MAX_ROWS}; got "
-            f"{capacity}. jax_ep.capacity computes one from the number of tokens"
-        )
+    if capacity <= MAX_ROWS:
+        return
+    if num_local_experts is None:
+        name, rows, got = "capacity", "capacity", f"{capacity}"
+    else:
+        name, rows = "expert_capacity", "experts per rank * expert_capacity"
+        got = f"{num_local_experts} * {capacity // num_local_experts} = {capacity}"
+    raise ValueError(
+        f"{where}: rows are counted in int32: {rows} must be at most {MAX_ROWS}; got {got}. "
+        f"jax_ep.{name} computes one from the number of tokens"
+    )
 
 
 def check_cuda(

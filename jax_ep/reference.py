@@ -7,7 +7,7 @@ travel.
 
 Letters: R ranks, T tokens per rank, K experts per token (top-k), E experts in all, L = E / R
 experts per rank (expert e lives on rank e // L), C receive capacity in rows, A expert alignment,
-H hidden size.
+M room of an expert in rows, H hidden size.
 
 The flat source id of choice k of token t on rank r is `(r * T + t) * K + k`; sorting by it is
 sorting by source rank, then token, then k.
@@ -74,6 +74,7 @@ class ReferenceLayout:
         num_experts: E.
         capacity: C.
         expert_alignment: A.
+        expert_capacity: M where every expert has the same room, else None.
         zero_tail: whether rows beyond the last group have a specified value, zero.
     """
 
@@ -94,6 +95,7 @@ class ReferenceLayout:
     num_experts: int
     capacity: int
     expert_alignment: int
+    expert_capacity: int | None
     zero_tail: bool
 
     @property
@@ -147,6 +149,7 @@ def make_layout(
     num_experts: int,
     capacity: int | None = None,
     expert_alignment: int = 1,
+    expert_capacity: int | None = None,
     zero_tail: bool = True,
 ) -> ReferenceLayout:
     """Places every routed row.
@@ -155,6 +158,9 @@ def make_layout(
     n[e] rows gets p[e] = n[e] rounded up to a multiple of A, and starts at o[e] = the sum of p over
     the rank's experts before it. Row i of expert e sits at o[e] + i and is kept if that is below C.
 
+    With `expert_capacity` M every expert has room of its own: p[e] = M whatever n[e] is, so
+    o[e] = e * M and C = L * M, and row i is kept if i < M. There is no tail.
+
     Args:
         topk_idx: int32 [R, T, K]. Ids in [0, E), or -1 for "not routed". Any other id is not routed
             either, and is counted in `num_invalid`. An expert that stands twice in a token makes
@@ -162,6 +168,7 @@ def make_layout(
         num_experts: E, a multiple of R.
         capacity: C, a multiple of A; None for `default_capacity`.
         expert_alignment: A.
+        expert_capacity: M, a multiple of A; `capacity` must then be None.
         zero_tail: see `specified_rows`.
 
     Returns:
@@ -170,7 +177,8 @@ def make_layout(
     Raises:
         TypeError: topk_idx is not int32.
         ValueError: topk_idx is not [R, T, K] or has an empty axis; E is not a multiple of R; K > E;
-            A < 1; C is not a positive multiple of A; R * T * K + E * A or C is above `MAX_ROWS`.
+            A < 1; C or M is not a positive multiple of A; both are given; R * T * K + E * A or C is
+            above `MAX_ROWS`.
     """
     topk_idx = np.asarray(topk_idx)
     _check_dtype("topk_idx", topk_idx.dtype, INT32)
@@ -181,7 +189,17 @@ def make_layout(
     num_rows = topk_idx.size + num_experts * expert_alignment
     if num_rows > MAX_ROWS:
         raise ValueError(f"R * T * K + E * A must be at most {MAX_ROWS}, got {num_rows}")
-    if capacity is None:
+    num_local_experts = num_experts // num_ranks
+    if expert_capacity is not None:
+        if capacity is not None:
+            raise ValueError("capacity must be None with expert_capacity, which says what it is")
+        if expert_capacity < 1 or expert_capacity % expert_alignment:
+            raise ValueError(
+                "expert_capacity must be a positive multiple of expert_alignment "
+                f"({expert_alignment}), got {expert_capacity}"
+            )
+        capacity = num_local_experts * expert_capacity
+    elif capacity is None:
         capacity = default_capacity(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
     if capacity < 1 or capacity % expert_alignment:
         raise ValueError(
@@ -190,7 +208,6 @@ def make_layout(
         )
     if capacity > MAX_ROWS:
         raise ValueError(f"capacity must be at most {MAX_ROWS}, got {capacity}")
-    num_local_experts = num_experts // num_ranks
 
     # All routed choices, ordered by (expert, flat source id): flat ids ascend, the sort is stable.
     flat_ids = topk_idx.reshape(-1)
@@ -202,12 +219,16 @@ def make_layout(
     load = np.bincount(expert, minlength=num_experts)
     counts = load.reshape(num_ranks, num_local_experts)
     padded = -(-counts // expert_alignment) * expert_alignment
+    if expert_capacity is not None:
+        padded = np.full_like(counts, expert_capacity)
     offset = np.cumsum(padded, axis=1) - padded
+    group_sizes = np.minimum(offset + padded, capacity) - np.minimum(offset, capacity)
 
-    # Row i of expert e sits at o[e] + i. Its place in `source` is i + the sum of n before e.
+    # Row i of expert e sits at o[e] + i, and fits if the group has more than i rows. Its place in
+    # `source` is i + the sum of n before e.
     row_in_expert = np.arange(source.size) - (np.cumsum(load) - load)[expert]
     row = offset.reshape(-1)[expert] + row_in_expert
-    fits = row < capacity
+    fits = row_in_expert < group_sizes.reshape(-1)[expert]
     source, expert, row = source[fits], expert[fits], row[fits]
 
     send_row = np.full(topk_idx.size, -1, np.int32)
@@ -236,7 +257,7 @@ def make_layout(
         recv_src=recv_src,
         recv_order=recv_order,
         recv_offsets=recv_offsets,
-        group_sizes=_int32(np.minimum(offset + padded, capacity) - np.minimum(offset, capacity)),
+        group_sizes=_int32(group_sizes),
         expert_counts=_int32(counts),
         expert_load=_int32(np.tile(load, (num_ranks, 1))),
         num_recv=_int32(num_recv),
@@ -248,6 +269,7 @@ def make_layout(
         num_experts=num_experts,
         capacity=capacity,
         expert_alignment=expert_alignment,
+        expert_capacity=expert_capacity,
         zero_tail=zero_tail,
     )
 

@@ -19,6 +19,7 @@ SIZES = [
     Case(2, 333, 8, 64, hidden=1032, capacity=2752, expert_alignment=16),
     Case(2, 1, 8, 16, hidden=7168),
     Case(4, 77, 5, 20, hidden=520, capacity=400, expert_alignment=8),
+    Case(2, 150, 6, 24, hidden=264, expert_capacity=72, expert_alignment=8),
 ]
 
 
@@ -44,7 +45,7 @@ def test_cpu_and_cuda(pair: tuple[JaxBackend, JaxBackend], case: Case, dtype: DT
     x = routings.random_rows(rng, (case.num_ranks, case.num_tokens, case.hidden), dtype)
     topk_weights = routings.random_weights(rng, case)
     g = routings.random_rows(rng, x.shape, dtype)
-    d_rows = rng.standard_normal((case.num_ranks, case.capacity or case.default_capacity))
+    d_rows = rng.standard_normal((case.num_ranks, case.num_rows))
     results, magnitude = [], None
     for backend in pair:
         layout = backend.make_layout(case, ids)

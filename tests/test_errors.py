@@ -96,7 +96,10 @@ LAYOUT_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
     (
         "experts_not_divisible",
         ValueError,
-        "make_layout: num_experts must be a multiple of the 2 ranks along ('ep',); got 5",
+        "make_layout: num_experts must be a multiple of the 2 ranks along ('ep',); got 5. Pad the "
+        "experts: pass num_experts=6 and append 1 to their weights, as "
+        "jnp.pad(w, ((0, 1), (0, 0), (0, 0))) does. The router and its ids stay as they are: no "
+        "token chooses the added ones",
         lambda ids, _: make(ids, num_experts=5),
     ),
     (
@@ -154,6 +157,34 @@ LAYOUT_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
         "make_layout: rows are counted in int32: capacity must be at most 2146435072; got "
         "4294967296. jax_ep.capacity computes one from the number of tokens",
         lambda ids, _: make(ids, capacity=2**32),
+    ),
+    (
+        "both_capacities",
+        ValueError,
+        "make_layout: give capacity or expert_capacity, not both; got 8 and 4. expert_capacity "
+        "alone makes it experts per rank * expert_capacity",
+        lambda ids, _: make(ids, expert_capacity=4),
+    ),
+    (
+        "unaligned_expert_capacity",
+        ValueError,
+        "make_layout: expert_capacity must be a multiple of expert_alignment = 2; got 7. "
+        "jax_ep.expert_capacity(..., expert_alignment=2) computes one",
+        lambda ids, _: make(ids, capacity=None, expert_capacity=7),
+    ),
+    (
+        "no_expert_capacity",
+        ValueError,
+        "make_layout: expert_capacity must be at least 1; got 0",
+        lambda ids, _: make(ids, capacity=None, expert_capacity=0),
+    ),
+    (
+        "huge_expert_capacity",
+        ValueError,
+        "make_layout: rows are counted in int32: experts per rank * expert_capacity must be at "
+        "most 2146435072; got 3 * 1073741824 = 3221225472. jax_ep.expert_capacity computes one "
+        "from the number of tokens",
+        lambda ids, _: make(ids, capacity=None, expert_capacity=2**30),
     ),
     (
         "huge_alignment",

@@ -71,7 +71,7 @@ GOOD_CALLS: dict[str, Call] = {
     "jax_ep_layout": Call(
         {"topk_idx": int32(4, 2)},
         {**_TABLES, "expert_counts": int32(3), "expert_load": int32(6), "counters": int32(3)},
-        _SIZES | {"expert_alignment": 2},
+        _SIZES | {"expert_alignment": 2, "expert_capacity": 0},
     ),
     "jax_ep_dispatch": Call(
         {"x": f32(4, 8), **_ON_LAYOUT, "topk_weights": f32(4, 2)},
@@ -221,6 +221,15 @@ ERRORS: list[Case] = [
         "jax_ep_layout",
         {"attributes": {"expert_alignment": 2**29, "capacity": 2**29}},
         "num_experts * expert_alignment must come to at most 2146435072",
+    ),
+    *(  # C = 8 and three experts a rank: no room of their own can fill it
+        attribute("layout", "expert_capacity", rows, "with which the experts of a rank fill")
+        for rows in (-2, 1, 2, 4, 2**62)
+    ),
+    (
+        "jax_ep_layout",
+        {"attributes": {"expert_alignment": 8, "expert_capacity": 4, "num_experts": 4}},
+        "expert_capacity must be 0, or a multiple of expert_alignment",
     ),
     attribute("layout", "num_tokens", 0, "topk_idx must have ids"),
     attribute("layout", "member_bases", [0, 1, 2], "the attributes tell of 3 members"),

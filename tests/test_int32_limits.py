@@ -30,7 +30,7 @@ MOST_RANKS = 72
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What decides over numbers of rows: R, T, K, E, A and, if it is not the default, C."""
+    """What decides over numbers of rows: R, T, K, E, A and, if it is not the default, C or M."""
 
     num_ranks: int
     num_tokens: int
@@ -38,9 +38,12 @@ class Sizes:
     num_experts: int
     expert_alignment: int = 1
     capacity: int | None = None
+    expert_capacity: int | None = None
 
     def __str__(self) -> str:
         capacity = "" if self.capacity is None else f"-C{self.capacity}"
+        if self.expert_capacity is not None:
+            capacity = f"-M{self.expert_capacity}"
         return (
             f"R{self.num_ranks}-T{self.num_tokens}-K{self.top_k}-E{self.num_experts}"
             f"-A{self.expert_alignment}{capacity}"
@@ -51,10 +54,17 @@ class Sizes:
         return self.num_ranks * self.num_tokens * self.top_k
 
     @property
+    def given_capacity(self) -> int:
+        """C, if it is not the default; else 0."""
+        if self.expert_capacity is not None:
+            return self.num_experts // self.num_ranks * self.expert_capacity
+        return self.capacity or 0
+
+    @property
     def fits(self) -> bool:
         """The rule."""
         num_rows = self.num_ids + self.num_experts * self.expert_alignment
-        return num_rows <= MAX_ROWS and (self.capacity or 0) <= MAX_ROWS
+        return num_rows <= MAX_ROWS and self.given_capacity <= MAX_ROWS
 
 
 def refusal(sizes: Sizes) -> str | None:
@@ -65,6 +75,7 @@ def refusal(sizes: Sizes) -> str | None:
         axis_name="ep",
         capacity=sizes.capacity,
         expert_alignment=sizes.expert_alignment,
+        expert_capacity=sizes.expert_capacity,
     )
     f = jax.shard_map(
         lambda ids: make(ids).send_row,
@@ -126,26 +137,40 @@ def emulate_ids(sizes: Sizes, num_sms: int) -> None:
 def emulate_rows(sizes: Sizes, capacity: int, load: list[int]) -> None:
     """Where cuda/direct/layout.cu puts the rows of experts with ``load`` rows each.
 
-    Mirrors place_experts (padded, the scan over all experts, rank_offset, first_row), the row in
-    place_rows, and the sums of fill_rest. xla_ffi/cpu/ops/layout_op.cc reckons in 64 bits and
-    stores the same numbers in int32.
+    Mirrors place_experts (offset by a scan over all experts, or by their room; first_row and left),
+    the row in place_rows, the sums of fill_rest and the last step of fill_padding.
+    xla_ffi/cpu/ops/layout_op.cc reckons in 64 bits and stores the same numbers in int32.
     """
-    alignment = sizes.expert_alignment
+    alignment, room = sizes.expert_alignment, sizes.expert_capacity
     num_local = sizes.num_experts // sizes.num_ranks
-    padded = [i32(-(-n // alignment) * alignment) for n in load]
-    offset = list(itertools.accumulate(padded, lambda a, b: i32(a + b), initial=0))[:-1]
-    i32(offset[-1] + padded[-1])  # what the scan ends with
-    offset = [i32(o - offset[e // num_local * num_local]) for e, o in enumerate(offset)]
+    if room is None:
+        occupied = [i32(-(-n // alignment) * alignment) for n in load]
+        offset = list(itertools.accumulate(occupied, lambda a, b: i32(a + b), initial=0))[:-1]
+        i32(offset[-1] + occupied[-1])  # what the scan ends with
+        offset = [i32(o - offset[e // num_local * num_local]) for e, o in enumerate(offset)]
+    else:
+        occupied = [i32(room)] * len(load)
+        offset = [i32(e % num_local * room) for e in range(len(load))]
+    most_parts = 128 * 16  # warps of as many blocks as there can be, for one expert
 
     for rank in range(sizes.num_ranks):
         used = received = routed = exact = 0
         for e in range(rank * num_local, (rank + 1) * num_local):
             assert offset[e] == exact
-            exact += -(-load[e] // alignment) * alignment
-            i32(offset[e] + load[e])  # first_row[e] + the rows before, at its greatest
-            kept = max(0, min(offset[e] + load[e], capacity) - offset[e])
-            size = i32(max(0, min(offset[e] + padded[e], capacity) - offset[e]))
-            i32(offset[e] + size)  # where its padding ends
+            exact += -(-load[e] // alignment) * alignment if room is None else room
+            most = i32(max(0, capacity - offset[e]) if room is None else room)
+            for before in (0, load[e] // 2, load[e]):  # the block's first id of the expert
+                first_row = i32(offset[e] + min(before, most))
+                left = i32(most - min(before, most))
+                kept_here = min(i32(load[e] - before), left)  # of the block's ids and all behind
+                assert min(before, most) + kept_here == min(load[e], most)
+                assert left == 0 or i32(first_row + left) <= capacity
+            kept = max(0, min(offset[e] + load[e], offset[e] + most) - offset[e])
+            size = i32(min(occupied[e], most))
+            i32(offset[e] + size)
+            i32(
+                size + 2 * most_parts * 32
+            )  # where filling its padding ends, begun by the last warp
             used, received, routed = i32(used + size), i32(received + kept), i32(routed + load[e])
         assert used == min(exact, capacity)
         assert i32(routed - received) >= 0
@@ -169,7 +194,7 @@ def loads(sizes: Sizes) -> Iterator[list[int]]:
 
 
 def emulate(sizes: Sizes) -> None:
-    capacity = sizes.capacity or jax_ep.capacity(
+    capacity = sizes.given_capacity or jax_ep.capacity(
         sizes.num_tokens,
         sizes.top_k,
         sizes.num_ranks,
@@ -217,6 +242,15 @@ def around_the_limits() -> Iterator[Sizes]:
         most = MAX_ROWS // alignment * alignment
         for n in (most, most + alignment, 2**31, 2**40 // alignment * alignment):
             yield dataclasses.replace(base, capacity=n)
+    for ranks, per_rank in itertools.product((1, 8, MOST_RANKS), (1, 14, 1024)):
+        for alignment in (1, 128):
+            base = Sizes(ranks, 4096, 4, ranks * per_rank, alignment)
+            most = MAX_ROWS // per_rank // alignment * alignment
+            for n in (alignment, most, most + alignment):
+                yield dataclasses.replace(base, expert_capacity=n)
+    # As many ids as there can be, of which an expert keeps few or none loses its place.
+    for n in (1, MAX_ROWS // 8, MAX_ROWS // 8 + 1):
+        yield Sizes(8, 2**25 - 2**15, 4, 64, expert_capacity=n)
     # k, then experts, without padding: as far as what else must hold goes.
     yield from (Sizes(1, 1, 2**29, 2**30), Sizes(1, 1, 2**30, 2**30), Sizes(1, 1, 2**30, 2**31))
     yield Sizes(1, 1, 1, 2**31)
@@ -246,6 +280,7 @@ def test_what_is_accepted_fits_and_the_rest_is_named(sizes: Sizes) -> None:
             num_experts=sizes.num_experts,
             capacity=sizes.capacity,
             expert_alignment=sizes.expert_alignment,
+            expert_capacity=sizes.expert_capacity,
         )
     assert message.startswith("jax_ep.make_layout: rows are counted in int32: ")
     assert f"must be at most {MAX_ROWS}; got " in message
@@ -256,8 +291,11 @@ def test_what_is_accepted_fits_and_the_rest_is_named(sizes: Sizes) -> None:
             rf"{sizes.num_experts} \* {sizes.expert_alignment} = \d+\. Split the tokens",
             message,
         )
-    else:
+    elif sizes.expert_capacity is None:
         assert f"capacity must be at most {MAX_ROWS}; got {sizes.capacity}." in message
+    else:
+        product = f"{sizes.num_experts // sizes.num_ranks} * {sizes.expert_capacity}"
+        assert f"got {product} = {sizes.given_capacity}." in message
 
 
 @pytest.mark.parametrize(
@@ -266,6 +304,7 @@ def test_what_is_accepted_fits_and_the_rest_is_named(sizes: Sizes) -> None:
         Sizes(1, 4096, 8, 1024, 2**22, 2**22),  # offsets
         Sizes(1, 2**28 - 1, 8, 8),  # ids of the last block's warps
         Sizes(8, 2**28, 1, 8),  # ids
+        Sizes(1, 1, 1, 8, 1, None, 2**28),  # offsets of experts with room of their own
     ],
     ids=str,
 )

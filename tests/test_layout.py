@@ -184,7 +184,12 @@ def test_default_capacity_equals_the_oracles() -> None:
         ({"num_ranks": -1}, "num_ranks must be at least 1; got -1"),
         ({"num_experts": 0}, "num_experts must be at least 1; got 0"),
         ({"expert_alignment": 0}, "expert_alignment must be at least 1; got 0"),
-        ({"num_experts": 9}, "num_experts must be a multiple of num_ranks = 2; got 9"),
+        (
+            {"num_experts": 9},
+            "num_experts must be a multiple of num_ranks = 2; got 9. Pad the experts: pass "
+            "num_experts=10 and append 1 to their weights, as jnp.pad(w, ((0, 1), (0, 0), (0, 0))) "
+            "does. The router and its ids stay as they are: no token chooses the added ones",
+        ),
         ({"factor": 0.0}, "factor must be positive and finite; got 0.0"),
         ({"factor": -1.0}, "factor must be positive and finite; got -1.0"),
         ({"factor": float("inf")}, "factor must be positive and finite; got inf"),

@@ -45,7 +45,15 @@ def _layout_across_boundary(mesh: Mesh, case: Case, ids: Any) -> jax_ep.Layout:
     return jax.jit(run)(jax.device_put(ids, NamedSharding(mesh, P("ep"))))
 
 
-STATIC = ("axis_name", "num_ranks", "num_experts", "capacity", "expert_alignment", "zero_tail")
+STATIC = (
+    "axis_name",
+    "num_ranks",
+    "num_experts",
+    "capacity",
+    "expert_alignment",
+    "expert_capacity",
+    "zero_tail",
+)
 
 
 def test_layout_round_trip() -> None:
@@ -66,6 +74,7 @@ def test_layout_round_trip() -> None:
     assert hash(structure) == hash(jax.tree.structure(jax.tree.map(lambda a: a, layout)))
     others = [
         dataclasses.replace(layout, capacity=12),
+        dataclasses.replace(layout, expert_capacity=5),
         dataclasses.replace(layout, zero_tail=True),
         dataclasses.replace(layout, axis_name=("other",)),
     ]

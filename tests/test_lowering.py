@@ -196,7 +196,7 @@ def test_exact_calls_of_a_layer_for_cuda() -> None:
     assert calls(lower(f, make_problem(EP, case).inputs, "cuda")) == [
         Call(
             "layout",
-            ON_EP | {"expert_alignment": 2},
+            ON_EP | {"expert_alignment": 2, "expert_capacity": 0},
             ("6x2xi32",),
             (*TABLES, "2xi32", "16xi32", "3xi32"),
         ),

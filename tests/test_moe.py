@@ -88,9 +88,30 @@ def ragged_experts(tokens: Any, group_sizes: Any, w_in: Any, w_out: Any) -> jax.
     return jax.lax.ragged_dot(inner, w_out, group_sizes)
 
 
-EXPERTS: dict[str, Experts] = {"einsum": einsum_experts, "ragged_dot": ragged_experts}
+def batched_experts(tokens: Any, group_sizes: Any, w_in: Any, w_out: Any) -> jax.Array:
+    """With room of their own for the experts: batched matrix products."""
+    rows = tokens.reshape(group_sizes.shape[0], -1, tokens.shape[1])
+    inner = jnp.tanh(jnp.einsum("lmh,lhf->lmf", rows, w_in))
+    return jnp.einsum("lmf,lfo->lmo", inner, w_out).reshape(tokens.shape[0], -1)
+
+
+EXPERTS: dict[str, Experts] = {
+    "einsum": einsum_experts,
+    "ragged_dot": ragged_experts,
+    "batched": batched_experts,
+}
 
 LAYER = Case(4, 12, 3, 8, hidden=16, expert_alignment=8)
+OWN_ROOM = LAYER.with_expert_capacity(24)
+LAYERS = [  # and whether they drop rows
+    ("einsum", LAYER, False),
+    ("einsum", LAYER.with_capacity(24), True),
+    ("ragged_dot", LAYER, False),
+    ("ragged_dot", LAYER.with_capacity(24), True),
+    ("ragged_dot", OWN_ROOM, False),
+    ("batched", OWN_ROOM, False),
+    ("batched", LAYER.with_expert_capacity(8), True),
+]
 
 
 def layer_data(case: Case) -> tuple[NDArray[np.int32], NDArray[Any], list[NDArray[Any]]]:
@@ -119,13 +140,11 @@ def dense_loss(kept: Any, ids: Any, g: Any, activation: Any, params: Any) -> Any
     return jnp.einsum("rto,rtef,efo,rte->", g, inner, w_out, gate)
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("capacity", [None, 24])
-def test_layer_gradients(device_backend: JaxBackend, experts: str, capacity: int | None) -> None:
-    case = LAYER.with_capacity(capacity)
+@pytest.mark.parametrize(("experts", "case", "drops"), LAYERS, ids=str)
+def test_layer_gradients(device_backend: JaxBackend, experts: str, case: Case, drops: bool) -> None:
     ids, g, params = layer_data(case)
     layout = device_backend.make_layout(case, ids)
-    assert layout.num_dropped.any() == (capacity is not None)
+    assert layout.num_dropped.any() == drops
 
     def gradients(ids: Any, g: Any, *params: Any) -> Any:
         def loss(x: Any, topk_weights: Any, w_in: Any, w_out: Any) -> Any:
@@ -138,6 +157,7 @@ def test_layer_gradients(device_backend: JaxBackend, experts: str, capacity: int
                 axis_name=AXIS,
                 capacity=case.capacity,
                 expert_alignment=case.expert_alignment,
+                expert_capacity=case.expert_capacity,
             )
             return (out * g).sum()
 

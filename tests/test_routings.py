@@ -88,6 +88,23 @@ def test_capacities_are_what_they_say(routed: RoutedCase) -> None:
                 assert (cut & (kept_rows == 0) & at_start).any()
 
 
+@oracle_examples
+@given(routed_cases())
+def test_expert_capacities_are_what_they_say(routed: RoutedCase) -> None:
+    case, ids = routed.case, routed.topk_idx
+    found = routings.expert_capacities(ids, case)
+    assert tuple(found) == routings.EXPERT_CAPACITY_KINDS
+    assert all(rows % case.expert_alignment == 0 < rows for rows in found.values())
+    layouts = {n: case.with_expert_capacity(m).reference_layout(ids) for n, m in found.items()}
+    assert layouts["each_exact"].num_dropped.sum() == 0
+    assert found["each_minimum"] == case.expert_alignment <= found["each_mean"]
+    if found["each_exact"] > case.expert_alignment:
+        tighter = case.with_expert_capacity(found["each_exact"] - case.expert_alignment)
+        assert tighter.reference_layout(ids).num_dropped.sum() > 0
+    if found["each_mean"] < found["each_exact"]:
+        assert layouts["each_mean"].num_dropped.sum() > 0
+
+
 def test_bad_routing_kind() -> None:
     with pytest.raises(ValueError, match=r"kind must be one of .*, got 'unifrom'"):
         routings.topk_ids(np.random.default_rng(0), routings.STATIC_SIZES[0], "unifrom")

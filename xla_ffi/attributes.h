@@ -28,9 +28,11 @@
   NUMBER(num_experts)        \
   NUMBER(capacity)
 
+// expert_capacity: rows of each expert; 0 where they share the capacity.
 #define JAX_EP_LAYOUT_NUMBERS(NUMBER) \
   JAX_EP_SIZES(NUMBER)                \
-  NUMBER(expert_alignment)
+  NUMBER(expert_alignment)            \
+  NUMBER(expert_capacity)
 
 // quantization: a QuantizationKind (cuda/core/wire_row.h). expand: TableSizes::num_rows. The others:
 // 0 or 1.

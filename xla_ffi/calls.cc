@@ -93,12 +93,19 @@ void CheckSizes(const TableSizes& sizes, Checks* checks) {
 }
 
 // The rows of all ranks, with all padding that the experts could get, are counted in int32.
-void CheckPaddedRows(const TableSizes& sizes, int64_t expert_alignment, Checks* checks) {
-  checks->Require(expert_alignment > 0 && sizes.capacity % expert_alignment == 0,
+void CheckRoom(const TableSizes& sizes, const Room& room, Checks* checks) {
+  checks->Require(room.expert_alignment > 0 && room.capacity % room.expert_alignment == 0,
                   "capacity must be a positive multiple of expert_alignment");
   if (!checks->ok()) return;
   const int64_t num_ids = sizes.num_ranks * sizes.num_tokens * sizes.top_k;
-  checks->Require(expert_alignment <= (kMaxRows - num_ids) / sizes.num_experts,
+  const int64_t num_local = sizes.num_local_experts();
+  checks->Require(
+      room.expert_capacity == 0 || (room.expert_capacity > 0 && room.capacity % num_local == 0 &&
+                                    room.capacity / num_local == room.expert_capacity &&
+                                    room.expert_capacity % room.expert_alignment == 0),
+      "expert_capacity must be 0, or a multiple of expert_alignment with which the "
+      "experts of a rank fill the capacity");
+  checks->Require(room.expert_alignment <= (kMaxRows - num_ids) / sizes.num_experts,
                   "the ids of all ranks and num_experts * expert_alignment must come to at most " +
                       std::to_string(kMaxRows));
 }
@@ -122,9 +129,9 @@ LayoutCall DecodeCall(const LayoutAttributes& a, ffi::RemainingArgs operands,
                       ffi::RemainingRets results, Checks* checks) {
   LayoutCall call{};
   call.sizes = a.sizes();
-  call.expert_alignment = a.expert_alignment;
+  call.room = {a.capacity, a.expert_alignment, a.expert_capacity};
   CheckSizes(call.sizes, checks);
-  CheckPaddedRows(call.sizes, a.expert_alignment, checks);
+  CheckRoom(call.sizes, call.room, checks);
   if (!checks->ok()) return call;
   Reader reader(operands, results, checks);
   call.topk_idx = reader.Operand("topk_idx", ffi::S32, {a.num_tokens, a.top_k});

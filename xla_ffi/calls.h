@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "cuda/core/float_type.h"
+#include "cuda/core/placement.h"
 #include "cuda/core/tables.h"
 #include "cuda/core/wire_row.h"
 #include "xla/ffi/api/ffi.h"
@@ -42,7 +43,7 @@ struct Rows : Memory {
 // Operand: topk_idx. Results: the tables, expert_counts, expert_load, counters.
 struct LayoutCall {
   TableSizes sizes;
-  int64_t expert_alignment;
+  Room room;
   Memory topk_idx;  // int32 [T, K]
   Tables<int32_t> tables;
   Memory expert_counts;  // int32 [L]

@@ -12,7 +12,7 @@
 //           3. [B] grid barrier: no block reads peers' ids any more, if all keep theirs in shared
 //           memory. Then block 0 sends [E1].
 //           4. Each block sums all lines: totals give offsets, lines before its own give its first
-//           row per expert.
+//           row per expert, and how many more the expert keeps.
 //           5. Warps walk their ids in order; equal ids in a step of 32 are ranked by match_any.
 //           6. Block 0 waits for [E2], which has come long ago. If blocks had to read ids again, the
 //           last block sends [E1] only now, and waits.
@@ -55,8 +55,8 @@ __device__ void fill_without_rows(const LayoutArguments& a, int num_ranks, const
     fill(table, size * int64_t{sizeof value}, static_cast<uint32_t>(value), share);
   };
   fill_all(a.send_row, a.num_tokens * a.top_k, kNoRow);
-  fill_all(a.recv_src, a.capacity, kNoSource);
-  fill_all(a.recv_order, a.capacity, kNoSource);
+  fill_all(a.recv_src, a.room.capacity, kNoSource);
+  fill_all(a.recv_order, a.room.capacity, kNoSource);
   fill_all(a.recv_offsets, num_ranks * a.num_tokens + 1, 0);
   fill_all(a.group_sizes, a.num_experts / num_ranks, 0);
   fill_all(a.expert_counts, a.num_experts / num_ranks, 0);
@@ -91,7 +91,8 @@ class TableBuilder {
         block_begin_(blockIdx.x * ids_per_block),
         warp_count_(memory),
         first_row_(memory + kNumWarps * num_experts_),
-        total_(first_row_ + num_experts_),
+        left_(first_row_ + num_experts_),
+        total_(left_ + num_experts_),
         offset_(total_ + num_experts_),
         cached_(offset_ + num_experts_) {
     const int32_t num_ids = ids_per_rank_ * g.num_ranks;
@@ -124,10 +125,6 @@ class TableBuilder {
     const int32_t src = flat / ids_per_rank_;
     const auto* ids = reinterpret_cast<const int32_t*>(shared_.address[src][0]);
     return ld_relaxed_sys_i32(ids + (flat - src * ids_per_rank_));
-  }
-  // Rows of an expert below the capacity, if it has `count`.
-  __device__ int32_t rows_kept(int32_t e, int32_t count) const {
-    return static_cast<int32_t>(rows_below(offset_[e], count, a_.capacity));
   }
 
   // 2. Fills warp_count, cached and num_invalid.
@@ -198,18 +195,36 @@ class TableBuilder {
     __syncthreads();
   }
 
-  // 4. Where each expert begins on its rank, and the row of its first id in the block.
+  // 4. Where each expert begins on its rank, the row of its first id in the block, and how many of
+  // the block's ids it keeps at most: with none, first_row is the end of its room.
   __device__ void place_experts() {
-    int32_t padded[kExpertsPerThread];
-    for (int32_t i = 0; i < kExpertsPerThread; ++i) {
-      const int32_t e = threadIdx.x * kExpertsPerThread + i;
-      padded[i] =
-          e < num_experts_ ? static_cast<int32_t>(padded_rows(total_[e], a_.expert_alignment)) : 0;
+    if (a_.room.expert_capacity == 0) {
+      scan_occupied_rows();
+    } else {  // a scan over the experts of all ranks could leave int32
+      for (int32_t e = threadIdx.x; e < num_experts_; e += kNumThreads) {
+        offset_[e] = e % num_local_ * static_cast<int32_t>(a_.room.expert_capacity);
+      }
     }
-    BlockScan(shared_.scan).ExclusiveSum(padded, padded);
+    for (int32_t e = threadIdx.x; e < num_experts_; e += kNumThreads) {
+      const auto most = static_cast<int32_t>(a_.room.most_rows(offset_[e]));
+      const int32_t before = min(first_row_[e], most);
+      first_row_[e] = offset_[e] + before;
+      left_[e] = most - before;
+    }
+    __syncthreads();
+  }
+
+  // offset from what experts occupy. A thread has written those that it reads afterwards.
+  __device__ void scan_occupied_rows() {
+    int32_t occupied[kExpertsPerThread];
     for (int32_t i = 0; i < kExpertsPerThread; ++i) {
       const int32_t e = threadIdx.x * kExpertsPerThread + i;
-      if (e < num_experts_) offset_[e] = padded[i];
+      occupied[i] = e < num_experts_ ? static_cast<int32_t>(a_.room.occupied_rows(total_[e])) : 0;
+    }
+    BlockScan(shared_.scan).ExclusiveSum(occupied, occupied);
+    for (int32_t i = 0; i < kExpertsPerThread; ++i) {
+      const int32_t e = threadIdx.x * kExpertsPerThread + i;
+      if (e < num_experts_) offset_[e] = occupied[i];
     }
     __syncthreads();
     int32_t rank_offset[kExpertsPerThread];  // where each expert's rank begins in the scan
@@ -220,20 +235,17 @@ class TableBuilder {
     __syncthreads();
     for (int32_t i = 0; i < kExpertsPerThread; ++i) {
       const int32_t e = threadIdx.x + i * kNumThreads;
-      if (e < num_experts_) {
-        offset_[e] -= rank_offset[i];
-        first_row_[e] += offset_[e];
-      }
+      if (e < num_experts_) offset_[e] -= rank_offset[i];
     }
-    __syncthreads();
   }
 
-  // Slots of recv_order: kept rows of this rank's experts that come before the warp's ids. The rows
-  // of an expert are contiguous, so they are counted without looking at ids.
+  // Slots of recv_order: kept rows of this rank's experts that come before the warp's ids. The kept
+  // rows of an expert are contiguous, so they are counted without looking at ids.
   __device__ int32_t first_slot() const {
     int32_t slot = 0;
     for (int32_t e = first_local_ + lane_; e < first_local_ + num_local_; e += 32) {
-      slot += rows_kept(e, first_row_[e] - offset_[e] + warp_count_[warp_ * num_experts_ + e]);
+      slot += first_row_[e] - offset_[e];  // of the blocks before
+      slot += min(warp_count_[warp_ * num_experts_ + e], left_[e]);
     }
     return __reduce_add_sync(0xffffffffu, slot);
   }
@@ -253,13 +265,12 @@ class TableBuilder {
       const uint32_t lower = (1u << lane_) - 1;
       int32_t row = kNoRow;
       if (routed) {
-        int32_t* next = &warp_count_[warp_ * num_experts_ + id];
-        row = first_row_[id] + *next + __popc(same & lower);
+        const int32_t i = warp_count_[warp_ * num_experts_ + id] + __popc(same & lower);
+        if (i < left_[id]) row = first_row_[id] + i;
       }
       __syncwarp();
       if (routed && (same & lower) == 0) warp_count_[warp_ * num_experts_ + id] += __popc(same);
       __syncwarp();
-      if (row >= a_.capacity) row = kNoRow;
       if (flat < end_ && flat / ids_per_rank_ == g_.rank) {
         a_.send_row[flat - g_.rank * ids_per_rank_] = row;
       }
@@ -280,33 +291,46 @@ class TableBuilder {
   __device__ void fill_rest() {
     int32_t used = 0, received = 0, routed = 0;
     for (int32_t e = first_local_ + threadIdx.x; e < first_local_ + num_local_; e += kNumThreads) {
-      const int64_t rows = padded_rows(total_[e], a_.expert_alignment);
-      const auto size = static_cast<int32_t>(rows_below(offset_[e], rows, a_.capacity));
+      const int32_t size = group_size(e);
       used += size;
-      received += rows_kept(e, total_[e]);
+      received += min(total_[e], size);
       routed += total_[e];
       if (blockIdx.x == 0) {
         a_.group_sizes[e - first_local_] = size;
         a_.expert_counts[e - first_local_] = total_[e];
       }
-      if ((e - first_local_) % gridDim.x == blockIdx.x) {
-        for (int32_t i = offset_[e] + total_[e]; i < offset_[e] + size; ++i) {
-          a_.recv_src[i] = kNoSource;
-        }
-      }
     }
     used = __reduce_add_sync(0xffffffffu, used);
     received = __reduce_add_sync(0xffffffffu, received);
     routed = __reduce_add_sync(0xffffffffu, routed);
-    if (lane_ == 0 && routed != 0) {
+    if (lane_ == 0 && (used | routed) != 0) {
       atomicAdd(&shared_.num_used, used);
       atomicAdd(&shared_.num_received, received);
       atomicAdd(&shared_.num_routed, routed);
     }
+    fill_padding();
     __syncthreads();
-    fill(a_.recv_src, shared_.num_used, a_.capacity, kNoSource);
-    fill(a_.recv_order, shared_.num_received, a_.capacity, kNoSource);
+    fill(a_.recv_src, shared_.num_used, a_.room.capacity, kNoSource);
+    fill(a_.recv_order, shared_.num_received, a_.room.capacity, kNoSource);
     if (blockIdx.x == 0) write_counters();
+  }
+
+  // The warps of all blocks share the experts: several an expert, where there are enough.
+  __device__ void fill_padding() const {
+    const int32_t num_warps = static_cast<int32_t>(gridDim.x) * kNumWarps;
+    const int32_t num_parts = max(1, num_warps / num_local_);
+    const int32_t first = static_cast<int32_t>(blockIdx.x) * kNumWarps + warp_;
+    for (int32_t item = first; item < num_local_ * num_parts; item += num_warps) {
+      const int32_t e = first_local_ + item % num_local_, part = item / num_local_;
+      const int32_t size = group_size(e), begin = min(total_[e], size) + part * 32 + lane_;
+      for (int32_t i = begin; i < size; i += num_parts * 32) {
+        a_.recv_src[offset_[e] + i] = kNoSource;
+      }
+    }
+  }
+
+  __device__ int32_t group_size(int32_t e) const {
+    return static_cast<int32_t>(a_.room.group_size(offset_[e], total_[e]));
   }
 
   __device__ void write_counters() {
@@ -331,7 +355,8 @@ class TableBuilder {
   int32_t begin_, end_;  // the warp's ids
   // In shared memory.
   int32_t* const warp_count_;  // [kNumWarps][E]: the warp's ids; then those of the warps before
-  int32_t* const first_row_;   // [E]
+  int32_t* const first_row_;   // [E], of the block's ids, once experts are placed
+  int32_t* const left_;        // [E], rows from first_row on that the expert may keep
   int32_t* const total_;       // [E], ids of all ranks
   int32_t* const offset_;      // [E], where the expert begins on its rank
   int32_t* const cached_;      // [num_cached], the block's first ids
@@ -372,7 +397,7 @@ __global__ __launch_bounds__(kNumThreads,
 }
 
 int64_t SharedBytes(int64_t num_experts, int64_t num_cached) {
-  return ((kNumWarps + 3) * num_experts + num_cached) * int64_t{sizeof(int32_t)};
+  return ((kNumWarps + 4) * num_experts + num_cached) * int64_t{sizeof(int32_t)};
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ struct CallSizes {
   int64_t num_ranks, num_tokens, top_k, num_experts, alignment, capacity, num_channels, row_bytes;
   FloatType type;
   bool zero_tail;
+  int64_t expert_capacity = 0;  // where each expert has room of its own
 };
 
 // Device memory; Row is what the caller sees rows as. Pointers that a call does not use may be
@@ -32,8 +33,7 @@ LayoutArguments LayoutOf(const CallSizes& sizes, const CallBuffers<Row>& b) {
   a.num_tokens = sizes.num_tokens;
   a.top_k = sizes.top_k;
   a.num_experts = sizes.num_experts;
-  a.capacity = sizes.capacity;
-  a.expert_alignment = sizes.alignment;
+  a.room = {sizes.capacity, sizes.alignment, sizes.expert_capacity};
   a.send_row = b.send_row;
   a.recv_src = b.recv_src;
   a.recv_order = b.recv_order;

@@ -30,12 +30,13 @@ void RequireNoError(const Group& group, int num_ranks) {
 
 void PrintCase(const Data& d, const char* what, int num_sms) {
   std::printf(
-      "  %s: R %d, T %lld, K %lld, E %lld, A %lld, C %lld, H %lld %s, routing %d, %s, %s, %d SMs\n",
+      "  %s: R %d, T %lld, K %lld, E %lld, A %lld, C %lld, M %lld, H %lld %s, routing %d, %s, %s, "
+      "%d SMs\n",
       what, d.num_ranks, static_cast<long long>(d.num_tokens), static_cast<long long>(d.top_k),
       static_cast<long long>(d.num_experts), static_cast<long long>(d.alignment),
-      static_cast<long long>(d.capacity), static_cast<long long>(d.num_channels), TypeName(d.type),
-      static_cast<int>(d.routing), d.weighted ? "weighted" : "plain",
-      d.zero_tail ? "zero tail" : "any tail", num_sms);
+      static_cast<long long>(d.capacity), static_cast<long long>(d.expert_capacity),
+      static_cast<long long>(d.num_channels), TypeName(d.type), static_cast<int>(d.routing),
+      d.weighted ? "weighted" : "plain", d.zero_tail ? "zero tail" : "any tail", num_sms);
 }
 
 // Queued on all ranks without waiting in between; twice, so that the second time meets what the
@@ -123,6 +124,12 @@ std::vector<Case> Cases(bool small) {
       {330, 2, 2, 1, 64, kBF16, R::kSilentRank, 100, true, true},
       {350, 2, 2, 1, 64, kF16, R::kNowhere, 100, true, false},
       {340, 24, 24, 1, 24, kBF16, R::kHoles, 70, true, true},
+      // Experts with room of their own: all rows, some dropped by all, most dropped by one, and
+      // rooms that nobody fills.
+      {33, 3, 5, 16, 128, kF32, R::kHoles, 100, true, true, true},
+      {65, 4, 6, 1, 24, kBF16, R::kUniform, 60, true, false, true},
+      {40, 2, 3, 4, 264, kF16, R::kOneExpert, 30, true, true, true},
+      {12, 2, 2, 8, 64, kBF16, R::kNowhere, 100, true, false, true},
   };
   if (!small) {
     const std::vector<Case> more = {
@@ -139,6 +146,10 @@ std::vector<Case> Cases(bool small) {
         {1000, 1, 1, 128, 4, kF32, R::kOneExpert, 50, true, true},
         // With one block, more ids than a layout's block keeps.
         {20000, 2, 4, 1, 8, kBF16, R::kUniform, 100, false, true},
+        // Much padding: rooms of many more rows than most experts have.
+        {2000, 4, 32, 1, 64, kBF16, R::kHoles, 400, true, true, true},
+        {300, 2, 16, 8, 8, kBF16, R::kOneExpert, 100, true, false, true},
+        {500, 8, 48, 128, 512, kBF16, R::kUniform, 90, true, true, true},
     };
     cases.insert(cases.end(), more.begin(), more.end());
   }

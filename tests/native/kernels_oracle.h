@@ -67,12 +67,14 @@ struct Case {
   Routing routing;
   int capacity_percent;  // of the rows that arrive at the fullest rank, rounded up to alignment
   bool weighted, zero_tail;
+  bool has_own_room = false;  // each expert; the percentage is then of the fullest expert's rows
 };
 
 // What all ranks send, and what all must get.
 struct Data {
   int num_ranks;
   int64_t num_tokens, top_k, num_experts, num_local, alignment, capacity, num_channels, row_bytes;
+  int64_t expert_capacity;  // 0 where experts share the capacity
   FloatType type;
   Routing routing;
   bool weighted, zero_tail;
@@ -125,17 +127,24 @@ inline void MakeTables(const Case& c, Data& d) {
     const int32_t id = id_of(flat);
     if (id >= 0 && id < d.num_experts) rows_of[id].push_back(flat);
   }
-  int64_t fullest = 1;
+  const auto aligned = [&](int64_t rows) {
+    return (rows + d.alignment - 1) / d.alignment * d.alignment;
+  };
+  int64_t fullest = 1, fullest_expert = 1;
   for (int r = 0; r < d.num_ranks; ++r) {
     int64_t rows = 0;
     for (int64_t e = r * d.num_local; e < (r + 1) * d.num_local; ++e) {
-      rows +=
-          (static_cast<int64_t>(rows_of[e].size()) + d.alignment - 1) / d.alignment * d.alignment;
+      const auto n = static_cast<int64_t>(rows_of[e].size());
+      rows += aligned(n);
+      fullest_expert = std::max(fullest_expert, n);
     }
     fullest = std::max(fullest, rows);
   }
-  const int64_t wanted = std::max<int64_t>(1, fullest * c.capacity_percent / 100);
-  d.capacity = (wanted + d.alignment - 1) / d.alignment * d.alignment;
+  const auto part = [&](int64_t rows) {
+    return aligned(std::max<int64_t>(1, rows * c.capacity_percent / 100));
+  };
+  d.expert_capacity = c.has_own_room ? part(fullest_expert) : 0;
+  d.capacity = c.has_own_room ? d.num_local * d.expert_capacity : part(fullest);
 
   const int64_t num_flat_tokens = d.num_ranks * d.num_tokens;
   for (int64_t e = 0; e < d.num_experts; ++e) {
@@ -147,12 +156,13 @@ inline void MakeTables(const Case& c, Data& d) {
     int64_t offset = 0, routed = 0;
     for (int64_t e = r * d.num_local; e < (r + 1) * d.num_local; ++e) {
       const auto n = static_cast<int64_t>(rows_of[e].size());
-      for (int64_t i = 0; i < n && offset + i < d.capacity; ++i) {
+      const int64_t room = c.has_own_room ? d.expert_capacity : d.capacity - offset;
+      for (int64_t i = 0; i < n && i < room; ++i) {
         const int64_t flat = rows_of[e][i];
         src[offset + i] = static_cast<int32_t>(flat);
         d.send_row[flat / ids_per_rank][flat % ids_per_rank] = static_cast<int32_t>(offset + i);
       }
-      const int64_t end = offset + (n + d.alignment - 1) / d.alignment * d.alignment;
+      const int64_t end = offset + (c.has_own_room ? d.expert_capacity : aligned(n));
       sizes.push_back(
           static_cast<int32_t>(std::min(end, d.capacity) - std::min(offset, d.capacity)));
       counts.push_back(static_cast<int32_t>(n));

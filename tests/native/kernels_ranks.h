@@ -185,8 +185,8 @@ struct Buffers {
   }
 
   static CallSizes Sizes(const Data& d) {
-    return {d.num_ranks, d.num_tokens,   d.top_k,     d.num_experts, d.alignment,
-            d.capacity,  d.num_channels, d.row_bytes, d.type,        d.zero_tail};
+    return {d.num_ranks,    d.num_tokens, d.top_k, d.num_experts, d.alignment,      d.capacity,
+            d.num_channels, d.row_bytes,  d.type,  d.zero_tail,   d.expert_capacity};
   }
   CallBuffers<uint8_t> Pointers() {
     CallBuffers<uint8_t> b{};

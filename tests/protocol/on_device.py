@@ -106,7 +106,7 @@ def expert(rows: jax.Array, flat: jax.Array) -> jax.Array:
 def expected_layout(case: Case, ids: jax.Array, rank: jax.Array) -> dict[str, jax.Array]:
     """This rank's tables, from all ranks' ids."""
     num_local, alignment = case.num_local_experts, case.expert_alignment
-    capacity = case.default_capacity if case.capacity is None else case.capacity
+    capacity = case.num_rows
     flat = ids.reshape(-1)
     number = jnp.arange(flat.size, dtype=jnp.int32)
     routed = (flat >= 0) & (flat < case.num_experts)
@@ -176,7 +176,7 @@ def stress(case: Case, num_calls: int, late: bool, num_sms: int | None = None) -
     Layout, dispatch of int32 rows, combine of bfloat16, all random; with `late`, ranks come to each
     of the three at different times, otherwise the calls are queued as fast as it goes.
     """
-    capacity = case.default_capacity if case.capacity is None else case.capacity
+    capacity = case.num_rows
 
     def one_call(call: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         wrong, first_wrong, state = carry

@@ -148,6 +148,22 @@ VALUE_ERRORS: Failures = [
         lambda: make(capacity=6, expert_alignment=4),
     ),
     (
+        "expert_capacity must be a positive multiple of expert_alignment (4), got 6",
+        lambda: make(expert_capacity=6, expert_alignment=4),
+    ),
+    (
+        "expert_capacity must be a positive multiple of expert_alignment (1), got 0",
+        lambda: make(expert_capacity=0),
+    ),
+    (
+        "capacity must be None with expert_capacity, which says what it is",
+        lambda: make(capacity=8, expert_capacity=4),
+    ),
+    (
+        "capacity must be at most 2146435072, got 2147483648",
+        lambda: make(expert_capacity=2**30),
+    ),
+    (
         "R * T * K + E * A must be at most 2146435072, got 2147485696",
         lambda: make(np.broadcast_to(np.int32(0), (2**11, 2**11, 2**9)), 2**11, capacity=1),
     ),

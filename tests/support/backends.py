@@ -393,6 +393,7 @@ def _layout_function(case: Case) -> Callable[..., Any]:
             axis_name=AXIS,
             capacity=case.capacity,
             expert_alignment=case.expert_alignment,
+            expert_capacity=case.expert_capacity,
             zero_tail=case.zero_tail,
         )
         derived = {name: getattr(layout, name) for name in ("kept", "row_valid", "row_token")}

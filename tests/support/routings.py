@@ -57,6 +57,7 @@ class Case:
         capacity: C, a multiple of expert_alignment; None for the default.
         expert_alignment: A.
         zero_tail: as in `make_layout`.
+        expert_capacity: M, in place of a capacity.
     """
 
     num_ranks: int
@@ -67,10 +68,13 @@ class Case:
     capacity: int | None = None
     expert_alignment: int = 1
     zero_tail: bool = True
+    expert_capacity: int | None = None
 
     def __str__(self) -> str:
         """A short name, for test ids."""
         capacity = "" if self.capacity is None else f"-C{self.capacity}"
+        if self.expert_capacity is not None:
+            capacity = f"-M{self.expert_capacity}"
         return (
             f"R{self.num_ranks}-T{self.num_tokens}-K{self.top_k}-E{self.num_experts}"
             f"-H{self.hidden}-A{self.expert_alignment}{capacity}"
@@ -88,9 +92,20 @@ class Case:
             self.num_tokens, self.top_k, self.num_ranks, self.num_experts, self.expert_alignment
         )
 
+    @property
+    def num_rows(self) -> int:
+        """C, whatever says it."""
+        if self.expert_capacity is not None:
+            return self.num_local_experts * self.expert_capacity
+        return self.default_capacity if self.capacity is None else self.capacity
+
     def with_capacity(self, capacity: int | None) -> "Case":
         """The same sizes with another capacity."""
-        return dataclasses.replace(self, capacity=capacity)
+        return dataclasses.replace(self, capacity=capacity, expert_capacity=None)
+
+    def with_expert_capacity(self, expert_capacity: int) -> "Case":
+        """The same sizes with so much room for each expert."""
+        return dataclasses.replace(self, capacity=None, expert_capacity=expert_capacity)
 
     def reference_layout(self, topk_idx: NDArray[np.int32]) -> reference.ReferenceLayout:
         """The oracle's layout of these ids, int32 [R, T, K]."""
@@ -99,6 +114,7 @@ class Case:
             num_experts=self.num_experts,
             capacity=self.capacity,
             expert_alignment=self.expert_alignment,
+            expert_capacity=self.expert_capacity,
             zero_tail=self.zero_tail,
         )
 
@@ -266,6 +282,36 @@ def capacities(topk_idx: NDArray[np.int32], case: Case) -> dict[str, int]:
     return found
 
 
+EXPERT_CAPACITY_KINDS: tuple[str, ...] = ("each_exact", "each_mean", "each_minimum")
+
+
+def expert_capacities(topk_idx: NDArray[np.int32], case: Case) -> dict[str, int]:
+    """Finds the rooms of an expert that are interesting for these ids: multiples of A.
+
+    * "each_exact": the smallest that drops nothing.
+    * "each_mean": what the mean load takes; drops where the load is uneven.
+    * "each_minimum": A.
+
+    Args:
+        topk_idx: int32 [R, T, K].
+        case: the sizes; its capacities are not looked at.
+
+    Returns:
+        The room of each kind, in the order above.
+    """
+    valid = topk_idx[(topk_idx >= 0) & (topk_idx < case.num_experts)]
+    counts = np.bincount(valid, minlength=case.num_experts)
+
+    def aligned(rows: float) -> int:
+        return max(1, -int(-rows // case.expert_alignment)) * case.expert_alignment
+
+    return {
+        "each_exact": aligned(counts.max()),
+        "each_mean": aligned(counts.mean()),
+        "each_minimum": case.expert_alignment,
+    }
+
+
 # The strategy -------------------------------------------------------------------------------------
 
 
@@ -277,7 +323,8 @@ class RoutedCase:
         case: the sizes, capacity included.
         topk_idx: int32 [R, T, K].
         kind: how the ids were made: one of ROUTING_KINDS, or "drawn" one by one.
-        capacity_kind: how the capacity was chosen: one of CAPACITY_KINDS.
+        capacity_kind: how the capacity was chosen: one of CAPACITY_KINDS, or of
+            EXPERT_CAPACITY_KINDS.
         seed: for the data of the test.
     """
 
@@ -302,7 +349,7 @@ def routed_cases(
     draw: st.DrawFn,
     sizes: Sequence[Case] = STATIC_SIZES,
     kinds: Sequence[str] = ROUTING_KINDS,
-    capacity_kinds: Sequence[str] = CAPACITY_KINDS,
+    capacity_kinds: Sequence[str] = CAPACITY_KINDS + EXPERT_CAPACITY_KINDS,
 ) -> RoutedCase:
     """Draws sizes, ids and a capacity.
 
@@ -327,10 +374,14 @@ def routed_cases(
         topk_idx = np.array(ids, np.int32).reshape(shape)
     else:
         topk_idx = topk_ids(draw, case, kind)
-    found = capacities(topk_idx, case)
-    possible = [name for name in capacity_kinds if name in found] or ["default"]
+    shared, own = capacities(topk_idx, case), expert_capacities(topk_idx, case)
+    possible = [name for name in capacity_kinds if name in shared or name in own] or ["default"]
     capacity_kind = draw(st.sampled_from(possible))
-    case = dataclasses.replace(case, capacity=found[capacity_kind], zero_tail=draw(st.booleans()))
+    if capacity_kind in own:
+        case = case.with_expert_capacity(own[capacity_kind])
+    else:
+        case = case.with_capacity(shared[capacity_kind])
+    case = dataclasses.replace(case, zero_tail=draw(st.booleans()))
     return RoutedCase(case, topk_idx, kind, capacity_kind, draw(st.integers(0, 2**32 - 1)))
 
 

@@ -233,6 +233,7 @@ def shard_layer(case: Case, axis: str | tuple[str, ...], *, square: bool = True)
             axis_name=axis,
             capacity=case.capacity,
             expert_alignment=case.expert_alignment,
+            expert_capacity=case.expert_capacity,
         )
 
     return layer

@@ -23,8 +23,7 @@ ffi::Future Layout(ffi::RunId run, CpuSiteState* state, LayoutAttributes a, Coor
   for (const Memory& counts : {call.expert_counts, call.expert_load, call.counters}) {
     out.push_back(AsOutput(counts));
   }
-  const cpu::LayoutSizes sizes{a.num_ranks,   a.num_tokens, a.top_k,
-                               a.num_experts, a.capacity,   a.expert_alignment};
+  const cpu::LayoutSizes sizes{a.num_ranks, a.num_tokens, a.top_k, a.num_experts, call.room};
   return Arrive(*state, run, coordinates, {call.topk_idx.data}, out,
                 [sizes](const cpu::Members& members) { return cpu::MakeLayoutOp(sizes, members); });
 }

@@ -26,8 +26,7 @@ ffi::Error Layout(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, La
   arguments.num_tokens = a.num_tokens;
   arguments.top_k = a.top_k;
   arguments.num_experts = a.num_experts;
-  arguments.capacity = a.capacity;
-  arguments.expert_alignment = a.expert_alignment;
+  arguments.room = call.room;
   arguments.expert_counts = call.expert_counts.as<int32_t>();
   arguments.expert_load = call.expert_load.as<int32_t>();
   arguments.counters = call.counters.as<int32_t>();

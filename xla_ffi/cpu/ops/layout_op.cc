@@ -70,29 +70,28 @@ class LayoutOp final : public CollectiveOp {
     });
   }
 
-  // offset_[e]: first row of an expert on its rank. first_row_[src][e]: first row of a source's
-  // part. first_slot_[src][d]: where the source's part of rank d's recv_order begins.
+  // offset_[e]: first row of an expert on its rank. first_[src][e]: rows of the expert before a
+  // source's part. first_slot_[src][d]: where the source's part of rank d's recv_order begins.
   void PlaceExperts() {
     const int64_t num_local = num_local_experts();
     const int64_t num_ranks = sizes_.num_ranks;
     offset_.assign(sizes_.num_experts, 0);
     total_.assign(sizes_.num_experts, 0);
-    first_row_.assign(num_ranks * sizes_.num_experts, 0);
+    first_.assign(num_ranks * sizes_.num_experts, 0);
     first_slot_.assign(num_ranks * num_ranks, 0);
     num_recv_.assign(num_ranks, 0);
     std::vector<int64_t> kept(num_ranks * num_ranks, 0);  // [src][d]
     for (int64_t expert = 0; expert < sizes_.num_experts; ++expert) {
       const int64_t dst_rank = expert / num_local;
       if (expert % num_local != 0) {
-        offset_[expert] =
-            offset_[expert - 1] + padded_rows(total_[expert - 1], sizes_.expert_alignment);
+        offset_[expert] = offset_[expert - 1] + sizes_.room.occupied_rows(total_[expert - 1]);
       }
+      const int64_t most = sizes_.room.most_rows(offset_[expert]);
       for (int64_t src = 0; src < num_ranks; ++src) {
-        const int64_t first = offset_[expert] + total_[expert];
-        at(first_row_, src, expert) = first;
+        const int64_t first = total_[expert];
+        at(first_, src, expert) = first;
         total_[expert] += at(count_, src, expert);
-        kept[src * num_ranks + dst_rank] +=
-            rows_below(first, at(count_, src, expert), sizes_.capacity);
+        kept[src * num_ranks + dst_rank] += rows_below(first, at(count_, src, expert), most);
       }
     }
     for (int64_t dst = 0; dst < num_ranks; ++dst) {
@@ -106,16 +105,16 @@ class LayoutOp final : public CollectiveOp {
   void ClearTables(int64_t rank) const {
     if (!is_local(rank)) return;
     static_assert(kNoSource == -1);  // all bits set
-    std::memset(out(rank, kLayoutRecvSrc), 0xff, sizes_.capacity * sizeof(int32_t));
-    std::memset(out(rank, kLayoutRecvOrder), 0xff, sizes_.capacity * sizeof(int32_t));
+    std::memset(out(rank, kLayoutRecvSrc), 0xff, sizes_.room.capacity * sizeof(int32_t));
+    std::memset(out(rank, kLayoutRecvOrder), 0xff, sizes_.room.capacity * sizeof(int32_t));
   }
 
   // Walks the ids of one source in (token, k) order. Sources write disjoint rows and slots.
   void PlaceRows(int64_t src) const {
     const int64_t num_local = num_local_experts();
     const auto expert_begin = src * sizes_.num_experts;
-    std::vector<int64_t> next_row(first_row_.begin() + expert_begin,
-                                  first_row_.begin() + expert_begin + sizes_.num_experts);
+    std::vector<int64_t> next(first_.begin() + expert_begin,
+                              first_.begin() + expert_begin + sizes_.num_experts);
     std::vector<int64_t> next_slot(first_slot_.begin() + src * sizes_.num_ranks,
                                    first_slot_.begin() + (src + 1) * sizes_.num_ranks);
     int32_t* send_row = is_local(src) ? out(src, kLayoutSendRow) : nullptr;
@@ -130,8 +129,8 @@ class LayoutOp final : public CollectiveOp {
       const int32_t expert = ids_[src][i];
       int64_t row = kNoRow;
       if (is_routed(expert, sizes_.num_experts)) {
-        row = next_row[expert]++;
-        if (row >= sizes_.capacity) row = kNoRow;
+        const int64_t i = next[expert]++;
+        if (i < sizes_.room.most_rows(offset_[expert])) row = offset_[expert] + i;
       }
       if (send_row != nullptr) send_row[i] = static_cast<int32_t>(row);
       if (row == kNoRow) continue;
@@ -152,8 +151,8 @@ class LayoutOp final : public CollectiveOp {
       const int64_t expert = rank * num_local + e;
       num_routed += total_[expert];
       out(rank, kLayoutExpertCounts)[e] = static_cast<int32_t>(total_[expert]);
-      out(rank, kLayoutGroupSizes)[e] = static_cast<int32_t>(rows_below(
-          offset_[expert], padded_rows(total_[expert], sizes_.expert_alignment), sizes_.capacity));
+      out(rank, kLayoutGroupSizes)[e] =
+          static_cast<int32_t>(sizes_.room.group_size(offset_[expert], total_[expert]));
     }
     for (int64_t expert = 0; expert < sizes_.num_experts; ++expert) {
       out(rank, kLayoutExpertLoad)[expert] = static_cast<int32_t>(total_[expert]);
@@ -169,7 +168,7 @@ class LayoutOp final : public CollectiveOp {
   const LayoutSizes sizes_;
   std::vector<const int32_t*> ids_;      // by rank
   std::vector<std::vector<void*>> out_;  // by rank; empty in another process
-  std::vector<int64_t> count_, num_invalid_, offset_, total_, first_row_, first_slot_, num_recv_;
+  std::vector<int64_t> count_, num_invalid_, offset_, total_, first_, first_slot_, num_recv_;
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "cuda/core/placement.h"
 #include "xla_ffi/cpu/ops/collective_op.h"
 #include "xla_ffi/cpu/ops/row_math.h"
 
@@ -13,7 +14,8 @@ namespace jax_ep::cpu {
 
 // ---- layout: where every row goes --------------------------------------------------------------
 struct LayoutSizes {
-  int64_t num_ranks, num_tokens, top_k, num_experts, capacity, expert_alignment;
+  int64_t num_ranks, num_tokens, top_k, num_experts;
+  Room room;
 };
 enum LayoutIn { kLayoutTopkIdx };  // i32 [T, K]
 enum LayoutOut {
