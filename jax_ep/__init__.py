@@ -17,9 +17,11 @@ except ImportError as error:
         f"directory): {error}"
     ) from error
 
+from jax_ep import routing as routing
 from jax_ep.api import Dispatched, combine, dispatch, make_layout, moe
 from jax_ep.errors import check
 from jax_ep.layout import Layout, capacity, expert_capacity
+from jax_ep.routing import keep_heaviest
 from jax_ep.runtime import finalize, initialize
 from jax_ep.timeouts import Timeout, get_timeout, set_timeout
 
@@ -37,7 +39,9 @@ __all__ = [
     "finalize",
     "get_timeout",
     "initialize",
+    "keep_heaviest",
     "make_layout",
     "moe",
+    "routing",
     "set_timeout",
 ]

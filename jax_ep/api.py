@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_ep import autodiff, batching, checks, compat, ffi, group, id_check, limits
@@ -120,13 +119,8 @@ def make_layout(
     where = "jax_ep.make_layout"
     axes = group.axis_names(axis_name, where)
     num_ranks = group.group_size(axes, where)
-    topk_idx = checks.as_array(where, "topk_idx", topk_idx)
-    if topk_idx.dtype != jnp.int32:
-        remedy = "cast it with topk_idx.astype(jnp.int32)"
-        if not jnp.issubdtype(topk_idx.dtype, jnp.integer):
-            remedy = "it takes the ids of experts, jax.lax.top_k's second result"
-        raise TypeError(f"{where}: topk_idx must be int32; got {topk_idx.dtype}: {remedy}")
-    num_tokens, top_k = checks.matrix_shape(where, "topk_idx", topk_idx, "[tokens, k]")
+    topk_idx = checks.expert_ids(where, topk_idx)
+    num_tokens, top_k = topk_idx.shape
     num_experts = checks.positive_int(where, "num_experts", num_experts)
     expert_alignment = checks.positive_int(where, "expert_alignment", expert_alignment)
     limits.check_experts(where, num_experts, num_ranks, f"the {num_ranks} ranks along {axes}")

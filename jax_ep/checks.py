@@ -70,6 +70,18 @@ def matrix_shape(where: str, name: str, array: Array, meaning: str) -> tuple[int
     return array.shape[0], array.shape[1]
 
 
+def expert_ids(where: str, value: Any) -> Array:
+    """``value``, if it is topk_idx, int32 [T, K]."""
+    topk_idx = as_array(where, "topk_idx", value)
+    if topk_idx.dtype != jnp.int32:
+        remedy = "cast it with topk_idx.astype(jnp.int32)"
+        if not jnp.issubdtype(topk_idx.dtype, jnp.integer):
+            remedy = "it takes the ids of experts, jax.lax.top_k's second result"
+        raise TypeError(f"{where}: topk_idx must be int32; got {topk_idx.dtype}: {remedy}")
+    matrix_shape(where, "topk_idx", topk_idx, "[tokens, k]")
+    return topk_idx
+
+
 def check_row(where: str, name: str, array: Array) -> None:
     """Rows are whole granules."""
     row_bytes = array.shape[1] * array.dtype.itemsize
