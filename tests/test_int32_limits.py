@@ -244,7 +244,7 @@ def around_the_limits() -> Iterator[Sizes]:
             yield dataclasses.replace(base, capacity=n)
     for ranks, per_rank in itertools.product((1, 8, MOST_RANKS), (1, 14, 1024)):
         for alignment in (1, 128):
-            base = Sizes(ranks, 4096, 4, ranks * per_rank, alignment)
+            base = Sizes(ranks, 4096, 1, ranks * per_rank, alignment)
             most = MAX_ROWS // per_rank // alignment * alignment
             for n in (alignment, most, most + alignment):
                 yield dataclasses.replace(base, expert_capacity=n)
