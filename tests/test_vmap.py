@@ -240,7 +240,7 @@ def test_jacrev() -> None:
 
 @checks_vma
 def test_fp8_and_integer_rows(check_vma: bool) -> None:
-    """What has no gradient: quantised tokens with their scales, and ids of rows."""
+    """What has no gradient: float8 tokens with their scales, and ids of rows."""
     placement = STAGES["2x2"]
     mesh, case = placement.mesh(), sizes(placement, hidden=128)
     problems = [make_problem(placement, case, seed=i) for i in range(2)]
@@ -250,7 +250,10 @@ def test_fp8_and_integer_rows(check_vma: bool) -> None:
         layout = jax_ep.make_layout(ids, num_experts=16, axis_name="ep", capacity=10)
         received = jax_ep.dispatch(x, layout, fp8="float32")
         numbers = jax_ep.dispatch(x.astype(jnp.int32), layout).tokens
-        return received.tokens.astype(jnp.float32), received.scales, numbers
+        scales = x[:, :2].astype(jnp.float32)
+        passed_on = jax_ep.dispatch(x.astype(jnp.float8_e5m2), layout, scales=scales)
+        wide = [r.tokens.astype(jnp.float32) for r in (received, passed_on)]
+        return *wide, received.scales, passed_on.scales, numbers
 
     run = jax.shard_map(shard, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"), check_vma=check_vma)
     singly = [jax.jit(run)(x[i], ids[i]) for i in range(2)]
