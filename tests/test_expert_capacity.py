@@ -8,10 +8,13 @@ import itertools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import routings
 from backends import AXIS, LAYOUT_ARRAYS, Backend, JaxBackend
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 from routings import Case, assert_same_bits
 
 import jax_ep
@@ -115,6 +118,20 @@ def test_static_fields(device_backend: JaxBackend) -> None:
     assert isinstance(layout, jax_ep.Layout)
     assert (layout.capacity, layout.expert_capacity) == (4, 2)
     assert device_backend.make_layout(BY_HAND.with_capacity(4), IDS).handle.expert_capacity is None
+
+
+def test_messages_tell_of_the_room() -> None:
+    """What tells two layouts of the same capacity apart."""
+
+    def f(ids: jax.Array) -> jax.Array:
+        layout = jax_ep.make_layout(ids, num_experts=4, axis_name=AXIS, expert_capacity=3)
+        return jax_ep.combine(jnp.zeros((4, 8)), layout)
+
+    mesh = AbstractMesh((2,), (AXIS,), axis_types=(AxisType.Auto,))
+    run = jax.shard_map(f, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
+    message = r"the layout \(4 experts with 3 rows each, 2 ranks along .* has capacity 6"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(run, IDS.reshape(6, 2))
 
 
 # jax_ep.expert_capacity ---------------------------------------------------------------------------
