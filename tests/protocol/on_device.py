@@ -106,7 +106,7 @@ def expert(rows: jax.Array, flat: jax.Array) -> jax.Array:
 def expected_layout(case: Case, ids: jax.Array, rank: jax.Array) -> dict[str, jax.Array]:
     """This rank's tables, from all ranks' ids."""
     num_local, alignment = case.num_local_experts, case.expert_alignment
-    capacity = case.num_rows
+    capacity, room = case.num_rows, case.expert_capacity
     flat = ids.reshape(-1)
     number = jnp.arange(flat.size, dtype=jnp.int32)
     routed = (flat >= 0) & (flat < case.num_experts)
@@ -115,10 +115,12 @@ def expected_layout(case: Case, ids: jax.Array, rank: jax.Array) -> dict[str, ja
     row_in_expert = same_before.sum(axis=1, dtype=jnp.int32)
     experts = jnp.arange(case.num_experts, dtype=jnp.int32)
     load = (flat[:, None] == experts[None, :]).sum(axis=0, dtype=jnp.int32)
-    padded = (-(-load // alignment) * alignment).reshape(case.num_ranks, num_local)
+    padded = -(-load // alignment) * alignment if room is None else jnp.full_like(load, room)
+    padded = padded.reshape(case.num_ranks, num_local)
     offset = jnp.cumsum(padded, axis=1) - padded
     row = offset.reshape(-1)[safe] + row_in_expert
-    row = jnp.where(routed & (row < capacity), row, -1)
+    fits = row < capacity if room is None else row_in_expert < room
+    row = jnp.where(routed & fits, row, -1)
     here = (row >= 0) & (safe // num_local == rank)
     slot = jnp.cumsum(here.astype(jnp.int32)) - here
     nowhere = jnp.full(capacity, -1, jnp.int32)
@@ -176,7 +178,6 @@ def stress(case: Case, num_calls: int, late: bool, num_sms: int | None = None) -
     Layout, dispatch of int32 rows, combine of bfloat16, all random; with `late`, ranks come to each
     of the three at different times, otherwise the calls are queued as fast as it goes.
     """
-    capacity = case.num_rows
 
     def one_call(call: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         wrong, first_wrong, state = carry
@@ -195,8 +196,9 @@ def stress(case: Case, num_calls: int, late: bool, num_sms: int | None = None) -
             own_ids,
             num_experts=case.num_experts,
             axis_name=AXIS,
-            capacity=capacity,
+            capacity=case.capacity,
             expert_alignment=case.expert_alignment,
+            expert_capacity=case.expert_capacity,
             **sms(num_sms, jax_ep.make_layout),
         )
         sent = x

@@ -30,6 +30,7 @@ def sizes(num_ranks: int) -> dict[str, Case]:
         "aligned": Case(
             num_ranks, 33, 4, 4 * num_ranks, hidden=136, capacity=192, expert_alignment=16
         ),
+        "own_room": Case(num_ranks, 24, 4, 4 * num_ranks, hidden=32, expert_capacity=24),
     }
 
 
@@ -39,6 +40,7 @@ STRESS = [
     ("tight", True, None),
     ("one_token", False, None),
     ("aligned", True, 8),
+    ("own_room", False, None),
 ]
 
 
