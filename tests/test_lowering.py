@@ -128,15 +128,16 @@ def header_attributes() -> dict[str, dict[str, type]]:
     """What the handlers decode, {op: {attribute: type}}, read from the header."""
     header = (ROOT / "xla_ffi" / "attributes.h").read_text().replace("\\\n", " ")
     lists = dict(re.findall(r"#define (JAX_EP_\w+)\(NUMBER\)(.*)", header))
-    defined = re.findall(r'DEFINE_ATTRIBUTES\(\w+, "jax_ep_(\w+)",\s*(\w+)\)', header)
+    defined = re.findall(r"DEFINE_ATTRIBUTES\(\w+, k([A-Z]\w+),\s*(\w+)\)", header)
 
     def numbers(text: str) -> list[str]:
         inner = [n for name in re.findall(r"(\w+)\(NUMBER\)", text) for n in numbers(lists[name])]
         return inner + re.findall(r"\bNUMBER\((\w+)\)", text)
 
     return {
-        op: dict.fromkeys(MEMBERS, list) | dict.fromkeys(numbers(lists[name]), int)
-        for op, name in defined
+        re.sub(r"\B([A-Z])", r"_\1", kind).lower(): dict.fromkeys(MEMBERS, list)
+        | dict.fromkeys(numbers(lists[name]), int)
+        for kind, name in defined
     }
 
 
