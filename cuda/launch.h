@@ -56,9 +56,9 @@ struct DispatchArguments : TableView {
   const int32_t* topk_idx;
   const void* x;
   const float* topk_weights;  // null without
-  void* tokens;
-  float* scales;   // [C, num_scales] with kQuantize and kScaled, else null
-  float* weights;  // with topk_weights, else null
+  void* tokens;               // [num_rows]
+  float* scales;              // [num_rows, num_scales] with kQuantize and kScaled, else null
+  float* weights;             // with topk_weights, else null
   // With kWeighted, else null: [C, row], [C], [C].
   const void* y;
   const float* row_weights;
@@ -68,6 +68,8 @@ struct DispatchArguments : TableView {
   void* landing;
   int64_t num_tokens, top_k, capacity, num_local_experts;
   int64_t num_channels, row_bytes;  // of a row of x
+  int64_t num_rows;                 // of tokens: TableSizes::num_rows(expand)
+  bool expand;                      // always with kWeighted
   DispatchMode mode;
   FloatType type;  // of x, if not kCopy or kScaled
   bool power_of_two_scales, zero_tail;
@@ -95,6 +97,7 @@ struct CombineArguments : TableView {
   float* collected;  // with values
   int64_t num_tokens, top_k, num_local_experts, num_channels;
   FloatType type;
+  bool expand;  // as in DispatchArguments, of y; without it there are no weights
 };
 
 cudaError_t LaunchLayout(const GroupView& group, const LayoutArguments& arguments, int num_sms,

@@ -29,8 +29,10 @@ EXPERTS, ALIGNMENT = 8, 4
 VERBS = [
     "make_layout",
     "dispatch",
+    operations.NOT_EXPANDED[0],
     "make_layout+dispatch",
     "combine",
+    operations.NOT_EXPANDED[1],
     "make_layout+dispatch+combine",
     "forward+backward",
 ]
@@ -145,6 +147,13 @@ def test_bytes_of_the_published_case() -> None:
     combined = traffic.combine_movement(point, moved)
     assert combined.memory_bytes == sent.memory_bytes
     assert combined.wire_bytes == sent.wire_bytes
+    # A row per (token, rank), and one of zeros: a quarter of the rows. The gradient reads them.
+    once = traffic.dispatch_movement(point, moved, expand=False)
+    assert once.wire_bytes == sent.wire_bytes
+    assert once.stored_bytes == (2 * 4096 + 1) * 14336
+    assert once.copies == 1
+    summed = traffic.combine_movement(point, moved, expand=False)
+    assert summed.read_bytes == once.logical_bytes + once.wire_bytes
 
 
 @pytest.mark.parametrize(
@@ -469,6 +478,7 @@ def test_run_on_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["operation"] for row in base] == VERBS + baselines
     assert [r["operation"] for r in rows if r["tokens"] == 5 and r["fp8"] == "float32"] == [
         "dispatch",
+        operations.NOT_EXPANDED[0],
         "make_layout+dispatch",
     ]
     for row in rows:
@@ -541,7 +551,8 @@ def test_a_failing_operation_is_told_and_the_others_are_measured(
     )
     failed = {row["operation"] for row in rows if "error" in row}
     assert failed == {"combine", "make_layout+dispatch+combine"}
-    assert {row["operation"] for row in rows} - failed == {"dispatch", "make_layout+dispatch"}
+    others = {"dispatch", "make_layout+dispatch", *operations.NOT_EXPANDED}
+    assert {row["operation"] for row in rows} - failed == others
     assert "n/a: ValueError: this combine is broken" in capsys.readouterr().out
 
 

@@ -327,6 +327,7 @@ class _Bench:
 _VERB_NAMES = (
     "make_layout",
     "dispatch",
+    *operations.NOT_EXPANDED,
     "make_layout+dispatch",
     "combine",
     "make_layout+dispatch+combine",

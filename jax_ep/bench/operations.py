@@ -5,6 +5,7 @@ user is prepared outside, which favours the baseline, unless its name says that 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ from jax_ep.bench.traffic import (
 )
 
 RAGGED = "sort+ragged_all_to_all"
+NOT_EXPANDED = ("dispatch expand=False", "dispatch+gradient expand=False")
 AXIS = "ep"
 
 
@@ -136,6 +138,14 @@ def jax_ep_operations(
         received = jax_ep.dispatch(x, _unpack(layout), weights, **fp8)
         return tuple(a for a in received[:3] if a is not None)
 
+    def dispatch_not_expanded(layout: Any, x: jax.Array, weights: jax.Array) -> Any:
+        received = jax_ep.dispatch(x, _unpack(layout), weights, expand=False, **fp8)
+        return tuple(a for a in received[:3] if a is not None)
+
+    def not_expanded_and_gradient(layout: Any, x: jax.Array, weights: jax.Array) -> Any:
+        received, vjp = jax.vjp(functools.partial(dispatch_not_expanded, layout), x, weights)
+        return vjp(received)
+
     def layout_dispatch(ids: jax.Array, x: jax.Array, weights: jax.Array) -> Any:
         received = jax_ep.dispatch(x, make_layout(ids), weights, **fp8)
         return tuple(a for a in received[:3] if a is not None)
@@ -154,6 +164,8 @@ def jax_ep_operations(
         out, vjp = jax.vjp(lambda x, weights: forward(ids, x, weights), x, weights)
         return out, *vjp(cotangent)
 
+    sent_once = dispatch_movement(point, traffic, expand=False)
+    returned_once = combine_movement(point, traffic, expand=False)
     sent = dispatch_movement(point, traffic)
     returned = combine_movement(point, traffic)
     # The gradient of combine spreads the cotangent's rows in their own type, reads y beside them
@@ -176,6 +188,9 @@ def jax_ep_operations(
     )(data.ids)
     operations += [
         Operation("dispatch", dispatch, (layout, *send_args), (sent,), fresh=2),
+        Operation(
+            NOT_EXPANDED[0], dispatch_not_expanded, (layout, *send_args), (sent_once,), fresh=2
+        ),
         Operation("make_layout+dispatch", layout_dispatch, (*layout_args, *send_args), (sent,)),
     ]
     if point.fp8 == "none":
@@ -184,6 +199,13 @@ def jax_ep_operations(
         )
     if point.fp8 == "none" or point.dequantizes:
         operations += [
+            Operation(
+                NOT_EXPANDED[1],
+                not_expanded_and_gradient,
+                (layout, *send_args),
+                (sent_once, returned_once),
+                fresh=2,
+            ),
             Operation(
                 "make_layout+dispatch+combine",
                 forward,

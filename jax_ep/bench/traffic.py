@@ -198,31 +198,34 @@ class Movement:
     copies: int = 1
 
 
-def dispatch_movement(point: Point, traffic: Traffic) -> Movement:
+def dispatch_movement(point: Point, traffic: Traffic, *, expand: bool = True) -> Movement:
     """Of dispatch, or of combine's gradient without fp8."""
-    stored = traffic.layout.capacity * point.received_row_bytes
+    layout = traffic.layout
+    rows = layout.capacity if expand else layout.num_ranks * layout.num_tokens + 1
+    stored = rows * point.received_row_bytes
     return Movement(
         wire_bytes=traffic.wire_rows * point.wire_row_bytes,
         logical_bytes=traffic.distinct_rows * point.wire_row_bytes,
         memory_bytes=stored + traffic.source_tokens * point.row_bytes,
         read_bytes=traffic.source_tokens * point.row_bytes,
         stored_bytes=stored,
-        copies=traffic.copies,
+        copies=traffic.copies if expand else 1,
     )
 
 
-def combine_movement(point: Point, traffic: Traffic) -> Movement:
+def combine_movement(point: Point, traffic: Traffic, *, expand: bool = True) -> Movement:
     """Of combine, or of dispatch's gradient: rows in ``dtype`` whatever dispatch sent.
 
     SMs read each kept row and each sum that a peer has sent, and store each token's row. What they
     store at peers counts on the wire alone: whether it shares a limit with the other stores has not
     been measured.
     """
+    rows = traffic.kept_rows if expand else traffic.distinct_rows
     return Movement(
         wire_bytes=traffic.wire_rows * point.row_bytes,
         logical_bytes=traffic.distinct_rows * point.row_bytes,
-        memory_bytes=(traffic.kept_rows + point.tokens) * point.row_bytes,
-        read_bytes=(traffic.kept_rows + traffic.wire_rows) * point.row_bytes,
+        memory_bytes=(rows + point.tokens) * point.row_bytes,
+        read_bytes=(rows + traffic.wire_rows) * point.row_bytes,
         stored_bytes=point.tokens * point.row_bytes,
         copies=_MOST_COPIES,
     )

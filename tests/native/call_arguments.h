@@ -45,7 +45,7 @@ LayoutArguments LayoutOf(const CallSizes& sizes, const CallBuffers<Row>& b) {
   return a;
 }
 
-// With weights, or as the gradient of combine; no landing area.
+// With weights, or as the gradient of combine; no landing area. Expanded, as CombineOf.
 template <typename Row>
 DispatchArguments DispatchOf(const CallSizes& sizes, const CallBuffers<Row>& b, DispatchMode mode) {
   DispatchArguments a{};
@@ -63,6 +63,8 @@ DispatchArguments DispatchOf(const CallSizes& sizes, const CallBuffers<Row>& b, 
   a.num_local_experts = sizes.num_experts / sizes.num_ranks;
   a.num_channels = sizes.num_channels;
   a.row_bytes = sizes.row_bytes;
+  a.num_rows = sizes.capacity;
+  a.expand = true;
   a.mode = mode;
   a.type = sizes.type;
   a.zero_tail = sizes.zero_tail;
@@ -101,6 +103,7 @@ CombineArguments CombineOf(const CallSizes& sizes, const CallBuffers<Row>& b) {
   a.num_local_experts = sizes.num_experts / sizes.num_ranks;
   a.num_channels = sizes.num_channels;
   a.type = sizes.type;
+  a.expand = true;
   return a;
 }
 

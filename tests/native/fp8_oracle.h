@@ -49,6 +49,13 @@ inline uint8_t Fp8Code(float x) {
   return sign | code;
 }
 
+// A NaN is a NaN, whatever its sign.
+inline void MakeNansEqual(std::vector<uint8_t>& numbers) {
+  for (uint8_t& code : numbers) {
+    if ((code & 0x7f) == kFp8Nan) code = kFp8Nan;
+  }
+}
+
 struct Fp8Row {
   std::vector<uint8_t> numbers;      // [H]
   std::vector<float> scales;         // [ceil(H / 128)]

@@ -38,8 +38,11 @@ using namespace jax_ep::gpu;
 
 constexpr int kMaxRanks = 8;
 constexpr int kCallsBefore = 4;  // long enough for the host to launch what follows on all ranks
-const char* const kOps[] = {"layout",   "dispatch", "layout+dispatch", "combine",   "collect",
-                            "gradient", "fp8",      "fp8-dequantized", "fp8-scaled"};
+// not-expanded, -fp8: dispatch with a row for each (token, rank); -gradient: combine of such rows.
+const char* const kOps[] = {"layout",       "dispatch",         "layout+dispatch",
+                            "combine",      "collect",          "gradient",
+                            "fp8",          "fp8-dequantized",  "fp8-scaled",
+                            "not-expanded", "not-expanded-fp8", "not-expanded-gradient"};
 
 struct Sizes {
   int ranks = 2, tokens = 4096, top_k = 8, hidden = 7168, experts = 256;
@@ -173,6 +176,36 @@ __global__ void CheckRows(AllRanks all, int rank, Sizes o, int64_t capacity, boo
     }
   }
 }
+__global__ void CheckNotExpanded(AllRanks all, int rank, Sizes o) {
+  const Rank& r = all.rank[rank];
+  const int num_tokens = o.ranks * o.tokens;
+  for (int64_t row = blockIdx.x; row <= num_tokens; row += gridDim.x) {
+    const bool is_token = row < num_tokens && r.recv_offsets[row] != r.recv_offsets[row + 1];
+    const __nv_bfloat16* x = all.rank[is_token ? row / o.tokens : 0].x + row % o.tokens * o.hidden;
+    for (int h = threadIdx.x; h < o.hidden; h += blockDim.x) {
+      const unsigned short expected = is_token ? __bfloat16_as_ushort(x[h]) : 0;
+      if (__bfloat16_as_ushort(r.tokens[row * o.hidden + h]) != expected) atomicAdd(r.wrong, 1);
+    }
+  }
+}
+__global__ void CheckNotExpandedSums(AllRanks all, int rank, Sizes o) {
+  const Rank& r = all.rank[rank];
+  for (int t = blockIdx.x; t < o.tokens; t += gridDim.x) {
+    const int64_t row = int64_t{rank} * o.tokens + t;
+    for (int h = threadIdx.x; h < o.hidden; h += blockDim.x) {
+      float total = 0.0f;
+      for (int q = 0; q < o.ranks; ++q) {
+        const int32_t* offsets = all.rank[q].recv_offsets;
+        if (offsets[row] == offsets[row + 1]) continue;
+        total = __fadd_rn(total, __bfloat162float(all.rank[q].y[row * o.hidden + h]));
+      }
+      const __nv_bfloat16 actual = r.out[int64_t{t} * o.hidden + h];
+      if (__bfloat16_as_ushort(actual) != __bfloat16_as_ushort(__float2bfloat16_rn(total))) {
+        atomicAdd(r.wrong, 1);
+      }
+    }
+  }
+}
 __global__ void CheckSums(AllRanks all, int rank, Sizes o, bool weighted) {
   const Rank& r = all.rank[rank];
   const int num_local = o.experts / o.ranks;
@@ -254,6 +287,7 @@ class Bench {
     CHECK_CUDA(cudaHostAlloc(&probe_status_, kMaxRanks * sizeof(uint32_t), cudaHostAllocPortable));
     std::memset(probe_status_, 0, kMaxRanks * sizeof(uint32_t));
     const int64_t rows = capacity_, tokens = o_.tokens, ids_here = tokens * o_.top_k;
+    const int64_t most_rows = std::max(rows, num_rows());  // of either form
     for (int r = 0; r < o_.ranks; ++r) {
       CHECK_CUDA(cudaSetDevice(r));
       for (int q = 0; q < o_.ranks; ++q) {
@@ -279,15 +313,15 @@ class Bench {
       b.expert_load = Allocate<int32_t>(o_.experts);
       b.counters = Allocate<int32_t>(3);
       b.x = Allocate<__nv_bfloat16>(tokens * o_.hidden);
-      b.y = Allocate<__nv_bfloat16>(rows * o_.hidden);
-      b.tokens = Allocate<__nv_bfloat16>(rows * o_.hidden);
+      b.y = Allocate<__nv_bfloat16>(most_rows * o_.hidden);
+      b.tokens = Allocate<__nv_bfloat16>(most_rows * o_.hidden);
       b.partial = Allocate<__nv_bfloat16>(o_.ranks * tokens * o_.hidden);
       b.out = Allocate<__nv_bfloat16>(tokens * o_.hidden);
       b.topk_weights = Allocate<float>(ids_here);
       b.weights = Allocate<float>(rows);
       b.row_weights = Allocate<float>(rows);
       b.dots = Allocate<float>(rows);
-      b.scales = Allocate<float>(rows * jax_ep::num_block_scales(o_.hidden));
+      b.scales = Allocate<float>(most_rows * jax_ep::num_block_scales(o_.hidden));
       b.x_scales = Allocate<float>(tokens * jax_ep::num_block_scales(o_.hidden));
       b.collected = Allocate<float>(ids_here);
       b.load = Allocate<int32_t>(o_.experts);
@@ -295,7 +329,7 @@ class Bench {
       b.wrong = Allocate<unsigned long long>(1);
       const uint32_t seed = 4 * r;
       Randomize<<<512, 256>>>(b.x, tokens * o_.hidden, seed);
-      Randomize<<<512, 256>>>(b.y, rows * o_.hidden, seed + 1);
+      Randomize<<<512, 256>>>(b.y, most_rows * o_.hidden, seed + 1);
       Randomize<<<64, 256>>>(b.topk_weights, ids_here, seed + 2);
       Randomize<<<64, 256>>>(b.row_weights, rows, seed + 3);
       CHECK_CUDA(cudaGetLastError());
@@ -354,7 +388,7 @@ class Bench {
     std::printf("%d ranks, T %d, K %d, H %d bf16, E %d, C %lld; wire %.1f MB a rank\n", o_.ranks,
                 o_.tokens, o_.top_k, o_.hidden, o_.experts, static_cast<long long>(capacity_),
                 wire_bytes_ / 1e6);
-    std::printf("%-16s %5s %10s %10s %10s %9s %7s\n", "operation", "SMs", "median us", "least",
+    std::printf("%-21s %5s %10s %10s %10s %9s %7s\n", "operation", "SMs", "median us", "least",
                 "most", "of wire", "wrong");
     for (int r = 0; r < o_.ranks; ++r) Launch("layout", r, all_sms_);
     Synchronize();
@@ -382,6 +416,8 @@ class Bench {
     return view;
   }
 
+  // With a row for each (token, rank).
+  int64_t num_rows() const { return int64_t{o_.ranks} * o_.tokens + 1; }
   test::CallSizes call_sizes() const {
     return {o_.ranks,
             o_.tokens,
@@ -405,9 +441,11 @@ class Bench {
   void Launch(const std::string& op, int rank, int num_sms) const {
     CHECK_CUDA(cudaSetDevice(rank));
     const Rank& b = all_.rank[rank];
-    const auto dispatch = [&](DispatchMode mode) {
-      CHECK_CUDA(LaunchDispatch(View(rank, op, num_sms), test::DispatchOf(call_sizes(), b, mode),
-                                num_sms, b.stream));
+    const auto dispatch = [&](DispatchMode mode, bool expand = true) {
+      DispatchArguments a = test::DispatchOf(call_sizes(), b, mode);
+      if (!expand) a.num_rows = num_rows();
+      a.expand = expand;
+      CHECK_CUDA(LaunchDispatch(View(rank, op, num_sms), a, num_sms, b.stream));
     };
     if (op == "layout" || op == "layout+dispatch") {
       CHECK_CUDA(LaunchLayout(View(rank, "layout", num_sms), test::LayoutOf(call_sizes(), b),
@@ -418,9 +456,12 @@ class Bench {
     if (op == "fp8") dispatch(DispatchMode::kQuantize);
     if (op == "fp8-dequantized") dispatch(DispatchMode::kDequantize);
     if (op == "fp8-scaled") dispatch(DispatchMode::kScaled);
-    if (op == "combine" || op == "collect") {
-      CHECK_CUDA(
-          LaunchCombine(View(rank, op, num_sms), Combine(b, op == "combine"), num_sms, b.stream));
+    if (op == "not-expanded") dispatch(DispatchMode::kCopy, false);
+    if (op == "not-expanded-fp8") dispatch(DispatchMode::kQuantize, false);
+    if (op == "combine" || op == "collect" || op == "not-expanded-gradient") {
+      CombineArguments a = Combine(b, op == "combine");
+      a.expand = op != "not-expanded-gradient";
+      CHECK_CUDA(LaunchCombine(View(rank, op, num_sms), a, num_sms, b.stream));
     }
   }
 
@@ -474,9 +515,9 @@ class Bench {
     Synchronize();
     std::sort(times.begin(), times.end());
     const double median = times[times.size() / 2];
-    const bool is_fp8 = op.rfind("fp8", 0) == 0;
+    const bool is_fp8 = op.find("fp8") != std::string::npos;
     const unsigned long long wrong = is_fp8 ? 0 : CountWrong(op, num_sms);
-    std::printf("%-16s %5d %10.1f %10.1f %10.1f", op.c_str(), num_sms, median, times.front(),
+    std::printf("%-21s %5d %10.1f %10.1f %10.1f", op.c_str(), num_sms, median, times.front(),
                 times.back());
     if (op != "layout" && !is_fp8 && wire_rate_ > 0) {
       std::printf(" %8.2fx", median / (wire_bytes_ / wire_rate_ / 1e3));
@@ -493,6 +534,7 @@ class Bench {
     const bool has_layout = op == "layout" || op == "layout+dispatch";
     const bool has_rows = op == "dispatch" || op == "layout+dispatch" || op == "gradient";
     const bool has_sums = op == "combine" || op == "collect";
+    const bool has_collected = op == "collect" || op == "not-expanded-gradient";
     const int64_t rows = capacity_, tokens = o_.tokens, ids = tokens * o_.top_k;
     for (int r = 0; r < o_.ranks; ++r) {
       const Rank& b = all_.rank[r];
@@ -501,7 +543,7 @@ class Bench {
         CHECK_CUDA(cudaMemsetAsync(data, 0xff, bytes, b.stream));
       };
       CHECK_CUDA(cudaMemsetAsync(b.wrong, 0, sizeof(*b.wrong), b.stream));
-      poison(b.tokens, rows * o_.hidden * 2);
+      poison(b.tokens, std::max(rows, num_rows()) * o_.hidden * 2);
       poison(b.weights, rows * 4);
       poison(b.partial, o_.ranks * tokens * o_.hidden * 2);
       poison(b.out, tokens * o_.hidden * 2);
@@ -525,7 +567,11 @@ class Bench {
       if (has_layout) CheckCounts<<<1, 1, 0, stream>>>(all_, r, o_);
       if (has_rows) CheckRows<<<1024, 256, 0, stream>>>(all_, r, o_, capacity_, op == "gradient");
       if (has_sums) CheckSums<<<1024, 256, 0, stream>>>(all_, r, o_, op == "combine");
-      if (op == "collect") CheckCollected<<<64, 256, 0, stream>>>(all_, r, o_);
+      if (op == "not-expanded") CheckNotExpanded<<<1024, 256, 0, stream>>>(all_, r, o_);
+      if (op == "not-expanded-gradient") {
+        CheckNotExpandedSums<<<1024, 256, 0, stream>>>(all_, r, o_);
+      }
+      if (has_collected) CheckCollected<<<64, 256, 0, stream>>>(all_, r, o_);
       CHECK_CUDA(cudaGetLastError());
     }
     Synchronize();

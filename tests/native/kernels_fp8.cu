@@ -52,13 +52,6 @@ struct Fp8Buffers {
   Buffer<uint8_t> landing;
 };
 
-// A NaN is a NaN, whatever its sign.
-void MakeNansEqual(std::vector<uint8_t>& numbers) {
-  for (uint8_t& code : numbers) {
-    if ((code & 0x7f) == kFp8Nan) code = kFp8Nan;
-  }
-}
-
 // Calls twice on all ranks; `operation` tells calls of a case apart.
 std::vector<std::unique_ptr<Fp8Buffers>> Run(const Group& group, const Data& d, const Fp8Call& call,
                                              std::vector<std::unique_ptr<Buffers>>& buffers,

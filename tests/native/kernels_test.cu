@@ -100,6 +100,7 @@ int main(int argc, char** argv) {
         if (small && sms != 5) continue;
         RunCase(group, d, sms, seed++);
         if (HasFp8(d)) RunFp8(group, d, sms, seed++);
+        if (sms > 1) RunNotExpanded(group, d, sms, seed++);
         ++num_runs;
       }
     }

@@ -21,6 +21,9 @@ void RunCase(const Group& group, const Data& d, int num_sms, uint64_t seed);
 bool HasFp8(const Data& d);
 void RunFp8(const Group& group, const Data& d, int num_sms, uint64_t seed);
 
+// Dispatch with a row for each (token, rank), in every form that the case can have, and its gradient.
+void RunNotExpanded(const Group& group, const Data& d, int num_sms, uint64_t seed);
+
 // Ends the program if one of a group's ranks has recorded an error: what follows means nothing then.
 void RequireNoError(const Group& group, int num_ranks);
 // Prints the case that something was wrong in.

@@ -26,7 +26,7 @@ ffi::Error CombineGradient(cudaStream_t stream, int32_t ordinal, CudaSiteState* 
     return e;
   }
   group.Distinguish({call.g.num_channels, static_cast<int64_t>(call.g.type)});
-  gpu::DispatchArguments arguments = DispatchArgumentsOf(call, call.g, call.d_y);
+  gpu::DispatchArguments arguments = DispatchArgumentsOf(call, call.g, call.d_y, /*expand=*/true);
   arguments.y = call.y.data;
   arguments.row_weights = call.weights.as<const float>();
   arguments.dots = call.d_weights.as<float>();

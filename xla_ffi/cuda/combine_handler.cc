@@ -12,7 +12,6 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
                    ffi::RemainingArgs operands, ffi::RemainingRets results) {
   Checks checks(a.kOp);
   const CombineCall call = DecodeCall(a, operands, results, &checks, /*has_scratch=*/true);
-  checks.Require(call.expand, "on GPUs dispatch makes expert rows only: leave expand=False out");
   if (checks.ok()) CheckForKernel(call, &checks);
   if (!checks.ok()) return checks.error();
   GroupCall group;
@@ -39,6 +38,7 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
   arguments.num_local_experts = call.sizes.num_local_experts();
   arguments.num_channels = call.y.num_channels;
   arguments.type = *call.y.float_type();
+  arguments.expand = call.expand;
   const cudaError_t launched =
       gpu::LaunchCombine(group, arguments, NumSms(ordinal, a.num_sms), stream);
   return CudaStatus(a.kOp, group.CopyOut(launched, stream));

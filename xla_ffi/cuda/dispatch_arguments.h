@@ -7,9 +7,9 @@
 
 namespace jax_ep {
 
-// Of the call of one rank, whose rows x become tokens: [T, H] and [C, H].
+// Of the call of one rank, whose rows x [T, H] become tokens: [C, H], or, not expanded, [R * T + 1, H].
 inline gpu::DispatchArguments DispatchArgumentsOf(const OnLayout& layout, const Rows& x,
-                                                  const Rows& tokens) {
+                                                  const Rows& tokens, bool expand) {
   gpu::DispatchArguments arguments{};
   static_cast<TableView&>(arguments) = layout.tables;
   arguments.topk_idx = layout.topk_idx;
@@ -21,6 +21,8 @@ inline gpu::DispatchArguments DispatchArgumentsOf(const OnLayout& layout, const 
   arguments.num_local_experts = layout.sizes.num_local_experts();
   arguments.num_channels = x.num_channels;
   arguments.row_bytes = x.row_bytes();
+  arguments.num_rows = layout.sizes.num_rows(expand);
+  arguments.expand = expand;
   return arguments;
 }
 

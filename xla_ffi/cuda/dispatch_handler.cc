@@ -41,7 +41,6 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
                     DispatchAttributes a, ffi::RemainingArgs operands, ffi::RemainingRets results) {
   Checks checks(a.kOp);
   const DispatchCall call = DecodeCall(a, operands, results, &checks);
-  checks.Require(call.expand, "on GPUs dispatch makes expert rows only: leave expand=False out");
   if (checks.ok()) CheckForKernel(call, &checks);
   if (!checks.ok()) return checks.error();
   GroupCall group;
@@ -55,7 +54,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
     return e;
   }
   group.Distinguish({call.x.num_channels, static_cast<int64_t>(call.x.type), call.num_scales});
-  gpu::DispatchArguments arguments = DispatchArgumentsOf(call, call.x, call.tokens);
+  gpu::DispatchArguments arguments = DispatchArgumentsOf(call, call.x, call.tokens, call.expand);
   arguments.topk_weights = call.topk_weights.as<const float>();
   arguments.scales = group.At(call.scales.as<float>());
   arguments.weights = group.At(call.weights.as<float>());

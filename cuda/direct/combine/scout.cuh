@@ -85,7 +85,8 @@ class Scout {
     const int64_t flat_token = peer * a_.num_tokens + t;
     const int32_t first = a_.recv_offsets[flat_token];
     // Within the table, whatever the layout says.
-    head.count = max(0, min(a_.recv_offsets[flat_token + 1] - first, top_k_));
+    const int32_t most = a_.expand ? top_k_ : 1;
+    head.count = max(0, min(a_.recv_offsets[flat_token + 1] - first, most));
     for (int32_t begin = 0; begin < head.count; begin += kAtOnce) {
       // First all loads of a kind, then what depends on them.
       int32_t row[kAtOnce];
@@ -93,6 +94,7 @@ class Scout {
       for (int i = 0; i < kAtOnce; ++i) {
         row[i] = begin + i < head.count ? a_.recv_order[first + begin + i] : kNoRow;
       }
+      if (!a_.expand) keep_one(row, flat_token, false);
       add_rows(row, at, source + begin, weight + begin);
     }
   }
@@ -119,6 +121,7 @@ class Scout {
         peers[0] |= rank < 64 ? uint64_t{1} << rank : 0;
         peers[1] |= rank < 64 ? 0 : uint64_t{1} << (rank - 64);
       }
+      if (!a_.expand) keep_one(row, work_.g.rank * a_.num_tokens + t, head.count > 0);
       head.count += add_rows(row, at, source + head.count, weight + head.count);
     }
     const bool has_own = head.count > 0;
@@ -133,6 +136,16 @@ class Scout {
         head.is_sum |= bit;
         source[head.count++] = partial + rank * a_.num_tokens * row_bytes_;
       }
+    }
+  }
+
+  // Of y that is not expanded: in the place of a token's rows its one row, unless that is there.
+  __device__ static void keep_one(int32_t (&row)[kAtOnce], int64_t one, bool is_there) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (row[i] == kNoRow) continue;
+      row[i] = is_there ? kNoRow : static_cast<int32_t>(one);
+      is_there = true;
     }
   }
 

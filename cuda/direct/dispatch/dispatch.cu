@@ -2,6 +2,8 @@
 // After:    tokens[row] = x of rank src [t] for every kept row, (src, t, k) = recv_src[row];
 //           padding is zero, the tail too if zero_tail; weights[row] = topk_weights of src [t, k],
 //           else 0.
+//           Without `expand`: tokens[src * T + t] = x of rank src [t] where any of its rows was kept,
+//           tokens[R * T] = 0, the others zero if zero_tail; weights as ever.
 //           With fp8, x crosses as float8_e4m3fn with a scale per 128 channels, as
 //           jax_ep/reference.py's quantize defines them: tokens and scales are those, or, with
 //           kDequantize, tokens are their products in x's type. With kScaled x is float8 and has
@@ -15,7 +17,8 @@
 //           the rank's own tokens once and store it to its rows here, and to one row at each other
 //           rank that has any: the first of them, or a row of the landing area. From there a
 //           receiver of that rank fetches it and stores it to the token's other rows (to all, if
-//           they differ from what has crossed). Then come a warp that sends the weights and the
+//           they differ from what has crossed; there are no receivers where nothing is left to do,
+//           as with one row a token that has crossed to its place). Then come a warp that sends the weights and the
 //           messenger, which talks to the peers. All others, when they have nothing else to do, zero
 //           what holds no row. A unit is a piece of a token's row; sender m of n has the units m,
 //           m + n, .. of its block, receivers likewise. Block b has the same units on every rank, so
@@ -96,6 +99,13 @@ __device__ void send_weights(const DispatchArguments& a, const Plan& plan, Share
   set_values_written(shared.box);
 }
 
+// Whether a row of tokens that are not expanded is to be zeroed: one of a token that has none here,
+// and the last one.
+__device__ inline bool is_gap(const DispatchArguments& a, int64_t row) {
+  if (row >= a.num_rows - 1) return row == a.num_rows - 1;
+  return a.zero_tail && a.recv_offsets[row] == a.recv_offsets[row + 1];
+}
+
 // Zeros, by any warp; those of a block share its part.
 template <typename Rows>
 __device__ void zero_rest(const DispatchArguments& a, Shared<Rows>& shared) {
@@ -110,17 +120,19 @@ __device__ void zero_rest(const DispatchArguments& a, Shared<Rows>& shared) {
   }
   const int64_t end = a.zero_tail ? a.capacity : used;
   const int64_t last = a.dots != nullptr ? a.capacity : end;
+  const int64_t num_looked_at = a.expand ? last : max(last, a.num_rows);
   while (true) {
     uint32_t taken = 0;
     if (lane == 0) taken = atomicAdd(&shared.num_batches, 1);
     taken = __shfl_sync(0xffffffffu, taken, 0);
     const int64_t batch = (int64_t{taken} * gridDim.x + blockIdx.x) * 32;
-    if (batch >= last) break;
+    if (batch >= num_looked_at) break;
     const int64_t row = batch + lane;
     const bool is_empty = row < last && a.recv_src[row] == kNoSource;
     if (is_empty && a.dots != nullptr) a.dots[row] = 0.0f;
     if (is_empty && row < end && a.weights != nullptr) a.weights[row] = 0.0f;
-    uint32_t empty = __ballot_sync(0xffffffffu, is_empty && row < end);
+    const bool is_zero = a.expand ? is_empty && row < end : is_gap(a, row);
+    uint32_t empty = __ballot_sync(0xffffffffu, is_zero);
     for (; empty != 0; empty &= empty - 1) {
       const int64_t zero_row = batch + __ffs(static_cast<int>(empty)) - 1;
       auto* at = reinterpret_cast<uint4*>(static_cast<char*>(a.tokens) + zero_row * row_bytes);
@@ -196,8 +208,8 @@ __global__ __launch_bounds__(kNumThreads<Rows>,
   const Share share = fail_call(g, finish, [&](uint32_t block) {
     return first_unit(num_units, block + 1) - first_unit(num_units, block);
   });
-  fill(a.tokens, a.capacity * Rows::tokens_row_bytes(a), a.is_integer ? 0 : kNan, share);
-  fill(a.scales, a.capacity * Rows::num_scales(a) * 4, kNan, share);
+  fill(a.tokens, a.num_rows * Rows::tokens_row_bytes(a), a.is_integer ? 0 : kNan, share);
+  fill(a.scales, a.num_rows * Rows::num_scales(a) * 4, kNan, share);
   if (a.weights != nullptr) fill(a.weights, a.capacity * 4, kNan, share);
   if (a.dots != nullptr) fill(a.dots, a.capacity * 4, kNan, share);
 }
@@ -205,9 +217,12 @@ __global__ __launch_bounds__(kNumThreads<Rows>,
 template <typename Rows>
 cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_sms,
                    cudaStream_t stream) {
-  const Sizes sizes{
-      a.num_tokens,    a.top_k, WireRowBytes(a.row_bytes, a.num_channels, a.num_scales),
-      group.num_ranks, num_sms, a.landing != nullptr};
+  const Sizes sizes{a.num_tokens,
+                    a.expand ? a.top_k : 1,
+                    WireRowBytes(a.row_bytes, a.num_channels, a.num_scales),
+                    group.num_ranks,
+                    num_sms,
+                    a.landing != nullptr};
   Plan plan;
   if (!MakePlan(Rows::kFormat, sizes, &plan)) return cudaErrorInvalidValue;
   dispatch_kernel<Rows>

@@ -24,8 +24,9 @@ constexpr int64_t kMaxFetchedBytes = 48 << 20;
 
 // What a plan depends on.
 struct Sizes {
-  int64_t num_tokens, top_k;
-  int64_t row_bytes;  // as a row crosses a link
+  int64_t num_tokens;
+  int64_t rows_of_token;  // at one rank, at most
+  int64_t row_bytes;      // as a row crosses a link
   int32_t num_ranks, num_sms;
   bool has_landing;  // peers' rows come to a landing area
 };
@@ -72,10 +73,12 @@ constexpr bool MakePlan(const RowFormat& format, const Sizes& sizes, Plan* plan)
   const int64_t most_stages = kMaxStages / num_rings;
   plan->num_stages = static_cast<int32_t>(num_stages < most_stages ? num_stages : most_stages);
   // Half of the rings receive, unless all that crosses is where it belongs.
-  const bool is_final = sizes.top_k == 1 && !sizes.has_landing && format.is_stored_as_it_crosses;
+  const bool is_final =
+      sizes.rows_of_token == 1 && !sizes.has_landing && format.is_stored_as_it_crosses;
   plan->num_receivers = sizes.num_ranks == 1 || is_final ? 0 : num_rings / 2;
   plan->num_senders = num_rings - plan->num_receivers;
-  const int64_t rows = (sizes.top_k + sizes.num_ranks - 1) / sizes.num_ranks;  // of a unit, about
+  // Of a unit, about.
+  const int64_t rows = (sizes.rows_of_token + sizes.num_ranks - 1) / sizes.num_ranks;
   plan->fetches_ahead =
       format.num_helpers > 0 && sizes.num_sms <= kMaxFetchingSms &&
       int64_t{sizes.num_sms} * num_rings * (plan->num_stages - 1) * rows * sizes.row_bytes <=

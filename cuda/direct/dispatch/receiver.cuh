@@ -80,14 +80,19 @@ class Receiver : Ring<Rows> {
             src_of(i) * a_.num_tokens + this->token_of(this->unit_of(i / num_peers_));
         first_ = a_.recv_offsets[flat_token];
         num_rows_ = a_.recv_offsets[flat_token + 1] - first_;
+        if (!a_.expand) {
+          first_ = static_cast<int32_t>(flat_token);
+          num_rows_ = min(num_rows_, 1);
+        }
       }
       left_ = __ballot_sync(0xffffffffu, num_rows_ >= fewest_rows_);
     }
     if (left_ == 0) return;
     const int32_t from = __ffs(static_cast<int>(left_)) - 1;
     const int32_t first = __shfl_sync(0xffffffffu, first_, from);
-    row_ =
-        lane_ < __shfl_sync(0xffffffffu, num_rows_, from) ? a_.recv_order[first + lane_] : kNoRow;
+    const int32_t num_rows = __shfl_sync(0xffffffffu, num_rows_, from);
+    row_ = kNoRow;
+    if (lane_ < num_rows) row_ = a_.expand ? a_.recv_order[first + lane_] : first;
   }
 
   __device__ void load_next() {
@@ -118,7 +123,7 @@ class Receiver : Ring<Rows> {
   const int32_t num_peers_, num_received_, fewest_rows_;
   int32_t num_fetched_ = 0, begin_ = 0;
   uint32_t left_ = 0;                 // of [begin, begin + 32): those to come, a bit each
-  int32_t first_ = 0, num_rows_ = 0;  // in recv_order, of this lane's
+  int32_t first_ = 0, num_rows_ = 0;  // in recv_order, of this lane's; not expanded, its row
   int32_t row_ = kNoRow;              // of the next one, lane by lane
   int32_t num_arrived_ = 0;           // units that all peers have written, as far as is known
 };

@@ -71,6 +71,10 @@ class Ring {
   __device__ uint64_t tokens_at(uint64_t tokens, int64_t row, int64_t at) const {
     return tokens + row * Rows::tokens_row_bytes(a_) + at;
   }
+  // Of a token of rank src: its row where rows are not expanded.
+  __device__ int32_t row_of_token(int64_t src, int64_t t) const {
+    return static_cast<int32_t>(src * a_.num_tokens + t);
+  }
   __device__ uint64_t landing_at(uint64_t landing, int64_t src, int64_t t, int64_t at) const {
     return landing + (src * a_.num_tokens + t) * row_bytes() + at;
   }

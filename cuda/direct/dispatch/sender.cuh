@@ -114,9 +114,11 @@ class Sender : Ring<Rows> {
     const bool has_row = batch_.row != kNoRow;
     const int32_t rank = has_row ? batch_.expert / static_cast<int32_t>(a_.num_local_experts) : 0;
     const uint32_t same = __match_any_sync(0xffffffffu, has_row ? lane_unit_ << 8 | rank : -1);
+    const bool is_first = (same & ((1u << lane_) - 1)) == 0;  // of the token's rows at the rank
     const bool is_shared = num_shared_ > 0 && batch_.unit % kShared == 0;
-    const bool stays = has_row && rank == g_.rank && is_shared == batch_.is_shared;
-    crosses_ = has_row && rank != g_.rank && !batch_.is_shared && (same & ((1u << lane_) - 1)) == 0;
+    const bool stays =
+        has_row && rank == g_.rank && is_shared == batch_.is_shared && (a_.expand || is_first);
+    crosses_ = has_row && rank != g_.rank && !batch_.is_shared && is_first;
     to_ = 0;
     verbatim_ = false;
     if (stays || crosses_) {
@@ -126,8 +128,9 @@ class Sender : Ring<Rows> {
       if (to_landing) {
         to_ = this->landing_at(address[kLanding], g_.rank, t, at);
       } else {
-        to_ = this->tokens_at(address[kTokens], batch_.row, at);
-        extra_ = this->rows_.extra_of(address[kScales], batch_.row);
+        const int32_t row = a_.expand ? batch_.row : this->row_of_token(g_.rank, t);
+        to_ = this->tokens_at(address[kTokens], row, at);
+        extra_ = this->rows_.extra_of(address[kScales], row);
       }
       // Without a landing area the receiver finds what has crossed where the row will be.
       verbatim_ = to_landing || (crosses_ && !Rows::kFormat.is_stored_as_it_crosses);

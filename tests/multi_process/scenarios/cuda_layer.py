@@ -36,6 +36,9 @@ class Layer:
             dequantized = jax_ep.dispatch(x, layout, fp8="float32", dequantize=True)
             float8 = jax.lax.bitcast_convert_type(x, jnp.float8_e5m2).reshape(x.shape[0], -1)
             scaled = jax_ep.dispatch(float8, layout, scales=x[:, :2].astype(jnp.float32))
+            once, pull_once = jax.vjp(
+                lambda x, w: jax_ep.dispatch(x, layout, w, expand=False)[:2], x, weights
+            )
             return {
                 "recv_src": layout.recv_src,
                 "received": recv,
@@ -44,6 +47,8 @@ class Layer:
                 "scaled": (scaled.tokens, scaled.scales),
                 "out": out,
                 "gradients": pull((recv[0], recv[1] * 2)),
+                "not_expanded": once,
+                "gradients_not_expanded": pull_once(once),
             }
 
         self.program = per_shard(self.mesh, layer)
@@ -52,6 +57,7 @@ class Layer:
         ids = np.where(ids >= self.num_experts, -1, ids)
         oracle = reference.make_layout(ids, num_experts=self.num_experts)
         recv = reference.dispatch(x, oracle, weights)
+        once = reference.dispatch(x, oracle, weights, expand=False)
         assert recv[1] is not None
         quantized = reference.quantize(x, scale_format="float32")
         dequantized = reference.dequantize(*quantized, x.dtype)
@@ -64,6 +70,8 @@ class Layer:
             "scaled": tuple(reference.dispatch(part, oracle)[0] for part in scaled),
             "out": reference.combine(recv[0], oracle, recv[1]),
             "gradients": reference.dispatch_vjp(oracle, recv[0], recv[1] * 2),
+            "not_expanded": once,
+            "gradients_not_expanded": reference.dispatch_vjp(oracle, *once, expand=False),
         }
 
     def _spec(self) -> Any:
