@@ -5,6 +5,7 @@ import re
 
 import documents
 import pytest
+from cpu_devices import FAST_COMPILATION
 
 DOCS = sorted((documents.ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, *(documents.ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
@@ -16,7 +17,7 @@ PROGRAMS = [  # recipes.md has a test of its own, which compares what they compu
 @pytest.mark.once
 @pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.name)
 def test_examples_run(page: pathlib.Path) -> None:
-    documents.check_examples(page)
+    documents.check_examples(page, FAST_COMPILATION)
 
 
 def _anchors(text: str) -> set[str]:

@@ -13,6 +13,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_DEVICES = "--xla_force_host_platform_device_count=8"
 _LINES_BETWEEN = 4  # at most, of a block of Python and what it prints
 
 
@@ -48,14 +49,19 @@ def read_examples(text: str) -> list[Example]:
     return examples
 
 
-def run_examples(path: pathlib.Path) -> None:
+def run_examples(path: pathlib.Path, xla_flags: str = "") -> None:
     """Runs a document's blocks as one program, in this process.
+
+    Args:
+        path: the document.
+        xla_flags: added to those that the document sets.
 
     Raises:
         AssertionError: one printed something else than the document says.
     """
+    text = path.read_text().replace(_DEVICES, f"{_DEVICES} {xla_flags}")
     namespace: dict[str, object] = {"__name__": "__main__"}
-    for example in read_examples(path.read_text()):
+    for example in read_examples(text):
         numbered = "\n" * (example.line - 1) + example.source  # for tracebacks
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -67,11 +73,11 @@ def run_examples(path: pathlib.Path) -> None:
             )
 
 
-def check_examples(path: pathlib.Path) -> None:
+def check_examples(path: pathlib.Path, xla_flags: str = "") -> None:
     """The same in a process of its own, in which nothing is set up but what the document does."""
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
     result = subprocess.run(
-        [sys.executable, __file__, path],
+        [sys.executable, __file__, path, xla_flags],
         env=environment | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -82,4 +88,4 @@ def check_examples(path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    run_examples(pathlib.Path(sys.argv[1]))
+    run_examples(pathlib.Path(sys.argv[1]), *sys.argv[2:])
