@@ -35,11 +35,11 @@ def as_array(where: str, name: str, value: Any) -> Array:
     return array
 
 
-def positive_int(where: str, name: str, value: Any) -> int:
-    """``value``, if it is a static int of at least 1."""
+def positive_int(where: str, name: str, value: Any, remedy: str = "") -> int:
+    """``value``, if it is a static int of at least 1; ``remedy`` is told with anything else."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         what = f"{value!r}, a {type(value).__name__}" if isinstance(value, float) else _kind(value)
-        raise TypeError(f"{where}: {name} must be a static Python int; got {what}")
+        raise TypeError(f"{where}: {name} must be a static Python int; got {what}{remedy}")
     if value < 1:
         raise ValueError(f"{where}: {name} must be at least 1; got {value}")
     return int(value)
@@ -47,7 +47,8 @@ def positive_int(where: str, name: str, value: Any) -> int:
 
 def aligned_rows(where: str, name: str, value: Any, expert_alignment: int) -> int:
     """``value``, if it is a positive multiple of the alignment; jax_ep has a function ``name``."""
-    rows = positive_int(where, name, value)
+    remedy = f". It counts rows; jax_ep.{name} computes them from a factor over the mean load"
+    rows = positive_int(where, name, value, remedy)
     if rows % expert_alignment:
         raise ValueError(
             f"{where}: {name} must be a multiple of expert_alignment = {expert_alignment}; got "

@@ -12,6 +12,7 @@ import jaxlib.version
 import jaxlib.xla_client
 import numpy as np
 from jax import lax
+from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import distributed as _distributed
 from jax._src import xla_bridge as _xla_bridge
@@ -45,6 +46,13 @@ def lowering_mesh(ctx: Any) -> Any:
     return ctx.module_context.axis_context.mesh
 
 
+def automatic_axes(ctx: Any) -> tuple[str, ...]:
+    """Axes of the mesh that ``ctx`` lowers for which ``shard_map`` leaves to the compiler."""
+    manual = ctx.module_context.axis_context.manual_axes
+    mesh = lowering_mesh(ctx)
+    return tuple(n for n in mesh.axis_names if n not in manual and mesh.shape[n] > 1)
+
+
 def mesh_devices(mesh: Any) -> tuple[tuple[str, ...], np.ndarray | None, tuple[int, ...]]:
     """A mesh's axis names, its devices (None if it is abstract), its shape."""
     devices = None if isinstance(mesh, jax.sharding.AbstractMesh) else mesh.devices
@@ -67,9 +75,12 @@ def lower_on_axes(
     function: Callable[..., Sequence[Any]],
     *operands: tuple[Any, Any],
 ) -> Sequence[Any]:
-    """Lowers ``function``, which may use the mesh's axes; operands are pairs (value, type)."""
+    """Lowers ``function``, which may use the mesh's axes; operands are pairs (value, type).
+
+    What varies over which axis is not checked: it may ask for its index along automatic ones.
+    """
     values, types = zip(*operands, strict=True) if operands else ((), ())
-    with _core.extend_axis_env_nd(axis_sizes.items()):
+    with _core.extend_axis_env_nd(axis_sizes.items()), _config._check_vma(False):
         lowered: Sequence[Any] = mlir.lower_fun(function, multiple_results=True)(
             ctx.replace(avals_in=list(types)), *values
         )

@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jax_ep import _cpu, compat, group, limits, runtime
+from jax_ep import _cpu, compat, group, limits, runtime, unsplit
 from jax_ep.batching import map_calls
 from jax_ep.layout import Layout
 
@@ -277,6 +277,9 @@ def _combine_gradient_on_cpu(
 
 def _lower(target: str, platform: str, ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:
     axis_name = params.pop("axis_name")
+    automatic = compat.automatic_axes(ctx)
+    if automatic:
+        operands = tuple(unsplit.require(ctx, _VERBS[target], automatic, operands))
     members = group.members(ctx, axis_name)
     operand_types, results = list(ctx.avals_in), list(ctx.avals_out)
     values = list(operands)

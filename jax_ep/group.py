@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 
 from jax_ep import compat
 
@@ -27,7 +28,8 @@ def axis_names(axis_name: AxisName, where: str) -> tuple[str, ...]:
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(
             f"{where}: axis_name must be the name of a mesh axis or a tuple of names; got "
-            f"{axis_name!r}"
+            f"{axis_name!r}. It is the axis that the experts are split over; on one device, an "
+            "axis of size 1 of the enclosing jax.shard_map's mesh"
         )
     return tuple(names)
 
@@ -37,7 +39,7 @@ def group_size(axis_name: tuple[str, ...], where: str) -> int:
 
     Raises:
         ValueError: if the axes are not bound by an enclosing ``shard_map``, or not all distinct.
-        NotImplementedError: if another axis of the mesh is left to the compiler.
+        NotImplementedError: if another axis of the mesh is Explicit and not manual here.
     """
     if not axis_name or len(set(axis_name)) != len(axis_name):
         raise ValueError(f"{where}: axis_name must name one or more distinct axes; got {axis_name}")
@@ -50,13 +52,22 @@ def group_size(axis_name: tuple[str, ...], where: str) -> int:
             f"bound axes: {sorted(manual) or 'none'}. Call the operation inside jax.shard_map over "
             "a mesh that has this axis (and list it in axis_names, if that is given)"
         )
-    automatic = [n for n in mesh.axis_names if n not in manual and mesh.shape[n] > 1]
-    if automatic:
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = [n for n in automatic_axes() if types[n] == AxisType.Explicit]
+    if explicit:
         raise NotImplementedError(
-            f"{where}: mesh axis {automatic[0]!r} is left to the compiler (partially manual "
-            "shard_map), so its shards cannot be told apart; add it to shard_map's axis_names"
+            f"{where}: mesh axis {explicit[0]!r} is Explicit, and the enclosing jax.shard_map is "
+            f"manual over {sorted(manual)} alone: add the axis to shard_map's axis_names (or leave "
+            "axis_names out), or make the mesh with AxisType.Auto for it (where jax.vmap maps over "
+            "it, with spmd_axis_name)"
         )
     return math.prod(mesh.shape[name] for name in axis_name)
+
+
+def automatic_axes() -> tuple[str, ...]:
+    """The axes that the enclosing ``shard_map`` leaves to the compiler."""
+    mesh = compat.manual_mesh()
+    return tuple(n for n in mesh.axis_names if n not in mesh.manual_axes and mesh.shape[n] > 1)
 
 
 def other_axes(axis_name: tuple[str, ...]) -> tuple[str, ...]:

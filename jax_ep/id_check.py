@@ -26,6 +26,13 @@ def require_valid_ids(
     Else a callback raises on every device, before any of them uses the ids: nobody is left to wait
     for a rank that has failed.
     """
+    automatic = group.automatic_axes()
+    if automatic:  # JAX has no callbacks there
+        raise NotImplementedError(
+            f"{where}: check_ids=True needs a jax.shard_map that is manual over all axes of the "
+            f"mesh; {automatic[0]!r} is left to the compiler. Leave shard_map's axis_names out, or "
+            "look at layout.num_invalid"
+        )
     (checked,) = _check_p.bind(
         topk_idx,
         where=where,

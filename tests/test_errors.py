@@ -127,6 +127,13 @@ LAYOUT_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
         lambda ids, _: make(ids, capacity=ids[0, 0]),
     ),
     (
+        "capacity_factor",
+        TypeError,
+        "make_layout: capacity must be a static Python int; got 1.25, a float. It counts rows; "
+        "jax_ep.capacity computes them from a factor over the mean load",
+        lambda ids, _: make(ids, capacity=1.25),
+    ),
+    (
         "too_many_choices",
         ValueError,
         "make_layout: topk_idx has k = 8 experts per token, but num_experts is 6",
@@ -512,7 +519,10 @@ TRACE_ERRORS = [*LAYOUT_ERRORS, *DISPATCH_ERRORS, *COMBINE_ERRORS, *OTHER_ERRORS
 
 def test_axis_name_of_another_type(device_backend: JaxBackend) -> None:
     for bad in (None, 3, ("ep", 1)):
-        message = r"jax_ep\.make_layout: axis_name must be the name of a mesh axis"
+        message = (
+            r"jax_ep\.make_layout: axis_name must be the name of a mesh axis or a tuple of names; "
+            rf"got {re.escape(repr(bad))}\. It is the axis that the experts are split over"
+        )
         with pytest.raises(TypeError, match=message):
             device_backend.run(
                 2, lambda ids, bad=bad: jax_ep.make_layout(ids, num_experts=4, axis_name=bad), IDS
@@ -587,25 +597,6 @@ def test_outside_shard_map(device_backend: JaxBackend, layout: BackendLayout, ve
     for call in (calls[verb], lambda: jax.jit(calls[verb])()):
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_partially_manual_shard_map(device_backend: JaxBackend) -> None:
-    devices = np.array(device_backend.mesh(4).devices).reshape(2, 2)
-    mesh = jax.sharding.Mesh(devices, ("dp", AXIS))
-    spec = PartitionSpec(AXIS)
-    manual = jax.shard_map(
-        lambda ids: make(ids[0]).group_sizes,
-        mesh=mesh,
-        in_specs=spec,
-        out_specs=spec,
-        axis_names={AXIS},
-    )
-    message = (
-        r"make_layout: mesh axis 'dp' is left to the compiler \(partially manual shard_map\).*add "
-        r"it to shard_map's axis_names"
-    )
-    with pytest.raises(NotImplementedError, match=message):
-        jax.jit(manual)(IDS)
 
 
 def test_layout_of_another_group(device_backend: JaxBackend, layout: BackendLayout) -> None:
