@@ -1,6 +1,8 @@
 """Jobs of several processes on this host, on CPU."""
 
+import functools
 import pathlib
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -9,64 +11,103 @@ from launcher import Finished, run_scenario
 
 _SCENARIOS = pathlib.Path(__file__).with_name("scenarios")
 
-# Processes, devices of each. What a version of JAX may change, two processes show.
-SHAPES = [(2, 4), pytest.param(4, 2, marks=pytest.mark.once)]
-
+# What a version of JAX may change, two processes show.
+NUM_PROCESSES = [2, pytest.param(4, marks=pytest.mark.once)]
 
 Job = Callable[..., list[Finished]]
 
 
-@pytest.fixture
-def job(tmp_path: pathlib.Path) -> Job:
-    """What runs a scenario: a file of scenarios/, a function of it, and its arguments."""
+def _job(out: pathlib.Path) -> Job:
+    """What runs scenarios: a file of scenarios/, functions of it, and arguments."""
 
     def start(file: str, scenario: str, *arguments: str, **options: object) -> list[Finished]:
         path = _SCENARIOS / f"{file}.py"
-        return run_scenario(path, scenario, *arguments, out=tmp_path, **options)
+        return run_scenario(path, scenario, *arguments, out=out, **options)
 
     return start
+
+
+@pytest.fixture
+def job(tmp_path: pathlib.Path) -> Job:
+    return _job(tmp_path)
+
+
+# Jobs of several scenarios. Each ran when its fixture is there; the tests look at what it left.
+
+
+@pytest.fixture(scope="module")
+def eight_devices(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Finished]]:
+    """Jobs of eight devices, by number of processes: what each printed, and saved as RESULTS."""
+
+    @functools.cache
+    def run(num_processes: int) -> list[Finished]:
+        scenarios = ["results"]
+        if num_processes > 1:
+            scenarios.append("pairing.pairing")
+        if num_processes == 2:
+            scenarios.insert(0, "set_up.groups_inside_processes")
+        return _job(tmp_path_factory.mktemp("job"))(
+            "results",
+            "+".join(scenarios),
+            num_processes=num_processes,
+            num_devices=8 // num_processes,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> list[Finished]:
+    return _job(tmp_path_factory.mktemp("job"))(
+        "pairing", "extra_compile+other_order", num_processes=2, num_devices=2
+    )
+
+
+@pytest.fixture(scope="module")
+def slow_process(tmp_path_factory: pytest.TempPathFactory) -> list[Finished]:
+    return _job(tmp_path_factory.mktemp("job"))(
+        "failures", "late+stalled+waited_for", num_processes=2, num_devices=2
+    )
+
+
+@pytest.fixture(scope="module")
+def set_up(tmp_path_factory: pytest.TempPathFactory) -> list[Finished]:
+    scenarios = "forgotten+retried_after_missing+retried_after_failure+leave_and_join"
+    return _job(tmp_path_factory.mktemp("job"))("set_up", scenarios, num_processes=3, num_devices=1)
+
+
+_of_eight_devices = pytest.mark.xdist_group("eight devices")
+_of_programs = pytest.mark.xdist_group("programs")
+_of_slow_process = pytest.mark.xdist_group("slow process")
+_of_set_up = pytest.mark.xdist_group("set-up")
 
 
 # Results ------------------------------------------------------------------------------------------
 
 
-def _results(out: pathlib.Path, num_processes: int, num_devices: int) -> dict[str, np.ndarray]:
-    out.mkdir()
-    run_scenario(
-        _SCENARIOS / "results.py",
-        "results",
-        num_processes=num_processes,
-        num_devices=num_devices,
-        out=out,
-    )
+def _results(job: list[Finished]) -> dict[str, np.ndarray]:
     merged: dict[str, np.ndarray] = {}
-    for process in range(num_processes):
-        with np.load(out / f"process_{process}.npz") as saved:
+    for process in job:
+        (path,) = process.lines("RESULTS")
+        with np.load(path) as saved:
             assert not merged.keys() & saved.keys()
             merged |= saved
     return merged
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    return _results(tmp_path_factory.mktemp("one") / "out", 1, 8)
-
-
-@pytest.mark.xdist_group("same bits")  # one process runs it once for both
-@pytest.mark.parametrize(("num_processes", "num_devices"), SHAPES)
+@_of_eight_devices
+@pytest.mark.parametrize("num_processes", NUM_PROCESSES)
 def test_same_bits_as_one_process(
-    tmp_path: pathlib.Path,
-    one_process: dict[str, np.ndarray],
-    num_processes: int,
-    num_devices: int,
+    eight_devices: Callable[[int], list[Finished]], num_processes: int
 ) -> None:
-    several = _results(tmp_path / "out", num_processes, num_devices)
-    assert several.keys() == one_process.keys()
-    assert len(several) > 1000  # 6 meshes, 8 devices, each field
+    one_process, several = _results(eight_devices(1)), _results(eight_devices(num_processes))
+    if num_processes == 2:
+        assert several.keys() == one_process.keys()
+    assert len(several) > (800 if num_processes == 2 else 400)  # 5 or 2 meshes, 8 devices, fields
     different = [
         key
-        for key, value in one_process.items()
-        if value.dtype != several[key].dtype or value.tobytes() != several[key].tobytes()
+        for key, value in several.items()
+        if value.dtype != one_process[key].dtype or value.tobytes() != one_process[key].tobytes()
     ]
     assert not different
 
@@ -74,17 +115,17 @@ def test_same_bits_as_one_process(
 # Pairing ------------------------------------------------------------------------------------------
 
 
-def test_independent_calls_pair_rightly(job: Job) -> None:
-    scenarios = ("eight_layers", "one_layer_twice", "back_to_back", "scan", "two_programs")
-    job("pairing", "pairing", *scenarios, num_processes=2, num_devices=4)
+@_of_eight_devices
+@pytest.mark.parametrize("num_processes", NUM_PROCESSES)
+def test_independent_calls_pair_rightly(
+    eight_devices: Callable[[int], list[Finished]], num_processes: int
+) -> None:
+    for process in eight_devices(num_processes):
+        right = process.of("pairing.pairing").lines("RIGHT")
+        assert len(right) == (5 if num_processes == 2 else 2), process.log
 
 
-@pytest.mark.once
-def test_independent_calls_of_four_processes_pair_rightly(job: Job) -> None:
-    """What more processes could change: calls of one program, and of two in flight together."""
-    job("pairing", "pairing", "eight_layers", "two_programs", num_processes=4, num_devices=2)
-
-
+@_of_programs
 @pytest.mark.parametrize(
     "how",
     [
@@ -96,25 +137,26 @@ def test_independent_calls_of_four_processes_pair_rightly(job: Job) -> None:
         "serialized",
     ],
 )
-def test_one_process_compiles_more_than_the_others(job: Job, how: str) -> None:
+def test_one_process_compiles_more_than_the_others(programs: list[Finished], how: str) -> None:
     """A program is known by what it is, not by how many there were, nor by the lines it is from."""
-    for process in job("pairing", "extra_compile", how, num_processes=2, num_devices=2):
-        assert "RIGHT" in process.log.splitlines(), process.log
+    for process in programs:
+        assert how in process.of("extra_compile").lines("RIGHT"), process.log
 
 
-@pytest.mark.parametrize("shared", ["shared", "own"])
-def test_compilation_cache(job: Job, tmp_path: pathlib.Path, shared: str) -> None:
+def test_compilation_cache(job: Job, tmp_path: pathlib.Path) -> None:
     """One process finds the program in JAX's cache, another compiles it: on the second run."""
     for _ in range(2):
-        finished = job("pairing", "cached", str(tmp_path), shared, num_processes=2, num_devices=2)
-        assert all("RIGHT" in process.log.splitlines() for process in finished)
-    hits = ["HIT" in process.log.splitlines() for process in finished]
-    assert hits == ([True, False] if shared == "own" else [True, hits[1]])
+        finished = job("pairing", "cached", str(tmp_path), num_processes=2, num_devices=2)
+        assert all(process.lines("RIGHT") == ["shared", "own"] for process in finished)
+    hits = [process.lines("HIT") for process in finished]
+    assert hits[0] == ["shared", "own"]
+    assert "own" not in hits[1]
 
 
-def test_programs_in_another_order(job: Job) -> None:
+@_of_programs
+def test_programs_in_another_order(programs: list[Finished]) -> None:
     """Never rows of another call, and no waiting for a timeout."""
-    for process in job("pairing", "other_order", num_processes=2, num_devices=2):
+    for process in [finished.of("other_order") for finished in programs]:
         (message,) = process.lines("ERROR")
         assert message.startswith(("FAILED_PRECONDITION: ", "UNAVAILABLE: process ")), message
         assert "waits in another program: one with 6 calls of jax_ep, here it has 3" in message or (
@@ -147,24 +189,26 @@ _OF_PROCESS_1 = "2 (process 1, device 2048), 3 (process 1, device 2049)"
 
 
 @pytest.mark.once
-def test_stalled_process(job: Job) -> None:
-    finished = job("failures", "stalled", num_processes=2, num_devices=2)
-    (message,) = finished[0].lines("ERROR")
+@_of_slow_process
+def test_stalled_process(slow_process: list[Finished]) -> None:
+    (message,) = slow_process[0].of("stalled").lines("ERROR")
     assert message.startswith(f"DEADLINE_EXCEEDED: jax_ep_layout: rank {_OF_PROCESS_1} of group 0")
 
 
 @pytest.mark.once
-def test_who_is_waited_for_is_said_once(job: Job) -> None:
+@_of_slow_process
+def test_who_is_waited_for_is_said_once(slow_process: list[Finished]) -> None:
     """Long before the error, and without one where the rank comes at last."""
-    finished = job("failures", "waited_for", num_processes=2, num_devices=2)
+    finished = [process.of("waited_for") for process in slow_process]
     assert all("RIGHT" in process.log.splitlines() for process in finished)
     lines = [line for line in finished[0].log.splitlines() if "waits for rank" in line]
     assert lines == [f"jax_ep: jax_ep_layout waits for rank {_OF_PROCESS_1} of group 0"]
 
 
 @pytest.mark.once
-def test_late_process(job: Job) -> None:
-    finished = job("failures", "late", num_processes=2, num_devices=2)
+@_of_slow_process
+def test_late_process(slow_process: list[Finished]) -> None:
+    finished = [process.of("late") for process in slow_process]
     (early,), (late,) = finished[0].lines("ERROR"), finished[1].lines("ERROR")
     assert early.startswith(f"DEADLINE_EXCEEDED: jax_ep_layout: rank {_OF_PROCESS_1} of group 0")
     assert late.startswith(f"UNAVAILABLE: process 0 gave up: jax_ep_layout: rank {_OF_PROCESS_1}")
@@ -174,76 +218,72 @@ def test_late_process(job: Job) -> None:
 # Set-up and tear-down -----------------------------------------------------------------------------
 
 
-@pytest.mark.once
-def test_missing_process(job: Job) -> None:
-    finished = job("set_up", "missing", num_processes=3, num_devices=1)
-    for process in range(2):
-        (message,) = finished[process].lines("ERROR")
-        assert message.startswith(
-            "jax_ep.initialize: process 2 of 3 did not call jax_ep.initialize() within 1.5 s"
-        )
-
-
-@pytest.mark.once
-def test_initialize_again_after_a_missing_process(job: Job) -> None:
-    """However often each process has tried before."""
-    finished = job("set_up", "retried_after_missing", num_processes=3, num_devices=1)
-    for process in range(3):
-        assert "RIGHT" in finished[process].log.splitlines()
-        errors = finished[process].lines("ERROR")
-        assert len(errors) == (2 if process < 2 else 0)
-        for message in errors:
-            assert "process 2 of 3 did not call jax_ep.initialize() within 1.0 s" in message
-
-
-@pytest.mark.once
-def test_initialize_again_after_a_failure(job: Job) -> None:
-    """One process finds the fault, all hear of it soon, and all can try again."""
-    finished = job("set_up", "retried_after_failure", num_processes=3, num_devices=1)
-    for process in finished:
-        (message,) = process.lines("ERROR")
-        assert "may not read the memory of process 1 (process_vm_readv: " in message, message
-        assert float(process.lines("SECONDS")[0]) < 15
-        (refused,) = process.lines("REFUSED")
-        assert "call jax_ep.initialize() in every process" in refused
-        assert "RIGHT" in process.log.splitlines()
-
-
-def test_forgotten_initialize(job: Job) -> None:
-    for finished in job("set_up", "forgotten", num_processes=2, num_devices=1):
-        (message,) = finished.lines("ERROR")
+@_of_set_up
+def test_forgotten_initialize(set_up: list[Finished]) -> None:
+    for finished in set_up:
+        (message,) = finished.of("forgotten").lines("ERROR")
         assert "the mesh spans processes; call jax_ep.initialize() in every process" in message
 
 
-def test_groups_inside_processes_need_no_initialize(job: Job) -> None:
-    for process in job("set_up", "groups_inside_processes", num_processes=2, num_devices=4):
-        assert "RIGHT" in process.log.splitlines(), process.log
+@_of_set_up
+def test_initialize_again_after_a_missing_process(set_up: list[Finished]) -> None:
+    """However often each process has tried before."""
+    for process, finished in enumerate(set_up):
+        finished = finished.of("retried_after_missing")
+        assert "RIGHT" in finished.log.splitlines()
+        errors = finished.lines("ERROR")
+        assert len(errors) == (2 if process < 2 else 0)
+        for message in errors:
+            assert message.startswith(
+                "jax_ep.initialize: process 2 of 3 did not call jax_ep.initialize() within 1.0 s"
+            )
+
+
+@_of_set_up
+def test_initialize_again_after_a_failure(set_up: list[Finished]) -> None:
+    """Two processes find that they may not read the third, all hear of it soon and try again."""
+    for finished in set_up:
+        finished = finished.of("retried_after_failure")
+        (message,) = finished.lines("ERROR")
+        assert re.search(
+            r"process [02] may not read the memory of process 1 \(process_vm_readv: ", message
+        ), message
+        assert float(finished.lines("SECONDS")[0]) < 15
+        (refused,) = finished.lines("REFUSED")
+        assert "call jax_ep.initialize() in every process" in refused
+        assert "RIGHT" in finished.log.splitlines()
+
+
+@_of_set_up
+def test_leave_and_join_again(set_up: list[Finished]) -> None:
+    """Whoever leaves first."""
+    for finished in set_up:
+        finished = finished.of("leave_and_join")
+        twice = finished.lines("TWICE")
+        assert len(twice) == 2
+        for message in twice:
+            assert message.startswith("jax_ep.initialize: this process is connected already")
+        (after,) = finished.lines("AFTER")
+        assert "call jax_ep.initialize() in each of them first" in after
+
+
+@_of_eight_devices
+def test_groups_inside_processes_need_no_initialize(
+    eight_devices: Callable[[int], list[Finished]],
+) -> None:
+    for process in eight_devices(2):
+        log = process.of("set_up.groups_inside_processes").log
+        assert "RIGHT" in log.splitlines(), process.log
 
 
 @pytest.mark.parametrize(
     "how",
     [
-        "in_turn",
         "shutdown_first",
         "at_exit",
-        *(
-            pytest.param(how, marks=pytest.mark.once)
-            for how in ("in_reverse", "some_at_exit", "unblocked", "again")
-        ),
+        *(pytest.param(how, marks=pytest.mark.once) for how in ("some_at_exit", "unblocked")),
     ],
 )
 def test_tear_down(job: Job, how: str) -> None:
     """Exit code 0, whoever leaves first."""
-    for finished in job("set_up", "tear_down", how, num_processes=3, num_devices=1):
-        (twice,) = finished.lines("TWICE")
-        assert twice.startswith("jax_ep.initialize: this process is connected already")
-        if how == "again":
-            (after,) = finished.lines("AFTER")
-            assert "call jax_ep.initialize() in each of them first" in after
-
-
-@pytest.mark.once
-def test_memory_that_may_not_be_read(job: Job) -> None:
-    finished = job("set_up", "unreadable", num_processes=2, num_devices=1)
-    (message,) = finished[0].lines("ERROR")
-    assert "process 0 may not read the memory of process 1 (process_vm_readv: " in message
+    job("set_up", "tear_down", how, num_processes=2, num_devices=1)

@@ -26,9 +26,23 @@ CALL_ERRORS = (RuntimeError, ValueError)
 it raises a ValueError."""
 
 
+_scenario = ""  # that runs, where there are several: each has marks of its own
+
+
+def begin(scenario: str, is_first: bool) -> None:
+    """Says which scenario begins. All processes have ended and left the one before."""
+    global _scenario
+    if not is_first:
+        mark("ended")
+        wait_for_marks("ended", NUM_PROCESSES)
+        jax_ep.finalize()
+    _scenario = scenario
+    print("SCENARIO", scenario)
+
+
 def join() -> None:
-    """Makes this process one of the job, for JAX. Alone it has all devices."""
-    if NUM_PROCESSES == 1:
+    """Makes this process one of the job, for JAX, if it is not. Alone it has all devices."""
+    if NUM_PROCESSES == 1 or jax.distributed.is_initialized():
         return
     options: dict[str, Any] = {}
     if PLATFORM != "cpu":
@@ -46,25 +60,34 @@ def connect(**options: Any) -> None:
 
 def mark(name: str) -> None:
     """Leaves a file that the others can wait for."""
-    (OUT / f"{name}_{PROCESS}").touch()
+    _mark(name, PROCESS)
+
+
+def _mark(name: str, number: int) -> None:
+    (OUT / f"{_scenario}.{name}_{number}").touch()
+
+
+def _marks(name: str) -> list[pathlib.Path]:
+    return list(OUT.glob(f"{_scenario}.{name}_*"))
 
 
 def wait_for_marks(name: str, count: int, seconds: float = 60) -> None:
     """Returns when so many processes have left their mark."""
     deadline = time.monotonic() + seconds
-    while len(list(OUT.glob(f"{name}_*"))) < count:
+    while len(_marks(name)) < count:
         if time.monotonic() > deadline:
             raise TimeoutError(f"fewer than {count} processes left the mark {name!r}")
         time.sleep(0.02)
 
 
 def mark_when_said(words: str, seconds: float = 60) -> None:
-    """Leaves the mark "said" once this process's log has these words; in a thread of its own."""
+    """Leaves the mark "said" once this process has logged these words; in a thread of its own."""
+    log = pathlib.Path(os.readlink("/proc/self/fd/2"))
+    begin = log.stat().st_size
 
     def watch() -> None:
-        log = pathlib.Path(os.readlink("/proc/self/fd/2"))
         deadline = time.monotonic() + seconds
-        while words not in log.read_text():
+        while words.encode() not in log.read_bytes()[begin:]:
             if time.monotonic() > deadline:
                 return  # who waits for the mark says that it has not come
             time.sleep(0.05)
@@ -73,20 +96,20 @@ def mark_when_said(words: str, seconds: float = 60) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def leave_as(place: int) -> None:
-    """Calls finalize() when `place` processes have left before."""
-    wait_for_marks("left", place)
+def leave_as(place: int, name: str = "left") -> None:
+    """Calls finalize() when `place` processes have left before, as marks of this name say."""
+    wait_for_marks(name, place)
     jax_ep.finalize()
-    mark("left")
+    mark(name)
 
 
 def coordinator_leaves_last(seconds: float = 60) -> None:
     """Process 0 returns when the other survivors of a job that lost one process have ended."""
-    (OUT / f"pid_{os.getpid()}").touch()
+    _mark("pid", os.getpid())
     if PROCESS != 0:
         return
     wait_for_marks("pid", NUM_PROCESSES - 1)
-    others = {int(f.name.removeprefix("pid_")) for f in OUT.glob("pid_*")} - {os.getpid()}
+    others = {int(f.name.rpartition("_")[2]) for f in _marks("pid")} - {os.getpid()}
     deadline = time.monotonic() + seconds
     while any(pathlib.Path(f"/proc/{pid}").exists() for pid in others):
         if time.monotonic() > deadline:

@@ -185,6 +185,12 @@ class Finished:
         start = f"{word} "
         return [x.removeprefix(start) for x in self.log.splitlines() if x.startswith(start)]
 
+    def of(self, scenario: str) -> "Finished":
+        """The same with the log of one scenario only, where the process ran several."""
+        _, begin, log = self.log.partition(f"SCENARIO {scenario}\n")
+        assert begin, f"{scenario} has not begun:\n{self.log}"
+        return Finished(self.returncode, log.partition("SCENARIO ")[0])
+
 
 def worker_processes(
     file: pathlib.Path,
@@ -203,7 +209,7 @@ def worker_processes(
 
     Args:
         file: has the function.
-        scenario: its name.
+        scenario: its name, or several as worker.py takes them.
         *arguments: for it.
         num_processes: of the job.
         out: an existing directory for this job alone. Process i logs to process_<i>.log there.
@@ -255,7 +261,7 @@ def run_scenario(
 
     Args:
         file: has the function.
-        scenario: its name.
+        scenario: its name, or several as worker.py takes them.
         *arguments: for it.
         num_processes: of the job.
         num_devices: CPU devices of each process.

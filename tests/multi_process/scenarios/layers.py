@@ -64,10 +64,12 @@ def example(
     return ids, x, weights, g
 
 
-def layer_and_data(seed: int = 0) -> tuple[Callable[..., Any], list[jax.Array], np.ndarray]:
+def layer_and_data(
+    num_tokens: int = NUM_TOKENS,
+) -> tuple[Callable[..., Any], list[jax.Array], np.ndarray]:
     """Two jitted layers in one program, their data, and one result to know it by."""
     mesh = make_mesh((len(jax.devices()),), ("ep",))
-    data = example(mesh, mesh.size, seed)
+    data = example(mesh, mesh.size, num_tokens=num_tokens)
 
     @jax.jit
     def layer(ids: Any, x: Any, weights: Any) -> Any:

@@ -7,27 +7,54 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 from job import NUM_PROCESSES, PROCESS, join, mark, wait_for_marks
-from layers import check_pair, layer_and_data, make_mesh, per_shard
+from layers import NUM_TOKENS, check_pair, layer_and_data, make_mesh, per_shard
 from protocol import stress
 
 import jax_ep
 
 
-def pairing(*scenarios: str) -> None:
-    """Independent calls, ready in different orders, on all devices of all processes."""
+def pairing() -> None:
+    """Independent calls, ready in different orders, on all devices of all processes.
+
+    What more processes than two could change: calls of one program, and of two in flight together.
+    """
     join()
     jax_ep.initialize()
+    scenarios = ["eight_layers", "two_programs"]
+    if NUM_PROCESSES == 2:
+        scenarios += ["one_layer_twice", "back_to_back", "scan"]
     for scenario in scenarios:
         stress.SCENARIOS[scenario](jax.devices(), 40, 0)
+        print("RIGHT", scenario)
 
 
-def extra_compile(how: str) -> None:
-    """Process 0 compiles more than the others before the call. Prints RIGHT or the error."""
+EXTRA = (
+    "cost_analysis",
+    "compiler_options",
+    "lowered_twice",
+    "local_programs",
+    "other_line",
+    "serialized",
+)
+
+
+def extra_compile() -> None:
+    """Process 0 compiles more than the others before a call: in each way, of a program of its own.
+
+    Prints RIGHT and the way.
+    """
     join()
     jax_ep.initialize()
     jax_ep.set_timeout(8)
-    f, data, ids = layer_and_data()
+    for i, how in enumerate(EXTRA):
+        _compile_more(how, NUM_TOKENS + i)
+        print("RIGHT", how)
+
+
+def _compile_more(how: str, num_tokens: int) -> None:
+    f, data, ids = layer_and_data(num_tokens=num_tokens)
     if PROCESS == 0:
         if how == "cost_analysis":
             f.lower(*data).compile().cost_analysis()
@@ -40,35 +67,36 @@ def extra_compile(how: str) -> None:
         elif how == "local_programs":
             jax.jit(lambda x: x + 1)(np.ones(3)).block_until_ready()
         elif how == "other_line":
-            f, data, ids = layer_and_data()  # of a process of its own: not the same trace
+            # Of a process of its own: not the same trace.
+            f, data, ids = layer_and_data(num_tokens=num_tokens)
         elif how == "serialized":
             f = serialize_executable.deserialize_and_load(
                 *serialize_executable.serialize(f.lower(*data).compile())
             )
     for _ in range(3):
         check_pair(f(*data), ids)
-    print("RIGHT")
-    mark("done")
-    wait_for_marks("done", NUM_PROCESSES)
 
 
-def cached(folder: str, shared: str) -> None:
-    """A step with JAX's persistent cache: one folder, or process 0's is kept and 1's is not."""
+def cached(folder: str) -> None:
+    """Steps with JAX's persistent cache: of one folder; of process 0's, which is kept, and 1's."""
     events: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
-    own = f"{folder}/cache" if shared == "shared" or PROCESS == 0 else f"{folder}/{os.getpid()}"
-    jax.config.update("jax_compilation_cache_dir", own)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     join()
     jax_ep.initialize()
     jax_ep.set_timeout(20)
-    f, data, ids = layer_and_data()
-    for _ in range(3):
-        check_pair(f(*data), ids)
-    print("RIGHT")
-    if "/jax/compilation_cache/cache_hits" in events:
-        print("HIT")
+    kept_by_one = f"{folder}/own" if PROCESS == 0 else f"{folder}/{os.getpid()}"
+    for which, cache in (("shared", f"{folder}/shared"), ("own", kept_by_one)):
+        jax.config.update("jax_compilation_cache_dir", cache)
+        compilation_cache.reset_cache()  # of which JAX has one in a process, with its folder
+        f, data, ids = layer_and_data()
+        events.clear()
+        for _ in range(3):
+            check_pair(f(*data), ids)
+        print("RIGHT", which)
+        if "/jax/compilation_cache/cache_hits" in events:
+            print("HIT", which)
 
 
 def other_order() -> None:

@@ -7,25 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from job import IS_LAST, NUM_PROCESSES, PROCESS, join, leave_as, mark, wait_for_marks
+from job import NUM_PROCESSES, PROCESS, join, leave_as, mark, wait_for_marks
 from layers import check_pair, example, layer_and_data, make_mesh, per_shard, put
 
 import jax_ep
 from jax_ep import reference
-
-
-def missing() -> None:
-    """The last process does not call initialize(); then it does, and so do the others again."""
-    join()
-    if IS_LAST:
-        wait_for_marks("done", NUM_PROCESSES - 1)
-        return
-    try:
-        jax_ep.initialize(timeout=1.5)
-    except RuntimeError as error:
-        print("ERROR", error)
-    mark("done")
-    wait_for_marks("done", NUM_PROCESSES - 1)
 
 
 def retried_after_missing() -> None:
@@ -118,45 +104,35 @@ def drop_ptrace_capability() -> ctypes.CDLL:
     return libc
 
 
-def unreadable() -> None:
-    """The last process forbids others to read its memory."""
+def leave_and_join() -> None:
+    """Leaves in turn, joins again, leaves in reverse, joins once more and leaves at will."""
     join()
-    libc = drop_ptrace_capability()
-    if IS_LAST:
-        assert libc.prctl(4, 0, 0, 0, 0) == 0  # PR_SET_DUMPABLE
+    f, data, ids = layer_and_data()
+    for name, place in (("first", PROCESS), ("second", NUM_PROCESSES - 1 - PROCESS)):
+        jax_ep.initialize()
+        try:
+            jax_ep.initialize()
+        except RuntimeError as error:
+            print("TWICE", error)
+        check_pair(f(*data), ids)
+        leave_as(place, f"left the {name} time")
+    jax_ep.initialize()
+    check_pair(f(*data), ids)
+    jax_ep.finalize()
+    jax_ep.finalize()
     try:
-        jax_ep.initialize(timeout=5)
+        jax.block_until_ready(f(*data))
     except RuntimeError as error:
-        print("ERROR", error)
-    mark("done")
-    wait_for_marks("done", NUM_PROCESSES)
+        print("AFTER", error)
 
 
 def tear_down(how: str) -> None:
-    """Leaves in several orders, after a call that everybody has waited for."""
+    """Leaves after a call that everybody has waited for, at the end of the process."""
     join()
     jax_ep.initialize()
-    try:
-        jax_ep.initialize()
-    except RuntimeError as error:
-        print("TWICE", error)
     f, data, ids = layer_and_data()
     check_pair(f(*data), ids)
-    if how == "again":
-        jax_ep.finalize()
-        jax_ep.finalize()
-        jax_ep.initialize()
-        check_pair(f(*data), ids)
-        jax_ep.finalize()
-        try:
-            jax.block_until_ready(f(*data))
-        except RuntimeError as error:
-            print("AFTER", error)
-    elif how == "in_turn":
-        leave_as(PROCESS)
-    elif how == "in_reverse":
-        leave_as(NUM_PROCESSES - 1 - PROCESS)
-    elif how == "shutdown_first":
+    if how == "shutdown_first":
         jax.distributed.shutdown()
         jax_ep.finalize()
     elif how == "some_at_exit":
