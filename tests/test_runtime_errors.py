@@ -20,6 +20,7 @@ from routings import Case, assert_same_bits
 from usable import check_usable
 
 import jax_ep
+from jax_ep import timeouts
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -174,43 +175,65 @@ def test_set_one_timeout() -> None:
         assert jax_ep.get_timeout() == (6, 5)
 
 
-def import_with_timeouts(**values: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.endswith("_TIMEOUT")}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    environment.update({f"JAX_EP_{name}": value for name, value in values.items()})
-    return subprocess.run(
+def clear_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TIMEOUT", "ARRIVAL_TIMEOUT", "PROGRESS_TIMEOUT"):
+        monkeypatch.delenv(f"JAX_EP_{name}", raising=False)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [({}, "600.0 30.0"), ({"PROGRESS_TIMEOUT": "5", "TIMEOUT": "8"}, "8.0 5.0")],
+)
+def test_import_takes_timeouts_from_the_environment(
+    values: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clear_timeouts(monkeypatch)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+    for name, value in values.items():
+        monkeypatch.setenv(f"JAX_EP_{name}", value)
+    done = subprocess.run(
         [sys.executable, "-c", "import jax_ep; print(*jax_ep.get_timeout())"],
-        env=environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == expected
 
 
 @pytest.mark.once
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({}, "600.0 30.0"),
-        ({"TIMEOUT": "2.5"}, "2.5 2.5"),
-        ({"ARRIVAL_TIMEOUT": "1e2"}, "100.0 30.0"),
-        ({"PROGRESS_TIMEOUT": "5", "TIMEOUT": "8"}, "8.0 5.0"),
+        ({}, (9, 4)),
+        ({"TIMEOUT": "2.5"}, (2.5, 2.5)),
+        ({"ARRIVAL_TIMEOUT": "1e2"}, (100, 4)),
+        ({"PROGRESS_TIMEOUT": "5", "TIMEOUT": "8"}, (8, 5)),
     ],
 )
-def test_timeouts_from_the_environment(values: dict[str, str], expected: str) -> None:
-    result = import_with_timeouts(**values)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == expected
+def test_timeouts_from_the_environment(
+    values: dict[str, str], expected: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clear_timeouts(monkeypatch)
+    for name, value in values.items():
+        monkeypatch.setenv(f"JAX_EP_{name}", value)
+    with timeout(1):
+        jax_ep.set_timeout(arrival=9, progress=4)
+        timeouts._apply_environment()  # as the import does
+        assert jax_ep.get_timeout() == expected
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["TIMEOUT", "ARRIVAL_TIMEOUT", "PROGRESS_TIMEOUT"])
 @pytest.mark.parametrize("value", ["soon", "-3", "nan"])
-def test_bad_timeout_in_the_environment(name: str, value: str) -> None:
-    result = import_with_timeouts(**{name: value})
-    assert result.returncode != 0
-    expected = (
-        f"ValueError: environment variable JAX_EP_{name} must be a number of seconds above 0; got "
-        f"{value!r}"
-    )
-    assert expected in result.stderr
+def test_bad_timeout_in_the_environment(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clear_timeouts(monkeypatch)
+    monkeypatch.setenv(f"JAX_EP_{name}", value)
+    message = f"environment variable JAX_EP_{name} must be a number of seconds above 0; got "
+    before = jax_ep.get_timeout()
+    with pytest.raises(ValueError, match=re.escape(f"{message}{value!r}")):
+        timeouts._apply_environment()
+    assert jax_ep.get_timeout() == before
