@@ -84,7 +84,6 @@ def rounding_groups() -> list[tuple[str, int, bool]]:
     return sorted(found)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("dtype", "top_k", "weighted"), rounding_groups())
 def test_rounding(backend: Backend, dtype: str, top_k: int, weighted: bool) -> None:
     # Signed zeros, subnormals, ties, overflow, order of addition: three ranks; the token is the

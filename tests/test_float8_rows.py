@@ -61,7 +61,21 @@ def check_bits(
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize(
     ("hidden", "num_scales"),
-    [(16, 1), (256, 1), (256, 2), (256, 4), (256, 256), (2880, 1), (2880, 23), (2880, 180)],
+    [
+        (256, 2),
+        *(
+            pytest.param(*sizes, marks=pytest.mark.once)
+            for sizes in (
+                (16, 1),
+                (256, 1),
+                (256, 4),
+                (256, 256),
+                (2880, 1),
+                (2880, 23),
+                (2880, 180),
+            )
+        ),
+    ],
 )
 @pytest.mark.parametrize("zero_tail", [True, False])
 def test_rows_with_scales_are_passed_on(
@@ -72,17 +86,20 @@ def test_rows_with_scales_are_passed_on(
     check_bits(device_backend, case, dtype, num_scales)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("hidden", "num_scales"), [(2880, 23), (7168, 56)])
 def test_many_rows_with_scales(device_backend: JaxBackend, hidden: int, num_scales: int) -> None:
     """More tokens than a GPU's blocks take at a time."""
     check_bits(device_backend, Case(2, 700, 4, 8, hidden), E4M3, num_scales, weighted=False)
 
 
+@pytest.mark.once
 def test_every_rank_count(device_backend: JaxBackend) -> None:
     for num_ranks in range(1, min(device_backend.num_devices, 8) + 1):
         check_bits(device_backend, Case(num_ranks, 5, 2, 2 * num_ranks, hidden=384), E4M3, 3)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_rows_without_scales_are_copies(

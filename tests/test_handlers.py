@@ -394,6 +394,7 @@ def cases(which: list[Case]) -> Callable[..., Any]:
     )
 
 
+@pytest.mark.once
 @cases(ERRORS)
 def test_errors(
     device_backend: JaxBackend, target: str, changes: dict[str, dict[str, Any]], message: str
@@ -401,6 +402,7 @@ def test_errors(
     check_refused(device_backend, target, changes, message)
 
 
+@pytest.mark.once
 @cases(CPU_ERRORS)
 def test_errors_on_cpu(
     device_backend: JaxBackend, target: str, changes: dict[str, dict[str, Any]], message: str
@@ -410,6 +412,7 @@ def test_errors_on_cpu(
     check_refused(device_backend, target, changes, message)
 
 
+@pytest.mark.once
 @cases(CUDA_ERRORS)
 def test_errors_on_cuda(
     device_backend: JaxBackend, target: str, changes: dict[str, dict[str, Any]], message: str

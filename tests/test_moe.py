@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 
 
+@pytest.mark.once
 @routings.examples(20)
 @given(
     routed=routed_cases(capacity_kinds=("exact", "default")),
