@@ -318,23 +318,8 @@ def combine(y: Array, layout: Layout, weights: Array | None = _UNWEIGHTED) -> Ar
         TypeError: a dtype is not supported.
     """
     where = "jax_ep.combine"
-    num_tokens, _ = checks.check_layout(where, layout)
-    y = checks.as_array(where, "y", y)
-    if y.dtype.name not in _FLOATS:
-        raise TypeError(f"{where}: y must be one of {', '.join(_FLOATS)}; got {y.dtype}")
-    rows, _ = checks.matrix_shape(where, "y", y, "[capacity, hidden]")
-    if rows != layout.capacity:
-        remedy = "pass the experts' result for all rows of dispatch with this layout"
-        if rows == layout.num_ranks * num_tokens + 1:
-            remedy = (
-                "these may be a row per token, of expand=False. Experts take and give a row for "
-                "each entry of layout.row_token"
-            )
-        raise ValueError(
-            f"{where}: y has {rows} rows, but the layout ({checks.describe(layout)}) has capacity "
-            f"{layout.capacity}: {remedy}"
-        )
-    checks.check_row(where, "y", y)
+    checks.check_layout(where, layout)
+    y = _experts_rows(where, "y", y, layout)
     if weights is None:
         raise ValueError(
             f"{where}: weights is None, which dispatch returns if it was not given topk_weights: "
@@ -380,7 +365,8 @@ def moe(
         topk_idx: int32 [T, K], as in ``make_layout``.
         topk_weights: [T, K], the routing weights, applied in ``combine``.
         expert_fn: takes tokens [C, H] and group_sizes int32 [L], returns [C, H']. With
-            ``expert_capacity`` M it may work on ``tokens.reshape(L, M, H)``.
+            ``expert_capacity`` M it may work on ``tokens.reshape(L, M, H)``. What it raises gets a
+            note that tells what it was given.
         num_experts: as in ``make_layout``.
         axis_name: as in ``make_layout``.
         capacity: as in ``make_layout``.
@@ -398,9 +384,10 @@ def moe(
         ValueError: as the three verbs do.
         TypeError: as the three verbs do.
     """
+    where = "jax_ep.moe"
     if topk_weights is None:
         raise ValueError(
-            "jax_ep.moe: topk_weights must be an array [tokens, k]; got None. For a sum without "
+            f"{where}: topk_weights must be an array [tokens, k]; got None. For a sum without "
             "weights call make_layout, dispatch and combine"
         )
     layout = make_layout(
@@ -415,9 +402,42 @@ def moe(
         check_ids=check_ids,
     )
     received = dispatch(x, layout, topk_weights, fp8=fp8, dequantize=fp8 is not None)
+    tokens, group_sizes = received.tokens, received.group_sizes
     with jax.named_scope("jax_ep.experts"):
-        y = expert_fn(received.tokens, received.group_sizes)
+        try:
+            y = expert_fn(tokens, group_sizes)
+        except Exception as error:
+            error.add_note(
+                f"{where}: expert_fn was given tokens {tokens.dtype}{list(tokens.shape)} and "
+                f"group_sizes {group_sizes.dtype}{list(group_sizes.shape)}, of a layout with "
+                f"{checks.describe(layout)}. Are the experts' weights split over "
+                f"{', '.join(layout.axis_name)}, so that a rank has those of "
+                f"{group_sizes.shape[0]} experts?"
+            )
+            raise
+    y = _experts_rows(where, "expert_fn's result", y, layout)
     return combine(y, layout, received.weights), layout
+
+
+def _experts_rows(where: str, name: str, value: Any, layout: Layout) -> Array:
+    """``value``, if it can be what the experts make of the rows of ``layout``."""
+    y = checks.as_array(where, name, value)
+    if y.dtype.name not in _FLOATS:
+        raise TypeError(f"{where}: {name} must be one of {', '.join(_FLOATS)}; got {y.dtype}")
+    rows, _ = checks.matrix_shape(where, name, y, "[capacity, hidden]")
+    if rows != layout.capacity:
+        remedy = "experts give a row for each row of dispatch with this layout"
+        if rows == layout.num_ranks * layout.topk_idx.shape[0] + 1:
+            remedy = (
+                "these may be a row per token, of expand=False. Experts take and give a row for "
+                "each entry of layout.row_token"
+            )
+        raise ValueError(
+            f"{where}: {name} has {rows} rows, but the layout ({checks.describe(layout)}) has "
+            f"capacity {layout.capacity}: {remedy}"
+        )
+    checks.check_row(where, name, y)
+    return y
 
 
 def _check_float8(

@@ -23,6 +23,11 @@ def check_experts(where: str, num_experts: int, num_ranks: int, ranks: str) -> N
         ValueError: some would have more.
     """
     missing = -num_experts % num_ranks
+    if num_experts < num_ranks:
+        raise ValueError(
+            f"{where}: num_experts must be a multiple of {ranks}; got {num_experts}. It is the "
+            "width of the router, the experts of the whole group, not those of one rank"
+        )
     if missing:
         raise ValueError(
             f"{where}: num_experts must be a multiple of {ranks}; got {num_experts}. Pad the "

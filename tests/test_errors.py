@@ -103,6 +103,13 @@ LAYOUT_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
         lambda ids, _: make(ids, num_experts=5),
     ),
     (
+        "experts_of_one_rank",
+        ValueError,
+        "make_layout: num_experts must be a multiple of the 2 ranks along ('ep',); got 1. It is "
+        "the width of the router, the experts of the whole group, not those of one rank",
+        lambda ids, _: make(ids[:, :1], num_experts=1),
+    ),
+    (
         "no_experts",
         ValueError,
         "make_layout: num_experts must be at least 1; got 0",
@@ -433,7 +440,7 @@ COMBINE_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
         "y_rows",
         ValueError,
         "combine: y has 6 rows, but the layout (6 experts, 2 ranks along ('ep',)) has capacity 8: "
-        "pass the experts' result for all rows of dispatch with this layout",
+        "experts give a row for each row of dispatch with this layout",
         lambda _, layout: jax_ep.combine(zeros(6, 8), layout),
     ),
     (
@@ -485,6 +492,48 @@ COMBINE_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
     ),
 ]
 
+
+def moe(ids: Any, expert_fn: Verb) -> Any:
+    options: dict[str, Any] = {"num_experts": 6, "axis_name": AXIS, "capacity": 8}
+    return jax_ep.moe(zeros(4, 8), ids, jnp.ones(ids.shape, F32), expert_fn, **options)
+
+
+MOE_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
+    (
+        "result_rows",
+        ValueError,
+        "moe: expert_fn's result has 6 rows, but the layout (6 experts, 2 ranks along ('ep',)) has "
+        "capacity 8: experts give a row for each row of dispatch with this layout",
+        lambda ids, _: moe(ids, lambda rows, _: rows[:6]),
+    ),
+    (
+        "result_rank",
+        ValueError,
+        "moe: expert_fn's result must have shape [capacity, hidden]; got (2, 4, 8). Fold leading "
+        "axes into the first with reshape",
+        lambda ids, _: moe(ids, lambda rows, _: rows.reshape(2, 4, 8)),
+    ),
+    (
+        "result_row",
+        ValueError,
+        "moe: a row of expert_fn's result must be a multiple of 16 bytes; got 2 x float32 = 8 "
+        "bytes. Pad the last axis",
+        lambda ids, _: moe(ids, lambda rows, _: rows[:, :2]),
+    ),
+    (
+        "result_dtype",
+        TypeError,
+        "moe: expert_fn's result must be one of bfloat16, float16, float32; got int32",
+        lambda ids, _: moe(ids, lambda rows, _: rows.astype(np.int32)),
+    ),
+    (
+        "result_and_more",
+        TypeError,
+        "moe: expert_fn's result must be an array; got tuple",
+        lambda ids, _: moe(ids, lambda rows, sizes: (rows, sizes)),
+    ),
+]
+
 OTHER_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
     (
         "no_weights",
@@ -514,7 +563,7 @@ OTHER_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
     ),
 ]
 
-TRACE_ERRORS = [*LAYOUT_ERRORS, *DISPATCH_ERRORS, *COMBINE_ERRORS, *OTHER_ERRORS]
+TRACE_ERRORS = [*LAYOUT_ERRORS, *DISPATCH_ERRORS, *COMBINE_ERRORS, *MOE_ERRORS, *OTHER_ERRORS]
 
 
 def test_axis_name_of_another_type(device_backend: JaxBackend) -> None:

@@ -250,6 +250,27 @@ def test_moe_is_the_three_verbs(device_backend: JaxBackend) -> None:
     assert_same_bits(out, reference.combine(y, oracle, weights))
 
 
+def test_what_experts_raise_tells_what_they_were_given(device_backend: JaxBackend) -> None:
+    """The usual mistake: weights of all experts on every rank."""
+    whole = np.zeros((6, 8, 8), F32)
+    ids, weights = np.zeros((2, 5, 1), np.int32), np.ones((2, 5, 1), F32)
+
+    def layer(ids: Any, weights: Any) -> Any:
+        def expert_fn(tokens: jax.Array, group_sizes: jax.Array) -> jax.Array:
+            return jax.lax.ragged_dot(tokens, whole, group_sizes)
+
+        x, options = jnp.zeros((5, 8)), {"num_experts": 6, "axis_name": AXIS, "expert_capacity": 4}
+        return jax_ep.moe(x, ids, weights, expert_fn, **options)[0]
+
+    with pytest.raises(Exception, match=r"ragged_dot|group_sizes") as caught:
+        device_backend.run(2, layer, ids, weights)
+    assert caught.value.__notes__[0] == (
+        "jax_ep.moe: expert_fn was given tokens float32[12, 8] and group_sizes int32[3], of a "
+        "layout with 6 experts with 4 rows each, 2 ranks along ('ep',). Are the experts' weights "
+        "split over ep, so that a rank has those of 3 experts?"
+    )
+
+
 def test_moe_passes_its_options_on(device_backend: JaxBackend) -> None:
     """num_sms reaches the layout, fp8 the dispatch: what is sent comes out dequantised."""
     case, rng = Case(2, 7, 3, 6, hidden=128), np.random.default_rng(11)
