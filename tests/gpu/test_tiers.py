@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 
 import launcher
 import pytest
@@ -67,7 +68,16 @@ def test_a_failure_is_told(tmp_path: pathlib.Path) -> None:
     assert "process 0 exit code 1, expected 0" in done.stdout
 
 
-_HANGING = "import time\n\ndef test_right():\n    pass\n\ndef test_stuck():\n    time.sleep(600)\n"
+_HANGING = """
+import pathlib, time
+
+def test_right():
+    pass
+
+def test_stuck():
+    pathlib.Path(__file__).with_name("stuck").touch()
+    time.sleep(600)
+"""
 
 
 def _context(out: pathlib.Path, seconds_left: float = 1e9, platform: str = "cpu") -> Context:
@@ -90,13 +100,19 @@ def _context(out: pathlib.Path, seconds_left: float = 1e9, platform: str = "cpu"
 def test_a_test_that_hangs_is_named(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those before it are counted, also if the job has to be ended."""
+    """Those before it are counted, also if the job has to be ended: here as soon as it hangs."""
     test = tmp_path / "test_that_hangs.py"
+
+    def monotonic() -> float:
+        return time.monotonic() + (1000 if (tmp_path / "stuck").exists() else 0)
+
+    clock = types.SimpleNamespace(monotonic=monotonic, sleep=time.sleep)
+    monkeypatch.setattr(launcher, "time", clock)
     test.write_text(_HANGING)
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(_ROOT)])
     )
-    result = run_file(_context(tmp_path), "hanging", test, limit=25)
+    result = run_file(_context(tmp_path), "hanging", test, limit=150)
     (line,) = result.lines
     assert (line.passed, line.failed, line.skipped) == (1, 1, {})
     told = "\n".join(result.problems)
@@ -109,7 +125,7 @@ def test_what_the_budget_cuts_short_is_skipped(tmp_path: pathlib.Path) -> None:
     (tmp_path / "test_that_hangs.py").write_text(_HANGING)
     (tmp_path / "test_later.py").write_text("def test_later():\n    pass\n")
     tests = [str(tmp_path / name) for name in ("test_that_hangs.py", "test_later.py")]
-    done = _run_tiers("--platform=cpu", "--budget=15", f"--out={tmp_path}", "--pytest", *tests)
+    done = _run_tiers("--platform=cpu", "--budget=8", f"--out={tmp_path}", "--pytest", *tests)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all passed" in done.stdout
     assert done.stdout.count("skipped 1: cut short by --budget") == 2
@@ -123,7 +139,7 @@ def test_a_failure_before_the_budget_ends_is_told(tmp_path: pathlib.Path) -> Non
     waiting = launcher.Process(
         [sys.executable, "-c", "import time; time.sleep(600)"], os.environ, tmp_path / "b"
     )
-    job = _context(tmp_path, seconds_left=5).run([wrong, waiting], limit=100)
+    job = _context(tmp_path, seconds_left=3).run([wrong, waiting], limit=100)
     assert job.cut is None
     assert "process 0 exit code 7, expected 0" in job.problems[0]
 
