@@ -111,25 +111,23 @@ def _of_runs(test: Callable[..., None]) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A process that does one whole run: "whole" in the folder that comes."""
+    """A process that does one run, "whole", and another, "resumed", in which it is interrupted."""
     root = tmp_path_factory.mktemp("runs")
-    _run(root, ["--out=whole"])
+    _run(root, ["--out=whole"], ["--out=resumed", f"--stop-after={_NUM_STEPS // 2}"])
+    assert len(_summary(root / "resumed")["losses"]) == _NUM_STEPS // 2
     return root
 
 
 @pytest.fixture(scope="module")
 def runs(whole_run: pathlib.Path) -> pathlib.Path:
-    """Beside it: a process that does two more and is interrupted in one; another resumes that."""
-    root = whole_run
+    """Beside them: a process that resumes the one that was interrupted, and does two more."""
     _run(
-        root,
+        whole_run,
+        ["--out=resumed", "--resume"],
         ["--out=no_drops", "--capacity-factor=0", "--remat"],
         ["--out=dense", "--dispatch=dense"],
-        ["--out=resumed", f"--stop-after={_NUM_STEPS // 2}"],
     )
-    assert len(_summary(root / "resumed")["losses"]) == _NUM_STEPS // 2
-    _run(root, ["--out=resumed", "--resume"])
-    return root
+    return whole_run
 
 
 @_in_one_worker

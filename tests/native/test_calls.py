@@ -91,7 +91,7 @@ def test_in_cpp(tmp_path: pathlib.Path) -> None:
     if compiler is None:
         pytest.skip("g++ is not installed")
     program = tmp_path / "calls_test"
-    command = [compiler, "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", f"-I{_ROOT}"]
+    command = [compiler, "-std=c++17", "-O0", "-g1", "-Wall", "-Wextra", f"-I{_ROOT}"]
     command += ["-isystem", jax.ffi.include_dir(), "-o", str(program)]
     command += [str(pathlib.Path(__file__).with_name("calls_test.cc"))]
     command += [str(_ROOT / "xla_ffi" / name) for name in _SOURCES]
