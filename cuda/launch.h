@@ -31,6 +31,7 @@ struct GroupView {
   uint64_t call;     // not 0, another number for each launch of this device, or node of a graph
   uint64_t staging;  // what peers are shown as offsets: this device's staging region, or 0
   uint64_t staging_bytes;
+  uint64_t slot_area_bytes;  // slot_area_bytes(..) of all devices' slots; 0 without slots
   int32_t rank;
   int32_t num_ranks;
   PeerView peer[kMaxPeers];  // by rank
@@ -100,12 +101,30 @@ struct CombineArguments : TableView {
   bool expand;  // as in DispatchArguments, of y; without it there are no weights
 };
 
+// Layout and dispatch in one, rows as they are.
+struct LayoutAndDispatchArguments : LayoutArguments {
+  const void* x;
+  const float* topk_weights;  // null without
+  void* tokens;
+  float* weights;  // with topk_weights, else null
+  int64_t row_bytes;
+  bool zero_tail;
+  bool is_integer;  // x's type
+};
+
 cudaError_t LaunchLayout(const GroupView& group, const LayoutArguments& arguments, int num_sms,
                          cudaStream_t stream);
 cudaError_t LaunchDispatch(const GroupView& group, const DispatchArguments& arguments, int num_sms,
                            cudaStream_t stream);
 cudaError_t LaunchCombine(const GroupView& group, const CombineArguments& arguments, int num_sms,
                           cudaStream_t stream);
+// In slots, for calls that fit (fits_slots, cuda/memory/slots.h); results are those of the above.
+// CombineArguments::partial is not used; rows that are not expanded are refused.
+cudaError_t LaunchLayoutAndDispatchInSlots(const GroupView& group,
+                                           const LayoutAndDispatchArguments& arguments, int num_sms,
+                                           cudaStream_t stream);
+cudaError_t LaunchCombineInSlots(const GroupView& group, const CombineArguments& arguments,
+                                 int num_sms, cudaStream_t stream);
 
 // Loads every kernel on the current device and sets its limits, so that no first launch
 // synchronises while a peer waits.

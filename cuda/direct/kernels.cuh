@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/core/placement.h"
 #include "cuda/launch.h"
 #include "cuda/sync/grid.cuh"
 
@@ -12,6 +13,8 @@ namespace jax_ep::gpu {
 cudaError_t PrepareLayout();
 cudaError_t PrepareDispatch();
 cudaError_t PrepareCombine();
+cudaError_t PrepareLayoutAndDispatchInSlots();
+cudaError_t PrepareCombineInSlots();
 
 // Loads a kernel on the current device and allows it `shared_bytes` of dynamic shared memory.
 template <typename Kernel>
@@ -43,6 +46,22 @@ __device__ inline void fill(void* buffer, int64_t num_bytes, uint32_t word, cons
        i += stride) {
     words[i] = word;
   }
+}
+
+// A block's share of tables of no rows.
+__device__ inline void fill_without_rows(const LayoutArguments& a, int num_ranks,
+                                         const Share& share) {
+  const auto fill_all = [&](int32_t* table, int64_t size, int32_t value) {
+    fill(table, size * int64_t{sizeof value}, static_cast<uint32_t>(value), share);
+  };
+  fill_all(a.send_row, a.num_tokens * a.top_k, kNoRow);
+  fill_all(a.recv_src, a.room.capacity, kNoSource);
+  fill_all(a.recv_order, a.room.capacity, kNoSource);
+  fill_all(a.recv_offsets, num_ranks * a.num_tokens + 1, 0);
+  fill_all(a.group_sizes, a.num_experts / num_ranks, 0);
+  fill_all(a.expert_counts, a.num_experts / num_ranks, 0);
+  fill_all(a.expert_load, a.num_experts, 0);
+  fill_all(a.counters, 3, 0);
 }
 
 }  // namespace jax_ep::gpu

@@ -49,21 +49,6 @@ __device__ void fill(int32_t* table, int64_t begin, int64_t end, int32_t value) 
   }
 }
 
-// A block's share of tables of no rows.
-__device__ void fill_without_rows(const LayoutArguments& a, int num_ranks, const Share& share) {
-  const auto fill_all = [&](int32_t* table, int64_t size, int32_t value) {
-    fill(table, size * int64_t{sizeof value}, static_cast<uint32_t>(value), share);
-  };
-  fill_all(a.send_row, a.num_tokens * a.top_k, kNoRow);
-  fill_all(a.recv_src, a.room.capacity, kNoSource);
-  fill_all(a.recv_order, a.room.capacity, kNoSource);
-  fill_all(a.recv_offsets, num_ranks * a.num_tokens + 1, 0);
-  fill_all(a.group_sizes, a.num_experts / num_ranks, 0);
-  fill_all(a.expert_counts, a.num_experts / num_ranks, 0);
-  fill_all(a.expert_load, a.num_experts, 0);
-  fill_all(a.counters, 3, 0);
-}
-
 // What the threads of a block share, beside what they keep by expert.
 struct Shared {
   typename BlockScan::TempStorage scan;

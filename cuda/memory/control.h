@@ -70,6 +70,13 @@ static_assert(who_gave_up(given_up_of(0, 71)) == 0 && waited_for(given_up_of(0, 
 // In Local::broken in place of that: the host has left the group, peers are no longer mapped.
 inline constexpr uint64_t kHostHasLeft = ~uint64_t{0};
 
+// "In the call epoch, what this block of mine sends you lies in your slots", with the operation, as in
+// a start mail. Written by the slot's device, its block of the flag's number (cuda/sync/slots.cuh).
+struct alignas(16) SlotFlag {
+  uint64_t operation;
+  uint64_t epoch;
+};
+
 // A device's kernels in the memory of one peer: the last epoch in which they may have entered it,
 // and kShut once the peer lets them in no more. The device's blocks raise the epoch and the peer
 // sets kShut, each by one atomic operation (cuda/sync/leave.cuh).
@@ -128,7 +135,8 @@ struct ControlBlock {
   StartMail start[kMaxPeers];
   Entry entry[kMaxPeers];
   EndMail end[kMaxPeers];
-  uint64_t progress[kMaxPeers][kMaxBlocks];  // by the peer's block, which writes it
+  uint64_t progress[kMaxPeers][kMaxBlocks];   // by the peer's block, which writes it
+  SlotFlag slot_flag[kMaxPeers][kMaxBlocks];  // likewise
   Local local;
   // Of the running layout: per block of ids its rows to each expert, then its invalid ids.
   alignas(16) int32_t layout_counts[kMaxLayoutBlocks][kMaxExperts + 4];

@@ -21,6 +21,23 @@ __device__ inline void st_release_sys_b128(void* address, uint64_t low, uint64_t
       "l"(low), "l"(high)
       : "memory");
 }
+__device__ inline void st_relaxed_sys_b128(void* address, uint64_t low, uint64_t high) {
+  asm volatile(
+      "{\n.reg .b128 both;\n"
+      "mov.b128 both, {%1, %2};\n"
+      "st.relaxed.sys.global.b128 [%0], both;\n}" ::"l"(address),
+      "l"(low), "l"(high)
+      : "memory");
+}
+__device__ inline void ld_relaxed_sys_b128(const void* address, uint64_t& low, uint64_t& high) {
+  asm volatile(
+      "{\n.reg .b128 both;\n"
+      "ld.relaxed.sys.global.b128 both, [%2];\n"
+      "mov.b128 {%0, %1}, both;\n}"
+      : "=l"(low), "=l"(high)
+      : "l"(address)
+      : "memory");
+}
 __device__ inline void ld_acquire_sys_b128(const void* address, uint64_t& low, uint64_t& high) {
   asm volatile(
       "{\n.reg .b128 both;\n"

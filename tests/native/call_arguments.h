@@ -45,6 +45,20 @@ LayoutArguments LayoutOf(const CallSizes& sizes, const CallBuffers<Row>& b) {
   return a;
 }
 
+template <typename Row>
+LayoutAndDispatchArguments LayoutAndDispatchOf(const CallSizes& sizes, const CallBuffers<Row>& b,
+                                               bool weighted) {
+  LayoutAndDispatchArguments a{};
+  static_cast<LayoutArguments&>(a) = LayoutOf(sizes, b);
+  a.x = b.x;
+  a.tokens = b.tokens;
+  a.topk_weights = weighted ? b.topk_weights : nullptr;
+  a.weights = weighted ? b.weights : nullptr;
+  a.row_bytes = sizes.row_bytes;
+  a.zero_tail = sizes.zero_tail;
+  return a;
+}
+
 // With weights, or as the gradient of combine; no landing area. Expanded, as CombineOf.
 template <typename Row>
 DispatchArguments DispatchOf(const CallSizes& sizes, const CallBuffers<Row>& b, DispatchMode mode) {

@@ -4,14 +4,17 @@
 //
 //   kernels_bench [--ranks=2] [--tokens=4096] [--top-k=8] [--hidden=7168] [--experts=256]
 //                 [--num-sms=0,24] [--ops=layout,dispatch,...] [--calls=10] [--repeats=9]
+//                 [--checks=1]
 //
 // Rows are bf16, routing is uniform over distinct experts, the capacity is exactly what the fullest
-// rank receives. Each number is the time of a CUDA graph of `calls` calls, over their number, of
-// the slowest rank; calls of the same kind go before, so that all ranks begin together. Afterwards
-// one more call goes into poisoned buffers: rows, weights, sums, collected values and the counts of
-// a layout are compared on the devices, bit for bit; tables are taken for right, fp8 is not
-// compared, nor are a gradient's sums over channels. "of wire" is the time over that of the wire
-// bytes, at the rate at which all ranks at once push rows to the next, measured first.
+// rank receives. Each number is the time of a CUDA graph of `calls` calls, over their number, of the
+// slowest rank; the same graph goes before, so that all ranks begin together. Operations of slots-
+// are those that go through slots, up to 256 tokens; round-trip is layout, dispatch and combine,
+// slots-round-trip its counterpart of two kernels. Afterwards more calls (`checks`), each of other
+// numbers, go into poisoned buffers: rows, weights, sums, collected values and the counts of a layout
+// are compared on the devices, bit for bit; tables are taken for right, fp8 is not compared, nor are
+// a gradient's sums over channels. "of wire" is the time over that of the wire bytes, at the rate at
+// which all ranks at once push rows to the next, measured first.
 //
 // Exit codes: 0 all right, 3 a result was wrong, 1 anything else.
 #include <cuda_bf16.h>
@@ -23,11 +26,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "cuda/launch.h"
+#include "cuda/memory/slots.h"
 #include "cuda/probe/link_probe.h"
 #include "tests/native/call_arguments.h"
 #include "tests/native/check_cuda.h"
@@ -37,18 +42,30 @@ namespace {
 using namespace jax_ep::gpu;
 
 constexpr int kMaxRanks = 8;
-constexpr int kCallsBefore = 4;  // long enough for the host to launch what follows on all ranks
+constexpr uint64_t kSlotBytes = 64 << 20;  // of a device
 // not-expanded, -fp8: dispatch with a row for each (token, rank); -gradient: combine of such rows.
-const char* const kOps[] = {"layout",       "dispatch",         "layout+dispatch",
-                            "combine",      "collect",          "gradient",
-                            "fp8",          "fp8-dequantized",  "fp8-scaled",
-                            "not-expanded", "not-expanded-fp8", "not-expanded-gradient"};
+const char* const kOps[] = {"layout",
+                            "dispatch",
+                            "layout+dispatch",
+                            "combine",
+                            "collect",
+                            "gradient",
+                            "fp8",
+                            "fp8-dequantized",
+                            "fp8-scaled",
+                            "not-expanded",
+                            "not-expanded-fp8",
+                            "not-expanded-gradient",
+                            "slots-dispatch",
+                            "slots-combine",
+                            "slots-round-trip",
+                            "round-trip"};
 
 struct Sizes {
   int ranks = 2, tokens = 4096, top_k = 8, hidden = 7168, experts = 256;
 };
 struct Options : Sizes {
-  int calls = 10, repeats = 9;
+  int calls = 10, repeats = 9, checks = 1;
   std::vector<int> num_sms = {0, 24};
   std::vector<std::string> ops{std::begin(kOps), std::end(kOps)};
 };
@@ -69,9 +86,9 @@ Options Parse(int argc, char** argv) {
   const struct {
     const char* name;
     int* value;
-  } numbers[] = {{"--ranks", &o.ranks},    {"--tokens", &o.tokens},   {"--top-k", &o.top_k},
-                 {"--hidden", &o.hidden},  {"--experts", &o.experts}, {"--calls", &o.calls},
-                 {"--repeats", &o.repeats}};
+  } numbers[] = {{"--ranks", &o.ranks},     {"--tokens", &o.tokens},   {"--top-k", &o.top_k},
+                 {"--hidden", &o.hidden},   {"--experts", &o.experts}, {"--calls", &o.calls},
+                 {"--repeats", &o.repeats}, {"--checks", &o.checks}};
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
     const size_t equals = argument.find('=');
@@ -117,6 +134,10 @@ Options Parse(int argc, char** argv) {
     require(std::find(std::begin(kOps), std::end(kOps), op) != std::end(kOps), "unknown operation");
   }
   return o;
+}
+
+bool IsOneOf(const std::string& op, std::initializer_list<const char*> ops) {
+  return std::find(ops.begin(), ops.end(), op) != ops.end();
 }
 
 // Pseudo-random numbers in (-2, 2), the same for the same seed.
@@ -297,8 +318,8 @@ class Bench {
       CHECK_CUDA(cudaStreamCreateWithFlags(&b.stream, cudaStreamNonBlocking));
       CHECK_CUDA(cudaEventCreate(&b.begin));
       CHECK_CUDA(cudaEventCreate(&b.end));
-      b.control = Allocate<ControlBlock>(1);
-      CHECK_CUDA(cudaMemset(b.control, 0, sizeof(ControlBlock)));
+      b.control = reinterpret_cast<ControlBlock*>(Allocate<char>(kSlotsOffset + kSlotBytes));
+      CHECK_CUDA(cudaMemset(b.control, 0, kSlotsOffset + kSlotBytes));
       CHECK_CUDA(cudaHostAlloc(&b.error, sizeof(ErrorRecord), cudaHostAllocPortable));
       std::memset(b.error, 0, sizeof(ErrorRecord));
       b.error->arrival_timeout_ns = b.error->progress_timeout_ns = 5'000'000'000;
@@ -327,12 +348,7 @@ class Bench {
       b.load = Allocate<int32_t>(o_.experts);
       CHECK_CUDA(cudaMemcpy(b.load, load.data(), o_.experts * 4, cudaMemcpyHostToDevice));
       b.wrong = Allocate<unsigned long long>(1);
-      const uint32_t seed = 4 * r;
-      Randomize<<<512, 256>>>(b.x, tokens * o_.hidden, seed);
-      Randomize<<<512, 256>>>(b.y, most_rows * o_.hidden, seed + 1);
-      Randomize<<<64, 256>>>(b.topk_weights, ids_here, seed + 2);
-      Randomize<<<64, 256>>>(b.row_weights, rows, seed + 3);
-      CHECK_CUDA(cudaGetLastError());
+      RandomizeOperands(b, 4 * r);
       CHECK_CUDA(PrepareKernels());
       CHECK_CUDA(PrepareProbes());
       CHECK_CUDA(cudaDeviceSynchronize());
@@ -395,6 +411,10 @@ class Bench {
     bool good = true;
     for (const int wanted : o_.num_sms) {
       for (const std::string& op : o_.ops) {
+        if (op.rfind("slots-", 0) == 0 && !FitsSlots()) {
+          std::printf("%-21s does not fit\n", op.c_str());
+          continue;
+        }
         good = Time(op, wanted > 0 ? wanted : all_sms_) && good;
       }
     }
@@ -408,6 +428,7 @@ class Bench {
     view.error = all_.rank[rank].error;
     view.operation = std::hash<std::string>()(op) + static_cast<uint64_t>(num_sms);
     view.call = ++num_calls_;
+    view.slot_area_bytes = slot_area_bytes(kSlotBytes, o_.ranks);
     view.rank = rank;
     view.num_ranks = o_.ranks;
     for (int q = 0; q < o_.ranks; ++q) {
@@ -418,6 +439,11 @@ class Bench {
 
   // With a row for each (token, rank).
   int64_t num_rows() const { return int64_t{o_.ranks} * o_.tokens + 1; }
+  bool FitsSlots() const {
+    return fits_slots({o_.ranks, o_.tokens, o_.top_k, o_.experts, int64_t{o_.hidden} * 2},
+                      slot_area_bytes(kSlotBytes, o_.ranks));
+  }
+
   test::CallSizes call_sizes() const {
     return {o_.ranks,
             o_.tokens,
@@ -447,19 +473,30 @@ class Bench {
       a.expand = expand;
       CHECK_CUDA(LaunchDispatch(View(rank, op, num_sms), a, num_sms, b.stream));
     };
-    if (op == "layout" || op == "layout+dispatch") {
+    if (IsOneOf(op, {"slots-dispatch", "slots-round-trip"})) {
+      CHECK_CUDA(LaunchLayoutAndDispatchInSlots(
+          View(rank, "slots-dispatch", num_sms),
+          test::LayoutAndDispatchOf(call_sizes(), b, /*weighted=*/true), num_sms, b.stream));
+    }
+    if (IsOneOf(op, {"slots-combine", "slots-round-trip"})) {
+      CHECK_CUDA(LaunchCombineInSlots(View(rank, "slots-combine", num_sms), Combine(b, true),
+                                      num_sms, b.stream));
+    }
+    if (IsOneOf(op, {"layout", "layout+dispatch", "round-trip"})) {
       CHECK_CUDA(LaunchLayout(View(rank, "layout", num_sms), test::LayoutOf(call_sizes(), b),
                               num_sms, b.stream));
     }
-    if (op == "dispatch" || op == "layout+dispatch") dispatch(DispatchMode::kCopy);
+    if (IsOneOf(op, {"dispatch", "layout+dispatch", "round-trip"})) {
+      dispatch(DispatchMode::kCopy);
+    }
     if (op == "gradient") dispatch(DispatchMode::kWeighted);
     if (op == "fp8") dispatch(DispatchMode::kQuantize);
     if (op == "fp8-dequantized") dispatch(DispatchMode::kDequantize);
     if (op == "fp8-scaled") dispatch(DispatchMode::kScaled);
     if (op == "not-expanded") dispatch(DispatchMode::kCopy, false);
     if (op == "not-expanded-fp8") dispatch(DispatchMode::kQuantize, false);
-    if (op == "combine" || op == "collect" || op == "not-expanded-gradient") {
-      CombineArguments a = Combine(b, op == "combine");
+    if (IsOneOf(op, {"combine", "collect", "round-trip", "not-expanded-gradient"})) {
+      CombineArguments a = Combine(b, IsOneOf(op, {"combine", "round-trip"}));
       a.expand = op != "not-expanded-gradient";
       CHECK_CUDA(LaunchCombine(View(rank, op, num_sms), a, num_sms, b.stream));
     }
@@ -502,7 +539,7 @@ class Bench {
     std::vector<double> times;
     for (int repeat = -2; repeat < o_.repeats; ++repeat) {
       for (int r = 0; r < o_.ranks; ++r) {
-        for (int i = 0; i < kCallsBefore; ++i) Launch(op, r, num_sms);
+        CHECK_CUDA(cudaGraphLaunch(graphs[r], all_.rank[r].stream));
         CHECK_CUDA(cudaEventRecord(all_.rank[r].begin, all_.rank[r].stream));
         CHECK_CUDA(cudaGraphLaunch(graphs[r], all_.rank[r].stream));
         CHECK_CUDA(cudaEventRecord(all_.rank[r].end, all_.rank[r].stream));
@@ -516,7 +553,8 @@ class Bench {
     std::sort(times.begin(), times.end());
     const double median = times[times.size() / 2];
     const bool is_fp8 = op.find("fp8") != std::string::npos;
-    const unsigned long long wrong = is_fp8 ? 0 : CountWrong(op, num_sms);
+    unsigned long long wrong = 0;
+    for (int i = 0; i < o_.checks && !is_fp8; ++i) wrong += CountWrong(op, num_sms, i);
     std::printf("%-21s %5d %10.1f %10.1f %10.1f", op.c_str(), num_sms, median, times.front(),
                 times.back());
     if (op != "layout" && !is_fp8 && wire_rate_ > 0) {
@@ -529,11 +567,23 @@ class Bench {
     return wrong == 0;
   }
 
+  // Other numbers for each, so that what an earlier call has left is wrong.
+  void RandomizeOperands(const Rank& b, uint32_t seed) const {
+    const int64_t rows = std::max(capacity_, num_rows()), tokens = o_.tokens;
+    Randomize<<<512, 256, 0, b.stream>>>(b.x, tokens * o_.hidden, seed);
+    Randomize<<<512, 256, 0, b.stream>>>(b.y, rows * o_.hidden, seed + 1);
+    Randomize<<<64, 256, 0, b.stream>>>(b.topk_weights, tokens * o_.top_k, seed + 2);
+    Randomize<<<64, 256, 0, b.stream>>>(b.row_weights, capacity_, seed + 3);
+    CHECK_CUDA(cudaGetLastError());
+  }
+
   // One more call, into poisoned buffers.
-  unsigned long long CountWrong(const std::string& op, int num_sms) {
-    const bool has_layout = op == "layout" || op == "layout+dispatch";
-    const bool has_rows = op == "dispatch" || op == "layout+dispatch" || op == "gradient";
-    const bool has_sums = op == "combine" || op == "collect";
+  unsigned long long CountWrong(const std::string& op, int num_sms, int check) {
+    const bool has_both = IsOneOf(op, {"layout+dispatch", "slots-dispatch"});
+    const bool has_all = IsOneOf(op, {"round-trip", "slots-round-trip"});
+    const bool has_layout = op == "layout" || has_both || has_all;
+    const bool has_rows = IsOneOf(op, {"dispatch", "gradient"}) || has_both || has_all;
+    const bool has_sums = IsOneOf(op, {"combine", "collect", "slots-combine"}) || has_all;
     const bool has_collected = op == "collect" || op == "not-expanded-gradient";
     const int64_t rows = capacity_, tokens = o_.tokens, ids = tokens * o_.top_k;
     for (int r = 0; r < o_.ranks; ++r) {
@@ -542,6 +592,7 @@ class Bench {
       const auto poison = [&](void* data, int64_t bytes) {
         CHECK_CUDA(cudaMemsetAsync(data, 0xff, bytes, b.stream));
       };
+      RandomizeOperands(b, 4 * (r + 8 * (check + 1)));
       CHECK_CUDA(cudaMemsetAsync(b.wrong, 0, sizeof(*b.wrong), b.stream));
       poison(b.tokens, std::max(rows, num_rows()) * o_.hidden * 2);
       poison(b.weights, rows * 4);
@@ -566,7 +617,7 @@ class Bench {
       const cudaStream_t stream = all_.rank[r].stream;
       if (has_layout) CheckCounts<<<1, 1, 0, stream>>>(all_, r, o_);
       if (has_rows) CheckRows<<<1024, 256, 0, stream>>>(all_, r, o_, capacity_, op == "gradient");
-      if (has_sums) CheckSums<<<1024, 256, 0, stream>>>(all_, r, o_, op == "combine");
+      if (has_sums) CheckSums<<<1024, 256, 0, stream>>>(all_, r, o_, op != "collect");
       if (op == "not-expanded") CheckNotExpanded<<<1024, 256, 0, stream>>>(all_, r, o_);
       if (op == "not-expanded-gradient") {
         CheckNotExpandedSums<<<1024, 256, 0, stream>>>(all_, r, o_);

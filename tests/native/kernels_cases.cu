@@ -39,6 +39,28 @@ void PrintCase(const Data& d, const char* what, int num_sms) {
       d.weighted ? "weighted" : "plain", d.zero_tail ? "zero tail" : "any tail", num_sms);
 }
 
+void CompareCase(const Data& d, int rank, const Buffers& b) {
+  Compare("send_row", rank, b.send_row.Read(), d.send_row[rank]);
+  Compare("recv_src", rank, b.recv_src.Read(), d.recv_src[rank]);
+  Compare("recv_order", rank, b.recv_order.Read(), d.recv_order[rank]);
+  Compare("recv_offsets", rank, b.recv_offsets.Read(), d.recv_offsets[rank]);
+  Compare("group_sizes", rank, b.group_sizes.Read(), d.group_sizes[rank]);
+  Compare("expert_counts", rank, b.expert_counts.Read(), d.expert_counts[rank]);
+  Compare("expert_load", rank, b.expert_load.Read(), d.expert_load);
+  Compare("counters", rank, b.counters.Read(), d.counters[rank]);
+  const int64_t num_specified = NumSpecified(d, rank);
+  Compare("tokens", rank, b.tokens.Read(), d.tokens[rank], num_specified * d.row_bytes);
+  CompareNumbers("out", rank, d.type, b.out.Read(), d.out[rank]);
+  if (d.weighted) {
+    Compare("weights", rank, b.weights.Read(), d.weights[rank], num_specified);
+    Compare("collected", rank, b.collected.Read(), d.collected[rank]);
+  }
+  // Operands are not written.
+  Compare("x", rank, b.x.Read(), d.x[rank]);
+  Compare("g", rank, b.g.Read(), d.g[rank]);
+  Compare("ids", rank, b.ids.Read(), d.ids[rank]);
+}
+
 // Queued on all ranks without waiting in between; twice, so that the second time meets what the
 // first one left in the control blocks.
 void RunCase(const Group& group, const Data& d, int num_sms, uint64_t seed) {
@@ -74,30 +96,12 @@ void RunCase(const Group& group, const Data& d, int num_sms, uint64_t seed) {
   CHECK_CUDA(cudaDeviceSynchronize());
   RequireNoError(group, num_ranks);
   for (int r = 0; r < num_ranks; ++r) {
-    Buffers& b = *buffers[r];
-    Compare("send_row", r, b.send_row.Read(), d.send_row[r]);
-    Compare("recv_src", r, b.recv_src.Read(), d.recv_src[r]);
-    Compare("recv_order", r, b.recv_order.Read(), d.recv_order[r]);
-    Compare("recv_offsets", r, b.recv_offsets.Read(), d.recv_offsets[r]);
-    Compare("group_sizes", r, b.group_sizes.Read(), d.group_sizes[r]);
-    Compare("expert_counts", r, b.expert_counts.Read(), d.expert_counts[r]);
-    Compare("expert_load", r, b.expert_load.Read(), d.expert_load);
-    Compare("counters", r, b.counters.Read(), d.counters[r]);
-    const int64_t num_specified = NumSpecified(d, r);
-    Compare("tokens", r, b.tokens.Read(), d.tokens[r], num_specified * d.row_bytes);
-    CompareNumbers("out", r, d.type, b.out.Read(), d.out[r]);
+    CompareCase(d, r, *buffers[r]);
     if (HasGradient(d)) {
-      Compare("d_y", r, b.d_y.Read(), d.d_y[r], num_specified * d.row_bytes);
+      const Buffers& b = *buffers[r];
+      Compare("d_y", r, b.d_y.Read(), d.d_y[r], NumSpecified(d, r) * d.row_bytes);
       CompareWithin("d_weights", r, b.d_weights.Read(), d.d_weights[r], d.d_weights_bound[r]);
     }
-    if (d.weighted) {
-      Compare("weights", r, b.weights.Read(), d.weights[r], num_specified);
-      Compare("collected", r, b.collected.Read(), d.collected[r]);
-    }
-    // Operands are not written.
-    Compare("x", r, b.x.Read(), d.x[r]);
-    Compare("g", r, b.g.Read(), d.g[r]);
-    Compare("ids", r, b.ids.Read(), d.ids[r]);
   }
   if (g_tally.num_wrong != num_wrong_before) PrintCase(d, "in", num_sms);
 }

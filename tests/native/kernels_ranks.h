@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#include "cuda/memory/slots.h"
 #include "tests/native/call_arguments.h"
 #include "tests/native/check_cuda.h"
 #include "tests/native/kernels_oracle.h"
@@ -18,6 +19,8 @@
 namespace jax_ep::gpu::test {
 
 inline constexpr int kMaxRanks = 8;
+inline constexpr uint64_t kSlotBytes = 24 << 20;  // of a device
+inline constexpr uint64_t kSlotAreaBytes = slot_area_bytes(kSlotBytes, kMaxRanks);
 inline constexpr uint64_t kSecond = 1000000000;  // ns
 
 // Device memory of one allocation, so that a tool sees every access beyond its end.
@@ -57,8 +60,8 @@ class Group {
   Group() {
     for (int r = 0; r < kMaxRanks; ++r) {
       CHECK_CUDA(cudaStreamCreateWithFlags(&stream_[r], cudaStreamNonBlocking));
-      CHECK_CUDA(cudaMalloc(&control_[r], sizeof(ControlBlock)));
-      CHECK_CUDA(cudaMemset(control_[r], 0, sizeof(ControlBlock)));
+      CHECK_CUDA(cudaMalloc(&control_[r], kSlotsOffset + kSlotBytes));
+      CHECK_CUDA(cudaMemset(control_[r], 0, kSlotsOffset + kSlotBytes));
       CHECK_CUDA(cudaHostAlloc(&error_[r], sizeof(ErrorRecord), cudaHostAllocMapped));
       std::memset(error_[r], 0, sizeof(ErrorRecord));
     }
@@ -83,6 +86,7 @@ class Group {
     CHECK_CUDA(cudaHostGetDevicePointer(&view.error, error_[own], 0));
     view.operation = operation;
     view.call = ++num_calls_;
+    view.slot_area_bytes = kSlotAreaBytes;
     error_[own]->arrival_timeout_ns = error_[own]->progress_timeout_ns = timeout_ns;
     view.rank = rank;
     view.num_ranks = static_cast<int32_t>(slots.size());
@@ -108,7 +112,7 @@ class Group {
   void SetUpAgain() {
     CHECK_CUDA(cudaDeviceSynchronize());
     for (int r = 0; r < kMaxRanks; ++r) {
-      CHECK_CUDA(cudaMemset(control_[r], 0, sizeof(ControlBlock)));
+      CHECK_CUDA(cudaMemset(control_[r], 0, kSlotsOffset + kSlotBytes));
       std::memset(error_[r], 0, sizeof(ErrorRecord));
     }
     CHECK_CUDA(cudaDeviceSynchronize());
@@ -165,6 +169,9 @@ struct Buffers {
     }
     a.landing = lands ? landing.get() : nullptr;
     return a;
+  }
+  LayoutAndDispatchArguments LayoutAndDispatch(const Data& d) {
+    return LayoutAndDispatchOf(Sizes(d), Pointers(), d.weighted);
   }
   // The gradient of combine: dispatch's weighted form.
   DispatchArguments Gradient(const Data& d, bool lands = false) {

@@ -105,12 +105,16 @@ int main(int argc, char** argv) {
       }
     }
   }
+  const int slot_ranks = *std::max_element(ranks.begin(), ranks.end());
+  TestSlots(small ? 4 : 40, slot_ranks, num_sms / kMaxRanks - 1, seed);
+  TestSlotFailures();
   TestStall(4);
   TestBreakOnTheWay(700, 0);
   TestBreakOnTheWay(700, 100);
   TestBreakOnTheWay(20000, 100);  // and a layout that reads ids again
   TestShutDoor();
   if (run_together) {
+    TestSlotReuse();
     TestBreakBeforeTheEnd();
     TestDeath();
     TestOtherGroup();

@@ -16,6 +16,17 @@ std::vector<Case> Cases(bool small);
 // Layout, dispatch, combine and combine's gradient of one case, against the oracle.
 void RunCase(const Group& group, const Data& d, int num_sms, uint64_t seed);
 
+// What layout, dispatch and combine have left in one rank's buffers.
+void CompareCase(const Data& d, int rank, const Buffers& b);
+
+// Layout and dispatch, and combine, in slots: random cases and groups, many calls in a row, with
+// calls of the general kind between them. `num_sms` is of each rank, `max_ranks` of a group.
+void TestSlots(int num_sequences, int max_ranks, int num_sms, uint64_t seed);
+// In slots: a rank that never comes, one that stops on the way, one that is in another call.
+void TestSlotFailures();
+// For this, kernels of different streams have to run together.
+void TestSlotReuse();
+
 // Dispatch in fp8 of one case that can have it: in both forms with both kinds of scales, and of rows
 // that come with scales.
 bool HasFp8(const Data& d);

@@ -232,7 +232,9 @@ cudaError_t PrepareCombine() {
 cudaError_t PrepareKernels() {
   if (cudaError_t e = PrepareLayout(); e != cudaSuccess) return e;
   if (cudaError_t e = PrepareDispatch(); e != cudaSuccess) return e;
-  return PrepareCombine();
+  if (cudaError_t e = PrepareCombine(); e != cudaSuccess) return e;
+  if (cudaError_t e = PrepareLayoutAndDispatchInSlots(); e != cudaSuccess) return e;
+  return PrepareCombineInSlots();
 }
 
 }  // namespace jax_ep::gpu

@@ -1,0 +1,319 @@
+// Calls in slots: results, many calls in a row, and calls that fail.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "cuda/sync/give_up.cuh"
+#include "tests/native/check_cuda.h"
+#include "tests/native/kernels_compare.h"
+#include "tests/native/kernels_test.h"
+
+namespace jax_ep::gpu::test {
+namespace {
+
+constexpr uint64_t kTimeout = 10 * kSecond;  // so that a broken protocol ends soon
+
+// A case of a group of some of the devices, and how its calls are made.
+struct Call {
+  Data data;
+  std::vector<int> slots;  // of the devices, by rank
+  bool dispatches_in_slots, combines_in_slots;
+  int num_sms;
+  std::vector<std::unique_ptr<Buffers>> buffers;
+};
+
+Case DrawCase(std::mt19937_64& rng, int num_ranks) {
+  const auto draw = [&](int64_t n) { return static_cast<int64_t>(rng() % n); };
+  const FloatType types[] = {FloatType::kF32, FloatType::kF16, FloatType::kBF16};
+  const int64_t alignments[] = {1, 1, 4, 16, 128};
+  const int percents[] = {100, 100, 140, 70, 40};
+  Case c{};
+  c.num_tokens = 1 + draw(int64_t{1} << draw(9));  // small ones as often as large ones
+  c.experts_per_rank = 1 + draw(int64_t{1} << draw(7));
+  c.top_k = 1 + draw(draw(4) == 0 ? kMaxTopK : 8);
+  c.alignment = alignments[draw(5)];
+  c.type = types[draw(3)];
+  const int64_t vector = 16 / TypeBytes(c.type);
+  // So many numbers in all the oracle gets through soon.
+  const int64_t ids = num_ranks * c.num_tokens * c.top_k;
+  c.has_own_room = draw(2) == 0 && c.experts_per_rank * ids <= 4096;
+  const int64_t rows =
+      (c.has_own_room ? c.experts_per_rank : 1) * ids + c.experts_per_rank * c.alignment;
+  const int64_t most = (int64_t{1} << 18) / (num_ranks * rows);
+  const int64_t wanted = draw(4) == 0 ? 7168 : int64_t{8} << draw(10);
+  c.num_channels = std::max<int64_t>(1, std::min(wanted, most) / vector) * vector;
+  c.routing = static_cast<Routing>(draw(5));
+  c.capacity_percent = percents[draw(5)];
+  c.weighted = draw(3) != 0;
+  c.zero_tail = draw(3) != 0;
+  return c;
+}
+
+bool Fits(const Data& d) {
+  return fits_slots({d.num_ranks, d.num_tokens, d.top_k, d.num_experts, d.row_bytes},
+                    kSlotAreaBytes);
+}
+
+Call MakeCall(const Data& data, const std::vector<int>& slots, int num_sms) {
+  Call call{data, slots, true, true, num_sms, {}};
+  for (int r = 0; r < data.num_ranks; ++r) {
+    call.buffers.push_back(std::make_unique<Buffers>(data, r));
+  }
+  return call;
+}
+
+Call DrawCall(std::mt19937_64& rng, int max_ranks, int num_sms) {
+  std::vector<int> devices(max_ranks);
+  std::iota(devices.begin(), devices.end(), 0);
+  std::shuffle(devices.begin(), devices.end(), rng);
+  const auto num_ranks = static_cast<int>(1 + rng() % max_ranks);
+  devices.resize(num_ranks);
+  Data data{};
+  do {
+    data = MakeData(DrawCase(rng, num_ranks), num_ranks, rng());
+  } while (!Fits(data));
+  const int sms[] = {1, 5, num_sms, num_sms};
+  Call call = MakeCall(data, devices, sms[rng() % 4]);
+  call.dispatches_in_slots = rng() % 4 != 0;
+  call.combines_in_slots = rng() % 4 != 0;
+  return call;
+}
+
+// Ends when the gate is open, or after some seconds.
+__global__ void AwaitGate(const volatile int* gate) {
+  const long long start = clock64();
+  while (*gate == 0 && clock64() - start < (1ll << 34)) {
+  }
+}
+
+void Launch(const Group& group, Call& call, int rank, uint64_t operation) {
+  const Data& d = call.data;
+  Buffers& b = *call.buffers[rank];
+  const cudaStream_t stream = group.stream(call.slots[rank]);
+  const auto view = [&] { return group.View(rank, call.slots, ++operation, kTimeout); };
+  if (call.dispatches_in_slots) {
+    CHECK_CUDA(
+        LaunchLayoutAndDispatchInSlots(view(), b.LayoutAndDispatch(d), call.num_sms, stream));
+    b.Rewrite(d, rank, stream);  // nobody may read the ids any more
+  } else {
+    CHECK_CUDA(LaunchLayout(view(), b.Layout(d), call.num_sms, stream));
+    CHECK_CUDA(LaunchDispatch(view(), b.Dispatch(d), call.num_sms, stream));
+  }
+  if (call.combines_in_slots) {
+    CHECK_CUDA(LaunchCombineInSlots(view(), b.Combine(d), call.num_sms, stream));
+  } else {
+    CHECK_CUDA(LaunchCombine(view(), b.Combine(d), call.num_sms, stream));
+  }
+}
+
+const Case kSmall{16, 2, 2, 1, 64, FloatType::kBF16, Routing::kUniform, 100, true, true};
+const OpKind kOperations[] = {OpKind::kLayoutAndDispatch, OpKind::kCombine};
+
+// Rank 0's call in slots, of two ranks; rank 1 makes none.
+void LaunchAlone(const Group& group, OpKind op, Buffers& b, const Data& d, uint64_t operation,
+                 uint64_t arrival_timeout_ns, uint64_t progress_timeout_ns) {
+  const GroupView view = group.View(0, 2, operation, arrival_timeout_ns);
+  group.error(0).progress_timeout_ns = progress_timeout_ns;
+  const cudaStream_t stream = group.stream(0);
+  b.WriteTables(d, 0);
+  b.ClearResults();
+  CHECK_CUDA(cudaDeviceSynchronize());
+  CHECK_CUDA(op == OpKind::kCombine
+                 ? LaunchCombineInSlots(view, b.Combine(d), 4, stream)
+                 : LaunchLayoutAndDispatchInSlots(view, b.LayoutAndDispatch(d), 4, stream));
+}
+
+// What rank 1 has sent to rank 0 in its first call.
+void SendEntries(const Group& group, const std::vector<SlotEntry>& entries) {
+  char* area = reinterpret_cast<char*>(group.control(0)) + slot_area_offset(kSlotAreaBytes, 1, 1);
+  CHECK_CUDA(
+      cudaMemcpy(area, entries.data(), entries.size() * sizeof(SlotEntry), cudaMemcpyHostToDevice));
+}
+void SendFlags(const Group& group, int num_blocks, uint64_t operation) {
+  const std::vector<SlotFlag> flags(num_blocks, SlotFlag{operation, 1});
+  CHECK_CUDA(cudaMemcpy(group.control(0)->slot_flag[1], flags.data(),
+                        flags.size() * sizeof(SlotFlag), cudaMemcpyHostToDevice));
+}
+
+void RequireFailed(const Group& group, OpKind op, uint32_t phase, const Buffers& b, const Data& d) {
+  CHECK_CUDA(cudaStreamSynchronize(group.stream(0)));
+  const ErrorRecord& e = group.error(0);
+  REQUIRE(e.valid == 1 && e.kind == static_cast<uint32_t>(op) && e.slot == 0 && e.peer_slot == 1 &&
+              e.phase == phase,
+          "kind %u, slot %d, peer %d, phase %u; expected kind %u, phase %u", e.kind, e.slot,
+          e.peer_slot, e.phase, static_cast<uint32_t>(op), phase);
+  for (int slot = 0; slot < kMaxPeers; ++slot) {
+    REQUIRE(e.not_left[slot] == 0, "slot %d: nobody has to be seen out", slot);
+  }
+  ControlBlock* peer = group.control(1);
+  uint64_t told = 0;
+  CHECK_CUDA(cudaMemcpy(&told, &peer->given_up, sizeof told, cudaMemcpyDeviceToHost));
+  REQUIRE(told == given_up_of(0, 1), "rank 1 has not been told");
+  const auto are_nan = [&](const std::vector<uint8_t>& rows) {
+    for (size_t i = 0; i + TypeBytes(d.type) <= rows.size(); i += TypeBytes(d.type)) {
+      if (!std::isnan(ReadNumber(d.type, rows.data() + i))) return false;
+    }
+    return true;
+  };
+  const auto all_nan = [](const std::vector<float>& v) {
+    return std::all_of(v.begin(), v.end(), [](float x) { return std::isnan(x); });
+  };
+  const auto all_are = [](const std::vector<int32_t>& v, int32_t value) {
+    return std::all_of(v.begin(), v.end(), [&](int32_t x) { return x == value; });
+  };
+  if (op == OpKind::kCombine) {
+    REQUIRE(are_nan(b.out.Read()) && all_nan(b.collected.Read()), "not NaN");
+  } else {
+    REQUIRE(are_nan(b.tokens.Read()) && all_nan(b.weights.Read()), "not NaN");
+    REQUIRE(all_are(b.send_row.Read(), -1) && all_are(b.recv_src.Read(), -1) &&
+                all_are(b.recv_order.Read(), -1) && all_are(b.recv_offsets.Read(), 0) &&
+                all_are(b.expert_load.Read(), 0) && all_are(b.counters.Read(), 0),
+            "tables");
+  }
+}
+
+}  // namespace
+
+void TestSlots(int num_sequences, int max_ranks, int num_sms, uint64_t seed) {
+  const Group group;
+  std::mt19937_64 rng(seed);
+  uint64_t operation = 0;
+  for (int sequence = 0; sequence < num_sequences; ++sequence) {
+    std::vector<Call> calls;
+    for (int i = 0; i < 6; ++i) calls.push_back(DrawCall(rng, max_ranks, num_sms));
+    CHECK_CUDA(cudaDeviceSynchronize());
+    // Queued on all ranks without waiting in between: some are calls ahead of others.
+    for (Call& call : calls) {
+      for (int r = 0; r < call.data.num_ranks; ++r) Launch(group, call, r, operation);
+      operation += 8;
+    }
+    CHECK_CUDA(cudaDeviceSynchronize());
+    RequireNoError(group, kMaxRanks);
+    for (Call& call : calls) {
+      const int num_wrong_before = g_tally.num_wrong;
+      for (int r = 0; r < call.data.num_ranks; ++r) CompareCase(call.data, r, *call.buffers[r]);
+      if (g_tally.num_wrong != num_wrong_before) {
+        std::printf("  sequence %d: dispatch %s, combine %s\n", sequence,
+                    call.dispatches_in_slots ? "in slots" : "general",
+                    call.combines_in_slots ? "in slots" : "general");
+        PrintCase(call.data, "slots", call.num_sms);
+      }
+    }
+  }
+}
+
+// A rank that has nothing to wait for waits all the same, so that slots are not written before they
+// are read.
+void TestSlotReuse() {
+  {  // Rank 0's tokens are routed nowhere, so rank 1 sends it no sum; and rank 1 comes late.
+    const Case c{16, 4, 2, 1, 64, FloatType::kBF16, Routing::kSilentRank, 100, true, true};
+    const Group group;
+    Buffer<int> gate(1);
+    gate.Fill(0);
+    std::vector<Call> calls;
+    for (uint64_t seed = 0; seed < 3; ++seed) {
+      calls.push_back(MakeCall(MakeData(c, 2, 50 + seed), {0, 1}, 4));
+      for (int r = 0; r < 2; ++r) calls.back().buffers[r]->WriteTables(calls.back().data, r);
+    }
+    CHECK_CUDA(cudaDeviceSynchronize());
+    AwaitGate<<<1, 1, 0, group.stream(1)>>>(gate.get());
+    CHECK_CUDA(cudaGetLastError());
+    for (Call& call : calls) {
+      for (int r = 0; r < 2; ++r) {
+        const GroupView view = group.View(r, 2, 1, kTimeout);
+        CHECK_CUDA(
+            LaunchCombineInSlots(view, call.buffers[r]->Combine(call.data), 4, group.stream(r)));
+      }
+    }
+    const auto start = std::chrono::steady_clock::now();
+    bool has_waited = true;
+    while (has_waited &&
+           std::chrono::steady_clock::now() - start < std::chrono::milliseconds(200)) {
+      has_waited = cudaStreamQuery(group.stream(0)) == cudaErrorNotReady;
+    }
+    REQUIRE(has_waited, "rank 0 has ended its calls before rank 1 has begun one");
+    CHECK_CUDA(cudaMemsetAsync(gate.get(), 1, sizeof(int), group.stream(2)));
+    CHECK_CUDA(cudaDeviceSynchronize());
+    RequireNoError(group, 2);
+    for (const Call& call : calls) {
+      for (int r = 0; r < 2; ++r) {
+        const Buffers& b = *call.buffers[r];
+        CompareNumbers("out", r, call.data.type, b.out.Read(), call.data.out[r]);
+        Compare("collected", r, b.collected.Read(), call.data.collected[r]);
+      }
+    }
+  }
+  {  // Rank 1 gets all rows, and has one block to copy them: rank 0 is a call ahead meanwhile.
+    const Case c{128, 8, 1, 1, 2048, FloatType::kBF16, Routing::kOneExpert, 100, true, true};
+    const Group group;
+    std::vector<Call> calls;
+    for (uint64_t seed = 60; calls.size() < 4; ++seed) {
+      const Data d = MakeData(c, 2, seed);
+      if (d.expert_load[1] > 0) calls.push_back(MakeCall(d, {0, 1}, 1));
+    }
+    CHECK_CUDA(cudaDeviceSynchronize());
+    uint64_t operation = 0;
+    for (Call& call : calls) {
+      for (int r = 0; r < 2; ++r) Launch(group, call, r, operation);
+      operation += 8;
+    }
+    CHECK_CUDA(cudaDeviceSynchronize());
+    RequireNoError(group, 2);
+    for (const Call& call : calls) {
+      for (int r = 0; r < 2; ++r) CompareCase(call.data, r, *call.buffers[r]);
+    }
+  }
+}
+
+void TestSlotFailures() {
+  const Data d = MakeData(kSmall, 2, 41);
+  Buffers b(d, 0);
+  constexpr uint64_t kOperation = 5;
+  constexpr uint64_t kShort = kSecond / 2, kLong = 600 * kSecond;
+  std::vector<SlotEntry> entries;
+  for (size_t i = 0; i < d.ids[1].size(); ++i) {
+    entries.push_back({d.ids[1][i], d.topk_weights[1][i], 1});
+  }
+  for (const OpKind op : kOperations) {
+    {                     // Rank 1 never comes. Calls after that end at once.
+      const Group group;  // of its own: it will be broken
+      LaunchAlone(group, op, b, d, kOperation, kShort, kLong);
+      RequireFailed(group, op, kStart, b, d);
+      REQUIRE(group.error(0).expected_epoch == 1 && group.error(0).seen_epoch == 0, "epochs");
+      LaunchAlone(group, op, b, d, kOperation, kLong, kLong);
+      RequireFailed(group, op, kStart, b, d);
+    }
+    {  // It has come: its ids are here, and the flag of its first block.
+      const Group group;
+      SendEntries(group, entries);
+      SendFlags(group, 1, kOperation);
+      LaunchAlone(group, op, b, d, kOperation, kLong, kShort);
+      RequireFailed(group, op, kProgress, b, d);
+    }
+    for (const bool is_in_slots : {false, true}) {  // It is in another call, of the same sizes.
+      const Group group;
+      SendEntries(group, entries);
+      if (is_in_slots) {
+        SendFlags(group, kMaxBlocks, kOperation + 1);
+      } else {
+        const Shown shown{kOperation + 1, 1};
+        CHECK_CUDA(cudaMemcpy(&group.control(0)->start[1].shown[kNumAddresses], &shown,
+                              sizeof shown, cudaMemcpyHostToDevice));
+      }
+      LaunchAlone(group, op, b, d, kOperation, kLong, kLong);
+      RequireFailed(group, op, kOtherCall, b, d);
+      REQUIRE(group.error(0).expected_epoch == kOperation &&
+                  group.error(0).seen_epoch == kOperation + 1,
+              "operations");
+    }
+  }
+}
+
+}  // namespace jax_ep::gpu::test
