@@ -56,8 +56,9 @@ Case DrawCase(std::mt19937_64& rng, int num_ranks) {
   return c;
 }
 
-bool Fits(const Data& d) {
-  return fits_slots({d.num_ranks, d.num_tokens, d.top_k, d.num_experts, d.row_bytes},
+bool Fits(const Case& c, int num_ranks) {
+  return fits_slots({num_ranks, c.num_tokens, c.top_k, c.experts_per_rank * num_ranks,
+                     c.num_channels * TypeBytes(c.type)},
                     kSlotAreaBytes);
 }
 
@@ -75,12 +76,10 @@ Call DrawCall(std::mt19937_64& rng, int max_ranks, int num_sms) {
   std::shuffle(devices.begin(), devices.end(), rng);
   const auto num_ranks = static_cast<int>(1 + rng() % max_ranks);
   devices.resize(num_ranks);
-  Data data{};
-  do {
-    data = MakeData(DrawCase(rng, num_ranks), num_ranks, rng());
-  } while (!Fits(data));
+  Case c = DrawCase(rng, num_ranks);
+  while (!Fits(c, num_ranks)) c = DrawCase(rng, num_ranks);
   const int sms[] = {1, 5, num_sms, num_sms};
-  Call call = MakeCall(data, devices, sms[rng() % 4]);
+  Call call = MakeCall(MakeData(c, num_ranks, rng()), devices, sms[rng() % 4]);
   call.dispatches_in_slots = rng() % 4 != 0;
   call.combines_in_slots = rng() % 4 != 0;
   return call;
