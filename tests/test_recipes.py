@@ -1,12 +1,15 @@
 """docs/recipes.md runs as it stands, and each recipe gives what a dense layer gives."""
 
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -29,7 +32,8 @@ def run(recipe: str) -> Names:
     if len(jax.devices()) < 8:
         pytest.skip(f"8 devices are needed, here are {len(jax.devices())}")
     names: Names = {}
-    exec(program(PREAMBLE) + program(RECIPES[recipe]), names)
+    with mock.patch.dict(os.environ):  # which the program sets, for a process of its own
+        exec(program(PREAMBLE) + program(RECIPES[recipe]), names)
     return {
         name: jax.tree.map(np.asarray, jax.device_get(value))
         for name, value in names.items()
@@ -104,6 +108,30 @@ def group_limited(n: Names) -> None:
     assert_close(n["out"], dense(n, gates(ids, weights, 16)))
 
 
+def balance(n: Names) -> None:
+    ids, _ = by_softmax(n)
+    with jax.enable_x64(True):
+        double = {k: jnp.asarray(n[k], jnp.float64) for k in ("x", "router", "w_in", "w_out")}
+
+        def loss(router: Any) -> Any:
+            gates = jax.nn.softmax(double["x"] @ router)
+            chosen = (ids[:, :, None] == np.arange(16)).any(axis=1)
+            inner = jax.nn.silu(jnp.einsum("th,ehf->tef", double["x"], double["w_in"]))
+            out = jnp.einsum("te,tef,efh->th", gates * chosen, inner, double["w_out"])
+            # By data-parallel group, of 4 ranks each.
+            shares = chosen.reshape(2, -1, 16).mean(axis=1) / n["K"]
+            balance = (16 * shares * gates.reshape(2, -1, 16).mean(axis=1)).sum(axis=1).mean()
+            return (out**2).mean() + 0.01 * balance, balance
+
+        (expected, expected_balance), gradient = jax.device_get(
+            jax.value_and_grad(loss, has_aux=True)(double["router"])
+        )
+    assert 1.01 < expected_balance < 16
+    np.testing.assert_allclose(n["balance"], expected_balance, rtol=1e-5)
+    np.testing.assert_allclose(n["loss"], expected, rtol=1e-5)
+    assert_close(n["gradient"], gradient)
+
+
 def fixed_room(n: Names) -> None:
     ids, weights = by_softmax(n)
     kept = n["ids"] >= 0
@@ -154,6 +182,7 @@ def padded_experts(n: Names) -> None:
 
 CHECKS: dict[str, Callable[[Names], None]] = {
     "Group-limited routing": group_limited,
+    "A balancing loss": balance,
     "A fixed room for every expert, and who is dropped": fixed_room,
     "Expert replicas": replicas,
     "Shared experts": shared,
