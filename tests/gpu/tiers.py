@@ -29,7 +29,11 @@ from context import (
 
 IN_STEP = HERE / "in_step.py"
 SUITE = [
-    f"test_{name}.py" for name in ("layout", "dispatch", "combine", "gradients", "expand", "moe")
+    f"test_{name}.py"
+    for name in (
+        *("layout", "dispatch", "combine"),  # what the smallest tiers run
+        *("gradients", "expand", "float8_rows", "expert_capacity", "moe"),
+    )
 ]
 STRESS = "protocol/test_stress.py"
 COLLECTIVES = "protocol/test_collectives.py"
@@ -38,6 +42,7 @@ PROTOCOL = "stress or collectives or groups"  # files
 # Programs take the longest to compile, so not every shape of job runs the whole suite.
 CORE = (
     "any_routing or any_number or default_capacity or vjp or moe_is or stale or long_rows or "
+    "with_scales or expert_capacity or "
     f"{PROTOCOL}"
 )
 RACECHECKED_KERNEL = "layout_kernel"
