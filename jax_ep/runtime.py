@@ -116,12 +116,10 @@ def finalize() -> None:
     In any order with ``jax.distributed.shutdown()``. Calls of other processes that wait for this
     one end with an error that says so, on CUDA within a second or two. No operation may be started
     while it runs. On CUDA it waits for this process's devices to end their work, for both timeouts
-    at most; an operation of theirs waits for another rank no longer than the progress timeout
-    meanwhile, also for one that has yet to come, and then ends in all ranks as after a timeout. So
-    wait for results that matter, by ``jax.block_until_ready``, before. Ctrl-C ends these waits at
-    once; ``KeyboardInterrupt`` is raised when all is left. Then the peers' memory is unmapped,
-    unless this process's devices are still at work, and the error that ``check`` raises is
-    forgotten. In a forked child it does nothing.
+    at most: an operation of theirs may wait for a rank that has yet to come. Ctrl-C ends such waits
+    at once, in all ranks as after a timeout; ``KeyboardInterrupt`` is raised when all is left. Then
+    the peers' memory is unmapped, unless this process's devices are still at work, and the error
+    that ``check`` raises is forgotten. In a forked child it does nothing.
 
     Later calls fail with an error that says what to do, and work again after ``initialize()``.
     Where XLA replays a program from a command buffer, no code of ours runs that could raise: there
@@ -243,10 +241,12 @@ def _release_cuda(must_end: bool = False) -> None:
     if _watcher is None:
         return
     ended, interrupt = _end_work()
-    _watcher.stop()
-    _watcher = None
-    _native.cuda.release(ended)
-    _pool_anchors.clear()
+    try:
+        _watcher.stop()
+    finally:
+        _watcher = None
+        _native.cuda.release(ended)
+        _pool_anchors.clear()
     if interrupt is not None:
         raise interrupt
     if must_end and not ended:
@@ -259,11 +259,10 @@ def _release_cuda(must_end: bool = False) -> None:
 def _end_work() -> tuple[bool, BaseException | None]:
     """Whether the devices have come to an end, and what a signal's handler raised meanwhile."""
     try:
-        _native.cuda.end_waits_within(timeouts.get_timeout().progress)
         return _await_devices(_longest_end()), None
     except BaseException as interrupt:
         try:
-            _native.cuda.end_waits_within(0)
+            _native.cuda.end_own_waits()
             return _await_devices(_END_OF_CALL), interrupt
         except BaseException as another:
             return False, another

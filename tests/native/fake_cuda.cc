@@ -89,6 +89,11 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned int) {
   *stream = reinterpret_cast<cudaStream_t>(next++);
   return cudaSuccess;
 }
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  const bool is_recorded = stream != nullptr && stream == fake_cuda::recorded;
+  *status = is_recorded ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   std::swap(*mode, fake_cuda::capture_mode);
   return cudaSuccess;
@@ -104,6 +109,7 @@ cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
+  fake_cuda::last_copied_on = stream;
   if (stream != nullptr && stream == fake_cuda::recorded) return cudaSuccess;
   if (fake_cuda::Status() == cudaSuccess) std::memcpy(to, from, bytes);
   return fake_cuda::Status();

@@ -49,6 +49,7 @@ inline bool busy = false;                // devices have work that does not end
 inline int num_waiting = 0;              // threads that wait for it
 inline std::atomic<bool> broken{false};  // every runtime call on a device fails
 inline cudaStream_t recorded = nullptr;  // a stream that is captured: it executes nothing
+inline cudaStream_t last_copied_on = nullptr;
 inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeThreadLocal;
 inline std::set<std::pair<int, int>> without_atomics;  // pairs of devices, by PCI bus
 inline int first_bus = 0;                              // device i is on the bus first_bus + i

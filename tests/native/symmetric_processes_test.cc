@@ -178,20 +178,26 @@ void Death(const Link& link) {
 }
 
 // Devices of two processes, on buses 0 and 1, 2 and 3. The process that sees those of both refuses
-// a pair without atomic operations; the other one cannot ask.
+// a group of a pair without atomic operations; the other one cannot ask.
 void NoAtomicsBetweenProcesses(const Link& link) {
   fake_cuda::first_bus = 2 * link.process;
   fake_cuda::without_atomics = {{1, 2}};
   char* const pool = MakePool();
-  const std::string error = Thrown([&] { Connect(link, pool, 4096, false); });
+  Connect(link, pool, 4096, false);
+  const int64_t theirs = int64_t{1} << 32;
+  View({0, 0 + theirs}, 0);
+  const int64_t members[] = {0, 1, theirs};
+  gpu::GroupView view{};
+  StagingRegion region;
+  const auto refusal = Memory().FillGroup(members, 3, 0, &view, &region);
   if (link.process == 0) {
-    CHECK(Contains(error,
-                   "CUDA device 1 reaches the memory of the device of process 1, device 0 "
-                   "without atomic operations"));
-    link.Meet();
+    CHECK(Contains(refusal.value_or(""),
+                   "device 1 (process 0) reaches the memory of device 0 (process 1) without atomic "
+                   "operations"));
   } else {
-    CHECK(error.empty());
+    CHECK(!refusal);
   }
+  link.Meet();
   Memory().Release(true);
 }
 

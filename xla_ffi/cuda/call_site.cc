@@ -16,18 +16,25 @@ constexpr int kPoison = 0xff;
 std::atomic<bool> g_poison_outputs{false};
 
 // In place of a kernel, for the other ranks not to wait for it until the arrival timeout:
-// `given_up` is in host-mapped memory that stays. Not on the call's stream: XLA may be recording
-// that for a command buffer, and throws away what it has recorded when the call fails. When a copy
-// fails, they wait.
-void TellGivenUp(const gpu::GroupView& group, const uint64_t* given_up) {
+// `given_up` is in host-mapped memory that stays. When a copy fails, they wait.
+void CopyGivenUp(const gpu::GroupView& group, const uint64_t* given_up, cudaStream_t stream) {
+  for (int r = 0; r < group.num_ranks; ++r) {
+    if (r == group.rank) continue;
+    (void)cudaMemcpyAsync(&group.peer[r].control->given_up, given_up, sizeof *given_up,
+                          cudaMemcpyDefault, stream);
+  }
+}
+
+// On the call's stream, behind the calls that are under way. While XLA records that for a command
+// buffer, which it throws away when the call fails, on another one.
+void TellThePeers(const gpu::GroupView& group, const uint64_t* given_up, cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  (void)cudaStreamIsCapturing(stream, &status);
+  if (status == cudaStreamCaptureStatusNone) return CopyGivenUp(group, given_up, stream);
   const AnyCallScope scope;
   try {
-    const OwnStream stream("a stream to tell the other ranks");
-    for (int r = 0; r < group.num_ranks; ++r) {
-      if (r == group.rank) continue;
-      (void)cudaMemcpyAsync(&group.peer[r].control->given_up, given_up, sizeof *given_up,
-                            cudaMemcpyDefault, stream.get());
-    }
+    const OwnStream own("a stream to tell the other ranks");
+    CopyGivenUp(group, given_up, own.get());
   } catch (const std::runtime_error&) {
   }
 }
@@ -93,7 +100,7 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t 
     return fail(*error);
   }
   if (const uint64_t* given_up = memory.GivenUp(ordinal)) {
-    TellGivenUp(*call, given_up);
+    TellThePeers(*call, given_up, stream);
     return {ffi::ErrorCode::kDeadlineExceeded, memory.RecordedError().value_or("")};
   }
   // Ranks share the work by block, so their grids must be equal.

@@ -75,9 +75,8 @@ NB_MODULE(_cuda, m) {
       "close_descriptors", [] { SymmetricMemory::Get().CloseDescriptors(); },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
-      "end_waits_within",
-      [](double seconds) { SymmetricMemory::Get().EndWaitsWithin(Nanoseconds(seconds)); },
-      nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>());
+      "end_own_waits", [] { SymmetricMemory::Get().EndOwnWaits(); },
+      nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "synchronize",
       [](double seconds) { return SymmetricMemory::Get().Synchronize(Nanoseconds(seconds)); },

@@ -101,7 +101,6 @@ SymmetricMemory::Device SymmetricMemory::MakeDevice(int ordinal, int64_t member,
       Throw("CUDA device " + std::to_string(ordinal) + " cannot reach the memory of device " +
             std::to_string(other));
     }
-    RequireAtomics(ordinal, other, "CUDA device " + std::to_string(other));
     const cudaError_t status = cudaDeviceEnablePeerAccess(other, 0);
     if (status == cudaErrorPeerAccessAlreadyEnabled) {
       cudaGetLastError();  // by XLA; a later check must not report it
@@ -146,9 +145,16 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
   }
   const bool is_new = devices.empty();
   bool changed = is_new;
+  std::set<MemberPair> without_atomics;
   if (is_new) {
     for (size_t i = 0; i < ordinals.size(); ++i) {
       devices.push_back(MakeDevice(ordinals[i], MemberCode(process, ids.at(i)), ordinals));
+    }
+    for (const Device& a : devices) {
+      for (const Device& b : devices) {
+        if (a.ordinal == b.ordinal || HasAtomics(a.ordinal, b.ordinal)) continue;
+        without_atomics.insert({a.member, b.member});
+      }
     }
   }
   for (Device& device : devices) {
@@ -184,6 +190,7 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
   num_processes_ = num_processes;
   devices_ = std::move(devices);
   slot_ = std::move(slots);
+  if (is_new) without_atomics_ = std::move(without_atomics);
   for (const Device& device : devices_) WriteTimeouts(TimeoutsInForce(), device.error.get());
 }
 
@@ -227,7 +234,7 @@ void SymmetricMemory::Release(bool devices_have_ended) {
     descriptors.swap(descriptors_);
     slot_.clear();
     pool_problem_.clear();
-    longest_wait_.reset();
+    own_waits_end_ = false;
     devices_end_ = {};
   }
   for (Device& device : devices) {
@@ -259,17 +266,16 @@ void SymmetricMemory::SetTimeouts(const Timeouts& timeouts) {
   for (const Device& device : devices_) WriteTimeouts(TimeoutsInForce(), device.error.get());
 }
 
-void SymmetricMemory::EndWaitsWithin(std::chrono::nanoseconds limit) {
+void SymmetricMemory::EndOwnWaits() {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (!longest_wait_) was_broken_ = FirstRecord() != nullptr;
-  longest_wait_ = limit;
+  was_broken_ = FirstRecord() != nullptr;
+  own_waits_end_ = true;
   for (const Device& device : devices_) WriteTimeouts(TimeoutsInForce(), device.error.get());
 }
 
 Timeouts SymmetricMemory::TimeoutsInForce() const {
-  if (!longest_wait_) return timeouts_;
-  return {std::min(timeouts_.arrival, *longest_wait_),
-          std::min(timeouts_.progress, *longest_wait_)};
+  constexpr std::chrono::nanoseconds kNone{0};
+  return own_waits_end_ ? Timeouts{kNone, kNone} : timeouts_;
 }
 
 std::optional<std::string> SymmetricMemory::FillGroup(const int64_t* members, int num_ranks,
@@ -314,6 +320,15 @@ std::optional<std::string> SymmetricMemory::FillGroup(const int64_t* members, in
     peer.slot_there = slot_.at(own->member);
   }
   if (view->rank < 0) return "CUDA device " + std::to_string(ordinal) + " is not in this group";
+  for (const auto& [a, b] : without_atomics_) {
+    const auto is_member = [&](int64_t member) {
+      return std::find(members, members + num_ranks, member) != members + num_ranks;
+    };
+    if (!is_member(a) || !is_member(b)) continue;
+    return NameOfSlot(slot_.at(a)) + " reaches the memory of " + NameOfSlot(slot_.at(b)) +
+           " without atomic operations, which calls of a group of both need: NVLink has them, PCIe "
+           "has not. 'nvidia-smi topo -m' shows how devices are connected";
+  }
   return std::nullopt;
 }
 

@@ -20,9 +20,9 @@ void Check(CUresult status, const std::string& what);
 
 std::string OnDevice(int ordinal);
 
-// Throws if a device cannot use atomic operations on the memory of another one, of that name, as
-// the kernels do to leave it (cuda/sync/leave.cuh).
-void RequireAtomics(int ordinal, int other, const std::string& name);
+// Whether a device can use atomic operations on the memory of another one, as the kernels do to
+// leave it (cuda/sync/leave.cuh).
+bool HasAtomics(int ordinal, int other);
 
 // The driver's functions by name: machines that build or import this may have no driver.
 struct Driver {

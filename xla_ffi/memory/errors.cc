@@ -41,8 +41,8 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
   std::ostringstream out;
   out << kOpNames[record->kind % kNumOps] << ": ";
   const uint64_t expected = record->expected_epoch, seen = record->seen_epoch;
-  const char* const until = longest_wait_ && !was_broken_
-                                ? " until this process left, by jax_ep.finalize() or its exit"
+  const char* const until = own_waits_end_ && !was_broken_
+                                ? " until this process was interrupted while it left"
                                 : " until the timeout";
   switch (record->phase) {
     case gpu::kOtherCall:

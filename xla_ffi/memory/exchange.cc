@@ -13,18 +13,12 @@
 namespace jax_ep {
 namespace {
 
-// Of a device of another process. This one may not see it (CUDA_VISIBLE_DEVICES), and cannot ask
-// then.
-void RequireAtomicsOn(const std::string& bus_id, const std::vector<int>& ordinals,
-                      const std::string& name) {
-  int other = -1;
-  if (cudaDeviceGetByPCIBusId(&other, bus_id.c_str()) != cudaSuccess) {
-    cudaGetLastError();  // a later check must not report it
-    return;
-  }
-  for (int ordinal : ordinals) {
-    if (ordinal != other) RequireAtomics(ordinal, other, name);
-  }
+// Of a device of another process; -1 if this one does not see it (CUDA_VISIBLE_DEVICES).
+int OrdinalOn(const std::string& bus_id) {
+  int ordinal = -1;
+  if (cudaDeviceGetByPCIBusId(&ordinal, bus_id.c_str()) == cudaSuccess) return ordinal;
+  cudaGetLastError();  // a later check must not report it
+  return -1;
 }
 
 }  // namespace
@@ -90,6 +84,7 @@ void SymmetricMemory::Import(const std::vector<std::string>& exports) {
   const std::vector<int> ordinals = Ordinals();
   std::map<int64_t, RemoteDevice> all;
   std::map<int64_t, std::unique_ptr<PeerProcess>> peers;
+  std::set<MemberPair> without_atomics;
   for (size_t process = 0; process < exports.size(); ++process) {
     if (static_cast<int64_t>(process) == process_) continue;
     std::istringstream in(exports[process]);
@@ -107,7 +102,11 @@ void SymmetricMemory::Import(const std::vector<std::string>& exports) {
                                 std::to_string(member & 0xffffffff);
       std::string bus_id;
       if (!(in >> bus_id)) Throw("an incomplete message" + whose);
-      RequireAtomicsOn(bus_id, ordinals, "the device" + whose);
+      const int ordinal = OrdinalOn(bus_id);
+      for (const Device& device : devices_) {
+        if (ordinal < 0 || ordinal == device.ordinal) continue;  // unknown; ranks share a device
+        if (!HasAtomics(device.ordinal, ordinal)) without_atomics.insert({device.member, member});
+      }
       uint64_t begin = 0;
       const auto map = [&](const std::string& what) -> std::shared_ptr<Mapping> {
         int fd = -1;
@@ -129,6 +128,7 @@ void SymmetricMemory::Import(const std::vector<std::string>& exports) {
   peers_ = std::move(peers);
   told_dead_.clear();
   slot_ = std::move(slots);
+  without_atomics_.merge(without_atomics);
 }
 
 void SymmetricMemory::CloseDescriptors() {

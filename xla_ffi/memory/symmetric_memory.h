@@ -24,6 +24,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/launch.h"
@@ -65,9 +66,8 @@ class SymmetricMemory {
   // Everybody has imported.
   void CloseDescriptors();
 
-  // This process is about to leave: until Release its kernels, those that wait already too, wait
-  // for others no longer than this, nor than the timeouts say.
-  void EndWaitsWithin(std::chrono::nanoseconds limit);
+  // Until Release this process's kernels, those that wait already too, wait for others no longer.
+  void EndOwnWaits();
 
   // Waits until the devices have no work left; false if that takes longer, and the next call goes
   // on with the same wait.
@@ -138,6 +138,7 @@ class SymmetricMemory {
       return reinterpret_cast<gpu::ControlBlock*>(control->begin());
     }
   };
+  using MemberPair = std::pair<int64_t, int64_t>;
   struct RemoteDevice {
     std::shared_ptr<Mapping> control, pool, staging;  // null: there is none
     int64_t shift = 0;                                // from its pool's address there to ours
@@ -168,17 +169,18 @@ class SymmetricMemory {
   bool staged_only_ = false;
   std::string pool_problem_;  // why other processes cannot map XLA's memory; empty if they do
   Timeouts timeouts_;
-  std::optional<std::chrono::nanoseconds> longest_wait_;  // of a process that leaves
-  bool was_broken_ = false;                               // when it began to leave
-  std::shared_future<void> devices_end_;                  // what Synchronize has begun to wait for
+  bool own_waits_end_ = false;
+  bool was_broken_ = false;               // before that
+  std::shared_future<void> devices_end_;  // what Synchronize has begun to wait for
   std::vector<Device> devices_;
   std::map<int64_t, RemoteDevice> remote_;                 // by member
   std::unique_ptr<Presence> presence_;                     // of this process; shown by Export
   std::map<int64_t, std::unique_ptr<PeerProcess>> peers_;  // by process, those with devices
   std::set<int64_t> told_dead_;                            // processes that Watch has told of
-  std::map<int64_t, int> slot_;                            // of every device, by member
-  uint64_t num_calls_ = 0;                                 // that FillGroup has numbered
-  std::vector<Descriptor> descriptors_;                    // of what is exported
+  std::set<MemberPair> without_atomics_;  // the first cannot use them on the second's memory
+  std::map<int64_t, int> slot_;           // of every device, by member
+  uint64_t num_calls_ = 0;                // that FillGroup has numbered
+  std::vector<Descriptor> descriptors_;   // of what is exported
 };
 
 }  // namespace jax_ep

@@ -145,16 +145,13 @@ def killed() -> None:
     coordinator_leaves_last()
 
 
-def left(how: str) -> None:
-    """Process 0 leaves while its kernel waits for process 1, which lives and does not come.
-
-    By `how`, the progress timeout ends that, or Ctrl-C.
-    """
+def interrupted() -> None:
+    """Process 0 leaves while its kernel waits for process 1, which lives, until Ctrl-C."""
     join()
     connect(staging_bytes=1 << 20)
     layer = Layer()
     layer.check()
-    jax_ep.set_timeout(arrival=600, progress=300 if how == "interrupt" else 3)
+    jax_ep.set_timeout(arrival=600, progress=300)
     if IS_LAST:
         wait_for_marks("left", 1)
         for _ in range(2):  # the kernels of the first call find it, if no handler does
@@ -162,8 +159,7 @@ def left(how: str) -> None:
         return
     layer.program(*layer.data)
     start = time.monotonic()
-    if how == "interrupt":
-        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
         jax_ep.finalize()
     except KeyboardInterrupt:
