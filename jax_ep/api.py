@@ -114,8 +114,10 @@ def make_layout(
     Raises:
         ValueError: a size or the axis does not fit, or both capacities are given; the message names
             it. R * T * K + E * A and C are at most 2**31 - 2**20. For CUDA, when it is lowered: K
-            is at most 32, E 1024, R 72.
+            is at most 32, E 1024, R 72. When it is compiled: the compiler has split an operand.
         TypeError: ``topk_idx`` is not int32.
+        NotImplementedError: ``shard_map`` leaves an Explicit axis, or with ``check_ids`` or over an
+            abstract mesh any axis, to the compiler.
     """
     where = "jax_ep.make_layout"
     axes = group.axis_names(axis_name, where)
@@ -244,8 +246,10 @@ def dispatch(
         ``expand=False`` tokens [R * T + 1, H] and scales [R * T + 1, S].
 
     Raises:
-        ValueError: a shape, the layout's group or an option does not fit.
+        ValueError: a shape, the layout's group or an option does not fit. When it is compiled: the
+            compiler has split an operand over an axis that ``shard_map`` leaves to it.
         TypeError: a dtype is not supported, or rows without a gradient were differentiated.
+        NotImplementedError: as in ``make_layout``.
     """
     where = "jax_ep.dispatch"
     num_tokens, top_k = checks.check_layout(where, layout)
@@ -314,8 +318,10 @@ def combine(y: Array, layout: Layout, weights: Array | None = _UNWEIGHTED) -> Ar
         [T, H'] in y's type.
 
     Raises:
-        ValueError: a shape or the layout's group does not fit.
+        ValueError: a shape or the layout's group does not fit. When it is compiled: as in
+            ``dispatch``.
         TypeError: a dtype is not supported.
+        NotImplementedError: as in ``make_layout``.
     """
     where = "jax_ep.combine"
     checks.check_layout(where, layout)
@@ -383,6 +389,7 @@ def moe(
     Raises:
         ValueError: as the three verbs do.
         TypeError: as the three verbs do.
+        NotImplementedError: as the three verbs do.
     """
     where = "jax_ep.moe"
     if topk_weights is None:

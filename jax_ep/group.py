@@ -57,9 +57,9 @@ def group_size(axis_name: tuple[str, ...], where: str) -> int:
     if explicit:
         raise NotImplementedError(
             f"{where}: mesh axis {explicit[0]!r} is Explicit, and the enclosing jax.shard_map is "
-            f"manual over {sorted(manual)} alone: add the axis to shard_map's axis_names (or leave "
-            "axis_names out), or make the mesh with AxisType.Auto for it (where jax.vmap maps over "
-            "it, with spmd_axis_name)"
+            f"manual over {sorted(manual)} alone: where jax.vmap maps over the axis "
+            "(spmd_axis_name), make the mesh with AxisType.Auto for it and leave axis_names out; "
+            "else add it to shard_map's axis_names (or leave them out), or make it Auto"
         )
     return math.prod(mesh.shape[name] for name in axis_name)
 

@@ -44,7 +44,6 @@ class Layout:
         expert_capacity: M where each expert has M rows, so that rows reshape to [L, M, H]; None
             where experts share the capacity.
         zero_tail: whether rows beyond the last group are zeroed.
-        kept: bool [T, K], whether the row of (token, k) arrived.
         num_sms: streaming multiprocessors that each operation on this layout, backward passes
             included, may use on a GPU; 0 is all of them. ``dataclasses.replace(layout, num_sms=n)``
             gives the same layout with another number.

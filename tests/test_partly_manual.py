@@ -180,7 +180,7 @@ def test_gradients_that_the_compiler_splits_are_refused() -> None:
             EXPLICIT,
             False,
             r"mesh axis 'tp' is Explicit, and the enclosing jax\.shard_map is manual over \['ep'\] "
-            r"alone: add the axis to shard_map's axis_names",
+            r"alone: where jax\.vmap maps over the axis .*else add it to shard_map's axis_names",
         ),
         (
             AUTO,

@@ -172,6 +172,49 @@ def test_pipeline(check_vma: bool) -> None:
     assert_equal(actual, expected)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+def test_checkpoint_and_scan(inside: bool) -> None:
+    """Outside of shard_map with check_vma; inside it without, with which JAX itself fails."""
+    placement = STAGES["2x2"]
+    mesh, case = placement.mesh(), sizes(placement, capacity=None)
+    problems = [make_problem(placement, case, seed=i) for i in range(2)]
+    arguments = _stack(problems, (True,) * 4)
+    target = np.stack([p.target for p in problems])
+
+    def twice(layer: Callable) -> Callable:
+        def run(x: Any, ids: Any, weights: Any, scale: Any) -> jax.Array:
+            @jax.checkpoint
+            def step(h: Any, s: Any) -> Any:
+                return gate(h, layer(h, ids, weights, s)), None
+
+            return lax.scan(step, x, jnp.stack([scale, -scale]))[0]
+
+        return run
+
+    if inside:
+        shard = shard_layer(case, "ep", square=False)
+        layers = jax.shard_map(
+            twice(lambda *args: shard(*args)[0]),
+            mesh=mesh,
+            in_specs=P("ep"),
+            out_specs=P("ep"),
+            check_vma=False,
+        )
+    else:
+        layers = twice(sharded_layer(placement, mesh, case, check_vma=True, square=False))
+    dense = twice(lambda x, ids, w, scale: dense_layer(False, x, ids, w, scale, ids >= 0))
+
+    def gradients(f: Callable) -> Any:
+        def loss(x: Any, ids: Any, weights: Any, scale: Any) -> jax.Array:
+            return jnp.sum(f(x, ids, weights, scale) * target)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3)))(*arguments)
+
+    expected = gradients(jax.vmap(dense))
+    assert all(np.any(g) for g in jax.tree.leaves(expected))
+    assert_equal(gradients(jax.vmap(layers, spmd_axis_name="stage")), expected)
+
+
 @checks_vma
 def test_vmap_inside_shard_map(check_vma: bool) -> None:
     """Of the three verbs together, over any axis, drops and statistics as in single calls."""
