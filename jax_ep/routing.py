@@ -32,9 +32,9 @@ def keep_heaviest(
 
     Deterministic, on any backend: equal weights are ordered by source rank, token, k, and NaN is
     lighter than all else. The choice has no gradient; the weights that stay have theirs. Works
-    under jit, grad, scan and checkpoint. Every rank receives all ranks' ids and weights (8 * R * T
-    * K bytes) and sorts them: beside a layer of many tokens that is little, beside one of few it is
-    a collective more.
+    under jit, vmap, grad, scan and checkpoint. Every rank receives all ranks' ids and weights
+    (8 * R * T * K bytes) and sorts them: beside a layer of many tokens that is little, beside one
+    of few it is a collective more.
 
     Args:
         topk_idx: int32 [T, K], expert ids. Those outside [0, E) stay as they are.
@@ -111,13 +111,16 @@ def group_limited(
     With experts spread so that a node holds whole groups, a token goes to ``top_groups`` nodes at
     most. In all comparisons the lower index wins a tie.
 
-    Gradients: weights have theirs in the logits; the choice and the bias have none. The bias is
-    learnt by rule instead, from the loads: ``bias + rate * jnp.sign(load.mean() - load)`` with
+    Works under jit, vmap and grad: weights have their gradient in the logits; the choice and the
+    bias have none. The bias is learnt by rule instead, from the loads:
+    ``bias + rate * jnp.sign(load.mean() - load)`` with
     ``load = layout.expert_load.astype(jnp.float32)`` (summed over data-parallel groups).
 
     Args:
         logits: [T, E] of a floating type; the scores are float32.
-        bias: [E], added to the scores for the choice alone. None: 0.
+        bias: [E], added to the scores for the choice alone. None: 0. It should be finite: -inf does
+            not forbid an expert, which ties with those of the groups left out and may be chosen
+            where too few others are.
         top_k: K.
         num_groups: groups of E / num_groups consecutive experts.
         top_groups: how many of them a token may choose from.
@@ -177,14 +180,18 @@ def choose_replicas(
     """Logical experts to the physical ones that hold a copy of them.
 
     The tables are arrays: another placement of the copies, for other loads, is another value and
-    no compilation. The tokens of the group take the copies in turn (token t of rank r copy
-    ``(r * T + t) % num_replicas``): deterministic, and even for any order of tokens.
+    no compilation. A token's copy follows from its rank and its place there, t, alone. At the same
+    place ranks take the copies almost in turn, so that few tokens a rank spread too; over places
+    the choice is as good as random: of m tokens each of n copies gets m / n, give or take a few
+    times its square root, whatever the order of tokens.
+
+    Works under jit and vmap; ids are integers, so there is no gradient.
 
     Args:
         topk_idx: int32 [T, K], logical expert ids. Those outside [0, E) stay as they are.
         replicas: int32 [E, N], the physical experts of each logical one; what is beyond its number
             is not looked at.
-        num_replicas: int32 [E], from 1 to N.
+        num_replicas: int32 [E], from 1 to N, at most 2**16.
         axis_name: the mesh axis of the EP group, or a tuple of axes, as in ``make_layout``.
 
     Returns:
@@ -210,9 +217,22 @@ def choose_replicas(
             f"replicas; got {num_replicas.shape}"
         )
     with jax.named_scope(where):
-        num_tokens = topk_idx.shape[0]
-        token = lax.axis_index(axes) * num_tokens + jnp.arange(num_tokens)
         routed = (topk_idx >= 0) & (topk_idx < num_experts)
         logical = jnp.where(routed, topk_idx, 0)
-        copy = token[:, None] % jnp.clip(num_replicas[logical], 1, most)
+        number = _copy_numbers(lax.axis_index(axes), topk_idx.shape[0])[:, None]
+        copies = jnp.clip(num_replicas[logical], 1, most)
+        copy = (number * copies.astype(jnp.uint32) >> 16).astype(jnp.int32)
         return jnp.where(routed, replicas[logical, copy], topk_idx)
+
+
+def _copy_numbers(rank: Array, num_tokens: int) -> Array:
+    """uint32 [T] below 2**16; of n copies a token takes ``number * n >> 16``.
+
+    Ranks are golden-ratio steps apart, which fill an interval evenly in any number, also every
+    second or fourth of them; places in a rank are mixed by a hash (lowbias32).
+    """
+    place = jnp.arange(num_tokens, dtype=jnp.uint32)
+    place = (place ^ (place >> 16)) * jnp.uint32(0x7FEB352D)
+    place = (place ^ (place >> 15)) * jnp.uint32(0x846CA68B)
+    place = place ^ (place >> 16)
+    return (rank.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + place) >> 16

@@ -1,6 +1,7 @@
 """jax_ep.routing against loops in NumPy, and together with make_layout."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -367,8 +368,15 @@ def test_group_limited_errors(change: dict[str, Any], message: str) -> None:
 # choose_replicas ----------------------------------------------------------------------------------
 
 
+def copy_number(rank: int, place: int) -> int:
+    """Of n copies a token takes number * n >> 16."""
+    place = ((place ^ (place >> 16)) * 0x7FEB352D) % 2**32
+    place = ((place ^ (place >> 15)) * 0x846CA68B) % 2**32
+    return (rank * 0x9E3779B9 + (place ^ (place >> 16))) % 2**32 >> 16
+
+
 def test_choose_replicas(device_backend: JaxBackend) -> None:
-    """Copies in turn over the tokens of the group; another table, the same program."""
+    """Copies by rank and place; another table, the same program."""
     traces = 0
 
     def choose(ids: Any, replicas: Any, num_replicas: Any) -> Any:
@@ -392,13 +400,42 @@ def test_choose_replicas(device_backend: JaxBackend) -> None:
         for rank, token, k in np.ndindex(*ids.shape):
             expert = ids[rank, token, k]
             if 0 <= expert < 4:
-                copy = (rank * 5 + token) % num_replicas[expert]
+                copy = copy_number(rank, token) * num_replicas[expert] >> 16
                 expected[rank, token, k] = replicas[expert][copy]
         assert_same_bits(found, expected)
     assert traces == 1
-    # Of 15 tokens that all choose an expert with three copies, each copy gets five.
-    hot = device_backend.run(3, choose, np.full((3, 5, 2), 2, np.int32), *everywhere)
-    assert np.bincount(hot[..., 0].reshape(-1)).tolist() == [0, 0, 5, 0, 5, 0, 5]
+
+
+@pytest.mark.parametrize(("num_ranks", "num_tokens"), [(8, 4), (8, 8), (8, 16), (4, 34), (2, 100)])
+def test_replicas_share_the_tokens(
+    device_backend: JaxBackend, num_ranks: int, num_tokens: int
+) -> None:
+    """Whichever tokens choose an expert: all, some in a regular pattern, one at each rank."""
+    numbers = np.arange(2, 9)  # expert i has so many copies, and all tokens choose it
+    replicas = np.tile(np.arange(8, dtype=np.int32), (len(numbers), 1))
+    shape = (num_ranks, num_tokens, len(numbers))
+    copies = device_backend.run(
+        num_ranks,
+        lambda *args: jax_ep.routing.choose_replicas(*args, axis_name=AXIS),
+        np.broadcast_to(np.arange(len(numbers), dtype=np.int32), shape),
+        np.broadcast_to(replicas, (num_ranks, *replicas.shape)),
+        np.broadcast_to(numbers.astype(np.int32), (num_ranks, len(numbers))),
+    )
+    flat = copies.reshape(-1, len(numbers))
+    chosen = {"all": flat, "even": flat[::2], "odd": flat[1::2], "third": flat[::3]}
+    chosen |= {"even ranks": copies[::2].reshape(-1, len(numbers))}
+    for (name, some), (expert, n) in itertools.product(chosen.items(), enumerate(numbers)):
+        counts, share = np.bincount(some[:, expert], minlength=n), len(some) / n
+        assert len(counts) == n
+        # Chance: a share's deviation is about its square root.
+        assert abs(counts - share).max() <= 4 * max(share, 1) ** 0.5, (name, n, counts)
+    for ranks in (copies[:, 0], copies[::2, 0]):  # a server with one slot in use: ranks take turns
+        for expert, n in enumerate(numbers):
+            assert np.bincount(ranks[:, expert]).max() <= len(ranks) / n + 2
+    if num_ranks == 8:
+        one_slot = np.bincount(copies[:, 0, 0], minlength=2)
+        assert one_slot.min() > 0
+        assert one_slot.max() <= 6
 
 
 @pytest.mark.parametrize(
