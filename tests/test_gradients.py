@@ -225,7 +225,6 @@ def test_combine_vjp_of_long_rows(
     assert_weight_gradient(d_weights, expected_d_weights, y, g_rows, expected_layout.row_valid)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_combine_vjp_of_subnormals(device_backend: JaxBackend, dtype: DTypeLike) -> None:
     """On CPU weights * g is XLA's, whose threads flush what is subnormal in float32."""
