@@ -185,7 +185,86 @@ void RequireStillOverwritten(OpKind op, const Buffers& b) {
   }
 }
 
+// Dispatch in any form, on the tables of a rank's buffers. Its results lie in buffers of their own,
+// each with a guard behind it that no call may write.
+class GuardedDispatch {
+ public:
+  GuardedDispatch(const Data& d, Buffers& tables, DispatchMode mode, bool expand)
+      : mode_(mode),
+        expand_(expand),
+        num_rows_(expand ? d.capacity : d.num_ranks * d.num_tokens + 1),
+        num_scales_(has_scales() ? num_block_scales(d.num_channels) : 0),
+        tokens_bytes_(num_rows_ * (has_scales() ? d.num_channels : d.row_bytes)),
+        scales_bytes_(num_rows_ * num_scales_ * sizeof(float)),
+        weights_bytes_(d.capacity * sizeof(float)),
+        x_scales_(d.num_tokens * num_scales_),
+        tokens_(tokens_bytes_ + kGuardBytes),
+        scales_(scales_bytes_ + kGuardBytes),
+        weights_(weights_bytes_ + kGuardBytes) {
+    for (Buffer<uint8_t>* result : {&tokens_, &scales_, &weights_}) result->Fill(kOverwritten);
+    CallBuffers<uint8_t> pointers = tables.Pointers();
+    pointers.tokens = tokens_.get();
+    pointers.scales = reinterpret_cast<float*>(scales_.get());
+    pointers.weights = reinterpret_cast<float*>(weights_.get());
+    pointers.x_scales = x_scales_.get();
+    arguments_ = DispatchOf(Buffers::Sizes(d), pointers, mode);
+    arguments_.num_rows = num_rows_;
+    arguments_.expand = expand;
+    CHECK_CUDA(cudaDeviceSynchronize());
+  }
+
+  void Launch(const GroupView& view, int num_sms, cudaStream_t stream) {
+    CHECK_CUDA(LaunchDispatch(view, arguments_, num_sms, stream));
+  }
+
+  // What a rank that has these results sends its peers in its first call.
+  StartMail Mail(uint64_t operation) {
+    StartMail mail{};
+    for (Shown& shown : mail.shown) shown.epoch = 1;
+    mail.shown[0].value = reinterpret_cast<uint64_t>(arguments_.tokens);
+    mail.shown[1].value = reinterpret_cast<uint64_t>(arguments_.weights);
+    mail.shown[2].value = reinterpret_cast<uint64_t>(arguments_.scales);
+    mail.shown[kNumAddresses].value = operation;
+    return mail;
+  }
+
+  // All bits of the results are set, which is NaN in every float type, and no others.
+  void RequireFilled() const {
+    const auto require = [&](const char* name, const Buffer<uint8_t>& result, size_t num_bytes) {
+      const std::vector<uint8_t> bytes = result.Read();
+      const auto end =
+          std::find_if(bytes.begin(), bytes.end(), [](uint8_t v) { return v != 0xff; });
+      const auto num_filled = static_cast<size_t>(end - bytes.begin());
+      REQUIRE(num_filled == num_bytes, "mode %d, expand %d: %zu bytes of %s, not %zu, are NaN",
+              static_cast<int>(mode_), expand_, num_filled, name, num_bytes);
+      REQUIRE(std::all_of(end, bytes.end(), [](uint8_t v) { return v == kOverwritten; }),
+              "mode %d, expand %d: written behind %s", static_cast<int>(mode_), expand_, name);
+    };
+    require("tokens", tokens_, tokens_bytes_);
+    require("scales", scales_, scales_bytes_);
+    require("weights", weights_, weights_bytes_);
+  }
+
+ private:
+  static constexpr size_t kGuardBytes = 1 << 20;
+
+  bool has_scales() const {
+    return mode_ == DispatchMode::kQuantize || mode_ == DispatchMode::kScaled;
+  }
+
+  const DispatchMode mode_;
+  const bool expand_;
+  const int64_t num_rows_, num_scales_;
+  const size_t tokens_bytes_, scales_bytes_, weights_bytes_;
+  Buffer<float> x_scales_;
+  Buffer<uint8_t> tokens_, scales_, weights_;
+  DispatchArguments arguments_;
+};
+
 const Case kSmall{16, 2, 2, 1, 64, FloatType::kBF16, Routing::kUniform, 100, true, true};
+// With these a rank has fewer rows than it gets when they are not expanded, and more.
+const int kCapacityPercents[] = {50, 200};
+constexpr uint64_t kOperation = 5;  // any
 
 }  // namespace
 
@@ -194,20 +273,15 @@ const Case kSmall{16, 2, 2, 1, 64, FloatType::kBF16, Routing::kUniform, 100, tru
 // the progress timeout, far before the arrival timeout, and leaves NaN, a layout -1 and 0. One
 // block has all units, which is more than its rings and tables hold at once.
 void TestBreakOnTheWay(int num_tokens, uint64_t num_units) {
-  const Case c{num_tokens, 2, 2, 1, 64, FloatType::kBF16, Routing::kUniform, 100, true, true};
-  const Data d = MakeData(c, 2, 11);
-  Buffers b(d, 0), other(d, 1);
-  for (const OpKind op : kOperations) {
+  // Launches by launch(view, stream); `mail` is rank 1's.
+  const auto break_call = [&](OpKind op, const StartMail& mail, const auto& launch) {
     const Group group;  // of its own: it will be broken
-    const GroupView view = group.View(0, 2, 5, kSecond / 2);
+    const GroupView view = group.View(0, 2, kOperation, kSecond / 2);
     group.error(0).arrival_timeout_ns = 60 * kSecond;
-    b.WriteTables(d, 0);
-    b.ClearResults();
-    CHECK_CUDA(cudaDeviceSynchronize());
-    Store(group, &view.control->start[1], MailOf(op, other, view.operation));
+    Store(group, &view.control->start[1], mail);
     Store(group, &view.control->progress[1][0], progress_of(1, num_units));
     const auto start = Clock::now();
-    Launch(op, view, b, d, 1, group.stream(0));
+    launch(view, group.stream(0));
     SynchronizeOrDie(group.stream(0));
     const double waited = SecondsSince(start);
     REQUIRE(waited > 0.4 && waited < 20, "operation %d: %.2f s, the progress timeout is 0.5 s",
@@ -218,13 +292,38 @@ void TestBreakOnTheWay(int num_tokens, uint64_t num_units) {
         e.valid == 1 && e.peer_slot == 1 && e.phase == phase && e.kind == static_cast<uint32_t>(op),
         "operation %d: kind %u, peer %d, phase %u", static_cast<int>(op), e.kind, e.peer_slot,
         e.phase);
-    RequireFilled(op, b, d);
+  };
+
+  Case c{num_tokens, 2, 2, 1, 64, FloatType::kBF16, Routing::kUniform, 100, true, true};
+  {
+    const Data d = MakeData(c, 2, 11);
+    Buffers b(d, 0), other(d, 1);
+    for (const OpKind op : kOperations) {
+      b.WriteTables(d, 0);
+      b.ClearResults();
+      CHECK_CUDA(cudaDeviceSynchronize());
+      break_call(
+          op, MailOf(op, other, kOperation),
+          [&](const GroupView& view, cudaStream_t stream) { Launch(op, view, b, d, 1, stream); });
+      RequireFilled(op, b, d);
+    }
+  }
+  for (const int capacity_percent : kCapacityPercents) {
+    c.capacity_percent = capacity_percent;
+    const Data d = MakeData(c, 2, 11);
+    Buffers b(d, 0), other(d, 1);
+    b.WriteTables(d, 0);
+    for (const DispatchMode mode : {DispatchMode::kCopy, DispatchMode::kQuantize}) {
+      GuardedDispatch call(d, b, mode, /*expand=*/false), at_other(d, other, mode, false);
+      break_call(OpKind::kDispatch, at_other.Mail(kOperation),
+                 [&](const GroupView& view, cudaStream_t stream) { call.Launch(view, 1, stream); });
+      call.RequireFilled();
+    }
   }
 }
 
 // Rank 0 calls, rank 1 never does: the kernel ends by the arrival timeout, far before the progress
-// timeout, says for whom it waited, and
-// leaves NaN; calls after that end at once.
+// timeout, says for whom it waited, and leaves NaN; calls after that, in every form, end at once.
 void TestStall(int num_sms) {
   const Group group;  // of its own: it will be broken
   const Case c{16, 2, 2, 1, 64, FloatType::kBF16, Routing::kUniform, 100, true, true};
@@ -256,8 +355,25 @@ void TestStall(int num_sms) {
     Launch(op, group.View(0, 2, 2, 60 * kSecond), b, d, num_sms, group.stream(0));
   }
   SynchronizeOrDie(group.stream(0));
-  REQUIRE(SecondsSince(again) < 20, "calls after the timeout waited");
   for (const OpKind op : later) RequireFilled(op, b, d);
+  for (const int capacity_percent : kCapacityPercents) {
+    // Five scales a row, no multiple of 16 bytes.
+    const Data wide = MakeData(
+        {16, 2, 2, 1, 640, FloatType::kBF16, Routing::kUniform, capacity_percent, true, true}, 2,
+        7);
+    Buffers tables(wide, 0);
+    tables.WriteTables(wide, 0);
+    for (const DispatchMode mode : {DispatchMode::kCopy, DispatchMode::kQuantize,
+                                    DispatchMode::kDequantize, DispatchMode::kScaled}) {
+      for (const bool expand : {false, true}) {
+        GuardedDispatch call(wide, tables, mode, expand);
+        call.Launch(group.View(0, 2, 2, 60 * kSecond), num_sms, group.stream(0));
+        SynchronizeOrDie(group.stream(0));
+        call.RequireFilled();
+      }
+    }
+  }
+  REQUIRE(SecondsSince(again) < 20, "calls after the timeout waited");
   std::printf("NOTE: a missing rank was reported after %.2f s (timeout 0.5 s)\n", waited);
 }
 

@@ -36,7 +36,28 @@ LAYOUT_CHECKS = (
     "num_dropped",
     "num_invalid",
 )
-CHECKS = (*LAYOUT_CHECKS, "tokens", "weights", "out")
+CHECKS = (*LAYOUT_CHECKS, "tokens", "scales", "weights", "out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How dispatch is asked for rows.
+
+    Attributes:
+        expand: as in `dispatch`.
+        num_scales: S of float8 rows, a divisor of H; 0 for int32 rows without scales.
+    """
+
+    expand: bool = True
+    num_scales: int = 0
+
+    def __str__(self) -> str:
+        """A short name, for test ids."""
+        name = "expanded" if self.expand else "not_expanded"
+        return f"{name}_{self.num_scales}_scales" if self.num_scales > 0 else name
+
+
+EXPANDED = Form()
 
 
 def mix(*values: Any) -> jax.Array:
@@ -84,6 +105,12 @@ def all_rows(case: Case, call: jax.Array, flat_token: jax.Array) -> jax.Array:
     """int32 [.., H]: the rows of these tokens (source rank * T + token)."""
     channel = jnp.arange(case.hidden, dtype=jnp.int32)
     return lax.bitcast_convert_type(mix(call, flat_token[..., None], channel, 6), jnp.int32)
+
+
+def all_scales(call: jax.Array, flat_token: jax.Array, num_scales: int) -> jax.Array:
+    """float32 [.., S], whole numbers: the scales of these tokens."""
+    number = jnp.arange(num_scales, dtype=jnp.int32)
+    return below(mix(call, flat_token[..., None], number, 10), 1 << 20).astype(jnp.float32)
 
 
 def all_weights(call: jax.Array, flat: jax.Array) -> jax.Array:
@@ -172,12 +199,30 @@ def lateness(case: Case, call: jax.Array, rank: jax.Array, stage: int) -> jax.Ar
 
 
 @functools.cache
-def stress(case: Case, num_calls: int, late: bool, num_sms: int | None = None) -> Any:
+def stress(
+    case: Case, num_calls: int, late: bool, num_sms: int | None = None, form: Form = EXPANDED
+) -> Any:
     """A function of one rank: (first call) -> wrong calls by check, first wrong call.
 
-    Layout, dispatch of int32 rows, combine of bfloat16, all random; with `late`, ranks come to each
-    of the three at different times, otherwise the calls are queued as fast as it goes.
+    Layout, dispatch of int32 rows or, with scales, of float8 ones, combine of bfloat16, all random;
+    with `late`, ranks come to each of the three at different times, otherwise the calls are queued
+    as fast as it goes.
     """
+    # Rows are int32 here; the low byte of each number is what crosses as float8.
+    mask = 0xFF if form.num_scales > 0 else -1
+
+    def rows_of(call: Any, flat_token: jax.Array) -> jax.Array:
+        return all_rows(case, call, flat_token) & mask
+
+    def to_payload(rows: jax.Array) -> jax.Array:
+        if form.num_scales == 0:
+            return rows
+        return lax.bitcast_convert_type(rows.astype(jnp.uint8), jnp.float8_e4m3fn)
+
+    def from_payload(tokens: jax.Array) -> jax.Array:
+        if form.num_scales == 0:
+            return tokens
+        return lax.bitcast_convert_type(tokens, jnp.uint8).astype(jnp.int32)
 
     def one_call(call: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         wrong, first_wrong, state = carry
@@ -186,7 +231,8 @@ def stress(case: Case, num_calls: int, late: bool, num_sms: int | None = None) -
         expected = expected_layout(case, ids, rank)
         flat_tokens = rank * case.num_tokens + jnp.arange(case.num_tokens, dtype=jnp.int32)
         flat = flat_tokens[:, None] * case.top_k + jnp.arange(case.top_k, dtype=jnp.int32)
-        x, topk_weights = all_rows(case, call, flat_tokens), all_weights(call, flat)
+        x, topk_weights = rows_of(call, flat_tokens), all_weights(call, flat)
+        scales = all_scales(call, flat_tokens, form.num_scales)
 
         own_ids = ids[rank]
         if late:
@@ -205,12 +251,29 @@ def stress(case: Case, num_calls: int, late: bool, num_sms: int | None = None) -
         if late:
             state = stall(lateness(case, call, rank, 1), state)
             sent = after(state, x)
-        recv = jax_ep.dispatch(sent, layout, topk_weights, **sms(num_sms, jax_ep.dispatch))
+        recv = jax_ep.dispatch(
+            to_payload(sent),
+            layout,
+            topk_weights,
+            expand=form.expand,
+            scales=scales if form.num_scales > 0 else None,
+            **sms(num_sms, jax_ep.dispatch),
+        )
 
         src, valid = expected["recv_src"], expected["recv_src"] >= 0
-        tokens = jnp.where(valid[:, None], all_rows(case, call, src // case.top_k), 0)
+        token, holds = src // case.top_k, valid  # of each row of tokens
+        if not form.expand:
+            token = jnp.arange(case.num_ranks * case.num_tokens + 1, dtype=jnp.int32)
+            holds = jnp.append(jnp.diff(expected["recv_offsets"]) > 0, False)
+        recv_tokens = from_payload(recv.tokens)
+        tokens = jnp.where(holds[:, None], rows_of(call, token), 0)
+        right_scales = jnp.bool_(True)
+        if form.num_scales > 0:
+            all_of_rows = all_scales(call, token, form.num_scales)
+            right_scales = jnp.all(recv.scales == jnp.where(holds[:, None], all_of_rows, 0))
         weights = jnp.where(valid, all_weights(call, src), 0)
-        y = jnp.where(valid[:, None], expert(recv.tokens, src), jnp.nan).astype(jnp.bfloat16)
+        rows = recv_tokens if form.expand else recv_tokens[layout.row_token]
+        y = jnp.where(valid[:, None], expert(rows, src), jnp.nan).astype(jnp.bfloat16)
         if late:
             state = stall(lateness(case, call, rank, 2), state)
             y = after(state, y)
@@ -221,7 +284,8 @@ def stress(case: Case, num_calls: int, late: bool, num_sms: int | None = None) -
 
         right = [jnp.all(getattr(layout, name) == expected[name]) for name in LAYOUT_CHECKS]
         right += [
-            jnp.all(recv.tokens == tokens),
+            jnp.all(recv_tokens == tokens),
+            right_scales,
             jnp.all(recv.weights == weights),
             jnp.all(out.astype(jnp.float32) == expected_out),
         ]

@@ -13,7 +13,7 @@ import numpy as np
 import on_device
 import pytest
 from backends import JaxBackend
-from on_device import CHECKS, NOT_YET, RACE_CHECKS, STORED_ON, Race
+from on_device import CHECKS, EXPANDED, NOT_YET, RACE_CHECKS, STORED_ON, Form, Race
 from routings import Case
 
 NUM_CALLS = int(os.environ.get("JAX_EP_TEST_CALLS", "80"))
@@ -34,19 +34,27 @@ def sizes(num_ranks: int) -> dict[str, Case]:
     }
 
 
-# (sizes, whether ranks come late, SMs of a call where that can be said)
+# Not expanded, no receiver is between what peers wrote and the kernel after. Two scales are stored
+# in words of four bytes, not by the copy engine.
+NOT_EXPANDED, TWO_SCALES = Form(expand=False), Form(num_scales=2)
+
+# (sizes, whether ranks come late, SMs of a call where that can be said, what dispatch is asked for)
 STRESS = [
-    ("tight", False, None),
-    ("tight", True, None),
-    ("one_token", False, None),
-    ("aligned", True, 8),
-    ("own_room", False, None),
+    ("tight", False, None, EXPANDED),
+    ("tight", True, None, EXPANDED),
+    ("one_token", False, None, EXPANDED),
+    ("aligned", True, 8, EXPANDED),
+    ("own_room", False, None, EXPANDED),
+    ("tight", True, None, NOT_EXPANDED),
+    ("tight", False, None, TWO_SCALES),
 ]
 
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    ("name", "late", "num_sms"), STRESS, ids=lambda value: str(value).lower().replace("none", "")
+    ("name", "late", "num_sms", "form"),
+    STRESS,
+    ids=lambda value: str(value).lower().replace("none", ""),
 )
 def test_random_calls(
     device_backend: JaxBackend,
@@ -54,11 +62,12 @@ def test_random_calls(
     name: str,
     late: bool,
     num_sms: int | None,
+    form: Form,
 ) -> None:
     backend, num_ranks = device_backend, device_backend.num_devices
     wanted = -(-NUM_CALLS // len(STRESS))
     at_once = min(wanted, CALLS_AT_ONCE)
-    function = on_device.stress(sizes(num_ranks)[name], at_once, late, num_sms)
+    function = on_device.stress(sizes(num_ranks)[name], at_once, late, num_sms, form)
     start, num_done = time.monotonic(), 0
     while num_done < wanted and backend.agree(time.monotonic() - start < SECONDS):
         found = backend.run(num_ranks, function, np.full(num_ranks, num_done, np.int32))
@@ -72,10 +81,12 @@ def test_random_calls(
             f"rank: {np.where(found['first_wrong'] == NOT_YET, -1, found['first_wrong'])}"
         )
         num_done += at_once
-    record_property(f"calls, {name}{', late ranks' if late else ''}", num_done)
+    rows = "" if form == EXPANDED else f", {form}"
+    record_property(f"calls, {name}{', late ranks' if late else ''}{rows}", num_done)
 
 
-def test_a_wrong_call_would_be_seen(device_backend: JaxBackend) -> None:
+@pytest.mark.parametrize("form", [EXPANDED, NOT_EXPANDED, TWO_SCALES], ids=str)
+def test_a_wrong_call_would_be_seen(device_backend: JaxBackend, form: Form) -> None:
     """The last rank is told of other calls than the rest: whatever depends on others is wrong."""
     num_ranks = min(device_backend.num_devices, 4)
     if num_ranks == 1:
@@ -83,11 +94,12 @@ def test_a_wrong_call_would_be_seen(device_backend: JaxBackend) -> None:
     case = sizes(num_ranks)["tight"]
     first_call = np.full(num_ranks, 1000, np.int32)
     first_call[-1] = 2000
-    found = device_backend.run(num_ranks, on_device.stress(case, 8, False), first_call)
+    found = device_backend.run(num_ranks, on_device.stress(case, 8, False, form=form), first_call)
     wrong = dict(zip(CHECKS, found["wrong"].T, strict=True))
     # Where a row goes depends on all ranks' ids.
     assert (wrong["recv_src"] >= 7).all(), wrong
     assert (wrong["tokens"] >= 7).all(), wrong
+    assert (wrong["scales"] >= (7 if form.num_scales > 0 else 0)).all(), wrong
     assert (wrong["out"] > 0).all(), wrong
 
 
