@@ -80,9 +80,6 @@ struct DispatchArguments : TableView {
   const float* x_scales;  // [T, num_scales] with kScaled, else null
 };
 
-// As the kernels call them.
-using RowType = FloatType;
-
 // Of a row of x, as it crosses and in the landing area.
 constexpr int64_t WireRowBytes(int64_t row_bytes, int64_t num_channels, int64_t num_scales) {
   return num_scales > 0 ? wire_row_bytes(num_channels, num_scales) : row_bytes;

@@ -43,10 +43,11 @@ def initialize(*, timeout: float = 60.0, staging_bytes: int = 0) -> None:
     ``XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async``, nor where XLA's memory grew after this call
     (``XLA_PYTHON_CLIENT_PREALLOCATE=false``). What they would write there goes through a staging
     region: a fixed part of each device's memory, for one copy more. A call needs up to ``num_ranks
-    * T * row bytes + 4 * max(capacity, T * K)`` of it, for rows and weights, and fp8 dispatch
-    without ``dequantize`` ``4 * capacity * S`` for scales, each rounded up to 256 bytes. If that
-    is not there the call fails with the number. With the environment variable
-    ``JAX_EP_PATH=staged`` all buffers take this way.
+    * T * row bytes + 4 * max(capacity, T * K)`` of it, for rows and weights. Where rows cross as
+    float8 with S scales each (``fp8=`` or ``scales=``) their bytes are H + 4 * S, the latter
+    rounded up to 16; and unless they are dequantised, scales need ``4 * max(capacity, num_ranks * T
+    + 1) * S`` more. Each part is rounded up to 256 bytes. If that is not there the call fails with
+    the number. With the environment variable ``JAX_EP_PATH=staged`` all buffers take this way.
 
     If it fails, in one process or in all, it leaves nothing behind: once the cause is gone every
     process may call it again (one in which it succeeded calls ``finalize()`` before).

@@ -92,7 +92,8 @@ void CheckSizes(const TableSizes& sizes, Checks* checks) {
       "topk_idx must have ids, and those of all ranks must be at most " + std::to_string(kMaxRows));
 }
 
-// The rows of all ranks, with all padding that the experts could get, are counted in int32.
+// Experts begin at multiples of the alignment, those with room of their own fill the capacity, and
+// the rows of all ranks, with all padding that the experts could get, are counted in int32.
 void CheckRoom(const TableSizes& sizes, const Room& room, Checks* checks) {
   checks->Require(room.expert_alignment > 0 && room.capacity % room.expert_alignment == 0,
                   "capacity must be a positive multiple of expert_alignment");

@@ -341,11 +341,11 @@ cudaError_t Launch(const GroupView& group, const CombineArguments& a, int num_sm
 cudaError_t LaunchCombineInSlots(const GroupView& group, const CombineArguments& a, int num_sms,
                                  cudaStream_t stream) {
   switch (a.type) {
-    case RowType::kF32:
+    case FloatType::kF32:
       return Launch<F32Vector>(group, a, num_sms, stream);
-    case RowType::kF16:
+    case FloatType::kF16:
       return Launch<F16Vector>(group, a, num_sms, stream);
-    case RowType::kBF16:
+    case FloatType::kBF16:
       return Launch<Bf16Vector>(group, a, num_sms, stream);
   }
   return cudaErrorInvalidValue;

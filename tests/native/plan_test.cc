@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <iterator>
+#include <utility>
 
 #include "cuda/direct/dispatch/plan.h"
 #include "cuda/direct/pieces.h"
@@ -63,15 +64,17 @@ void TestDispatch() {
   const RowFormat formats[] = {kCopyFormat, kQuantizedFormat, kDequantizedFormat, kWeightedFormat,
                                kScaledFormat};
   int64_t longest[std::size(formats)] = {};
+  // Rows of a token at one rank, and whether they come to a landing area.
+  constexpr std::pair<int64_t, bool> arrivals[] = {{1, false}, {1, true}, {8, false}, {8, true}};
   for (int f = 0; f < static_cast<int>(std::size(formats)); ++f) {
     const RowFormat& format = formats[f];
     ForRows([&](int64_t row_bytes) {
       for (const int64_t num_tokens : {1, 128, 32768}) {
         for (const int32_t num_ranks : {1, 2, 72}) {
           for (const int32_t num_sms : {1, 16, 132}) {
-            for (const bool has_landing : {false, true}) {
-              const dispatch::Sizes sizes{num_tokens, 1,       row_bytes,
-                                          num_ranks,  num_sms, has_landing};
+            for (const auto& [rows_of_token, has_landing] : arrivals) {
+              const dispatch::Sizes sizes{num_tokens, rows_of_token, row_bytes,
+                                          num_ranks,  num_sms,       has_landing};
               dispatch::Plan plan{};
               const int64_t num_units = num_tokens * ((row_bytes + dispatch::kMaxPieceBytes - 1) /
                                                       dispatch::kMaxPieceBytes);
@@ -89,9 +92,13 @@ void TestDispatch() {
               REQUIRE(format.is_cut ? plan.piece_bytes <= dispatch::kMaxPieceBytes
                                     : plan.num_pieces == 1,
                       "format %d, %ld bytes", f, long(row_bytes));
+              // Receivers where peers' rows have to be moved on, or changed.
+              const bool moves_on =
+                  rows_of_token > 1 || has_landing || !format.is_stored_as_it_crosses;
               REQUIRE(plan.num_senders > 0 && num_rings <= format.max_rings &&
-                          (num_ranks > 1 || plan.num_receivers == 0),
-                      "format %d, %ld bytes", f, long(row_bytes));
+                          (plan.num_receivers > 0) == (num_ranks > 1 && moves_on),
+                      "format %d, %ld bytes, %ld rows: %d receivers", f, long(row_bytes),
+                      long(rows_of_token), plan.num_receivers);
               REQUIRE(plan.num_stages >= dispatch::kMinStages &&
                           num_rings * plan.num_stages <= dispatch::kMaxStages &&
                           plan.num_stages * stage_bytes + format.ring_bytes <=

@@ -346,12 +346,13 @@ void OperationsOnTinyData() {
     std::vector<float> tokens(kCapacity * kHidden, -1), row_weights(kCapacity, -1);
     call(dispatch_site, r,
          {x[r].data(), table[kLayoutRecvSrc].data(), table[kLayoutRecvOrder].data(),
-          table[kLayoutRecvOffsets].data(), table[kLayoutGroupSizes].data(), weights[r].data()},
+          table[kLayoutRecvOffsets].data(), table[kLayoutGroupSizes].data(), nullptr,
+          weights[r].data()},
          {tokens.data(), nullptr, row_weights.data()}, [](const Members& members) {
            return MakeDispatchOp(
-               DispatchSizes{kRanks, kTokens, kTopK, kCapacity, 2, kHidden * int64_t{sizeof(float)},
-                             kHidden, 0, QuantizationKind::kNone, FloatType::kF32, false, true,
-                             true},
+               DispatchSizes{kRanks, kTokens, kTopK, kCapacity, 2, kCapacity,
+                             kHidden * int64_t{sizeof(float)}, kHidden, 0, QuantizationKind::kNone,
+                             FloatType::kF32, false, true, true},
                members);
          });
     for (int64_t row = 0; row < kCapacity; ++row) {

@@ -7,7 +7,8 @@
 
 namespace jax_ep {
 
-// Of the call of one rank, whose rows x [T, H] become tokens: [C, H], or, not expanded, [R * T + 1, H].
+// Of the call of one rank, whose rows x [T, H] become tokens: [C, H], or, not expanded,
+// [R * T + 1, H].
 inline gpu::DispatchArguments DispatchArgumentsOf(const OnLayout& layout, const Rows& x,
                                                   const Rows& tokens, bool expand) {
   gpu::DispatchArguments arguments{};

@@ -3,8 +3,8 @@
 // After:    out[t] = round(sum over ranks r ascending of round(sum over the kept rows of t on r, in
 //           k order, of weight * y)), sums and products f32, each rounded on its own, from +0.
 //           collected[t, k] = values[row of (t, k)], 0 if there is none.
-//           Without `expand`, y is as dispatch's tokens without it, and the row of rank src's t on r,
-//           if any was kept, is y[src * T + t]: the inner sum is of that one, with weight 1.
+//           Without `expand`, y is as dispatch's tokens without it, and the row of rank src's t on
+//           r, if any was kept, is y[src * T + t]: the inner sum is of that one, with weight 1.
 // Roles:    one block an SM, 19 warps in two pipelines: one sums for the peers, one adds up this
 //           rank's own tokens, and the first helps the second when it is done. Each has a loader,
 //           which fetches what is to be added by bulk copies into a ring of stages, job by job, and

@@ -50,13 +50,13 @@ class DispatchOp final : public CollectiveOp {
   }
 
   MaybeFailure Finish(const PeerMemory& peers) override {
-    const int64_t most = std::max(num_rows(), sizes_.capacity);
+    const int64_t most = std::max(sizes_.num_rows, sizes_.capacity);
     const int64_t items = (most + kRowsPerItem - 1) / kRowsPerItem;
     WorkerPool::Get().ParallelFor(sizes_.num_ranks * items, [&](int64_t item) {
       const int64_t dst = item / items;
       if (!is_local(dst)) return;
       const int64_t begin = item % items * kRowsPerItem, end = begin + kRowsPerItem;
-      FillRows(dst, begin, std::min(end, num_rows()));
+      FillRows(dst, begin, std::min(end, sizes_.num_rows));
       if (weights_out(dst) != nullptr) FillWeights(dst, begin, std::min(end, sizes_.capacity));
     });
     for (int64_t dst = 0; dst < sizes_.num_ranks; ++dst) {
@@ -81,7 +81,6 @@ class DispatchOp final : public CollectiveOp {
                            : sizes_.row_bytes;
   }
   int64_t num_group_tokens() const { return sizes_.num_ranks * sizes_.num_tokens; }
-  int64_t num_rows() const { return sizes_.expand ? sizes_.capacity : num_group_tokens() + 1; }
   int64_t scale_bytes() const { return sizes_.num_scales * static_cast<int64_t>(sizeof(float)); }
   bool keeps_scales() const { return has_wire_rows() && !sizes_.dequantize; }
   int64_t token_bytes() const { return keeps_scales() ? sizes_.num_channels : sizes_.row_bytes; }

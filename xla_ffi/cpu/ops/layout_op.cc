@@ -129,8 +129,10 @@ class LayoutOp final : public CollectiveOp {
       const int32_t expert = ids_[src][i];
       int64_t row = kNoRow;
       if (is_routed(expert, sizes_.num_experts)) {
-        const int64_t i = next[expert]++;
-        if (i < sizes_.room.most_rows(offset_[expert])) row = offset_[expert] + i;
+        const int64_t row_in_expert = next[expert]++;
+        if (row_in_expert < sizes_.room.most_rows(offset_[expert])) {
+          row = offset_[expert] + row_in_expert;
+        }
       }
       if (send_row != nullptr) send_row[i] = static_cast<int32_t>(row);
       if (row == kNoRow) continue;

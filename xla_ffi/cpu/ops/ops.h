@@ -34,13 +34,14 @@ std::unique_ptr<CollectiveOp> MakeLayoutOp(const LayoutSizes& sizes, const Membe
 // ---- dispatch: rows to their experts -----------------------------------------------------------
 struct DispatchSizes {
   int64_t num_ranks, num_tokens, top_k, capacity, num_local_experts;
+  int64_t num_rows;      // N, of tokens: TableSizes::num_rows(expand)
   int64_t row_bytes;     // of x
   int64_t num_channels;  // H
   int64_t num_scales;    // of a row as it travels; 0: it does so as x is
   QuantizationKind quantization;
   FloatType type;   // of x, if it is quantised here
   bool dequantize;  // rows come out as x is, and there is no scales result
-  bool expand;      // as TableSizes::num_rows has it, N below
+  bool expand;      // as TableSizes::num_rows has it
   bool zero_tail;
 };
 enum DispatchIn {
