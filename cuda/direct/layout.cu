@@ -77,7 +77,8 @@ class TableBuilder {
         warp_count_(memory),
         first_row_(memory + kNumWarps * num_experts_),
         left_(first_row_ + num_experts_),
-        total_(left_ + num_experts_),
+        size_(left_ + num_experts_),
+        total_(size_ + num_experts_),
         offset_(total_ + num_experts_),
         cached_(offset_ + num_experts_) {
     const int32_t num_ids = ids_per_rank_ * g.num_ranks;
@@ -180,18 +181,21 @@ class TableBuilder {
     __syncthreads();
   }
 
-  // 4. Where each expert begins on its rank, the row of its first id in the block, and how many of
-  // the block's ids it keeps at most: with none, first_row is the end of its room.
+  // 4. Where each expert begins on its rank, how large its group is, the row of its first id in the
+  // block, and how many of the block's ids it keeps at most: with none, first_row is the end of its
+  // room.
   __device__ void place_experts() {
     if (a_.room.expert_capacity == 0) {
       scan_occupied_rows();
     } else {  // a scan over the experts of all ranks could leave int32
       for (int32_t e = threadIdx.x; e < num_experts_; e += kNumThreads) {
-        offset_[e] = e % num_local_ * static_cast<int32_t>(a_.room.expert_capacity);
+        size_[e] = static_cast<int32_t>(a_.room.expert_capacity);
+        offset_[e] = e % num_local_ * size_[e];
       }
     }
     for (int32_t e = threadIdx.x; e < num_experts_; e += kNumThreads) {
       const auto most = static_cast<int32_t>(a_.room.most_rows(offset_[e]));
+      size_[e] = min(size_[e], most);
       const int32_t before = min(first_row_[e], most);
       first_row_[e] = offset_[e] + before;
       left_[e] = most - before;
@@ -199,12 +203,14 @@ class TableBuilder {
     __syncthreads();
   }
 
-  // offset from what experts occupy. A thread has written those that it reads afterwards.
+  // size, what experts occupy, and offset from it. A thread has written the offsets that it reads
+  // afterwards.
   __device__ void scan_occupied_rows() {
     int32_t occupied[kExpertsPerThread];
     for (int32_t i = 0; i < kExpertsPerThread; ++i) {
       const int32_t e = threadIdx.x * kExpertsPerThread + i;
       occupied[i] = e < num_experts_ ? static_cast<int32_t>(a_.room.occupied_rows(total_[e])) : 0;
+      if (e < num_experts_) size_[e] = occupied[i];
     }
     BlockScan(shared_.scan).ExclusiveSum(occupied, occupied);
     for (int32_t i = 0; i < kExpertsPerThread; ++i) {
@@ -276,7 +282,7 @@ class TableBuilder {
   __device__ void fill_rest() {
     int32_t used = 0, received = 0, routed = 0;
     for (int32_t e = first_local_ + threadIdx.x; e < first_local_ + num_local_; e += kNumThreads) {
-      const int32_t size = group_size(e);
+      const int32_t size = size_[e];
       used += size;
       received += min(total_[e], size);
       routed += total_[e];
@@ -307,15 +313,11 @@ class TableBuilder {
     const int32_t first = static_cast<int32_t>(blockIdx.x) * kNumWarps + warp_;
     for (int32_t item = first; item < num_local_ * num_parts; item += num_warps) {
       const int32_t e = first_local_ + item % num_local_, part = item / num_local_;
-      const int32_t size = group_size(e), begin = min(total_[e], size) + part * 32 + lane_;
+      const int32_t size = size_[e], begin = min(total_[e], size) + part * 32 + lane_;
       for (int32_t i = begin; i < size; i += num_parts * 32) {
         a_.recv_src[offset_[e] + i] = kNoSource;
       }
     }
-  }
-
-  __device__ int32_t group_size(int32_t e) const {
-    return static_cast<int32_t>(a_.room.group_size(offset_[e], total_[e]));
   }
 
   __device__ void write_counters() {
@@ -342,6 +344,7 @@ class TableBuilder {
   int32_t* const warp_count_;  // [kNumWarps][E]: the warp's ids; then those of the warps before
   int32_t* const first_row_;   // [E], of the block's ids, once experts are placed
   int32_t* const left_;        // [E], rows from first_row on that the expert may keep
+  int32_t* const size_;        // [E], of the expert's group, padding included
   int32_t* const total_;       // [E], ids of all ranks
   int32_t* const offset_;      // [E], where the expert begins on its rank
   int32_t* const cached_;      // [num_cached], the block's first ids
@@ -382,7 +385,7 @@ __global__ __launch_bounds__(kNumThreads,
 }
 
 int64_t SharedBytes(int64_t num_experts, int64_t num_cached) {
-  return ((kNumWarps + 4) * num_experts + num_cached) * int64_t{sizeof(int32_t)};
+  return ((kNumWarps + 5) * num_experts + num_cached) * int64_t{sizeof(int32_t)};
 }
 
 }  // namespace
