@@ -261,7 +261,6 @@ ERRORS: list[Case] = [
     scaled("operands", "x", f32(4, 16), "x must be float8_e4m3fn or float8_e5m2 to come with"),
     scaled("operands", "x", fp8(4, 24), "x must have a multiple of 16 channels to cross as"),
     scaled("operands", "x_scales", f32(3, 2), "x_scales has shape [3, 2], expected [4, any]"),
-    scaled("operands", "x_scales", f32(4, 0), "x_scales must have one for each row at least"),
     scaled("operands", "x_scales", int32(4, 2), "x_scales has element type"),
     scaled("operands", "x_scales", None, _NUMBER),
     scaled("results", "scales", f32(8, 3), "scales has shape [8, 3], expected [8, 2]"),
@@ -297,6 +296,8 @@ ERRORS: list[Case] = [
 ]
 
 CPU_ERRORS: list[Case] = [
+    # On GPUs an operand of no bytes ended the process (jax 0.11.2); verbs refuse it when traced.
+    scaled("operands", "x_scales", f32(4, 0), "x_scales must have one for each row at least"),
     operand("layout", "coordinates", np.full(3, -1), "coordinates name rank -1 of group -1"),
     operand("layout", "coordinates", np.array([1, 0]), "coordinates name rank 0 of group 1"),
     operand("layout", "coordinates", np.array([0, 2]), "coordinates name rank 2 of group 0"),

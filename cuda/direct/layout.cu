@@ -308,6 +308,7 @@ class TableBuilder {
 
   // The warps of all blocks share the experts: several an expert, where there are enough.
   __device__ void fill_padding() const {
+    if (a_.room.expert_alignment == 1 && a_.room.expert_capacity == 0) return;  // there is none
     const int32_t num_warps = static_cast<int32_t>(gridDim.x) * kNumWarps;
     const int32_t num_parts = max(1, num_warps / num_local_);
     const int32_t first = static_cast<int32_t>(blockIdx.x) * kNumWarps + warp_;
