@@ -53,11 +53,11 @@ class Prepared:
 @pytest.fixture(scope="module")
 def prepared(mesh: Any) -> Prepared:
     ids = traffic.expert_ids(POINT, RANKS, EXPERTS, seed=3, zipf_exponent=1.0)
-    capacity = traffic.row_capacity(POINT, ids, EXPERTS, ALIGNMENT)
-    moved = traffic.measure_traffic(ids, EXPERTS, capacity, ALIGNMENT)
+    room = traffic.room(POINT, ids, EXPERTS, ALIGNMENT)
+    moved = traffic.measure_traffic(ids, EXPERTS, room, ALIGNMENT)
     data = operations.make_data(POINT, mesh, ids, moved.layout.capacity, seed=0)
     sizes = {"num_experts": EXPERTS, "alignment": ALIGNMENT}
-    todo = operations.jax_ep_operations(POINT, mesh, data, moved, capacity=capacity, **sizes)
+    todo = operations.jax_ep_operations(POINT, mesh, data, moved, room=room, **sizes)
     todo += operations.baseline_operations(POINT, mesh, data, moved, **sizes)
     return Prepared(moved, data, {o.name: o for o in todo})
 
@@ -70,24 +70,27 @@ def _run(mesh: Any, operation: operations.Operation) -> Any:
 # What is counted ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capacity", [None, 4])
-def test_traffic_counts_what_a_slow_loop_counts(capacity: int | None) -> None:
+@pytest.mark.parametrize("room", [{}, {"capacity": 4}, {"expert_capacity": 2}])
+def test_traffic_counts_what_a_slow_loop_counts(room: dict[str, int]) -> None:
     ids = traffic.expert_ids(POINT, RANKS, EXPERTS, seed=1, zipf_exponent=1.5)
-    moved = traffic.measure_traffic(ids, EXPERTS, capacity, 1)
+    moved = traffic.measure_traffic(ids, EXPERTS, room, 1)
     arrived: dict[int, set[tuple[int, int]]] = {r: set() for r in range(RANKS)}
     rows = dict.fromkeys(range(RANKS), 0)
     dropped = 0
     for expert in range(EXPERTS):  # placement is by expert, source, token, k
+        of_expert = 0
         for source in range(RANKS):
             for token in range(POINT.tokens):
                 for k in range(POINT.top_k):
                     if ids[source, token, k] != expert:
                         continue
                     rank = expert // (EXPERTS // RANKS)
-                    if capacity is not None and rows[rank] == capacity:
+                    is_full = rows[rank] == room.get("capacity")
+                    if is_full or of_expert == room.get("expert_capacity"):
                         dropped += 1
                         continue
                     rows[rank] += 1
+                    of_expert += 1
                     arrived[rank].add((source, token))
     received = {r: sum(s != r for s, _ in arrived[r]) for r in arrived}
     sent = {r: sum(s == r for q in arrived if q != r for s, _ in arrived[q]) for r in arrived}
@@ -95,7 +98,7 @@ def test_traffic_counts_what_a_slow_loop_counts(capacity: int | None) -> None:
     assert moved.distinct_rows == max(len(pairs) for pairs in arrived.values())
     assert moved.wire_rows == max(*received.values(), *sent.values())
     assert moved.dropped_rows == dropped
-    assert (dropped > 0) == (capacity is not None)
+    assert (dropped > 0) == bool(room)
     senders = set().union(*arrived.values())
     assert moved.source_tokens == max(sum(s == r for s, _ in senders) for r in range(RANKS))
 
@@ -117,23 +120,35 @@ def test_ids_are_distinct_and_zipf_is_skewed() -> None:
     assert loads["zipf"].min() < 100
 
 
-def test_tight_capacity_is_what_the_fullest_rank_receives() -> None:
-    ids = traffic.expert_ids(POINT, RANKS, EXPERTS, seed=1, zipf_exponent=1.0)
-    capacity = traffic.row_capacity(POINT, ids, EXPERTS, ALIGNMENT)
-    assert capacity is not None
-    fits = traffic.measure_traffic(ids, EXPERTS, capacity, ALIGNMENT)
-    less = traffic.measure_traffic(ids, EXPERTS, capacity - ALIGNMENT, ALIGNMENT)
+@pytest.mark.parametrize("kind", ["tight", "expert-tight"])
+def test_tight_room_is_what_the_fullest_receives(kind: str) -> None:
+    point = dataclasses.replace(POINT, capacity=kind)
+    ids = traffic.expert_ids(point, RANKS, EXPERTS, seed=1, zipf_exponent=1.0)
+    ((name, rows),) = traffic.room(point, ids, EXPERTS, ALIGNMENT).items()
+    assert name == ("capacity" if kind == "tight" else "expert_capacity")
+    fits = traffic.measure_traffic(ids, EXPERTS, {name: rows}, ALIGNMENT)
+    less = traffic.measure_traffic(ids, EXPERTS, {name: rows - ALIGNMENT}, ALIGNMENT)
     assert fits.dropped_rows == 0
     assert less.dropped_rows > 0
-    loose = dataclasses.replace(POINT, capacity="default")
-    assert traffic.row_capacity(loose, ids, EXPERTS, ALIGNMENT) is None
+
+
+def test_room_by_factors() -> None:
+    ids = traffic.expert_ids(POINT, RANKS, EXPERTS, seed=1, zipf_exponent=1.0)
+
+    def room(kind: str) -> dict[str, int]:
+        return traffic.room(dataclasses.replace(POINT, capacity=kind), ids, EXPERTS, 1)
+
+    # 4 ranks x 6 tokens x 3 choices over 8 experts: 9 rows an expert, 18 a rank.
+    assert room("default") == {}
+    assert room("1.5") == {"capacity": 27}
+    assert room("expert-1.5") == {"expert_capacity": 14}
 
 
 def test_bytes_of_the_published_case() -> None:
     """T = 4096, H = 7168, top-8 of 256 over two ranks: 58.5 MB bf16 on the wire, 30.2 MB fp8."""
     point = Point(4096, 7168, 8, "uniform", "tight", "bfloat16", "none", None)
     ids = traffic.expert_ids(point, 2, 256, seed=0, zipf_exponent=1.0)
-    moved = traffic.measure_traffic(ids, 256, traffic.row_capacity(point, ids, 256, 1), 1)
+    moved = traffic.measure_traffic(ids, 256, traffic.room(point, ids, 256, 1), 1)
     sent = traffic.dispatch_movement(point, moved)
     fp8 = traffic.dispatch_movement(dataclasses.replace(point, fp8="float32"), moved)
     # 1 - C(128, 8) / C(256, 8) of 4096 tokens have an expert on the other rank: 0.9966, +- 4 rows.
@@ -274,7 +289,7 @@ def test_bound_of_combine_counts_reads_as_reads(
     limits = link.measure_link(H200Probe(), [0, 1])
     point = Point(4096, 7168, top_k, "uniform", "tight", "bfloat16", "none", num_sms)
     ids = traffic.expert_ids(point, 2, 256, seed=0, zipf_exponent=1.0)
-    moved = traffic.measure_traffic(ids, 256, traffic.row_capacity(point, ids, 256, 1), 1)
+    moved = traffic.measure_traffic(ids, 256, traffic.room(point, ids, 256, 1), 1)
     bound = limits.bound([traffic.combine_movement(point, moved)], num_sms, point.row_bytes)
     # The fullest rank has up to 2 % more than half of the rows.
     assert bound * 1e6 == pytest.approx(microseconds, rel=0.03)
@@ -580,6 +595,7 @@ def test_exit_code_tells_that_an_operation_failed() -> None:
     ("arguments", "told"),
     [
         ("--capacity loose", "give tight, default, or a factor"),
+        ("--capacity expert-default", "expert-tight or expert-FACTOR"),
         ("--ranks 3 --experts 64", "must be a multiple of 3 ranks"),
         ("--ranks 99 --experts 99", "this process has"),
         ("--top-k 9 --experts 8", "must be at most --experts 8"),
@@ -608,7 +624,7 @@ def test_num_sms_reaches_every_call(mesh: Any, prepared: Prepared, num_sms: int 
         prepared.data,
         prepared.traffic,
         num_experts=EXPERTS,
-        capacity=traffic.row_capacity(point, ids, EXPERTS, ALIGNMENT),
+        room=traffic.room(point, ids, EXPERTS, ALIGNMENT),
         alignment=ALIGNMENT,
     )
     for operation in todo:

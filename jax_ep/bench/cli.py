@@ -76,15 +76,17 @@ _PRINTED_VARIABLES = ("XLA_", "NCCL_", "JAX_", "CUDA_VISIBLE", "NPROC")
 
 
 def _capacity(text: str) -> str:
-    if text in ("tight", "default"):
+    kind = text.removeprefix(traffic.EXPERT_PREFIX)
+    if kind == "tight" or text == "default":
         return text
     try:
-        if float(text) > 0:
+        if float(kind) > 0:
             return text
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(
-        f"{text!r}: give tight, default, or a factor of the mean load above 0"
+        f"{text!r}: give tight, default, or a factor of the mean load above 0; expert-tight or "
+        "expert-FACTOR for room that each expert has for itself"
     )
 
 
@@ -115,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_capacity,
         nargs="+",
         help="tight (exactly what the fullest rank receives), default (cannot overflow), or "
-        "factors of the mean load",
+        "factors of the mean load; expert-tight, expert-FACTOR: the same room for each expert",
     )
     add("--alignment", type=_positive, default=1, help="expert alignment in rows")
     add(
@@ -232,8 +234,8 @@ class _Bench:
         """All operations of a point; prints each as it comes."""
         args = self.args
         ids = traffic.expert_ids(point, self.mesh.size, args.experts, args.seed, args.zipf_exponent)
-        capacity = traffic.row_capacity(point, ids, args.experts, args.alignment)
-        moved = traffic.measure_traffic(ids, args.experts, capacity, args.alignment)
+        room = traffic.room(point, ids, args.experts, args.alignment)
+        moved = traffic.measure_traffic(ids, args.experts, room, args.alignment)
         rows: list[report.Row] = []
 
         def emit(row: report.Row) -> None:
@@ -247,7 +249,7 @@ class _Bench:
             data = operations.make_data(point, self.mesh, ids, moved.layout.capacity, args.seed)
             if self.wants_any(_VERB_NAMES):
                 todo += operations.jax_ep_operations(
-                    point, self.mesh, data, moved, capacity=capacity, **sizes
+                    point, self.mesh, data, moved, room=room, **sizes
                 )
             kind = "baselines"
             if with_baselines and self.wants_any(_BASELINE_NAMES):
@@ -275,15 +277,15 @@ class _Bench:
         """Runs one operation, and tells and draws when each block of its kernels did what."""
         args = self.args
         ids = traffic.expert_ids(point, self.mesh.size, args.experts, args.seed, args.zipf_exponent)
-        capacity = traffic.row_capacity(point, ids, args.experts, args.alignment)
-        moved = traffic.measure_traffic(ids, args.experts, capacity, args.alignment)
+        room = traffic.room(point, ids, args.experts, args.alignment)
+        moved = traffic.measure_traffic(ids, args.experts, room, args.alignment)
         todo = operations.jax_ep_operations(
             point,
             self.mesh,
             operations.make_data(point, self.mesh, ids, moved.layout.capacity, args.seed),
             moved,
             num_experts=args.experts,
-            capacity=capacity,
+            room=room,
             alignment=args.alignment,
         )
         names = args.only or [_TIMELINE_OPERATION]

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 import jax_ep
 from jax_ep import compat
 from jax_ep.bench.traffic import (
+    EXPERT_PREFIX,
     Movement,
     Point,
     Traffic,
@@ -112,10 +113,10 @@ def jax_ep_operations(
     traffic: Traffic,
     *,
     num_experts: int,
-    capacity: int | None,
+    room: dict[str, Any],
     alignment: int,
 ) -> list[Operation]:
-    """The verbs alone and together, as a user calls them."""
+    """The verbs alone and together, as a user calls them, with the room of ``traffic.room``."""
     fp8: dict[str, Any] = {}
     if point.fp8 != "none":
         fp8 = {"fp8": point.fp8.removesuffix("+dequantize"), "dequantize": point.dequantizes}
@@ -125,9 +126,9 @@ def jax_ep_operations(
             ids,
             num_experts=num_experts,
             axis_name=AXIS,
-            capacity=capacity,
             expert_alignment=alignment,
             num_sms=point.num_sms,
+            **room,
         )
 
     def layout_only(ids: jax.Array) -> Any:
@@ -384,7 +385,7 @@ def baseline_operations(
             baseline=True,
         ),
     ]
-    if traffic.dropped_rows == 0:
+    if traffic.dropped_rows == 0 and not point.capacity.startswith(EXPERT_PREFIX):
         kept, own = _row_counts(traffic)
         operations.append(
             Operation(

@@ -14,6 +14,7 @@ SCALE_BLOCK = reference.QUANTIZATION_GROUP
 _MOST_COPIES = 8  # of a row: from here on the rate of a copy is that of its stores alone
 
 ROUTINGS = ("uniform", "zipf")
+EXPERT_PREFIX = "expert-"  # of a capacity that each expert has for itself
 FP8_MODES = (
     "none",
     "float32",
@@ -33,7 +34,8 @@ class Point:
         top_k: K, experts per token.
         routing: one of ROUTINGS.
         capacity: "tight" (exactly what the fullest rank receives), "default", or a factor of the
-            mean load as text.
+            mean load as text; with "expert-" before it ("expert-tight", "expert-1.25") the room of
+            each expert.
         dtype: of the rows.
         fp8: one of FP8_MODES, how dispatch sends rows.
         num_sms: SMs an operation may use; None leaves it to the operation.
@@ -102,25 +104,30 @@ def expert_ids(
     return ids
 
 
-def row_capacity(
-    point: Point, ids: NDArray[np.int32], num_experts: int, alignment: int
-) -> int | None:
-    """The capacity that ``point`` asks for in rows; None for ``make_layout``'s default."""
+def room(point: Point, ids: NDArray[np.int32], num_experts: int, alignment: int) -> dict[str, int]:
+    """The room that ``point`` asks for, as arguments of ``make_layout``: none for its default."""
     num_ranks = ids.shape[0]
-    if point.capacity == "default":
-        return None
-    if point.capacity == "tight":
-        load = np.bincount(ids.ravel(), minlength=num_experts).reshape(num_ranks, -1)
+    kind = point.capacity.removeprefix(EXPERT_PREFIX)
+    is_of_each_expert = kind != point.capacity
+    name = "expert_capacity" if is_of_each_expert else "capacity"
+    if kind == "default":
+        return {}
+    if kind == "tight":
+        load = np.bincount(ids.ravel(), minlength=num_experts)
         padded = -(-load // alignment) * alignment
-        return max(int(padded.sum(axis=1).max()), alignment)
-    return jax_ep.capacity(
+        if not is_of_each_expert:
+            padded = padded.reshape(num_ranks, -1).sum(axis=1)
+        return {name: max(int(padded.max()), alignment)}
+    compute = jax_ep.expert_capacity if is_of_each_expert else jax_ep.capacity
+    rows = compute(
         point.tokens,
         point.top_k,
         num_ranks,
-        float(point.capacity),
+        float(kind),
         num_experts=num_experts,
         expert_alignment=alignment,
     )
+    return {name: rows}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +158,15 @@ class Traffic:
 
 
 def measure_traffic(
-    ids: NDArray[np.int32], num_experts: int, capacity: int | None, alignment: int
+    ids: NDArray[np.int32], num_experts: int, room: dict[str, int], alignment: int
 ) -> Traffic:
     """Counts the rows of these ids."""
     layout = reference.make_layout(
-        ids, num_experts=num_experts, capacity=capacity, expert_alignment=alignment
+        ids,
+        num_experts=num_experts,
+        capacity=room.get("capacity"),
+        expert_capacity=room.get("expert_capacity"),
+        expert_alignment=alignment,
     )
     num_ranks, num_tokens, top_k = ids.shape
     pairs = np.zeros((num_ranks, num_ranks, num_tokens), bool)  # destination, source rank, token
