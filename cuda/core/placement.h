@@ -42,6 +42,7 @@ struct Room {
   // p[e]: rows that an expert with `num_rows` rows occupies.
   JAX_EP_HOST_DEVICE constexpr int64_t occupied_rows(int64_t num_rows) const {
     if (expert_capacity > 0) return expert_capacity;
+    if (expert_alignment == 1) return num_rows;  // kernels are spared a division of 64 bits
     return (num_rows + expert_alignment - 1) / expert_alignment * expert_alignment;
   }
 
@@ -72,6 +73,7 @@ JAX_EP_HOST_DEVICE constexpr int64_t flat_source(int64_t src_rank, int64_t token
 
 inline constexpr Room kSharedRoom{48, 16, 0}, kOwnRoom{48, 8, 24};
 static_assert(kSharedRoom.occupied_rows(0) == 0 && kSharedRoom.occupied_rows(17) == 32);
+static_assert(Room{48, 1, 0}.occupied_rows(17) == 17 && Room{48, 1, 24}.occupied_rows(17) == 24);
 static_assert(kSharedRoom.most_rows(32) == 16 && kSharedRoom.most_rows(64) == 0);
 static_assert(kSharedRoom.group_size(32, 17) == 16 && kSharedRoom.group_size(0, 17) == 32);
 static_assert(kOwnRoom.occupied_rows(0) == 24 && kOwnRoom.occupied_rows(25) == 24);

@@ -15,17 +15,10 @@
 #include <vector>
 
 #include "cuda/core/limits.h"
+#include "tests/native/check.h"
 #include "xla_ffi/attributes.h"
 #include "xla_ffi/cuda/checks.h"
 #include "xla_ffi/groups.h"
-
-#define CHECK(condition)                                                             \
-  do {                                                                               \
-    if (!(condition)) {                                                              \
-      std::fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
-      std::_Exit(1);                                                                 \
-    }                                                                                \
-  } while (false)
 
 namespace {
 

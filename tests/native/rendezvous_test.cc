@@ -31,19 +31,12 @@
 #include <thread>
 #include <vector>
 
+#include "tests/native/check.h"
 #include "xla_ffi/cpu/meet/clock.h"
 #include "xla_ffi/cpu/meet/process_group.h"
 #include "xla_ffi/cpu/meet/program.h"
 #include "xla_ffi/cpu/meet/worker_pool.h"
 #include "xla_ffi/cpu/ops/ops.h"
-
-#define CHECK(condition)                                                                 \
-  do {                                                                                   \
-    if (!(condition)) {                                                                  \
-      std::fprintf(stderr, "%s:%d: CHECK failed: %s\n", __FILE__, __LINE__, #condition); \
-      std::_Exit(1);                                                                     \
-    }                                                                                    \
-  } while (false)
 
 namespace jax_ep::cpu {
 namespace {

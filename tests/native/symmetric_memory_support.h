@@ -15,17 +15,10 @@
 #include <utility>
 #include <vector>
 
+#include "tests/native/check.h"
 #include "tests/native/fake_cuda.h"
 #include "xla_ffi/cuda/call_site.h"
 #include "xla_ffi/memory/symmetric_memory.h"
-
-#define CHECK(condition)                                                             \
-  do {                                                                               \
-    if (!(condition)) {                                                              \
-      std::fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
-      std::_Exit(1);                                                                 \
-    }                                                                                \
-  } while (false)
 
 namespace jax_ep::test {
 
