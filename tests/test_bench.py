@@ -638,7 +638,7 @@ def test_a_negative_difference_is_shown_as_it_is() -> None:
     """Where jitter exceeds the time, no rate is invented from it."""
     operation = operations.Operation("dispatch", lambda: None, (), (Movement(10, 10, 10),))
     ids = traffic.expert_ids(POINT, RANKS, EXPERTS, 0, 1.0)
-    moved = traffic.measure_traffic(ids, EXPERTS, None, 1)
+    moved = traffic.measure_traffic(ids, EXPERTS, {}, 1)
     timing = measure.Timing((-3e-6, -1e-6, 2e-6), 5, 0, 0)
     row = report.result_row(operation, POINT, moved, timing, None, None)
     assert row["median_s"] == -1e-6
