@@ -13,6 +13,7 @@ _ARRIVAL_TIMEOUT = "JAX_EP_ARRIVAL_TIMEOUT"
 _PROGRESS_TIMEOUT = "JAX_EP_PROGRESS_TIMEOUT"
 _PATH = "JAX_EP_PATH"
 _PATHS = ("direct", "staged")
+_SLOTS = "JAX_EP_SLOTS"
 _ORDERED_MODES = ("LHS", "SERIALIZE")  # the first is XLA's default
 
 
@@ -43,6 +44,14 @@ def path() -> str:
             f"environment variable {_PATH} must be one of {', '.join(_PATHS)}; got {name!r}"
         )
     return name
+
+
+def has_slots() -> bool:
+    """Whether GPUs have slots for small calls, where ``initialize`` does not say."""
+    text = os.environ.get(_SLOTS, "0")
+    if text not in ("0", "1"):
+        raise ValueError(f"environment variable {_SLOTS} must be 0 or 1; got {text!r}")
+    return text == "1"
 
 
 def xla_flags() -> str:

@@ -1,6 +1,6 @@
 """What one call may be: sizes beyond which its counters, or the CUDA kernels, cannot go.
 
-The numbers are those of cuda/core/limits.h.
+The numbers are those of cuda/core/limits.h and cuda/memory/slots.h.
 """
 
 from jax_ep import _cpu
@@ -9,6 +9,9 @@ _LIMITS = _cpu.limits()
 MAX_ROWS = _LIMITS["max_rows"]  # of a group with padding, and of a capacity
 SCALE_BLOCK = _LIMITS["scale_block"]  # channels that share a scale, where dispatch quantises
 MAX_WEIGHTED_ROW_BYTES = _LIMITS["cuda_weighted_row_bytes"]  # that one call forms gradients of
+
+DEFAULT_SLOT_BYTES = _LIMITS["cuda_default_slot_bytes"]  # of each device, where slots are on
+SLOT_BYTES_PER_DEVICE = _LIMITS["cuda_slot_bytes_per_device"]  # of the job; with less no call fits
 
 
 def num_block_scales(num_channels: int) -> int:

@@ -10,12 +10,14 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from jax_ep import _native, compat, environment, timeouts
+from jax_ep import _native, compat, environment, limits, timeouts
 from jax_ep._checks import checked_bytes, checked_seconds
 from jax_ep.errors import Watcher
 from jax_ep.join import Attempt
 
 _path = environment.path()
+_default_slot_bytes = limits.DEFAULT_SLOT_BYTES if environment.has_slots() else 0
+_slot_bytes = _default_slot_bytes  # of each CUDA device that is set up, or will be
 _recordable = True  # whether XLA may record calls in command buffers; fixed at registration
 _connected = False
 _process_id = os.getpid()  # of the process that has set up; a forked child shares its memory
@@ -31,13 +33,16 @@ _pool_anchors: list[jax.Array] = []
 # Joining processes --------------------------------------------------------------------------------
 
 
-def initialize(*, timeout: float = 60.0, staging_bytes: int = 0) -> None:
+def initialize(
+    *, timeout: float = 60.0, staging_bytes: int = 0, slot_bytes: int | None = None
+) -> None:
     """Joins the processes of a multi-process job. Collective: every process calls it once.
 
     Call it after ``jax.distributed.initialize()`` and before the first program that uses this
-    library is compiled. With one process there is nothing to do but for ``staging_bytes``, and
-    after ``finalize()``. On CPU the processes must run on one host as one user: control messages go
-    over Unix sockets, and rows are read straight from the owner's memory (``process_vm_readv``).
+    library is compiled. With one process there is nothing to do but for ``staging_bytes`` and
+    ``slot_bytes``, and after ``finalize()``. On CPU the processes must run on one host as one user:
+    control messages go over Unix sockets, and rows are read straight from the owner's memory
+    (``process_vm_readv``).
 
     On CUDA peers read and write XLA's buffers directly, where they can map them. They cannot with
     ``XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async``, nor where XLA's memory grew after this call
@@ -49,6 +54,14 @@ def initialize(*, timeout: float = 60.0, staging_bytes: int = 0) -> None:
     + 1) * S`` more. Each part is rounded up to 256 bytes. If that is not there the call fails with
     the number. With the environment variable ``JAX_EP_PATH=staged`` all buffers take this way.
 
+    Small calls on CUDA, as in decoding, can go through slots: memory of each device that its peers
+    write rows, ids and flags to, so that ranks need not shake hands first. Such calls need no
+    staging region. There are none unless ``slot_bytes`` or the environment variable
+    ``JAX_EP_SLOTS=1`` asks for them: no program has run with them on a GPU yet. A device has
+    ``slot_bytes / (2 * devices of the job)`` for a call of each peer, which fits if T <= 512, T * K
+    <= 4096, R * T * K <= 16384 and ``64 KiB + T * row bytes + 4 * T * K`` are not above that; other
+    calls, and those with ``fp8=``, ``scales=`` or ``expand=False``, are as without slots.
+
     If it fails, in one process or in all, it leaves nothing behind: once the cause is gone every
     process may call it again (one in which it succeeded calls ``finalize()`` before).
 
@@ -56,32 +69,41 @@ def initialize(*, timeout: float = 60.0, staging_bytes: int = 0) -> None:
         timeout: seconds to wait for the other processes, in each of the few steps.
         staging_bytes: size of the staging region of each of this process's CUDA devices; 0 for
             none. A process that has one from before keeps it if it is larger.
+        slot_bytes: size of the slots of each CUDA device, the same in all processes; 0 for none. By
+            default 64 MiB with ``JAX_EP_SLOTS=1``, else 0; in one process whose devices are set up
+            already, what they have.
 
     Raises:
         RuntimeError: if a process is missing or late (it is named), runs on another host, may not
             be read, or has failed; if the processes are joined already; if XLA's memory cannot be
-            mapped by peers and ``staging_bytes`` is 0.
-        TypeError: if ``timeout`` is not a number or ``staging_bytes`` not an integer.
-        ValueError: if ``timeout`` is not above 0 and at most 1e8, or ``staging_bytes`` negative.
+            mapped by peers and ``staging_bytes`` is 0; if a device has no memory for its slots, or
+            they are too small for the job's devices, differ between processes, or have another size
+            already.
+        TypeError: if ``timeout`` is not a number or a size in bytes not an integer.
+        ValueError: if ``timeout`` is not above 0 and at most 1e8, ``staging_bytes`` negative, or
+            ``slot_bytes`` neither 0 nor enough for one device.
     """
     global _connected
     timeout = checked_seconds("jax_ep.initialize: timeout", timeout)
     staging_bytes = checked_bytes("jax_ep.initialize: staging_bytes", staging_bytes)
+    if slot_bytes is not None:
+        slot_bytes = _checked_slot_bytes(slot_bytes)
     if _connected:
         raise RuntimeError(
             "jax_ep.initialize: this process is connected already; call jax_ep.finalize() first"
         )
     if compat.process_count() == 1:
-        if _native.cuda is not None and (staging_bytes > 0 or compat.has_live_client("cuda")):
-            jax.local_devices()  # makes the clients
+        makes_clients = staging_bytes > 0 or slot_bytes is not None
+        if _native.cuda is not None and (makes_clients or compat.has_live_client("cuda")):
+            jax.local_devices()
             if compat.has_live_client("cuda"):
-                _set_up_cuda(staging_bytes)
+                _set_up_cuda(staging_bytes, slot_bytes)
         return
     try:
         _release_cuda(must_end=True)  # what a program before this call has set up
         attempt = Attempt(compat.coordination_client(), timeout)
         try:
-            _connect(attempt, timeout, staging_bytes)
+            _connect(attempt, timeout, staging_bytes, slot_bytes)
         except BaseException as error:
             attempt.tell_failure(error)
             raise
@@ -92,7 +114,17 @@ def initialize(*, timeout: float = 60.0, staging_bytes: int = 0) -> None:
     _finalize_at_exit()
 
 
-def _connect(attempt: Attempt, timeout: float, staging_bytes: int) -> None:
+def _checked_slot_bytes(slot_bytes: int) -> int:
+    slot_bytes = checked_bytes("jax_ep.initialize: slot_bytes", slot_bytes)
+    if 0 < slot_bytes < limits.SLOT_BYTES_PER_DEVICE:
+        raise ValueError(
+            "jax_ep.initialize: slot_bytes must be 0 or at least "
+            f"{limits.SLOT_BYTES_PER_DEVICE} for each device of the job; got {slot_bytes}"
+        )
+    return slot_bytes
+
+
+def _connect(attempt: Attempt, timeout: float, staging_bytes: int, slot_bytes: int | None) -> None:
     addresses = attempt.join(_native.cpu.listen())
     _native.cpu.connect(compat.process_index(), addresses, timeout)
     attempt.exchange("connected")
@@ -101,7 +133,7 @@ def _connect(attempt: Attempt, timeout: float, staging_bytes: int) -> None:
         # Making the clients is collective in a job of several processes; all of them come here.
         jax.local_devices()
         if compat.has_live_client("cuda"):
-            _set_up_cuda(staging_bytes)
+            _set_up_cuda(staging_bytes, slot_bytes)
             exported = _export_cuda()
     exports = attempt.exchange(exported)
     if exported:
@@ -126,7 +158,7 @@ def finalize() -> None:
     Where XLA replays a program from a command buffer, no code of ours runs that could raise: there
     a call gives NaN after ``finalize()``, and in a job of several processes after the next
     ``initialize()`` too, until the program is compiled again. For such a replay control memory (2
-    MB a device) and the staging region stay allocated until the process ends.
+    MB a device), slots and the staging region stay allocated until the process ends.
     """
     atexit.unregister(finalize)
     if _process_id == os.getpid():
@@ -209,11 +241,17 @@ def register_cuda() -> None:
         compat.register_cuda_targets("jax_ep_cuda_site", _native.cuda.state_type(), handlers)
 
 
-def _set_up_cuda(staging_bytes: int = 0) -> None:
-    global _watcher
+def has_slots() -> bool:
+    """Whether this process's CUDA devices have slots, or will have them once they are set up."""
+    return _slot_bytes > 0
+
+
+def _set_up_cuda(staging_bytes: int = 0, slot_bytes: int | None = None) -> None:
+    global _watcher, _slot_bytes
     devices = jax.local_devices(backend="cuda")
     ids, ordinals = [d.id for d in devices], [d.local_hardware_id for d in devices]
     with _set_up_lock:
+        slot_bytes = _slot_bytes if slot_bytes is None else slot_bytes
         _native.cuda.setup(
             compat.process_index(),
             compat.process_count(),
@@ -221,7 +259,9 @@ def _set_up_cuda(staging_bytes: int = 0) -> None:
             ordinals,
             staging_bytes,
             _path == "staged",
+            slot_bytes,
         )
+        _slot_bytes = slot_bytes
         if _watcher is None:
             _watcher = Watcher()
             _finalize_at_exit()
@@ -238,14 +278,14 @@ def _export_cuda() -> str:
 
 
 def _release_cuda(must_end: bool = False) -> None:
-    global _watcher
+    global _watcher, _slot_bytes
     if _watcher is None:
         return
     ended, interrupt = _end_work()
     try:
         _watcher.stop()
     finally:
-        _watcher = None
+        _watcher, _slot_bytes = None, _default_slot_bytes
         _native.cuda.release(ended)
         _pool_anchors.clear()
     if interrupt is not None:

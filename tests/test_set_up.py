@@ -8,10 +8,11 @@ import threading
 import time
 from collections.abc import Iterator
 
+import jax
 import pytest
 
 import jax_ep
-from jax_ep import _native, environment, runtime
+from jax_ep import _native, compat, environment, limits, runtime
 from jax_ep.errors import Watcher
 
 RECORD = "jax_ep_dispatch: rank 0 waited for rank 1 to come until the timeout"
@@ -24,6 +25,8 @@ class FakeCuda:
         self.record: str | None = None
         self.news: list[str] = []
         self.timeouts: list[tuple[float, float]] = []
+        self.slot_bytes: list[int] = []  # of each set-up
+        self.problem: str | None = None  # of the next one
         self.looked = threading.Event()
 
     def watch(self) -> list[str]:
@@ -36,6 +39,19 @@ class FakeCuda:
 
     def set_timeout(self, arrival: float, progress: float) -> None:
         self.timeouts.append((arrival, progress))
+
+    def setup(self, *arguments: object) -> None:
+        if self.problem is not None:
+            raise RuntimeError(self.problem)
+        slot_bytes = arguments[-1]
+        assert isinstance(slot_bytes, int)
+        self.slot_bytes.append(slot_bytes)
+
+    def synchronize(self, seconds: float) -> bool:
+        return True
+
+    def release(self, devices_have_ended: bool) -> None:
+        assert devices_have_ended
 
 
 @pytest.fixture
@@ -282,33 +298,83 @@ def test_initialize_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "error", "message"),
+    ("name", "value", "error", "message"),
     [
-        (-1, ValueError, "staging_bytes must be at least 0; got -1"),
-        (1.5, TypeError, "staging_bytes must be an integer; got 1.5"),
-        ("1", TypeError, "staging_bytes must be an integer; got '1'"),
+        ("staging_bytes", -1, ValueError, "must be at least 0; got -1"),
+        ("staging_bytes", 1.5, TypeError, "must be an integer; got 1.5"),
+        ("staging_bytes", "1", TypeError, "must be an integer; got '1'"),
+        ("slot_bytes", -1, ValueError, "must be at least 0; got -1"),
+        ("slot_bytes", 6.5e7, TypeError, "must be an integer; got 65000000.0"),
+        (
+            *("slot_bytes", 131327, ValueError),
+            "must be 0 or at least 131328 for each device of the job; got 131327",
+        ),
     ],
 )
-def test_bad_staging_bytes(value: object, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"jax_ep.initialize: {message}"):
-        jax_ep.initialize(staging_bytes=value)  # type: ignore[arg-type]
+def test_bad_sizes(name: str, value: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"jax_ep.initialize: {name} {message}"):
+        jax_ep.initialize(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.once
-def test_path_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("default", [0, limits.DEFAULT_SLOT_BYTES])
+def test_slots_of_one_process(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, default: int
+) -> None:
+    """What initialize() says holds until finalize(), whatever is lowered meanwhile."""
+    monkeypatch.setattr(compat, "has_live_client", lambda platform: True)
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [])
+    monkeypatch.setattr(runtime, "_default_slot_bytes", default)
+    monkeypatch.setattr(runtime, "_slot_bytes", default)
+    try:
+        runtime.require_cuda("a first program")
+        assert runtime.has_slots() == (default > 0)
+        cuda.problem = "devices are set up with slots of another size"
+        with pytest.raises(RuntimeError, match=cuda.problem):
+            jax_ep.initialize(slot_bytes=1 << 20)
+        cuda.problem = None
+        jax_ep.initialize(staging_bytes=4096)
+        jax_ep.finalize()
+        jax_ep.initialize(slot_bytes=1 << 21)
+        assert runtime.has_slots()
+        runtime.require_cuda("a program")
+        jax_ep.initialize(staging_bytes=4096)
+        jax_ep.finalize()
+        jax_ep.initialize(slot_bytes=0)
+        assert not runtime.has_slots()
+        jax_ep.finalize()
+        assert runtime.has_slots() == (default > 0)
+        runtime.require_cuda("another program")
+    finally:
+        jax_ep.finalize()
+    assert cuda.slot_bytes == [default, default, 1 << 21, 1 << 21, 1 << 21, 0, default]
+
+
+@pytest.mark.once
+def test_path_and_slots_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAX_EP_SLOTS", raising=False)
+    assert not environment.has_slots()
     monkeypatch.setenv("JAX_EP_PATH", "staged")
+    monkeypatch.setenv("JAX_EP_SLOTS", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
     done = subprocess.run(
-        [sys.executable, "-c", "import jax_ep; print(jax_ep.runtime._path)"],
+        [
+            *(sys.executable, "-c"),
+            "from jax_ep import runtime; print(runtime._path, runtime._slot_bytes)",
+        ],
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.stdout.strip() == "staged", done.stderr
+    assert done.stdout.split() == ["staged", str(64 << 20)], done.stderr
     monkeypatch.setenv("JAX_EP_PATH", "fast")
     message = "environment variable JAX_EP_PATH must be one of direct, staged; got 'fast'"
     with pytest.raises(ValueError, match=message):
         environment.path()
+    monkeypatch.setenv("JAX_EP_SLOTS", "on")
+    message = "environment variable JAX_EP_SLOTS must be 0 or 1; got 'on'"
+    with pytest.raises(ValueError, match=message):
+        environment.has_slots()
 
 
 @pytest.mark.skipif(_native.cuda is None, reason="jax_ep is built without CUDA")

@@ -8,8 +8,6 @@
 // says so:
 //   rows    [T, row]  row t at t * row_bytes, where there is one: gaps stay
 //   values  [T, K]    combine's, behind the rows
-//
-// No handler makes slots yet (GroupView::slot_area_bytes is 0 there): only tests/native uses them.
 #ifndef JAX_EP_CUDA_MEMORY_SLOTS_H_
 #define JAX_EP_CUDA_MEMORY_SLOTS_H_
 
@@ -19,6 +17,8 @@
 #include "cuda/memory/control.h"
 
 namespace jax_ep::gpu {
+
+inline constexpr uint64_t kDefaultSlotBytes = uint64_t{64} << 20;  // of a device, where they are on
 
 // What one call in slots may be.
 inline constexpr int64_t kMaxSlotTokens = 512;      // T
@@ -70,9 +70,17 @@ constexpr bool fits_slots(const SlotSizes& sizes, uint64_t area_bytes) {
              area_bytes;
 }
 
-static_assert(fits_slots({8, 256, 8, 256, 14336}, slot_area_bytes(64 << 20, 8)),
+static_assert(fits_slots({8, 256, 8, 256, 14336}, slot_area_bytes(kDefaultSlotBytes, 8)),
               "256 tokens a rank, at the default size");
-static_assert(!fits_slots({8, 257, 8, 256, 16}, slot_area_bytes(64 << 20, 8)));
+static_assert(!fits_slots({8, 257, 8, 256, 16}, slot_area_bytes(kDefaultSlotBytes, 8)));
+
+// With less no call fits, of however few devices.
+constexpr uint64_t min_slot_bytes(int32_t num_devices) {
+  const uint64_t area = slot_values_offset(1, kRowAlignment) + sizeof(float);
+  return 2 * static_cast<uint64_t>(num_devices) * ((area + kLine - 1) / kLine * kLine);
+}
+static_assert(fits_slots({1, 1, 1, 1, 16}, slot_area_bytes(min_slot_bytes(3), 3)) &&
+              !fits_slots({1, 1, 1, 1, 16}, slot_area_bytes(min_slot_bytes(3) - 1, 3)));
 
 }  // namespace jax_ep::gpu
 

@@ -126,7 +126,7 @@ class SlotWait {
       return false;
     }
     const uint64_t first = ld_relaxed_sys(&g_.control->slot_flag[slot][0].epoch);
-    const uint32_t phase = first >= expected ? kProgress : kStart;
+    const uint32_t phase = first >= expected ? kEnd : kStart;
     if (phase != phase_) wait_.restart();
     phase_ = phase;
     return wait_.may_go_on(slot, phase, expected, seen);

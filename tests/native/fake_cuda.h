@@ -43,7 +43,8 @@ inline std::map<CUmemGenericAllocationHandle, Allocation> allocations;
 inline std::map<CUdeviceptr, Mapped> mappings;
 inline CUmemGenericAllocationHandle next_handle = 1;
 inline unsigned long long next_id = 1;
-inline int num_driver_calls = 0;  // about addresses
+inline int num_driver_calls = 0;        // about addresses
+inline size_t most_bytes = ~size_t{0};  // that a device has for one allocation
 inline std::condition_variable changed;
 inline bool busy = false;                // devices have work that does not end
 inline int num_waiting = 0;              // threads that wait for it
@@ -130,6 +131,7 @@ inline CUresult MemCreate(CUmemGenericAllocationHandle* handle, size_t bytes,
                           const CUmemAllocationProp*, unsigned long long) {
   std::lock_guard<std::mutex> lock(mutex);
   if (bytes == 0 || bytes % kGranularity != 0) return CUDA_ERROR_INVALID_VALUE;
+  if (bytes > most_bytes) return CUDA_ERROR_OUT_OF_MEMORY;
   const int fd = memfd_create("fake_cuda", MFD_CLOEXEC);
   if (fd < 0 || ftruncate(fd, static_cast<off_t>(bytes)) != 0) return CUDA_ERROR_OUT_OF_MEMORY;
   *handle = next_handle++;

@@ -294,7 +294,7 @@ void TestSlotFailures() {
       SendEntries(group, entries);
       SendFlags(group, 1, kOperation);
       LaunchAlone(group, op, b, d, kOperation, kLong, kShort);
-      RequireFailed(group, op, kProgress, b, d);
+      RequireFailed(group, op, kEnd, b, d);
     }
     for (const bool is_in_slots : {false, true}) {  // It is in another call, of the same sizes.
       const Group group;

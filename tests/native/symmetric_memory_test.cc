@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "cuda/memory/slots.h"
 #include "tests/native/symmetric_memory_support.h"
 
 namespace jax_ep::gpu {
@@ -221,6 +222,85 @@ void Leaving() {
   Memory().Release(true);
 }
 
+// Slots lie behind control memory, of both devices for both, and are zeroed at each set-up.
+void Slots() {
+  constexpr size_t kBytes = 3 << 20;
+  const auto set_up = [](size_t slot_bytes) {
+    Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false, slot_bytes);
+  };
+  set_up(0);
+  CHECK(View({0, 1}, 0).slot_area_bytes == 0 && Contains(Memory().Describe(), "; no slots"));
+  Memory().Release(true);
+
+  set_up(kBytes);
+  const View first({0, 1}, 0), second({0, 1}, 1);
+  const uint64_t area_bytes = gpu::slot_area_bytes(kBytes, 2);
+  CHECK(area_bytes > 0 && first.slot_area_bytes == area_bytes);
+  CHECK(second.slot_area_bytes == area_bytes && View({0}, 0).slot_area_bytes == area_bytes);
+  CHECK(Contains(Memory().Describe(), "; slots of 3145728 bytes a device"));
+  const auto at = [](const View& view, int slot, uint64_t epoch) {
+    return reinterpret_cast<char*>(view.control) +
+           gpu::slot_area_offset(view.slot_area_bytes, slot, epoch);
+  };
+  for (const View* view : {&first, &second}) {
+    for (int ordinal : {0, 1}) {
+      CHECK(fake_cuda::Reaches(ordinal, Address(view->control), gpu::kSlotsOffset + kBytes));
+    }
+    CHECK(at(*view, 0, 0) >= reinterpret_cast<char*>(view->control + 1));
+    CHECK(at(*view, 1, 1) + area_bytes <=
+          reinterpret_cast<char*>(view->control) + gpu::kSlotsOffset + kBytes);
+    for (int slot : {0, 1}) {
+      for (int epoch : {0, 1}) std::memset(at(*view, slot, epoch), 1 + slot, area_bytes);
+    }
+  }
+  for (char* area : {at(first, 0, 1), at(second, 1, 0)}) {
+    CHECK(area[0] != 0 && area[area_bytes - 1] != 0);
+  }
+  // Lowering sets up again and again; what kernels have written stays. Another size is refused.
+  set_up(kBytes);
+  CHECK(Contains(Thrown([&] { set_up(0); }),
+                 "devices are set up with slots of 3145728 bytes, which cannot become 0: call "
+                 "jax_ep.initialize(slot_bytes=...) before the first program is compiled"));
+  CHECK(at(first, 1, 1)[area_bytes - 1] == 2 && View({0, 1}, 0).slot_area_bytes == area_bytes);
+
+  // Everything begins again at the same addresses: an entry of before would pass for a new one.
+  Memory().Release(true);
+  set_up(kBytes);
+  CHECK(View({0, 1}, 0).control == first.control && View({0, 1}, 1).control == second.control);
+  for (const View* view : {&first, &second}) {
+    for (int slot : {0, 1}) {
+      for (int epoch : {0, 1}) {
+        const char* area = at(*view, slot, epoch);
+        for (uint64_t i = 0; i < area_bytes; ++i) CHECK(area[i] == 0);
+      }
+    }
+  }
+
+  // Slots of another size take new memory; what is replayed finds that the old one has been left.
+  Memory().Release(true);
+  set_up(2 * kBytes);
+  const View larger({0, 1}, 0);
+  CHECK(larger.control != first.control && first.control->local.broken == gpu::kHostHasLeft);
+  CHECK(larger.slot_area_bytes == gpu::slot_area_bytes(2 * kBytes, 2));
+  Memory().Release(true);
+
+  const uint64_t least = gpu::min_slot_bytes(2);
+  CHECK(Contains(Thrown([&] { set_up(least - 1); }),
+                 "slot_bytes must be 0 or, for 2 devices, at least 262656; got 262655"));
+  CHECK(Memory().Member(0) == -1);
+  set_up(least);
+  Memory().Release(true);
+
+  fake_cuda::most_bytes = kBytes;
+  CHECK(Contains(Thrown([&] { set_up(3 * kBytes); }),
+                 "control memory with slots of 9437184 bytes on CUDA device 0 "
+                 "(jax_ep.initialize(slot_bytes=...); 0 is none): a fake error"));
+  CHECK(Memory().Member(0) == -1);
+  set_up(0);
+  CHECK(View({0, 1}, 0).slot_area_bytes == 0);
+  Memory().Release(true);
+}
+
 // A group of two devices that have none is refused, on all of its devices; others are not.
 void NoAtomics() {
   fake_cuda::without_atomics = {{1, 2}};
@@ -393,6 +473,7 @@ int main() {
   Run("one process", OneProcess);
   Run("refusal while recorded", RefusalWhileRecorded);
   Run("leaving", Leaving);
+  Run("slots", Slots);
   Run("no atomics", NoAtomics);
   Run("sharing", Sharing);
   Run("growth", GrowthWhileDevicesWork);

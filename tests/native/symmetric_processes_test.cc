@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/memory/slots.h"
 #include "tests/native/symmetric_memory_support.h"
 
 namespace jax_ep::test {
@@ -64,8 +65,9 @@ void InTwoProcesses(const std::function<void(const Link&)>& f) {
 const std::vector<int64_t> kMembers = {0, 1, int64_t{1} << 32, int64_t{1} << 32 | 1};
 
 // Two devices a process. `mine` and `theirs` are 64-bit words in each process's pool.
-void Connect(const Link& link, char* pool, size_t staging_bytes, bool staged_only) {
-  Memory().Setup(link.process, 2, {0, 1}, {0, 1}, staging_bytes, staged_only);
+void Connect(const Link& link, char* pool, size_t staging_bytes, bool staged_only,
+             size_t slot_bytes = 0) {
+  Memory().Setup(link.process, 2, {0, 1}, {0, 1}, staging_bytes, staged_only, slot_bytes);
   std::vector<uint64_t> pointers;
   if (!staged_only) pointers = {Address(pool), Address(pool) + 4096};
   const std::string mine = Memory().Export(pointers);
@@ -141,6 +143,49 @@ void TwoProcesses(const Link& link) {
   // a device, the pools of this test.
   CHECK(fake_cuda::mappings.size() == num_mappings + 2 * 4 + 2 + 3);
   CHECK(NumDescriptors() == num_descriptors + int(fake_cuda::allocations.size()) - 1);
+}
+
+// What one device writes where its slots at a peer are, the peer finds where it looks for it.
+void Slots(const Link& link) {
+  char* const pool = MakePool();
+  constexpr size_t kBytes = 2 << 20;
+  for (int generation = 0; generation < 2; ++generation) {
+    Connect(link, pool, 0, false, kBytes);
+    const View view(kMembers, 0);
+    CHECK(view.slot_area_bytes == gpu::slot_area_bytes(kBytes, 4));
+    const auto word = [&](ControlBlock* control, int slot) {
+      char* area = reinterpret_cast<char*>(control) +
+                   gpu::slot_area_offset(view.slot_area_bytes, slot, generation);
+      return reinterpret_cast<uint64_t*>(area + view.slot_area_bytes) - 1;
+    };
+    const gpu::PeerView& peer = view.peer[2 - 2 * link.process];
+    CHECK(*word(view.control, peer.slot_here) == 0);
+    link.Meet();
+    *word(peer.control, peer.slot_there) = 100 + link.process;
+    link.Meet();
+    CHECK(*word(view.control, peer.slot_here) == uint64_t(100 + 1 - link.process));
+    Memory().Release(true);
+  }
+
+  // Processes that disagree: each names the other, and may try again.
+  const auto refusal = [&](size_t slot_bytes) {
+    const std::string thrown = Thrown([&] { Connect(link, pool, 0, false, slot_bytes); });
+    link.Meet();
+    Memory().Release(true);
+    return thrown;
+  };
+  CHECK(Contains(refusal((1 + link.process) * kBytes),
+                 link.process == 0 ? "process 1 has slots of 4194304 bytes a device, process 0 of "
+                                     "2097152: pass the same jax_ep.initialize(slot_bytes=...)"
+                                   : "process 0 has slots of 2097152 bytes a device, process 1 of "
+                                     "4194304: pass the same jax_ep.initialize(slot_bytes=...)"));
+  CHECK(Contains(refusal(link.process == 0 ? 0 : kBytes), "has slots of "));
+  // Enough for the devices of a process, not for those of both.
+  CHECK(Contains(refusal(gpu::min_slot_bytes(2)),
+                 "slot_bytes must be 0 or, for 4 devices, at least 525312; got 262656"));
+  Connect(link, pool, 0, false, gpu::min_slot_bytes(4));
+  link.Meet();
+  Memory().Release(true);
 }
 
 void NoExport(const Link& link) {
@@ -274,13 +319,13 @@ void Import() {
   CHECK(Thrown([&] { Memory().Import({mine, ""}); }).empty());  // one without devices
   CHECK(Contains(Thrown([&] { Memory().Import({mine, "1 17 "}); }), "another version"));
   CHECK(Contains(Thrown([&] {
-                   Memory().Import({mine, "1 " + std::to_string(sizeof(ControlBlock)) + " 999"});
+                   Memory().Import({mine, "1 " + std::to_string(sizeof(ControlBlock)) + " 0 999"});
                  }),
                  "pidfd_getfd from process 1"));
   // A process with a page to show: this one.
   const Presence page;
   const std::string begin = std::to_string(getpid()) + " " + std::to_string(sizeof(ControlBlock)) +
-                            " " + std::to_string(page.fd());
+                            " 0 " + std::to_string(page.fd());
   CHECK(Contains(Thrown([&] { Memory().Import({mine, begin + " 4294967296 0000:09:00.0 5"}); }),
                  "an incomplete message of process 1, device 0"));
   CHECK(Contains(
@@ -313,6 +358,7 @@ void RunTestsOfTwoProcesses() {
   Run("import", Import);
   Run("two processes", [] { InTwoProcesses(TwoProcesses); });
   Run("no atomics between processes", [] { InTwoProcesses(NoAtomicsBetweenProcesses); });
+  Run("slots of two processes", [] { InTwoProcesses(Slots); });
   Run("no export", [] { InTwoProcesses(NoExport); });
   Run("death", [] { WithOneThatDies(Death); });
   Run("a process dies", [] {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/core/limits.h"
+#include "cuda/memory/slots.h"
 #include "xla_ffi/attributes.h"
 #include "xla_ffi/cpu/call_site.h"
 #include "xla_ffi/cpu/handlers.h"
@@ -44,6 +45,8 @@ nb::dict Limits() {
   limits["cuda_fp8_channels"] = gpu::kMaxFp8Channels;
   limits["cuda_scaled_row_bytes"] = gpu::kMaxScaledRowBytes;
   limits["cuda_weighted_row_bytes"] = gpu::kMaxWeightedRowBytes;
+  limits["cuda_default_slot_bytes"] = gpu::kDefaultSlotBytes;
+  limits["cuda_slot_bytes_per_device"] = gpu::min_slot_bytes(1);
   return limits;
 }
 
@@ -51,7 +54,7 @@ nb::dict Limits() {
 
 NB_MODULE(_cpu, m) {
   m.def("handlers", &Handlers, "Stages of each target, as jax.ffi.register_ffi_target takes them.");
-  m.def("limits", &Limits, "What a call may be: cuda/core/limits.h.");
+  m.def("limits", &Limits, "What a call may be: cuda/core/limits.h, cuda/memory/slots.h.");
   m.def("state_type", &StateType<CpuSiteState>,
         "The call sites' state, as jax.ffi.register_ffi_type takes it.");
   m.def("end_program", &cpu::Program::End,

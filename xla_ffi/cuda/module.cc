@@ -57,12 +57,14 @@ NB_MODULE(_cuda, m) {
   m.def(
       "setup",
       [](int64_t process, int64_t num_processes, const std::vector<int>& ids,
-         const std::vector<int>& ordinals, size_t staging_bytes, bool staged_only) {
+         const std::vector<int>& ordinals, size_t staging_bytes, bool staged_only,
+         size_t slot_bytes) {
         SymmetricMemory::Get().Setup(process, num_processes, ids, ordinals, staging_bytes,
-                                     staged_only);
+                                     staged_only, slot_bytes);
       },
       nb::arg("process"), nb::arg("num_processes"), nb::arg("ids"), nb::arg("ordinals"),
-      nb::arg("staging_bytes"), nb::arg("staged_only"), nb::call_guard<nb::gil_scoped_release>());
+      nb::arg("staging_bytes"), nb::arg("staged_only"), nb::arg("slot_bytes"),
+      nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "export_memory",
       [](const std::vector<uint64_t>& pointers) { return SymmetricMemory::Get().Export(pointers); },

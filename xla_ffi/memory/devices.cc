@@ -9,6 +9,7 @@
 #include <thread>
 #include <utility>
 
+#include "cuda/memory/slots.h"
 #include "xla_ffi/memory/driver.h"
 #include "xla_ffi/memory/symmetric_memory.h"
 
@@ -34,6 +35,17 @@ void WarmUpCopies(const Mapping& staging, const std::string& what) {
           what);
   }
   Check(cudaStreamSynchronize(stream.get()), what);
+}
+
+std::shared_ptr<Mapping> AllocateControl(int ordinal, size_t slot_bytes,
+                                         const std::vector<int>& ordinals) {
+  const std::string on = OnDevice(ordinal);
+  if (slot_bytes == 0) {
+    return Allocate(ordinal, sizeof(gpu::ControlBlock), ordinals, "control memory" + on);
+  }
+  return Allocate(ordinal, gpu::kSlotsOffset + slot_bytes, ordinals,
+                  "control memory with slots of " + std::to_string(slot_bytes) + " bytes" + on +
+                      " (jax_ep.initialize(slot_bytes=...); 0 is none)");
 }
 
 // When these devices have no work left. There is no wait for a device with a timeout, so a thread
@@ -83,7 +95,8 @@ const gpu::ControlBlock* SymmetricMemory::Control(int ordinal) {
 }
 
 SymmetricMemory::Device SymmetricMemory::MakeDevice(int ordinal, int64_t member,
-                                                    const std::vector<int>& ordinals) {
+                                                    const std::vector<int>& ordinals,
+                                                    size_t slot_bytes) {
   const DeviceScope scope(ordinal);
   const std::string on = OnDevice(ordinal);
   int major = 0;
@@ -113,19 +126,20 @@ SymmetricMemory::Device SymmetricMemory::MakeDevice(int ordinal, int64_t member,
     // Its former peers have ended their calls, and this device's come one after the other.
     device.staging = last->second.staging;
     device.staging_bytes = last->second.staging_bytes;
-    if (last->second.reusable) {
+    if (last->second.reusable && last->second.slot_bytes == slot_bytes) {
       device.control = last->second.control;
       device.error = last->second.error;
     }
   }
   if (device.control == nullptr) {
-    device.control = Allocate(ordinal, sizeof(gpu::ControlBlock), ordinals, "control memory" + on);
+    device.control = AllocateControl(ordinal, slot_bytes, ordinals);
     gpu::ErrorRecord* record = nullptr;
     Check(cudaHostAlloc(&record, sizeof *record, cudaHostAllocMapped), "error record" + on);
     device.error = {record, [](gpu::ErrorRecord* r) { cudaFreeHost(r); }};
   }
   device.ordinal = ordinal;
   device.member = member;
+  device.slot_bytes = slot_bytes;
   device.shared = std::make_shared<SharedAllocations>(ordinals);
   Check(cudaHostGetDevicePointer(&device.error_on_device, device.error.get(), 0),
         "error record" + on);
@@ -136,7 +150,7 @@ SymmetricMemory::Device SymmetricMemory::MakeDevice(int ordinal, int64_t member,
 
 void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::vector<int>& ids,
                             const std::vector<int>& ordinals, size_t staging_bytes,
-                            bool staged_only) {
+                            bool staged_only, size_t slot_bytes) {
   std::lock_guard<std::mutex> set_up_lock(set_up_mutex_);
   std::vector<Device> devices;
   {
@@ -146,9 +160,17 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
   const bool is_new = devices.empty();
   bool changed = is_new;
   std::set<MemberPair> without_atomics;
+  if (!is_new && slot_bytes != devices.front().slot_bytes) {
+    Throw("devices are set up with slots of " + std::to_string(devices.front().slot_bytes) +
+          " bytes, which cannot become " + std::to_string(slot_bytes) +
+          ": call jax_ep.initialize(slot_bytes=...) before the first program is compiled, or after "
+          "jax_ep.finalize()");
+  }
   if (is_new) {
+    CheckSlots(slot_bytes, static_cast<int>(ordinals.size()));
     for (size_t i = 0; i < ordinals.size(); ++i) {
-      devices.push_back(MakeDevice(ordinals[i], MemberCode(process, ids.at(i)), ordinals));
+      const int64_t member = MemberCode(process, ids.at(i));
+      devices.push_back(MakeDevice(ordinals[i], member, ordinals, slot_bytes));
     }
     for (const Device& a : devices) {
       for (const Device& b : devices) {
@@ -175,7 +197,7 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
       const DeviceScope scope(device.ordinal);
       const std::string what = "control memory" + OnDevice(device.ordinal);
       std::memset(device.error.get(), 0, sizeof(gpu::ErrorRecord));
-      Check(cudaMemset(device.control_block(), 0, sizeof(gpu::ControlBlock)), what);
+      Check(cudaMemset(device.control_block(), 0, device.control->bytes()), what);
       Check(cudaDeviceSynchronize(), what);
     }
   }
@@ -192,6 +214,13 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
   slot_ = std::move(slots);
   if (is_new) without_atomics_ = std::move(without_atomics);
   for (const Device& device : devices_) WriteTimeouts(TimeoutsInForce(), device.error.get());
+}
+
+void SymmetricMemory::CheckSlots(size_t slot_bytes, int num_devices) {
+  const uint64_t least = gpu::min_slot_bytes(num_devices);
+  if (slot_bytes == 0 || slot_bytes >= least) return;
+  Throw("jax_ep.initialize: slot_bytes must be 0 or, for " + std::to_string(num_devices) +
+        " devices, at least " + std::to_string(least) + "; got " + std::to_string(slot_bytes));
 }
 
 std::map<int64_t, int> SymmetricMemory::NumberSlots(const std::vector<Device>& devices,
@@ -291,6 +320,7 @@ std::optional<std::string> SymmetricMemory::FillGroup(const int64_t* members, in
   // device, and stays so when the region grows and a rank of the call has seen the old one.
   view->staging = remote_.empty() ? 0 : staging->begin;
   view->staging_bytes = remote_.empty() ? 0 : staging->bytes;
+  view->slot_area_bytes = gpu::slot_area_bytes(SlotBytes(), static_cast<int32_t>(slot_.size()));
   view->call = ++num_calls_;
   view->num_ranks = num_ranks;
   view->rank = -1;
@@ -343,7 +373,12 @@ std::string SymmetricMemory::Describe() {
   } else {
     out << "direct path: peers read and write XLA's memory";
   }
-  out << "; staging region of " << devices_.front().staging_bytes << " bytes a device";
+  out << "; staging region of " << devices_.front().staging_bytes << " bytes a device; ";
+  if (SlotBytes() == 0) {
+    out << "no slots";
+  } else {
+    out << "slots of " << SlotBytes() << " bytes a device";
+  }
   return out.str();
 }
 

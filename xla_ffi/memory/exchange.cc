@@ -33,7 +33,8 @@ std::string SymmetricMemory::Export(const std::vector<uint64_t>& pool_pointers) 
   prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0);  // peers take descriptors from here
   std::ostringstream out;
   presence_ = std::make_unique<Presence>();
-  out << getpid() << " " << sizeof(gpu::ControlBlock) << " " << presence_->fd();
+  out << getpid() << " " << sizeof(gpu::ControlBlock) << " " << SlotBytes() << " "
+      << presence_->fd();
   const auto show = [&](uint64_t begin, size_t bytes, const std::string& what) {
     descriptors_.push_back(ExportAllocation(begin, what));
     out << " " << descriptors_.back().get() << " " << begin << " " << bytes;
@@ -94,8 +95,18 @@ void SymmetricMemory::Import(const std::vector<std::string>& exports) {
     if (control_bytes != sizeof(gpu::ControlBlock)) {
       Throw("process " + std::to_string(process) + " runs another version of jax_ep");
     }
+    size_t slot_bytes = 0;
     int presence_fd = -1;
-    if (!(in >> presence_fd)) Throw("an incomplete message of process " + std::to_string(process));
+    if (!(in >> slot_bytes >> presence_fd)) {
+      Throw("an incomplete message of process " + std::to_string(process));
+    }
+    if (slot_bytes != SlotBytes()) {
+      Throw("process " + std::to_string(process) + " has slots of " + std::to_string(slot_bytes) +
+            " bytes a device, process " + std::to_string(process_) + " of " +
+            std::to_string(SlotBytes()) +
+            ": pass the same jax_ep.initialize(slot_bytes=...) in every process, or, where it is "
+            "left out, set the same JAX_EP_SLOTS");
+    }
     peers[process] = std::make_unique<PeerProcess>(pid, presence_fd);
     for (int64_t member = 0; in >> member;) {
       const std::string whose = " of process " + std::to_string(process) + ", device " +
@@ -123,6 +134,8 @@ void SymmetricMemory::Import(const std::vector<std::string>& exports) {
     }
   }
   std::map<int64_t, int> slots = NumberSlots(devices_, all);
+  // All processes read the same texts, so they agree on how many devices share the slots.
+  CheckSlots(SlotBytes(), static_cast<int>(slots.size()));
   std::lock_guard<std::mutex> lock(mutex_);
   remote_ = std::move(all);
   peers_ = std::move(peers);

@@ -1,7 +1,7 @@
 // The only part that knows how one GPU's memory becomes another's: peer access and VMM handles.
 //
-// A device has two allocations of its own, which every peer maps: control memory, and a staging
-// region where one is asked for. Payload needs no copy where peers reach XLA's buffers: in one
+// A device has two allocations of its own, which every peer maps: control memory, with slots behind
+// it (cuda/memory/slots.h) where they are asked for, and a staging region, likewise. Payload needs no copy where peers reach XLA's buffers: in one
 // process an address is valid on every device once access is set for its allocation; between
 // processes each exports XLA's pool and the others map it, and an address of the owner is then
 // valid here after adding a constant. A buffer that peers cannot reach is staged: its owner's call
@@ -45,14 +45,16 @@ class SymmetricMemory {
   // The process's devices. Never destroyed.
   static SymmetricMemory& Get();
 
-  // Allocates control memory on these CUDA devices, enables access between them and loads all
-  // kernels. `process` is this process's number of `num_processes`, `ids` are JAX's numbers of the
-  // devices. If they are set up already only the staging regions grow to `staging_bytes`, where
+  // Allocates control memory and slots on these CUDA devices, enables access between them and loads
+  // all kernels. `process` is this process's number of `num_processes`, `ids` are JAX's numbers of
+  // the devices. If they are set up already only the staging regions grow to `staging_bytes`, where
   // they are smaller; calls may be on their way to the devices. With `staged_only` all buffers that
-  // peers touch are staged. Throws std::runtime_error naming the device and the call that failed;
-  // nothing has changed then.
+  // peers touch are staged. `slot_bytes`: of the slots of each device; 0 for none. Throws
+  // std::runtime_error naming the device and the call that failed, or if slots of another size are
+  // there already; nothing has changed then.
   void Setup(int64_t process, int64_t num_processes, const std::vector<int>& ids,
-             const std::vector<int>& ordinals, size_t staging_bytes, bool staged_only);
+             const std::vector<int>& ordinals, size_t staging_bytes, bool staged_only,
+             size_t slot_bytes = 0);
 
   // What other processes need to reach this one's devices: a text, good until CloseDescriptors.
   // `pool_pointers[i]` is an address inside XLA's memory pool on the i-th device of Setup, and has
@@ -119,8 +121,9 @@ class SymmetricMemory {
  private:
   struct Device {
     int ordinal = -1;
-    int64_t member = -1;  // process << 32 | id
-    std::shared_ptr<Mapping> control;
+    int64_t member = -1;               // process << 32 | id
+    std::shared_ptr<Mapping> control;  // and slots
+    size_t slot_bytes = 0;
     std::shared_ptr<Mapping> staging;  // null without
     size_t staging_bytes = 0;
     std::shared_ptr<gpu::ErrorRecord> error;  // host address
@@ -145,11 +148,16 @@ class SymmetricMemory {
   };
 
   Device* FindLocal(int ordinal);
-  Device MakeDevice(int ordinal, int64_t member, const std::vector<int>& ordinals);
+  Device MakeDevice(int ordinal, int64_t member, const std::vector<int>& ordinals,
+                    size_t slot_bytes);
   Timeouts TimeoutsInForce() const;
+  // Throws unless there are none, or some call fits.
+  static void CheckSlots(size_t slot_bytes, int num_devices);
   static std::map<int64_t, int> NumberSlots(const std::vector<Device>& devices,
                                             const std::map<int64_t, RemoteDevice>& remote);
   std::vector<int> Ordinals() const;
+  // Of each device of this process; 0 without slots.
+  size_t SlotBytes() const { return devices_.empty() ? 0 : devices_.front().slot_bytes; }
   std::string NameOfSlot(int slot) const;
   std::optional<std::string> LookAtWait(Device* device, std::chrono::steady_clock::time_point now);
   const gpu::ErrorRecord* FirstRecord() const;
