@@ -17,10 +17,19 @@ def checked_seconds(what: str, value: float) -> float:
 
 def checked_bytes(what: str, value: int) -> int:
     """`value` as an int, if it is a size; errors name it `what`."""
+    return _checked_int(what, value, 0)
+
+
+def checked_count(what: str, value: int) -> int:
+    """`value` as an int, if it counts something that is there; errors name it `what`."""
+    return _checked_int(what, value, 1)
+
+
+def _checked_int(what: str, value: int, least: int) -> int:
     try:
         value = operator.index(value)
     except TypeError:
         raise TypeError(f"{what} must be an integer; got {value!r}") from None
-    if value < 0:
-        raise ValueError(f"{what} must be at least 0; got {value}")
+    if value < least:
+        raise ValueError(f"{what} must be at least {least}; got {value}")
     return value

@@ -296,6 +296,16 @@ def combine(y: Array, layout: Layout, weights: Array | None = _UNWEIGHTED) -> Ar
     token without a kept row gives 0. The inner sum is formed on the expert's rank, so a row crosses
     a link once per (token, rank), and results are the same bits on every backend.
 
+    Where ranks lie on several nodes (CPU only so far), a node's ranks are summed and rounded before
+    nodes are, both ascending; one node, or a rank on each, is as above, to the bit. How many ranks
+    a node has is settled when the program is lowered, since a trace does not know the devices:
+    ``layout.ranks_per_node``, if it is set, else what ``initialize`` was told, else the hosts of
+    the mesh's devices, on each of which every group must have as many ranks, one after the other
+    along ``axis_name``. The program carries the number, like the groups' devices: jit keeps it, a
+    persistent cache finds only its like, an exported program has the same order, so the same bits,
+    wherever it is loaded (over an abstract mesh that of one node, if nothing else was said), and
+    processes that differ in it get an error. See docs/multi_node.md.
+
     Gradients: dy[row] = weights[row] * g[t(row)]; d weights[row] = <y[row], g[t(row)]> in float32,
     both 0 on padding. On GPUs one call forms both while rows arrive. On CPU, and where a row of y
     is longer than 40 KiB, they are XLA's own arithmetic, which on CPU flushes subnormal products to
@@ -318,10 +328,10 @@ def combine(y: Array, layout: Layout, weights: Array | None = _UNWEIGHTED) -> Ar
         [T, H'] in y's type.
 
     Raises:
-        ValueError: a shape or the layout's group does not fit. When it is compiled: as in
-            ``dispatch``.
+        ValueError: a shape or the layout's group does not fit. When it is lowered: the ranks do not
+            lie on nodes evenly. When it is compiled: as in ``dispatch``.
         TypeError: a dtype is not supported.
-        NotImplementedError: as in ``make_layout``.
+        NotImplementedError: as in ``make_layout``; for CUDA, if the group lies on several nodes.
     """
     where = "jax_ep.combine"
     checks.check_layout(where, layout)

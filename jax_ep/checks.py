@@ -146,6 +146,14 @@ def check_layout(where: str, layout: Layout) -> tuple[int, int]:
             f"{layout.axis_name}, but here these axes have {num_ranks}; make the layout inside the "
             "same shard_map"
         )
+    ranks_per_node = layout.ranks_per_node
+    if ranks_per_node is not None:
+        ranks_per_node = positive_int(where, "layout.ranks_per_node", ranks_per_node)
+        if num_ranks % ranks_per_node:
+            raise ValueError(
+                f"{where}: layout.ranks_per_node must divide the group's {num_ranks} ranks; got "
+                f"{ranks_per_node}"
+            )
     ids_shape = layout.topk_idx.shape
     if len(ids_shape) != 2 or layout.recv_src.shape != (layout.capacity,):
         raise ValueError(

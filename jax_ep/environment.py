@@ -14,6 +14,7 @@ _PROGRESS_TIMEOUT = "JAX_EP_PROGRESS_TIMEOUT"
 _PATH = "JAX_EP_PATH"
 _PATHS = ("direct", "staged")
 _SLOTS = "JAX_EP_SLOTS"
+_RANKS_PER_NODE = "JAX_EP_RANKS_PER_NODE"
 _ORDERED_MODES = ("LHS", "SERIALIZE")  # the first is XLA's default
 
 
@@ -52,6 +53,18 @@ def has_slots() -> bool:
     if text not in ("0", "1"):
         raise ValueError(f"environment variable {_SLOTS} must be 0 or 1; got {text!r}")
     return text == "1"
+
+
+def ranks_per_node() -> int | None:
+    """How many ranks of a group count as one node; None where their hosts say so."""
+    text = os.environ.get(_RANKS_PER_NODE)
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise ValueError(
+            f"environment variable {_RANKS_PER_NODE} must be an integer above 0; got {text!r}"
+        )
+    return int(text)
 
 
 def xla_flags() -> str:

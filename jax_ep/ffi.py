@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jax_ep import _cpu, compat, group, limits, runtime, unsplit
+from jax_ep import _cpu, compat, group, limits, nodes, runtime, unsplit
 from jax_ep.batching import map_calls
 from jax_ep.layout import Layout
 
@@ -161,6 +161,7 @@ def bind_combine(
         *(() if weights is None else (weights,)),
         *(() if values is None else (values,)),
         **_sizes(layout),
+        ranks_per_node=layout.ranks_per_node or 0,
         has_weights=weights is not None,
         has_values=values is not None,
         expand=expand,
@@ -281,6 +282,10 @@ def _lower(target: str, platform: str, ctx: Any, *operands: Any, **params: Any) 
     if automatic:
         operands = tuple(unsplit.require(ctx, _VERBS[target], automatic, operands))
     members = group.members(ctx, axis_name)
+    if "ranks_per_node" in params:
+        params["ranks_per_node"] = params["ranks_per_node"] or nodes.ranks_per_node(
+            ctx, axis_name, params["num_ranks"], _VERBS[target]
+        )
     operand_types, results = list(ctx.avals_in), list(ctx.avals_out)
     values = list(operands)
     if platform == "cpu":
@@ -291,6 +296,7 @@ def _lower(target: str, platform: str, ctx: Any, *operands: Any, **params: Any) 
         values.insert(0, group.coordinates(ctx, axis_name))
     else:
         _check_limits_of_cuda(target, ctx.avals_in, params)
+        _check_nodes_of_cuda(target, params)
         runtime.require_cuda(target)
         results += _scratch(target, ctx.avals_in, params)
     attributes = {name: np.int64(value) for name, value in params.items()}
@@ -306,6 +312,18 @@ _VERBS = {
     "jax_ep_combine": "jax_ep.combine",
     "jax_ep_combine_gradient": "jax_ep.combine's gradient",
 }
+
+
+def _check_nodes_of_cuda(target: str, params: dict[str, Any]) -> None:
+    num_ranks = params["num_ranks"]
+    ranks_per_node = params.get("ranks_per_node", num_ranks)
+    if ranks_per_node != num_ranks:
+        raise NotImplementedError(
+            f"{_VERBS[target]}: a group of {num_ranks} ranks with {ranks_per_node} on each node is "
+            "for CPU only so far: on CUDA a group lies on one node. Make the mesh axes of "
+            "axis_name smaller, or, where the ranks are on one node, pass "
+            f"jax_ep.initialize(ranks_per_node={num_ranks})"
+        )
 
 
 def _check_limits_of_cuda(target: str, avals: Sequence[Any], params: dict[str, Any]) -> None:

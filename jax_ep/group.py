@@ -135,6 +135,16 @@ def members(ctx: Any, axis_name: tuple[str, ...]) -> Members:
 
 @functools.lru_cache(maxsize=256)  # not once a call: it looks at every device
 def _members_of_mesh(mesh: Any, axis_name: tuple[str, ...]) -> Members:
+    numbers = numbers_by_group(mesh, axis_name)
+    processes = numbers >> 32
+    return Members(
+        *mixed_radix(numbers.reshape(-1)),
+        across_processes=bool((processes != processes[:, :1]).any()),
+    )
+
+
+def numbers_by_group(mesh: Any, axis_name: tuple[str, ...]) -> np.ndarray:
+    """The devices' numbers (see ``Members``), int64 [groups, R]."""
     names, devices, shape = compat.mesh_devices(mesh)
     if devices is None:
         numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
@@ -143,12 +153,8 @@ def _members_of_mesh(mesh: Any, axis_name: tuple[str, ...]) -> Members:
         numbers = np.array(flat, dtype=np.int64).reshape(shape)
     order = [names.index(n) for n in names if n not in axis_name]
     order += [names.index(n) for n in axis_name]
-    numbers = numbers.transpose(order).reshape(-1)
     num_ranks = math.prod(shape[names.index(n)] for n in axis_name)
-    processes = numbers.reshape(-1, num_ranks) >> 32
-    return Members(
-        *mixed_radix(numbers), across_processes=bool((processes != processes[:, :1]).any())
-    )
+    return numbers.transpose(order).reshape(-1, num_ranks)
 
 
 def mixed_radix(numbers: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

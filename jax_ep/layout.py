@@ -47,6 +47,10 @@ class Layout:
         num_sms: streaming multiprocessors that each operation on this layout, backward passes
             included, may use on a GPU; 0 is all of them. ``dataclasses.replace(layout, num_sms=n)``
             gives the same layout with another number.
+        ranks_per_node: how many ranks, one after the other, count as a node in the order in which
+            ``combine`` and the gradient of ``dispatch`` sum (see ``combine``); a divisor of R.
+            ``dataclasses.replace(layout, ranks_per_node=n)`` gives the same layout with that
+            order, R that of one node. None: as the devices lie, or as ``initialize`` was told.
     """
 
     topk_idx: jax.Array
@@ -68,6 +72,7 @@ class Layout:
     expert_capacity: int | None
     zero_tail: bool
     num_sms: int
+    ranks_per_node: int | None = None
 
     @property
     def kept(self) -> jax.Array:
@@ -104,6 +109,7 @@ _STATIC_FIELDS = (
     "expert_capacity",
     "zero_tail",
     "num_sms",
+    "ranks_per_node",
 )
 jax.tree_util.register_dataclass(
     Layout,

@@ -7,7 +7,7 @@ travel.
 
 Letters: R ranks, T tokens per rank, K experts per token (top-k), E experts in all, L = E / R
 experts per rank (expert e lives on rank e // L), C receive capacity in rows, A expert alignment,
-M room of an expert in rows, H hidden size.
+M room of an expert in rows, H hidden size, N ranks of the group on each node.
 
 The flat source id of choice k of token t on rank r is `(r * T + t) * K + k`; sorting by it is
 sorting by source rank, then token, then k.
@@ -18,7 +18,8 @@ results.
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import ml_dtypes
@@ -43,6 +44,9 @@ SMALLEST_AMAX = np.float32(2.0**-100)
 
 MAX_ROWS = 2**31 - 2**20
 """What rows and padding of a group may come to, and a capacity: they are counted in int32."""
+
+Part = tuple[NDArray[np.bool_], NDArray[Any]]
+"""Of a sum: which tokens it has a part of, bool [R, T], and the parts, [R, T, H], rounded."""
 
 
 # Layout -------------------------------------------------------------------------------------------
@@ -76,6 +80,7 @@ class ReferenceLayout:
         expert_alignment: A.
         expert_capacity: M where every expert has the same room, else None.
         zero_tail: whether rows beyond the last group have a specified value, zero.
+        ranks_per_node: N, a divisor of R: ranks n * N and so on are node n. R is one node.
     """
 
     topk_idx: NDArray[np.int32]
@@ -97,6 +102,7 @@ class ReferenceLayout:
     expert_alignment: int
     expert_capacity: int | None
     zero_tail: bool
+    ranks_per_node: int
 
     @property
     def kept(self) -> NDArray[np.bool_]:
@@ -151,6 +157,7 @@ def make_layout(
     expert_alignment: int = 1,
     expert_capacity: int | None = None,
     zero_tail: bool = True,
+    ranks_per_node: int | None = None,
 ) -> ReferenceLayout:
     """Places every routed row.
 
@@ -170,6 +177,8 @@ def make_layout(
         expert_alignment: A.
         expert_capacity: M, a multiple of A; `capacity` must then be None.
         zero_tail: see `specified_rows`.
+        ranks_per_node: N, a divisor of R, for the order in which `combine` and the gradient of
+            `dispatch` sum; None for R. No row's place depends on it.
 
     Returns:
         The layout of all ranks.
@@ -178,7 +187,7 @@ def make_layout(
         TypeError: topk_idx is not int32.
         ValueError: topk_idx is not [R, T, K] or has an empty axis; E is not a multiple of R; K > E;
             A < 1; C or M is not a positive multiple of A; both are given; R * T * K + E * A or C is
-            above `MAX_ROWS`.
+            above `MAX_ROWS`; R is not a multiple of N.
     """
     topk_idx = np.asarray(topk_idx)
     _check_dtype("topk_idx", topk_idx.dtype, INT32)
@@ -189,6 +198,12 @@ def make_layout(
     num_rows = topk_idx.size + num_experts * expert_alignment
     if num_rows > MAX_ROWS:
         raise ValueError(f"R * T * K + E * A must be at most {MAX_ROWS}, got {num_rows}")
+    if ranks_per_node is None:
+        ranks_per_node = num_ranks
+    if ranks_per_node < 1 or num_ranks % ranks_per_node:
+        raise ValueError(
+            f"ranks_per_node must divide num_ranks ({num_ranks}), got {ranks_per_node}"
+        )
     num_local_experts = num_experts // num_ranks
     if expert_capacity is not None:
         if capacity is not None:
@@ -271,6 +286,7 @@ def make_layout(
         expert_alignment=expert_alignment,
         expert_capacity=expert_capacity,
         zero_tail=zero_tail,
+        ranks_per_node=ranks_per_node,
     )
 
 
@@ -361,13 +377,17 @@ def dispatch(
 def combine(
     y: NDArray[Any], layout: ReferenceLayout, weights: NDArray[Any] | None = None
 ) -> NDArray[Any]:
-    """Sums the rows of each token, first on each expert rank, then over the ranks.
+    """Sums the rows of each token, first on each expert rank, then on each node, then over nodes.
 
-    out[t] = round( sum over ranks, ascending, of round( sum over the kept rows of t on that rank,
-    in k order, of weights * y ) ), where round is to y's dtype. Products and sums are float32, each
-    rounded to nearest even, with subnormals and without fused multiply-add. Both sums start at
-    +0.0; a rank without a kept row of t adds nothing; a token with no kept row gives +0. Rows that
-    are not `row_valid` are never read.
+    out[t] = round( sum over nodes, ascending, of round( sum over the node's ranks, ascending, of
+    round( sum over the kept rows of t on that rank, in k order, of weights * y ) ) ), where round
+    is to y's dtype. Products and sums are float32, each rounded to nearest even, with subnormals
+    and without fused multiply-add. All sums start at +0.0; a rank or node without a kept row of t
+    adds nothing; a token with no kept row gives +0. Rows that are not `row_valid` are never read.
+
+    One node (N = R) is the sum over all ranks, and so is N = 1, to the bit: a sum of numbers of y's
+    dtype that starts at +0.0 is never -0 nor below that dtype's subnormals, so that to round it, to
+    add it to +0.0 and to round again changes nothing.
 
     Float64 y is for numeric gradient checks: all arithmetic is then float64, in the same order, and
     the roundings to y's dtype do nothing.
@@ -391,21 +411,43 @@ def combine(
 
     kept = layout.kept
     expert_rank = layout.topk_idx // (layout.num_experts // layout.num_ranks)
-    out = np.zeros((layout.num_ranks, layout.num_tokens, y.shape[-1]), compute)
+
+    def on_rank(rank: int) -> Part:
+        here = kept & (expert_rank == rank)
+        total = np.zeros((layout.num_ranks, layout.num_tokens, y.shape[-1]), compute)
+        for k in range(layout.top_k):
+            chosen = here[:, :, k]
+            rows = layout.send_row[:, :, k][chosen]
+            addend = y[rank, rows].astype(compute)
+            if weights is not None:
+                addend = weights[rank, rows][:, None].astype(compute) * addend
+            total[chosen] += addend
+        return here.any(axis=-1), total.astype(y.dtype)
+
     with np.errstate(all="ignore"):
-        for rank in range(layout.num_ranks):
-            here = kept & (expert_rank == rank)
-            on_rank = np.zeros_like(out)
-            for k in range(layout.top_k):
-                chosen = here[:, :, k]
-                rows = layout.send_row[:, :, k][chosen]
-                addend = y[rank, rows].astype(compute)
-                if weights is not None:
-                    addend = weights[rank, rows][:, None].astype(compute) * addend
-                on_rank[chosen] += addend
-            adds = here.any(axis=-1)
-            out[adds] += on_rank[adds].astype(y.dtype).astype(compute)
-        return out.astype(y.dtype)
+        return _sum_over_nodes(on_rank, layout)
+
+
+def _sum_over_nodes(on_rank: Callable[[int], Part], layout: ReferenceLayout) -> NDArray[Any]:
+    """The parts of all ranks, summed on each node, and what comes of it summed over nodes."""
+
+    def on_node(node: int) -> Part:
+        first = node * layout.ranks_per_node
+        return _sum_parts(on_rank(rank) for rank in range(first, first + layout.ranks_per_node))
+
+    num_nodes = layout.num_ranks // layout.ranks_per_node
+    return _sum_parts(on_node(node) for node in range(num_nodes))[1]
+
+
+def _sum_parts(parts: Iterable[Part]) -> Part:
+    """The sum of the parts in their order, from +0.0, rounded to their dtype."""
+    parts = iter(parts)
+    has_sum, first = next(parts)
+    total = np.zeros(first.shape, _compute_dtype(first.dtype))
+    for adds, part in itertools.chain([(has_sum, first)], parts):
+        total[adds] += part[adds].astype(total.dtype)
+        has_sum = has_sum | adds
+    return has_sum, total.astype(first.dtype)
 
 
 def collect(values: NDArray[Any], layout: ReferenceLayout) -> NDArray[Any]:
@@ -442,8 +484,9 @@ def dispatch_vjp(
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """The gradient of `dispatch`: `combine` without weights, and `collect`.
 
-    With expand=False, dx[t] = round( sum over the ranks r, ascending, that have a kept row of t, of
-    the row of t in d_tokens[r] ), the sum in float32 from +0.0. All other rows are never read.
+    With expand=False, dx[t] = round( sum over nodes, ascending, of round( sum over the node's ranks
+    r, ascending, that have a kept row of t, of the row of t in d_tokens[r] ) ), sums in float32
+    from +0.0. All other rows are never read.
 
     Args:
         layout: the layout.
@@ -465,7 +508,7 @@ def dispatch_vjp(
         _check_rows("d_tokens", d_tokens, layout)
         d_x = combine(d_tokens, layout)
     else:
-        d_x = _sum_over_ranks(d_tokens, layout)
+        d_x = _combine_once_per_rank(d_tokens, layout)
     if d_weights is None:
         return d_x, None
     d_weights = np.asarray(d_weights)
@@ -474,17 +517,17 @@ def dispatch_vjp(
     return d_x, collect(d_weights, layout)
 
 
-def _sum_over_ranks(d_tokens: NDArray[Any], layout: ReferenceLayout) -> NDArray[Any]:
+def _combine_once_per_rank(d_tokens: NDArray[Any], layout: ReferenceLayout) -> NDArray[Any]:
     """`combine` without weights of one row per (token, rank), [R, R * T + 1, H]."""
-    num_tokens = layout.num_ranks * layout.num_tokens
-    _check_rows("d_tokens", d_tokens, layout, num_tokens + 1)
-    compute = _compute_dtype(d_tokens.dtype)
-    out = np.zeros((num_tokens, d_tokens.shape[-1]), compute)
+    shape = (layout.num_ranks, layout.num_tokens)
+    _check_rows("d_tokens", d_tokens, layout, layout.num_ranks * layout.num_tokens + 1)
+
+    def on_rank(rank: int) -> Part:
+        has_rows = np.diff(layout.recv_offsets[rank]) > 0
+        return has_rows.reshape(shape), d_tokens[rank, :-1].reshape(*shape, -1)
+
     with np.errstate(all="ignore"):
-        for rank in range(layout.num_ranks):
-            has_rows = np.diff(layout.recv_offsets[rank]) > 0
-            out[has_rows] += d_tokens[rank, :-1][has_rows].astype(compute)
-        return out.astype(d_tokens.dtype).reshape(layout.num_ranks, layout.num_tokens, -1)
+        return _sum_over_nodes(on_rank, layout)
 
 
 def combine_vjp(

@@ -10,7 +10,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from jax_ep import _native, compat, environment, limits, timeouts
+from jax_ep import _native, compat, environment, limits, nodes, timeouts
 from jax_ep._checks import checked_bytes, checked_seconds
 from jax_ep.errors import Watcher
 from jax_ep.join import Attempt
@@ -34,15 +34,19 @@ _pool_anchors: list[jax.Array] = []
 
 
 def initialize(
-    *, timeout: float = 60.0, staging_bytes: int = 0, slot_bytes: int | None = None
+    *,
+    timeout: float = 60.0,
+    staging_bytes: int = 0,
+    slot_bytes: int | None = None,
+    ranks_per_node: int | None = None,
 ) -> None:
     """Joins the processes of a multi-process job. Collective: every process calls it once.
 
     Call it after ``jax.distributed.initialize()`` and before the first program that uses this
-    library is compiled. With one process there is nothing to do but for ``staging_bytes`` and
-    ``slot_bytes``, and after ``finalize()``. On CPU the processes must run on one host as one user:
-    control messages go over Unix sockets, and rows are read straight from the owner's memory
-    (``process_vm_readv``).
+    library is compiled. With one process there is nothing to do but for ``staging_bytes``,
+    ``slot_bytes`` and ``ranks_per_node``, and after ``finalize()``. On CPU the processes must run
+    on one host as one user: control messages go over Unix sockets, and rows are read straight from
+    the owner's memory (``process_vm_readv``).
 
     On CUDA peers read and write XLA's buffers directly, where they can map them. They cannot with
     ``XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async``, nor where XLA's memory grew after this call
@@ -72,22 +76,30 @@ def initialize(
         slot_bytes: size of the slots of each CUDA device, the same in all processes; 0 for none. By
             default 64 MiB with ``JAX_EP_SLOTS=1``, else 0; in one process whose devices are set up
             already, what they have.
+        ranks_per_node: how many ranks of a group, one after the other, count as one node in the
+            order of ``combine``'s sums (see there), wherever they are: to test that order on one
+            host. It divides the ranks of every group that has more. The same in all processes;
+            programs that are compiled already keep what they have. None: what the environment
+            variable ``JAX_EP_RANKS_PER_NODE`` says, else processes are on one node where their
+            hosts have one name.
 
     Raises:
         RuntimeError: if a process is missing or late (it is named), runs on another host, may not
-            be read, or has failed; if the processes are joined already; if XLA's memory cannot be
-            mapped by peers and ``staging_bytes`` is 0; if a device has no memory for its slots, or
-            they are too small for the job's devices, differ between processes, or have another size
-            already.
-        TypeError: if ``timeout`` is not a number or a size in bytes not an integer.
-        ValueError: if ``timeout`` is not above 0 and at most 1e8, ``staging_bytes`` negative, or
-            ``slot_bytes`` neither 0 nor enough for one device.
+            be read, or has failed; if the processes are joined already, or do not agree in
+            ``ranks_per_node``; if XLA's memory cannot be mapped by peers and ``staging_bytes`` is
+            0; if a device has no memory for its slots, or they are too small for the job's devices,
+            differ between processes, or have another size already.
+        TypeError: if ``timeout`` is not a number, or a size in bytes or ``ranks_per_node`` not an
+            integer.
+        ValueError: if ``timeout`` is not above 0 and at most 1e8, ``staging_bytes`` negative,
+            ``slot_bytes`` neither 0 nor enough for one device, or ``ranks_per_node`` below 1.
     """
     global _connected
     timeout = checked_seconds("jax_ep.initialize: timeout", timeout)
     staging_bytes = checked_bytes("jax_ep.initialize: staging_bytes", staging_bytes)
     if slot_bytes is not None:
         slot_bytes = _checked_slot_bytes(slot_bytes)
+    ranks_per_node = nodes.checked(ranks_per_node)
     if _connected:
         raise RuntimeError(
             "jax_ep.initialize: this process is connected already; call jax_ep.finalize() first"
@@ -98,12 +110,13 @@ def initialize(
             jax.local_devices()
             if compat.has_live_client("cuda"):
                 _set_up_cuda(staging_bytes, slot_bytes)
+        nodes.choose(ranks_per_node)
         return
     try:
         _release_cuda(must_end=True)  # what a program before this call has set up
         attempt = Attempt(compat.coordination_client(), timeout)
         try:
-            _connect(attempt, timeout, staging_bytes, slot_bytes)
+            _connect(attempt, timeout, staging_bytes, slot_bytes, ranks_per_node)
         except BaseException as error:
             attempt.tell_failure(error)
             raise
@@ -124,10 +137,16 @@ def _checked_slot_bytes(slot_bytes: int) -> int:
     return slot_bytes
 
 
-def _connect(attempt: Attempt, timeout: float, staging_bytes: int, slot_bytes: int | None) -> None:
+def _connect(
+    attempt: Attempt,
+    timeout: float,
+    staging_bytes: int,
+    slot_bytes: int | None,
+    ranks_per_node: int | None,
+) -> None:
     addresses = attempt.join(_native.cpu.listen())
     _native.cpu.connect(compat.process_index(), addresses, timeout)
-    attempt.exchange("connected")
+    nodes.learn(attempt.exchange(nodes.as_told(ranks_per_node)))
     exported = ""
     if _native.cuda is not None:
         # Making the clients is collective in a job of several processes; all of them come here.
@@ -168,6 +187,7 @@ def finalize() -> None:
 def _leave() -> None:
     global _connected
     _connected = False
+    nodes.forget()
     _native.cpu.disconnect()
     _release_cuda()
 

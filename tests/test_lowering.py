@@ -193,7 +193,7 @@ def test_exact_calls_of_a_layer_for_cuda() -> None:
     case = sizes(EP)
     f = sharded_layer(EP, EP.mesh(), case)
     dispatch = {"has_weights": 1, "zero_tail": 1, "quantization": 0, "dequantize": 0, "expand": 1}
-    combine = {"has_weights": 1, "has_values": 0, "expand": 1}
+    combine = {"ranks_per_node": 8, "has_weights": 1, "has_values": 0, "expand": 1}
     assert calls(lower(f, make_problem(EP, case).inputs, "cuda")) == [
         Call(
             "layout",
@@ -228,7 +228,7 @@ def test_exact_calls_of_the_backward_pass_for_cuda() -> None:
     )
     assert found[3] == Call(
         "combine",
-        ON_EP | {"has_weights": 0, "has_values": 1, "expand": 1},
+        ON_EP | {"ranks_per_node": 8, "has_weights": 0, "has_values": 1, "expand": 1},
         ("10x8xf32", *ON_LAYOUT, "10xf32"),
         ("6x8xf32", "6x2xf32", "8x6x8xf32"),
     )

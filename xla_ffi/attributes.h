@@ -44,9 +44,11 @@
   NUMBER(dequantize)                    \
   NUMBER(expand)
 
-// 0 or 1. expand: of y, which has no weights where it is 0.
+// ranks_per_node: a divisor of num_ranks; as many ranks one after the other are a node. expand: of y,
+// which has no weights where it is 0. The others: 0 or 1.
 #define JAX_EP_COMBINE_NUMBERS(NUMBER) \
   JAX_EP_SIZES(NUMBER)                 \
+  NUMBER(ranks_per_node)               \
   NUMBER(has_weights)                  \
   NUMBER(has_values)                   \
   NUMBER(expand)

@@ -202,8 +202,11 @@ DispatchCall DecodeCall(const DispatchAttributes& a, ffi::RemainingArgs operands
 CombineCall DecodeCall(const CombineAttributes& a, ffi::RemainingArgs operands,
                        ffi::RemainingRets results, Checks* checks, bool has_scratch) {
   CombineCall call{};
+  call.ranks_per_node = a.ranks_per_node;
   call.expand = a.expand != 0;
   CheckSizes(a.sizes(), checks);
+  checks->Require(a.ranks_per_node > 0 && a.num_ranks % a.ranks_per_node == 0,
+                  "ranks_per_node must divide num_ranks");
   checks->Require(call.expand || a.has_weights == 0, "y has weights only where it is expanded");
   if (!checks->ok()) return call;
   Reader reader(operands, results, checks);

@@ -82,6 +82,7 @@ struct CombineCall : OnLayout {
   Rows out;          // [T, H]
   Memory collected;  // f32 [T, K], if has_values: values at the row of each (token, k), 0 if none
   Rows partial;      // [R, T, H], scratch of CUDA's kernel
+  int64_t ranks_per_node;
   bool expand;
 };
 

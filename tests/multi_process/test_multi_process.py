@@ -45,6 +45,7 @@ def eight_devices(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], l
         if num_processes > 1:
             scenarios.append("pairing.pairing")
         if num_processes == 2:
+            scenarios.append("hosts.on_hosts")
             scenarios.insert(0, "set_up.groups_inside_processes")
         return _job(tmp_path_factory.mktemp("job"))(
             "results",
@@ -110,6 +111,21 @@ def test_same_bits_as_one_process(
         if value.dtype != one_process[key].dtype or value.tobytes() != one_process[key].tobytes()
     ]
     assert not different
+
+
+# Nodes --------------------------------------------------------------------------------------------
+
+
+@_of_eight_devices
+@pytest.mark.once
+def test_processes_on_several_hosts(eight_devices: Callable[[int], list[Finished]]) -> None:
+    """Four ranks on each of two hosts; what initialize() is told goes before that."""
+    for process in eight_devices(2):
+        seen = process.of("hosts.on_hosts")
+        assert seen.lines("RIGHT") == ["4", "2", "8"], process.log
+        scattered, disagreeing = seen.lines("ERROR")
+        assert "group 0 has ranks 0 to 0 on host0, 1 to 1 on host1" in scattered
+        assert "it is 1 in process 0 and 2 in process 1" in disagreeing
 
 
 # Pairing ------------------------------------------------------------------------------------------

@@ -174,10 +174,14 @@ void Demands() {
 
   jax_ep::CombineCall combine{};
   combine.sizes = sizes;
+  combine.ranks_per_node = sizes.num_ranks;
   combine.y = combine.out = combine.partial = RowsAt(kAligned, 8, ffi::BF16);
   using Combine = jax_ep::CombineCall;
   RowsAreChecked(combine,
                  {{"y", &Combine::y}, {"out", &Combine::out}, {"partial", &Combine::partial}});
+  combine.ranks_per_node = 1;
+  CHECK(Complaint(combine) ==
+        "op: ranks_per_node must be num_ranks: the kernel sums over one node");
 
   jax_ep::CombineGradientCall gradient{};
   gradient.sizes = sizes;

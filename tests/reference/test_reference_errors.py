@@ -135,6 +135,8 @@ VALUE_ERRORS: Failures = [
     ("num_experts must be a multiple of num_ranks (2), got 5", lambda: make(num_experts=5)),
     ("top_k must be at most num_experts (4), got 6", lambda: make(np.tile(EXAMPLE_IDS, 3))),
     ("expert_alignment must be at least 1, got 0", lambda: make(expert_alignment=0)),
+    ("ranks_per_node must divide num_ranks (2), got 0", lambda: make(ranks_per_node=0)),
+    ("ranks_per_node must divide num_ranks (2), got 4", lambda: make(ranks_per_node=4)),
     (
         "capacity must be a positive multiple of expert_alignment (1), got 0",
         lambda: make(capacity=0),

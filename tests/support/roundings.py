@@ -1,8 +1,13 @@
-"""The rounding of combine: rows of one token whose result shows each rule of the contract."""
+"""The rounding of combine: rows of one token whose result shows each rule of the contract.
+
+`ROUNDINGS` are on one node, `NODE_ROUNDINGS` on several.
+"""
+
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 
@@ -146,3 +151,88 @@ ROUNDINGS: dict[str, tuple[DTypeLike, list[tuple[int, float]], list[float] | Non
     "infinities of two ranks cancel to NaN": (F32, [(0, np.inf), (1, -np.inf)], None, np.nan),
     "NaN stays NaN": (BF16, [(0, 1.0), (1, np.nan)], None, np.nan),
 }
+
+# Six ranks: what one token's rows are, as (expert rank, value) with at most one on a rank, and what
+# comes out with two ranks on each of three nodes, and with one node or six.
+NODE_ROUNDINGS: dict[str, tuple[DTypeLike, list[tuple[int, float]], float, float]] = {
+    # The spacing beside 1 is 2**-7; each 2**-8 that is added to a rounded 1 is a tie, to even.
+    "bf16 rounds what a node's ranks add up to": (
+        BF16,
+        [(0, 1.0), (1, 2.0**-8), (2, 2.0**-8)],
+        1.0,
+        1.0 + 2.0**-7,
+    ),
+    "bf16 does not round between the nodes, nor add their ranks one by one": (
+        BF16,
+        [(0, 1.0), (2, 2.0**-8), (3, 2.0**-8)],
+        1.0 + 2.0**-7,
+        1.0 + 2.0**-7,
+    ),
+    "float32 adds a node's ranks before it adds nodes": (
+        F32,
+        [(0, 2.0**24), (2, 1.0), (3, 1.0)],
+        2.0**24 + 2,
+        2.0**24,
+    ),
+    "float32 adds nodes in ascending order": (
+        F32,
+        [(4, 1.0), (2, 1.0), (0, 2.0**24)],
+        2.0**24,
+        2.0**24,
+    ),
+    "float32 adds nodes in ascending order, ones first": (
+        F32,
+        [(5, 2.0**24), (1, 1.0), (3, 1.0)],
+        2.0**24 + 2,
+        2.0**24 + 2,
+    ),
+    "float16 overflows on a node for good": (
+        F16,
+        [(0, 65504.0), (1, 65504.0), (2, -65504.0)],
+        np.inf,
+        65504.0,
+    ),
+    "float16 does not overflow where ranks of a node cancel": (
+        F16,
+        [(0, 65504.0), (2, 65504.0), (3, -65504.0)],
+        65504.0,
+        65504.0,
+    ),
+    "infinities of two nodes cancel to NaN": (
+        F16,
+        [(0, 65504.0), (1, 65504.0), (2, -65504.0), (3, -65504.0)],
+        np.nan,
+        0.0,
+    ),
+    "-0 from every rank becomes +0": (
+        F16,
+        [(0, -0.0), (1, -0.0), (2, -0.0), (3, -0.0)],
+        0.0,
+        0.0,
+    ),
+    "nodes cancel to +0": (BF16, [(1, -1.0), (2, 1.0)], 0.0, 0.0),
+    "float32 subnormals of two ranks and two nodes": (
+        F32,
+        [(0, 2.0**-149), (2, 2.0**-149), (3, 2.0**-149)],
+        3 * 2.0**-149,
+        3 * 2.0**-149,
+    ),
+    "bf16 subnormals": (BF16, [(1, -(2.0**-133)), (3, 3 * 2.0**-133)], 2.0**-132, 2.0**-132),
+    "NaN on one node": (BF16, [(0, 1.0), (3, np.nan)], np.nan, np.nan),
+}
+
+
+def one_token_on_six_ranks(
+    dtype: DTypeLike, choices: list[tuple[int, float]]
+) -> tuple[NDArray[np.int32], NDArray[Any]]:
+    """An entry of NODE_ROUNDINGS as ids [6, 1, K] and experts' rows [6, 6, 8].
+
+    Six experts, one on each rank; rank 0 has the token, the others route nothing. Its row is the
+    first of an expert, the others are NaN.
+    """
+    ids = np.full((6, 1, 4), -1, np.int32)
+    ids[0, 0, : len(choices)] = [rank for rank, _ in choices]
+    y = np.full((6, 6, 8), np.nan, dtype)
+    for rank, value in choices:
+        y[rank, 0] = value
+    return ids, y

@@ -20,6 +20,7 @@ ffi::Future Combine(ffi::RunId run, CpuSiteState* state, CombineAttributes a,
                                 a.capacity,
                                 call.sizes.num_local_experts(),
                                 call.y.num_channels,
+                                call.ranks_per_node,
                                 *call.y.float_type(),
                                 call.expand};
   return Arrive(

@@ -53,6 +53,8 @@ void CheckForKernel(const DispatchCall& call, Checks* checks) {
 
 void CheckForKernel(const CombineCall& call, Checks* checks) {
   CheckTopK(call.sizes, checks);
+  checks->Require(call.ranks_per_node == call.sizes.num_ranks,
+                  "ranks_per_node must be num_ranks: the kernel sums over one node");
   CheckRows("y", call.y, checks);
   CheckRows("out", call.out, checks);
   CheckRows("partial", call.partial, checks);

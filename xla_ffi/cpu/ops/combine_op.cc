@@ -1,5 +1,6 @@
-// out[t] = round(sum over ranks r of round(sum over the rows of t on r of weight * y)), both sums
-// in f32 from +0, ranks ascending, rows in k order. The inner sum is the expert's rank's: within a
+// out[t] = round(sum over nodes n of round(sum over ranks r of n of round(sum over the rows of t on r
+// of weight * y))), all sums in f32 from +0, nodes and ranks ascending, rows in k order. Ranks
+// ranks_per_node * n and so on are node n. The innermost sum is the expert's rank's: within a
 // process it is formed where it is used, for a token of another process it is formed beforehand,
 // so that one row per (token, rank) crosses.
 #include <algorithm>
@@ -132,28 +133,48 @@ class CombineOp final : public CollectiveOp {
     for (Term& term : terms) term.row = src * sizes_.num_tokens + token;
   }
 
+  // acc[0 .. count) = sum over the ranks of terms[begin ..] before `end_rank`, channels from
+  // `channel` on; returns where the terms of other ranks begin.
+  size_t SumRanks(int64_t token, const std::vector<Term>& terms, size_t begin, int64_t end_rank,
+                  const Pulled* pulled, int64_t channel, int64_t count, float* acc) const {
+    std::fill_n(acc, count, 0.0f);
+    while (begin < terms.size() && terms[begin].dst_rank < end_rank) {
+      const int64_t rank = terms[begin].dst_rank;
+      size_t end = begin;
+      while (end < terms.size() && terms[end].dst_rank == rank) ++end;
+      if (is_local(rank)) {
+        float partial[kBlock];
+        SumRows(rank, &terms[begin], static_cast<int64_t>(end - begin), channel, count, partial);
+        accumulate_rounded(sizes_.type, acc, partial, count);
+      } else {
+        const Pulled& from = pulled[rank];
+        accumulate_row(sizes_.type, acc,
+                       from.rows.data() + from.row_of_token[token] * row_bytes() +
+                           channel * float_bytes(sizes_.type),
+                       count);
+      }
+      begin = end;
+    }
+    return begin;
+  }
+
   void SumToken(int64_t src, int64_t token, const std::vector<Term>& terms,
                 const Pulled* pulled) const {
     char* out = static_cast<char*>(out_[src][kCombineOut]) + token * row_bytes();
     for (int64_t channel = 0; channel < sizes_.num_channels; channel += kBlock) {
       const int64_t count = std::min(kBlock, sizes_.num_channels - channel);
-      float total[kBlock], partial[kBlock];
-      std::fill_n(total, count, 0.0f);
-      for (size_t i = 0; i < terms.size();) {
-        const int64_t rank = terms[i].dst_rank;
-        size_t end = i;
-        while (end < terms.size() && terms[end].dst_rank == rank) ++end;
-        if (is_local(rank)) {
-          SumRows(rank, &terms[i], static_cast<int64_t>(end - i), channel, count, partial);
-          accumulate_rounded(sizes_.type, total, partial, count);
-        } else {
-          const Pulled& from = pulled[rank];
-          accumulate_row(sizes_.type, total,
-                         from.rows.data() + from.row_of_token[token] * row_bytes() +
-                             channel * float_bytes(sizes_.type),
-                         count);
+      float total[kBlock];
+      if (sizes_.ranks_per_node == sizes_.num_ranks) {  // rounded once more it would be the same
+        SumRanks(token, terms, 0, sizes_.num_ranks, pulled, channel, count, total);
+      } else {
+        std::fill_n(total, count, 0.0f);
+        for (size_t i = 0; i < terms.size();) {
+          float on_node[kBlock];
+          const int64_t node = terms[i].dst_rank / sizes_.ranks_per_node;
+          i = SumRanks(token, terms, i, (node + 1) * sizes_.ranks_per_node, pulled, channel, count,
+                       on_node);
+          accumulate_rounded(sizes_.type, total, on_node, count);
         }
-        i = end;
       }
       store_row(sizes_.type, out + channel * float_bytes(sizes_.type), total, count);
     }

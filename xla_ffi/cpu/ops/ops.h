@@ -64,7 +64,8 @@ std::unique_ptr<CollectiveOp> MakeDispatchOp(const DispatchSizes& sizes, const M
 // ---- combine: rows back to their tokens, summed ------------------------------------------------
 struct CombineSizes {
   int64_t num_ranks, num_tokens, top_k, capacity, num_local_experts;
-  int64_t num_channels;  // H
+  int64_t num_channels;    // H
+  int64_t ranks_per_node;  // a divisor of num_ranks
   FloatType type;
   bool expand;  // as in DispatchSizes, of y; weights only where it is set
 };
