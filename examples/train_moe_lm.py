@@ -7,6 +7,8 @@ with the interpreter running this file, so there is nothing to download:
     python examples/train_moe_lm.py                      # 8 virtual devices on CPU, or all GPUs
     python examples/train_moe_lm.py --resume             # goes on from the last checkpoint
     python examples/train_moe_lm.py --dispatch dense     # the same model without jax_ep
+    python examples/train_moe_lm.py --export DIR         # writes a checkpoint for serve_moe too
+    python examples/train_moe_lm.py --init DIR           # begins with such a checkpoint
 
 With several processes, start each of them like this (where JAX finds the cluster's settings by
 itself, --distributed alone is enough):
@@ -14,7 +16,7 @@ itself, --distributed alone is enough):
     python examples/train_moe_lm.py --distributed --coordinator HOST:PORT --num-processes N \
         --process-id I
 
-The model is plain JAX: functions over dictionaries of arrays. The part to copy is `moe_jax_ep`.
+The model, plain JAX, is in model.py. The part to copy is `moe_jax_ep`.
 """
 
 import argparse
@@ -33,8 +35,10 @@ import time
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.getenv('XLA_FLAGS', '')}"
 os.environ["NPROC"] = os.getenv("NPROC", str(max(16, os.cpu_count() or 1)))
 
+import checkpoint
 import jax
 import jax.numpy as jnp
+import model
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -57,15 +61,15 @@ def option(default: int | float | str | bool, text: str, **argument):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The model. Each field is also a flag: --num-layers, --d-model and so on."""
+    """The model, and how it is trained. Each field is also a flag: --num-layers and so on."""
 
     num_layers: int = option(2, "transformer blocks")
     num_heads: int = option(4, "attention heads")
+    num_kv_heads: int = option(2, "heads of keys and values, a divisor of the attention heads")
     d_model: int = option(128, "width of the model")
-    d_expert: int = option(256, "hidden size of an expert")
+    d_expert: int = option(192, "hidden size of an expert")
     num_experts: int = option(8, "experts of a layer")
     top_k: int = option(2, "experts per token")
-    num_previous: int = option(3, "earlier bytes whose embeddings a position also gets")
     seq_len: int = option(128, "bytes per sequence")
     capacity_factor: float = option(1.25, "room for rows, over their mean number; 0: no drops")
     expert_alignment: int = option(8, "each expert's rows start at a multiple of this")
@@ -73,6 +77,42 @@ class Config:
     dispatch: str = option("jax_ep", "dense: every rank computes all", choices=("jax_ep", "dense"))
     remat: bool = option(False, "recompute each block in the backward pass")
     dtype: str = option("", "of activations; if not given: float32 on CPU, else bfloat16")
+    imported: model.Config | None = None  # of the checkpoint in --init
+
+    @property
+    def sizes(self) -> model.Config:
+        """The sizes by their names in a checkpoint."""
+        return self.imported or model.Config(
+            vocab_size=VOCAB,
+            hidden_size=self.d_model,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=self.num_kv_heads,
+            head_dim=self.d_model // self.num_heads,
+            moe_intermediate_size=self.d_expert,
+            num_experts=self.num_experts,
+            num_experts_per_tok=self.top_k,
+            norm_topk_prob=True,
+            rope_theta=1e4,
+            max_position_embeddings=self.seq_len,
+        )
+
+    def with_sizes_of(self, imported: model.Config) -> "Config":
+        """The same with a checkpoint's sizes in place of the flags'."""
+        return dataclasses.replace(
+            self,
+            imported=imported,
+            num_layers=imported.num_hidden_layers,
+            num_heads=imported.num_attention_heads,
+            num_kv_heads=imported.num_key_value_heads,
+            d_model=imported.hidden_size,
+            d_expert=imported.moe_intermediate_size,
+            num_experts=imported.num_experts,
+            top_k=imported.num_experts_per_tok,
+        )
+
+
+FLAGS = [field for field in dataclasses.fields(Config) if field.metadata]
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -111,65 +151,6 @@ def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 # --------------------------------------------------------------------------------------- model
 
 
-def init_params(key: jax.Array, config: Config) -> dict:
-    """Initialises the parameters in float32. What lies under "experts" is sharded over "ep"."""
-    d, f, e = config.d_model, config.d_expert, config.num_experts
-    keys = iter(jax.random.split(key, 3 + 5 * config.num_layers))
-    depth = 2 * config.num_layers  # branches that add up in the residual stream
-
-    def normal(*shape: int, fan_in: int) -> jax.Array:
-        return jax.random.normal(next(keys), shape) * fan_in**-0.5
-
-    layers = [
-        {
-            "attention_norm": jnp.ones(d),
-            "qkv": normal(d, 3 * d, fan_in=d),
-            "attention_out": normal(d, d, fan_in=depth * d),
-            "moe_norm": jnp.ones(d),
-            "router": normal(d, e, fan_in=d),
-            "experts": {
-                "w_in": normal(e, d, f, fan_in=d),
-                "w_out": normal(e, f, d, fan_in=depth * f),
-            },
-        }
-        for _ in range(config.num_layers)
-    ]
-    return {
-        "bytes": normal(1 + config.num_previous, VOCAB, d, fan_in=d),
-        "positions": normal(config.seq_len, d, fan_in=d),
-        "layers": layers,
-        "final_norm": jnp.ones(d),
-        "logits": normal(d, VOCAB, fan_in=d),
-    }
-
-
-def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Scales the last axis to unit root mean square, computed in float32."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + 1e-6)
-    return (x32 * scale).astype(x.dtype)
-
-
-@jax.named_scope("attention")
-def attention(x: jax.Array, layer: dict, config: Config) -> jax.Array:
-    """Causal self-attention over x [batch, seq, d_model]."""
-    qkv = x @ layer["qkv"].astype(x.dtype)
-    q, k, v = jnp.split(qkv.reshape(*x.shape[:2], config.num_heads, -1), 3, axis=-1)
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    return out.reshape(x.shape) @ layer["attention_out"].astype(x.dtype)
-
-
-def route(x: jax.Array, layer: dict, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns probs [T, E] and their top-k, topk_probs [T, K] and topk_idx int32 [T, K]."""
-    probs = jax.nn.softmax(x.astype(jnp.float32) @ layer["router"], axis=-1)
-    return probs, *jax.lax.top_k(probs, config.top_k)
-
-
-def normalised(weights: jax.Array) -> jax.Array:
-    """Scales each token's expert weights to the sum 1; a token without experts keeps zeros."""
-    return weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-9)
-
-
 def balance_loss(probs: jax.Array, load: jax.Array) -> jax.Array:
     """The load-balancing loss of Switch and GShard, 1 when the load is even.
 
@@ -186,7 +167,7 @@ def moe_jax_ep(x: jax.Array, layer: dict, config: Config) -> tuple[jax.Array, ja
     Returns:
         The output [T, d_model], the balance loss and metrics, all of this rank.
     """
-    probs, topk_probs, topk_idx = route(x, layer, config)
+    probs, topk_probs, topk_idx = model.route(x, layer["router"], config.sizes)
     layout = jax_ep.make_layout(
         topk_idx,
         num_experts=config.num_experts,
@@ -201,12 +182,10 @@ def moe_jax_ep(x: jax.Array, layer: dict, config: Config) -> tuple[jax.Array, ja
         expert_alignment=config.expert_alignment,
     )
     # What found no room is dropped; the token's other experts then share the whole weight.
-    topk_weights = normalised(jnp.where(layout.kept, topk_probs, 0.0))
+    topk_weights = model.normalised(jnp.where(layout.kept, topk_probs, 0.0), config.sizes)
 
     recv = jax_ep.dispatch(x, layout, topk_weights)
-    w_in, w_out = (layer["experts"][name].astype(x.dtype) for name in ("w_in", "w_out"))
-    hidden = jax.nn.silu(jax.lax.ragged_dot(recv.tokens, w_in, layout.group_sizes))
-    y = jax.lax.ragged_dot(hidden, w_out, layout.group_sizes)
+    y = model.grouped_experts(recv.tokens, layer["experts"], recv.group_sizes)
     out = jax_ep.combine(y, layout, recv.weights)
 
     load = layout.expert_load / jnp.sum(layout.expert_load)
@@ -217,48 +196,45 @@ def moe_jax_ep(x: jax.Array, layer: dict, config: Config) -> tuple[jax.Array, ja
 @jax.named_scope("moe_dense")
 def moe_dense(x: jax.Array, layer: dict, config: Config) -> tuple[jax.Array, jax.Array, dict]:
     """The same layer without jax_ep: every rank fetches all experts and runs all its tokens."""
-    probs, topk_probs, topk_idx = route(x, layer, config)
+    probs, topk_probs, topk_idx = model.route(x, layer["router"], config.sizes)
     one_hot = jax.nn.one_hot(topk_idx, config.num_experts)  # [T, K, E]
-    weights = jnp.einsum("tk,tke->te", normalised(topk_probs), one_hot)
+    weights = jnp.einsum("tk,tke->te", model.normalised(topk_probs, config.sizes), one_hot)
 
     experts = jax.tree.map(lambda w: jax.lax.all_gather(w, "ep", tiled=True), layer["experts"])
-    w_in, w_out = (experts[name].astype(x.dtype) for name in ("w_in", "w_out"))
-    hidden = jax.nn.silu(jnp.einsum("td,edf->tef", x, w_in))
-    out = jnp.einsum("tef,efd,te->td", hidden, w_out, weights.astype(x.dtype))
+    y = model.batched_experts(jnp.broadcast_to(x, (config.num_experts, *x.shape)), experts)
+    out = jnp.einsum("etd,te->td", y, weights.astype(x.dtype))
 
     load = jnp.mean(jax.lax.all_gather(one_hot, "ep"), axis=(0, 1, 2))
     metrics = {"expert_load": load, "dropped": 0 * load[0]}
     return out, balance_loss(probs, load), metrics
 
 
-def block(layer: dict, x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, dict]:
-    """One transformer block over x [batch, seq, d_model]; returns what the MoE layers do."""
-    moe = {"jax_ep": moe_jax_ep, "dense": moe_dense}[config.dispatch]
-    x = x + attention(rms_norm(x, layer["attention_norm"]), layer, config)
-    tokens = rms_norm(x, layer["moe_norm"]).reshape(-1, config.d_model)
-    out, balance, metrics = moe(tokens, layer, config)
-    return x + out.reshape(x.shape), balance, metrics
-
-
 def forward(params: dict, tokens: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, dict]:
     """Per-shard forward pass: tokens int32 [batch, seq] to logits [batch, seq, VOCAB]."""
-    run_block = functools.partial(block, config=config)
+    layer_of = {"jax_ep": moe_jax_ep, "dense": moe_dense}[config.dispatch]
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+    def moe(x: jax.Array, layer: dict) -> tuple[jax.Array, tuple]:
+        out, *aside = layer_of(x, layer, config)
+        return out, aside
+
+    def run_block(layer: dict, x: jax.Array) -> tuple[jax.Array, tuple]:
+        x, _, aside = model.block(x, layer, positions, model.attend_causally, moe, config.sizes)
+        return x, aside
+
     if config.remat:
         # With the layouts saved, the recomputation moves data only: nothing is routed twice.
         policy = jax.checkpoint_policies.save_only_these_names("jax_ep_layout")
         run_block = jax.checkpoint(run_block, policy=policy)
 
-    x = params["positions"]
-    for distance, table in enumerate(params["bytes"]):
-        x = x + table[jnp.pad(tokens, ((0, 0), (distance, 0)))[:, : tokens.shape[1]]]
-    x = x.astype(config.dtype)
+    x = model.embed(params, tokens, config.dtype)
     balance, metrics = 0.0, []
     for layer in params["layers"]:
-        x, layer_balance, layer_metrics = run_block(layer, x)
+        x, (layer_balance, layer_metrics) = run_block(layer, x)
         balance += layer_balance / config.num_layers
         metrics.append(layer_metrics)
-    logits = rms_norm(x, params["final_norm"]) @ params["logits"].astype(x.dtype)
-    return logits.astype(jnp.float32), balance, jax.tree.map(lambda *m: jnp.stack(m), *metrics)
+    logits = model.logits(params, x, config.sizes)
+    return logits, balance, jax.tree.map(lambda *m: jnp.stack(m), *metrics)
 
 
 def shard_loss(params: dict, batch: jax.Array, config: Config) -> tuple[jax.Array, dict]:
@@ -298,8 +274,7 @@ def state_shardings(state: dict, mesh: jax.sharding.Mesh) -> dict:
     """
 
     def sharding(path: tuple, _) -> NamedSharding:
-        is_expert = any(getattr(entry, "key", None) == "experts" for entry in path)
-        return NamedSharding(mesh, P("ep") if is_expert else P())
+        return NamedSharding(mesh, P("ep") if model.is_expert_weight(path) else P())
 
     return jax.tree.map_with_path(sharding, state)
 
@@ -378,6 +353,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dp", type=int, help="data-parallel ranks; if not given: all devices // ep")
     add("--ep", type=int, help="expert-parallel ranks; if not given: 4, or all devices if fewer")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/moe_lm"), help="output folder")
+    add("--init", type=pathlib.Path, help="begin with this checkpoint; its sizes win over flags")
+    add("--export", type=pathlib.Path, help="write the trained model there, for serve_moe")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--overwrite", action="store_true", help="delete the checkpoints in --out and start again")
     add("--stop-after", type=int, help="checkpoint and stop after this step, as if interrupted")
@@ -390,7 +367,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--coordinator", help="HOST:PORT of process 0; like the next two, if JAX cannot find it")
     add("--num-processes", type=int, help="number of processes")
     add("--process-id", type=int, help="index of this process")
-    for field in dataclasses.fields(Config):
+    for field in FLAGS:
         kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
         name = "--" + field.name.replace("_", "-")
         add(name, default=field.default, **kind, **field.metadata)
@@ -424,17 +401,21 @@ def train(args: argparse.Namespace) -> dict:
     say = tqdm.tqdm.write if is_main else lambda text: None
     ep = args.ep or min(4, jax.device_count())
     dp = args.dp or jax.device_count() // ep
-    if dp * ep > jax.device_count() or args.batch % (dp * ep) or args.num_experts % ep:
+    config = Config(**{field.name: getattr(args, field.name) for field in FLAGS})
+    if args.init:
+        config = config.with_sizes_of(checkpoint.read_config(args.init))
+    if dp * ep > jax.device_count() or args.batch % (dp * ep) or config.num_experts % ep:
         raise SystemExit(
             f"dp {dp} x ep {ep} must fit {jax.device_count()} devices and divide --batch "
-            f"{args.batch}; ep must divide --num-experts {args.num_experts}"
+            f"{args.batch}; ep must divide --num-experts {config.num_experts}"
         )
+    if config.sizes.vocab_size < VOCAB:
+        raise SystemExit(f"{args.init} has {config.sizes.vocab_size} tokens, fewer than bytes")
     mesh = jax.make_mesh((dp, ep), AXES, devices=jax.devices()[: dp * ep])
     device = mesh.devices.flat[0]
-    args.dtype = args.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
-    config = Config(
-        **{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
-    )
+    if not config.dtype:
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+        config = dataclasses.replace(config, dtype=dtype)
 
     # Data. The held-out batches are fixed windows, evenly spaced.
     corpus, heldout = load_corpus()
@@ -456,12 +437,14 @@ def train(args: argparse.Namespace) -> dict:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98))
 
     def init_state(key: jax.Array) -> dict:
-        params = init_params(key, config)
+        params = model.init_params(key, config.sizes)
         return {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
 
     key = jax.random.key(args.seed)
     shardings = state_shardings(jax.eval_shape(init_state, key), mesh)
     state = jax.jit(init_state, out_shardings=shardings)(key)
+    if args.init:
+        state["params"] = checkpoint.load_params(args.init, config.sizes, mesh, "float32")
     history = {"loss": [], "dropped": [], "expert_load": [], "heldout": []}
     checkpoints = ocp.CheckpointManager(
         (args.out / "checkpoints").absolute(),
@@ -481,7 +464,7 @@ def train(args: argparse.Namespace) -> dict:
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
     versions = {"jax_ep": jax_ep.__version__, "jax": jax.__version__, "optax": optax.__version__}
     versions["python"] = platform.python_version()
-    settings = dataclasses.asdict(config) | {
+    settings = {field.name: getattr(config, field.name) for field in FLAGS} | {
         name: getattr(args, name) for name in ("steps", "batch", "learning_rate", "seed")
     }
     say(", ".join(f"{name} {version}" for name, version in versions.items()))
@@ -529,6 +512,16 @@ def train(args: argparse.Namespace) -> dict:
         clock = time.perf_counter()
     progress.close()
     checkpoints.close()
+
+    if args.export:
+        # Every process takes part in fetching what lies on several.
+        fetch = functools.partial(multihost_utils.process_allgather, tiled=True)
+        host_params = jax.tree.map(fetch, state["params"])
+        if is_main:
+            checkpoint.save(args.export, config.sizes, host_params)
+            tokenizer = json.dumps(checkpoint.byte_tokenizer(), indent=1)
+            (args.export / "tokenizer.json").write_text(tokenizer)
+        say(f"the checkpoint is in {args.export}")
 
     # One sequence per device continues the prompt; process 0 shows its first.
     say(f"sampling {args.sample_bytes} bytes (compiles once more) ..")

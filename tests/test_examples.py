@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -113,7 +114,11 @@ def _of_runs(test: Callable[..., None]) -> Callable[..., None]:
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A process that does one run, "whole", and another, "resumed", in which it is interrupted."""
     root = tmp_path_factory.mktemp("runs")
-    _run(root, ["--out=whole"], ["--out=resumed", f"--stop-after={_NUM_STEPS // 2}"])
+    _run(
+        root,
+        ["--out=whole", "--export=exported"],
+        ["--out=resumed", f"--stop-after={_NUM_STEPS // 2}"],
+    )
     assert len(_summary(root / "resumed")["losses"]) == _NUM_STEPS // 2
     return root
 
@@ -126,6 +131,7 @@ def runs(whole_run: pathlib.Path) -> pathlib.Path:
         ["--out=resumed", "--resume"],
         ["--out=no_drops", "--capacity-factor=0", "--remat"],
         ["--out=dense", "--dispatch=dense"],
+        ["--out=imported", "--init=exported", "--stop-after=1", "--d-model=99"],
     )
     return whole_run
 
@@ -174,6 +180,24 @@ def test_loss_curve_equals_the_dense_one_without_drops(runs: pathlib.Path) -> No
     whole = _summary(runs / "whole")
     assert whole["dropped"] > 0
     assert np.max(np.abs(np.divide(whole["losses"], dense["losses"]) - 1)) > 1e-3
+
+
+@_of_runs
+def test_exported_checkpoint_is_what_was_trained_and_can_be_trained_on(
+    runs: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit; sizes of a checkpoint win over flags; training goes on where it was."""
+    monkeypatch.syspath_prepend(str(_EXAMPLES))
+    checkpoint = importlib.import_module("checkpoint")
+    config = checkpoint.read_config(runs / "exported")
+    assert config.hidden_size == 32
+    mesh = jax.make_mesh((1, 2), ("dp", "ep"), devices=jax.devices()[:2])
+    loaded = checkpoint.load_params(runs / "exported", config, mesh, "float32")
+    trained = np.load(runs / "whole/params.npz")
+    for leaf, name in zip(jax.tree.leaves(loaded), trained.files, strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf), trained[name], strict=True)
+    whole, imported = _summary(runs / "whole"), _summary(runs / "imported")
+    assert imported["losses"][0] < whole["losses"][0] - 0.5
 
 
 @_of_runs

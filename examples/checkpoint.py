@@ -1,0 +1,285 @@
+"""Qwen3-MoE checkpoints in the Hugging Face format: config.json and *.safetensors.
+
+A safetensors file is a header in JSON, with each tensor's type, shape and place, and then their
+bytes. It is mapped, not read: a device's part of a parameter is read when it is placed.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from model import Config, init_params, is_expert_weight
+
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+_SCALE_BLOCK = 128  # rows and columns of a float8 weight that share a scale
+
+# What would change the arithmetic and is not written here, with the value that means "not in use".
+_UNSUPPORTED = {
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "hidden_act": "silu",
+    "mlp_only_layers": [],
+    "rope_scaling": None,
+    "use_sliding_window": False,
+}
+
+
+# ------------------------------------------------------------------------------------- config.json
+
+
+def read_config(folder: pathlib.Path) -> Config:
+    """Reads config.json.
+
+    Raises:
+        ValueError: it is another architecture, or uses what this model does not have.
+    """
+    entries = json.loads((folder / "config.json").read_text())
+    if entries.get("model_type") != "qwen3_moe":
+        raise ValueError(f"{folder}: model_type is {entries.get('model_type')!r}, not 'qwen3_moe'")
+    rope = entries.get("rope_parameters") or {}  # where transformers 5 has what was at the top
+    if rope.get("rope_type", "default") != "default":
+        entries["rope_scaling"] = rope
+    entries.setdefault("rope_theta", rope.get("rope_theta", Config.rope_theta))
+    for name, unused in _UNSUPPORTED.items():
+        if entries.get(name, unused) not in (unused, None):
+            raise ValueError(f"{folder}: {name} = {entries[name]!r} is not supported")
+    names = [field.name for field in dataclasses.fields(Config)]
+    return Config(**{name: entries[name] for name in names if name in entries})
+
+
+def read_end_tokens(folder: pathlib.Path) -> tuple[int, ...]:
+    """The tokens that end a sequence, by generation_config.json or else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (found,)
+    return ()
+
+
+def write_config(folder: pathlib.Path, config: Config) -> None:
+    """Writes config.json, with every entry that says which model it is."""
+    entries = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "torch_dtype": "float32",
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "intermediate_size": config.moe_intermediate_size,  # of dense layers: there are none
+        **_UNSUPPORTED,
+        **dataclasses.asdict(config),
+    }
+    (folder / "config.json").write_text(json.dumps(entries, indent=1))
+
+
+# ------------------------------------------------------------------------------------- safetensors
+
+
+def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Maps the tensors of all *.safetensors of a folder, by name."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_size))
+        data = np.memmap(path, np.uint8, "r", offset=8 + header_size)
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{path}: {name} is {entry['dtype']}, not one of {list(_DTYPES)}")
+            begin, end = entry["data_offsets"]
+            tensors[name] = data[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    if not tensors:
+        raise FileNotFoundError(f"{folder} has no *.safetensors")
+    return tensors
+
+
+def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes tensors as one file."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header, end = {}, 0
+    for name, array in tensors.items():
+        begin, end = end, end + array.nbytes
+        entry = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": (begin, end)}
+        header[name] = entry
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in tensors.values():
+            file.write(np.ascontiguousarray(array).tobytes())
+
+
+# ------------------------------------------------------------------------------------- parameters
+
+# The checkpoint's names of each parameter. It has matrices as [out, in], the model as [in, out];
+# where there are several names, the model has them side by side.
+_MODEL = {
+    "embeddings": ("model.embed_tokens",),
+    "final_norm": ("model.norm",),
+    "logits": ("lm_head",),
+}
+_LAYER = {
+    "attention_norm": ("input_layernorm",),
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "q_norm": ("self_attn.q_norm",),
+    "k_norm": ("self_attn.k_norm",),
+    "attention_out": ("self_attn.o_proj",),
+    "moe_norm": ("post_attention_layernorm",),
+    "router": ("mlp.gate",),
+}
+_EXPERT = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+
+
+def _names(path: tuple, expert: int) -> list[str]:
+    """The checkpoint's names of the parameter at a path of the tree, `expert`'s if it has them."""
+    keys = [getattr(entry, "key", getattr(entry, "idx", None)) for entry in path]
+    match keys:
+        case ["layers", layer, "experts", name]:
+            names = [f"model.layers.{layer}.mlp.experts.{expert}.{part}" for part in _EXPERT[name]]
+        case ["layers", layer, name]:
+            names = [f"model.layers.{layer}.{part}" for part in _LAYER[name]]
+        case [name]:
+            names = list(_MODEL[name])
+    return [f"{name}.weight" for name in names]
+
+
+def _is_transposed(path: tuple, array: np.ndarray) -> bool:
+    return array.ndim == 2 and path[0].key != "embeddings"
+
+
+def _read_tensor(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """A tensor; of float8 with a scale for each block (`weight_scale_inv`) what it stands for."""
+    scales = tensors.get(f"{name}_scale_inv")
+    if scales is None:
+        return tensors[name]
+    rows, columns = tensors[name].shape
+    scales = np.repeat(np.repeat(scales.astype(np.float32), _SCALE_BLOCK, 0), _SCALE_BLOCK, 1)
+    return tensors[name].astype(np.float32) * scales[:rows, :columns]
+
+
+def load_params(folder: pathlib.Path, config: Config, mesh: Mesh, dtype: str) -> dict:
+    """Loads a checkpoint onto a mesh: experts split over its axis "ep", all else on every device.
+
+    A device's part is read from the files, placed and forgotten before the next one is read.
+
+    Args:
+        folder: holds config.json and *.safetensors.
+        config: what read_config says.
+        mesh: of the devices; its axis "ep" divides the number of experts.
+        dtype: of all parameters.
+
+    Returns:
+        The parameters, as init_params gives them.
+
+    Raises:
+        KeyError: a tensor is missing.
+        ValueError: a tensor has another shape than config.json says.
+    """
+    tensors = open_tensors(folder)
+
+    def read(path: tuple, expert: int) -> np.ndarray:
+        parts = [_read_tensor(tensors, name) for name in _names(path, expert)]
+        parts = [part.T if _is_transposed(path, part) else part for part in parts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        is_expert = is_expert_weight(path)
+        sharding = NamedSharding(mesh, P("ep") if is_expert else P())
+        shards = []
+        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+            if is_expert:
+                experts = range(*index[0].indices(leaf.shape[0]))
+                shard = np.stack([read(path, expert).astype(dtype) for expert in experts])
+            else:
+                shard = read(path, 0).astype(dtype)
+            if shard.shape != sharding.shard_shape(leaf.shape):
+                raise ValueError(
+                    f"{folder}: {', '.join(_names(path, 0))}: together {shard.shape} on a device, "
+                    f"but config.json makes it {sharding.shard_shape(leaf.shape)}"
+                )
+            shards.append(jax.device_put(shard, device))
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    return jax.tree.map_with_path(place, shapes)
+
+
+def save(folder: pathlib.Path, config: Config, params: dict) -> None:
+    """Writes a checkpoint of one file, for this loader and others of the format.
+
+    Args:
+        folder: made if it is not there.
+        config: the sizes.
+        params: as init_params gives them, in NumPy.
+    """
+    tensors = {}
+    for path, array in jax.tree.leaves_with_path(params):
+        experts = array if is_expert_weight(path) else array[None]
+        for expert, value in enumerate(experts):
+            names = _names(path, expert)
+            for name, part in zip(names, _split(path, value, config), strict=True):
+                tensors[name] = part.T if _is_transposed(path, part) else part
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "model.safetensors", tensors)
+    write_config(folder, config)
+
+
+def _split(path: tuple, array: np.ndarray, config: Config) -> list[np.ndarray]:
+    """The parts of a parameter that the model has side by side."""
+    heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    match path[-1].key:
+        case "qkv":
+            return np.split(array, (heads * d, (heads + groups) * d), axis=-1)
+        case "gate_up":
+            return np.split(array, 2, axis=-1)
+    return [array]
+
+
+# -------------------------------------------------------------------------------------- tokenizer
+
+
+def byte_tokenizer() -> dict:
+    """The tokenizer.json of a model whose token i is byte i, for the library `tokenizers`.
+
+    The format names bytes by characters that can be seen: a byte that is one in Latin-1 by itself,
+    the others, in their order, by those from 256 on.
+    """
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
+    others = (byte for byte in range(256) if byte not in seen)
+    names = {byte: chr(256 + i) for i, byte in enumerate(others)} | {b: chr(b) for b in seen}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    byte_level["use_regex"] = False
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {names[byte]: byte for byte in range(256)},
+            "merges": [],
+        },
+    }
