@@ -1,0 +1,127 @@
+"""Serves a Qwen3-MoE checkpoint over HTTP, its experts spread over the "ep" axis of the devices.
+
+    python examples/train_moe_lm.py --export runs/checkpoint   # or one from elsewhere
+    python examples/serve_moe --checkpoint runs/checkpoint     # 8 virtual devices, or all GPUs
+
+README.md beside this file says how it works. The parts to copy are moe.py and steps.py.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+# Read when JAX starts, without effect on GPUs: as in train_moe_lm.py.
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.getenv('XLA_FLAGS', '')}"
+os.environ["NPROC"] = os.getenv("NPROC", str(max(16, os.cpu_count() or 1)))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import checkpoint
+import jax
+from serve_moe import moe, steps
+from serve_moe.engine import Engine
+from serve_moe.http_api import Api, HttpLimits
+from serve_moe.metrics import Metrics
+from serve_moe.server import Server
+from serve_moe.text import Tokenizer
+
+import jax_ep
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="serve_moe",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=pathlib.Path, required=True, help="folder with config.json")
+    add("--model-name", help="as clients call it; if not given: the folder's name")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is the whole network's")
+    add("--port", type=int, default=8000, help="0: any free one")
+    add("--dp", type=int, help="data-parallel ranks; if not given: all devices // ep")
+    add("--ep", type=int, help="expert-parallel ranks; if not given: as many as divide the experts")
+    add("--dispatch", default="jax_ep", choices=sorted(moe.LAYERS), help="how rows get to experts")
+    add("--dtype", help="of weights, cache and activations; if not given: float32 on CPU, bfloat16")
+    add("--slots", type=int, default=4, help="sequences of a device that run at once")
+    add(
+        "--max-length",
+        type=int,
+        help="tokens of a sequence; if not given: the model's, 4096 at most",
+    )
+    add("--chunk", type=int, default=256, help="tokens of a prompt that one step takes, at most")
+    add("--steps-ahead", type=int, default=2, help="steps that run before one's result is fetched")
+    add("--max-queue", type=int, default=256, help="requests that wait, beyond which: status 429")
+    add("--max-body-bytes", type=int, default=1 << 20, help="of a request")
+    add("--request-seconds", type=float, default=600.0, help="that a request may take")
+    add("--drain-seconds", type=float, default=60.0, help="for clients to read, once all is done")
+    add("--rank-seconds", type=float, default=30.0, help="for a rank to come to a step, see jax_ep")
+    return parser.parse_args(argv)
+
+
+def choose_mesh(args: argparse.Namespace, num_experts: int) -> jax.sharding.Mesh:
+    """Spreads the devices over "dp" and "ep"."""
+    count = jax.device_count()
+    ep = args.ep or max(n for n in range(1, count + 1) if count % n == 0 and num_experts % n == 0)
+    dp = args.dp or count // ep
+    if dp < 1 or dp * ep > count or num_experts % ep:
+        raise SystemExit(
+            f"dp {dp} x ep {ep} must fit {count} devices; ep must divide {num_experts} experts"
+        )
+    return jax.make_mesh((dp, ep), steps.AXES, devices=jax.devices()[: dp * ep])
+
+
+def choose_buckets(longest: int) -> tuple[int, ...]:
+    """Lengths that chunks are padded to: a quarter of each other, down to 16."""
+    buckets = [longest]
+    while buckets[0] % 4 == 0 and buckets[0] // 4 >= 16:
+        buckets.insert(0, buckets[0] // 4)
+    return tuple(buckets)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Loads, compiles and serves until SIGTERM."""
+    args = parse_args(argv)
+    config = checkpoint.read_config(args.checkpoint)
+    mesh = choose_mesh(args, config.num_experts)
+    device = mesh.devices.flat[0]
+    max_length = args.max_length or min(config.max_position_embeddings, 4096)
+    if not 1 <= max_length <= config.max_position_embeddings or args.chunk < 1 or args.slots < 1:
+        raise SystemExit(
+            f"--max-length must be in [1, {config.max_position_embeddings}], the checkpoint's; "
+            "--chunk and --slots at least 1"
+        )
+    limits = steps.Limits(
+        slots_per_device=args.slots,
+        max_length=max_length,
+        buckets=choose_buckets(min(args.chunk, max_length)),
+        end_tokens=checkpoint.read_end_tokens(args.checkpoint),
+        dispatch=args.dispatch,
+        dtype=args.dtype or ("float32" if device.platform == "cpu" else "bfloat16"),
+    )
+    print(f"dp {mesh.shape['dp']} x ep {mesh.shape['ep']} on {device.device_kind}; {limits}")
+    params = checkpoint.load_params(args.checkpoint, config, mesh, limits.dtype)
+    tokenizer, metrics = Tokenizer(args.checkpoint), Metrics(config.num_experts)
+    engine = Engine(
+        steps.Steps(params, mesh, config, limits),
+        metrics,
+        max_queue=args.max_queue,
+        steps_ahead=args.steps_ahead,
+    )
+    print("compiling ..", flush=True)
+    engine.start()
+    jax_ep.set_timeout(arrival=args.rank_seconds)  # from here on nothing is compiled
+    api = Api(
+        engine,
+        tokenizer,
+        metrics,
+        model=args.model_name or args.checkpoint.resolve().name,
+        vocab_size=config.vocab_size,
+        limits=HttpLimits(args.max_body_bytes, args.request_seconds),
+    )
+    Server(api, engine, host=args.host, port=args.port, drain_seconds=args.drain_seconds).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The MoE layer of a server: every token reaches its experts, and none is dropped.
+
+Letters: T tokens of this device, R devices of the EP group, H hidden size, K experts of a token,
+L experts of this device, M rows that an expert has room for.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import model
+
+import jax_ep
+
+Array = jax.Array
+
+
+def layout_and_dispatch(
+    x: Array, ids: Array, weights: Array, **room: Any
+) -> tuple[jax_ep.Layout, jax_ep.Dispatched]:
+    """Says where each row goes, and sends it there."""
+    layout = jax_ep.make_layout(ids, axis_name="ep", **room)
+    return layout, jax_ep.dispatch(x, layout, weights)
+
+
+def moe_jax_ep(
+    x: Array, layer: dict, is_token: Array, config: model.Config, *, few_tokens: bool
+) -> tuple[Array, dict]:
+    """The layer through jax_ep, for x [T, H] of which is_token bool [T] are tokens.
+
+    With few tokens (decoding) each expert has room for all of them: its rows are the operand of a
+    batched product, whose shape does not depend on the routing. With many (prefill) rows are
+    packed, and room is for the most that can arrive.
+    """
+    _, weights, ids = model.route(x, layer["router"], config)
+    ids = jnp.where(is_token[:, None], ids, -1)  # what is no token goes nowhere
+    weights = model.normalised(weights, config)
+    if few_tokens:
+        num_ranks = jax.lax.axis_size("ep")
+        room = jax_ep.expert_capacity(*ids.shape, num_ranks, None, num_experts=config.num_experts)
+        layout, recv = layout_and_dispatch(
+            x, ids, weights, num_experts=config.num_experts, expert_capacity=room
+        )
+        rows = recv.tokens.reshape(-1, room, x.shape[1])
+        y = model.batched_experts(rows, layer["experts"]).reshape(recv.tokens.shape)
+    else:
+        layout, recv = layout_and_dispatch(
+            x, ids, weights, num_experts=config.num_experts, zero_tail=False
+        )
+        y = model.grouped_experts(recv.tokens, layer["experts"], recv.group_sizes)
+    out = jax_ep.combine(y, layout, recv.weights)
+    return out, {"expert_rows": layout.expert_counts, "dropped": layout.num_dropped[None]}
+
+
+def moe_all_to_all(
+    x: Array, layer: dict, is_token: Array, config: model.Config, *, few_tokens: bool
+) -> tuple[Array, dict]:
+    """The same layer by jax.lax.all_to_all, to compare with: every device gets every token.
+
+    A device computes its experts' part of all tokens, and sends each sum back. With few tokens it
+    applies all its experts to all of them, the very products of `moe_jax_ep`.
+    """
+    _, weights, ids = model.route(x, layer["router"], config)
+    ids = jnp.where(is_token[:, None], ids, -1)
+    weights = model.normalised(weights, config)
+    num_ranks, num_local = jax.lax.axis_size("ep"), layer["experts"]["down"].shape[0]
+    exchange = functools.partial(
+        jax.lax.all_to_all, axis_name="ep", split_axis=0, concat_axis=0, tiled=True
+    )
+    x, ids, weights = (exchange(jnp.tile(a, (num_ranks, 1))) for a in (x, ids, weights))
+
+    local = ids - jax.lax.axis_index("ep") * num_local
+    local = jnp.where((local >= 0) & (local < num_local) & (ids >= 0), local, num_local)
+    expert_rows = jnp.bincount(local.reshape(-1), length=num_local + 1)[:num_local]
+    if few_tokens:
+        y = model.batched_experts(jnp.broadcast_to(x, (num_local, *x.shape)), layer["experts"])
+        of_expert = jax.nn.one_hot(local, num_local, dtype=jnp.float32)  # [R * T, K, L]
+        part = jnp.einsum("tkl,tk,lth->th", of_expert, weights, y)
+    else:
+        order = jnp.argsort(local.reshape(-1), stable=True)  # rows of other devices come last
+        token = order // ids.shape[1]
+        y = model.grouped_experts(x[token], layer["experts"], expert_rows)
+        scale = jnp.where(local < num_local, weights, 0).reshape(-1)[order]
+        part = jax.ops.segment_sum(jnp.where(scale > 0, scale, 0)[:, None] * y, token, x.shape[0])
+    parts = exchange(part.astype(x.dtype)).reshape(num_ranks, -1, x.shape[1])
+    dropped = jnp.zeros_like(expert_rows, shape=(1,))
+    return jnp.sum(parts, axis=0), {"expert_rows": expert_rows, "dropped": dropped}
+
+
+LAYERS: dict[str, Callable[..., tuple[Array, dict]]] = {
+    "jax_ep": moe_jax_ep,
+    "all_to_all": moe_all_to_all,
+}

@@ -1,0 +1,45 @@
+"""Runs the HTTP interface until a signal: then what runs is finished, and nothing new begins."""
+
+import signal
+from types import FrameType
+
+import uvicorn
+from serve_moe.engine import Engine
+from serve_moe.http_api import Api
+
+
+class Server(uvicorn.Server):
+    """Serves an Api. The first SIGTERM or SIGINT drains the engine, a second one ends at once."""
+
+    def __init__(self, api: Api, engine: Engine, *, host: str, port: int, drain_seconds: float):
+        config = uvicorn.Config(
+            api.app,
+            host=host,
+            port=port,
+            log_level="warning",
+            timeout_graceful_shutdown=drain_seconds,
+        )
+        super().__init__(config)
+        self._engine, self._is_draining = engine, False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called for a signal."""
+        if self._is_draining:
+            super().handle_exit(sig, frame)
+            return
+        self._is_draining = True
+        print(f"{signal.Signals(sig).name}: finishing what runs", flush=True)
+        self._engine.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called several times a second; says whether to end."""
+        if self._is_draining and self._engine.join(timeout=0):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def startup(self, sockets: list | None = None) -> None:
+        """Called once; says where to find the server when it can be found."""
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            print(f"listening on http://{host}:{port}", flush=True)

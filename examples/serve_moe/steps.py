@@ -1,0 +1,248 @@
+"""The two programs of the server: a chunk of prefill, and a step of decoding of all slots.
+
+A slot holds one sequence: its keys and values and all that a step needs to go on without the host.
+The slots of all devices lie in one array each, split over the mesh ("dp", "ep"); both programs are
+given them, donated, and give them back.
+
+Letters: D devices, S slots of a device, B sequences and Q tokens of each in a call of the model.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import model
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from serve_moe import moe, sampling
+
+Array = jax.Array
+AXES = ("dp", "ep")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What is fixed when the programs are compiled.
+
+    Attributes:
+        slots_per_device: S.
+        max_length: tokens of a sequence, prompt and answer, at most.
+        buckets: lengths that chunks of a prompt are padded to, ascending; the last is the longest
+            chunk, and each divides it.
+        end_tokens: tokens that end a sequence.
+        dispatch: how tokens reach their experts, a key of moe.LAYERS.
+        dtype: of activations and the cache.
+    """
+
+    slots_per_device: int
+    max_length: int
+    buckets: tuple[int, ...]
+    end_tokens: tuple[int, ...]
+    dispatch: str = "jax_ep"
+    dtype: str = "float32"
+
+    @property
+    def cache_length(self) -> int:
+        """Tokens that a slot has room for: chunks begin at multiples of the longest."""
+        return -(-self.max_length // self.buckets[-1]) * self.buckets[-1]
+
+
+def empty_slots(mesh: Mesh, config: model.Config, limits: Limits) -> dict:
+    """Makes the slots, all free, where they live."""
+    num_slots = mesh.size * limits.slots_per_device
+    entry = (num_slots, limits.cache_length, config.num_key_value_heads, config.head_dim)
+
+    def make() -> dict:
+        return {
+            "cache": [
+                {name: jnp.zeros(entry, limits.dtype) for name in "kv"}
+                for _ in range(config.num_hidden_layers)
+            ],
+            "token": jnp.zeros(num_slots, jnp.int32),  # the last one, which is not yet in the cache
+            "length": jnp.zeros(num_slots, jnp.int32),  # tokens in the cache
+            "left": jnp.zeros(num_slots, jnp.int32),  # tokens that the request may yet get
+            "active": jnp.zeros(num_slots, bool),
+            "temperature": jnp.zeros(num_slots, jnp.float32),
+            "top_p": jnp.ones(num_slots, jnp.float32),
+            "seed": jnp.zeros(num_slots, jnp.uint32),
+        }
+
+    return jax.jit(make, out_shardings=NamedSharding(mesh, P(AXES)))()
+
+
+def attend_to_cache(
+    q: Array, k: Array, v: Array, *, cache: dict, slots: Array | None, positions: Array
+) -> tuple[Array, dict]:
+    """Writes k and v [B, Q, G, D] to the cache, and attends to all up to each token's position.
+
+    Args:
+        q: [B, Q, N, D].
+        k: the tokens' keys.
+        v: their values.
+        cache: "k" and "v" [S, cache_length, G, D].
+        slots: int32 [B], where the sequences are; None: B is S, sequence i in slot i.
+        positions: int32 [B, Q]; -1 is no token: it writes nothing, and its output is of no use.
+
+    Returns:
+        [B, Q, N, D], and the cache.
+    """
+    rows = jnp.arange(q.shape[0]) if slots is None else slots
+    length = cache["k"].shape[1]
+    at = rows[:, None], jnp.where(positions >= 0, positions, length)  # beyond the end: dropped
+    cache = {name: cache[name].at[at].set(new, mode="drop") for name, new in (("k", k), ("v", v))}
+    k, v = (cache[name] if slots is None else cache[name][slots] for name in "kv")
+    mask = jnp.arange(length) <= positions[..., None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]), cache
+
+
+def _forward(
+    params: dict,
+    tokens: Array,
+    positions: Array,
+    cache: list,
+    slots: Array | None,
+    config: model.Config,
+    limits: Limits,
+) -> tuple[Array, list, dict]:
+    """Runs tokens int32 [B, Q] through the model; returns [B, Q, H], the cache and counts."""
+    is_token = positions.reshape(-1) >= 0
+    layer_fn = functools.partial(
+        moe.LAYERS[limits.dispatch],
+        is_token=is_token,
+        config=config,
+        few_tokens=slots is None,
+    )
+    x = model.embed(params, tokens, limits.dtype)
+    new_cache, counts = [], []
+    for layer, layer_cache in zip(params["layers"], cache, strict=True):
+        attend = functools.partial(
+            attend_to_cache, cache=layer_cache, slots=slots, positions=positions
+        )
+        x, layer_cache, layer_counts = model.block(x, layer, positions, attend, layer_fn, config)
+        new_cache.append(layer_cache)
+        counts.append(layer_counts)
+    return x, new_cache, jax.tree.map(lambda *c: sum(c), *counts)
+
+
+def _is_end(token: Array, limits: Limits) -> Array:
+    return jnp.isin(token, jnp.array(limits.end_tokens, jnp.int32))
+
+
+def _decode(
+    params: dict, slots: dict, keep: Array, config: model.Config, limits: Limits
+) -> tuple[dict, dict]:
+    """A token for each active slot of this device that keep bool [S] does not end."""
+    active = slots["active"] & keep
+    positions = jnp.where(active, slots["length"], -1)[:, None]
+    x, cache, counts = _forward(
+        params, slots["token"][:, None], positions, slots["cache"], None, config, limits
+    )
+    length = slots["length"] + active
+    token = sampling.sample(
+        model.logits(params, x[:, 0], config),
+        slots["temperature"],
+        slots["top_p"],
+        slots["seed"],
+        length + 1,
+    )
+    left = slots["left"] - active
+    slots = slots | {
+        "cache": cache,
+        "token": jnp.where(active, token, slots["token"]),
+        "length": length,
+        "left": left,
+        "active": active & (left > 0) & ~_is_end(token, limits),
+    }
+    return slots, {"token": jnp.where(active, token, -1), **counts}
+
+
+def _prefill(
+    params: dict, slots: dict, chunk: dict, config: model.Config, limits: Limits
+) -> tuple[dict, dict]:
+    """A chunk of one slot's prompt, see `empty_chunk`; after the last one the first token."""
+    at, count = chunk["slot"], chunk["count"]
+    place = jnp.arange(chunk["tokens"].shape[1])
+    positions = jnp.where(place < count[:, None], chunk["start"][:, None] + place, -1)
+    x, cache, counts = _forward(
+        params, chunk["tokens"], positions, slots["cache"], at, config, limits
+    )
+    last_x = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    length = chunk["start"] + count
+    sampling_of = {name: chunk[name] for name in ("temperature", "top_p", "seed")}
+    token = sampling.sample(model.logits(params, last_x, config), **sampling_of, position=length)
+    begins = chunk["is_last"] & (count > 0)
+    left = chunk["left"] - 1
+    new = {
+        "token": token,
+        "length": length,
+        "left": left,
+        "active": (left > 0) & ~_is_end(token, limits),
+        **sampling_of,
+    }
+    at = jnp.where(begins, at, limits.slots_per_device)  # beyond the end: dropped
+    slots = {name: slots[name].at[at].set(new[name], mode="drop") for name in new}
+    return slots | {"cache": cache}, {"token": jnp.where(begins, token, -1), **counts}
+
+
+def empty_chunk(num_devices: int, bucket: int) -> dict[str, np.ndarray]:
+    """What a call of prefill takes, for each device: here nothing, a count of 0."""
+    ints = {name: np.zeros(num_devices, np.int32) for name in ("slot", "start", "count", "left")}
+    return ints | {
+        "tokens": np.zeros((num_devices, bucket), np.int32),
+        "is_last": np.zeros(num_devices, bool),  # whether the prompt ends with this chunk
+        "temperature": np.zeros(num_devices, np.float32),
+        "top_p": np.ones(num_devices, np.float32),
+        "seed": np.zeros(num_devices, np.uint32),
+    }
+
+
+class Steps:
+    """Compiles the programs, and runs them on the slots that it holds."""
+
+    def __init__(self, params: dict, mesh: Mesh, config: model.Config, limits: Limits):
+        self.mesh, self.config, self.limits = mesh, config, limits
+        self._params = params
+        self._slots = empty_slots(mesh, config, limits)
+        self._by_device = NamedSharding(mesh, P(AXES))
+        param_specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
+
+        def program(shard: Any) -> Any:
+            sharded = jax.shard_map(
+                functools.partial(shard, config=config, limits=limits),
+                mesh=mesh,
+                in_specs=(param_specs, P(AXES), P(AXES)),
+                out_specs=(P(AXES), P(AXES)),
+            )
+            return jax.jit(sharded, donate_argnums=1)
+
+        self._decode_program, self._prefill_program = program(_decode), program(_prefill)
+
+    def compile(self) -> None:
+        """Runs each program once on nothing, so that no request waits for a compilation."""
+        for bucket in self.limits.buckets:
+            self.prefill(empty_chunk(self.mesh.size, bucket))
+        num_slots = self.mesh.size * self.limits.slots_per_device
+        jax.block_until_ready(self.decode(np.zeros(num_slots, bool)))
+
+    def decode(self, keep: np.ndarray | Array) -> dict[str, Array]:
+        """Starts a step of decoding.
+
+        Args:
+            keep: bool [D * S]: slots that are not in it end here.
+
+        Returns:
+            "token" int32 [D * S], -1 where there is none; "expert_rows" int32 [D * L], rows of
+            each expert of each device in all layers; "dropped" int32 [D].
+        """
+        keep = jax.device_put(keep, self._by_device)
+        self._slots, out = self._decode_program(self._params, self._slots, keep)
+        return out
+
+    def prefill(self, chunk: dict[str, np.ndarray]) -> dict[str, Array]:
+        """Starts a chunk of prefill on each device; returns what `decode` does, "token" [D]."""
+        chunk = jax.device_put(chunk, self._by_device)
+        self._slots, out = self._prefill_program(self._params, self._slots, chunk)
+        return out
