@@ -1,7 +1,7 @@
 """Serves a Qwen3-MoE checkpoint over HTTP, its experts spread over the "ep" axis of the devices.
 
-    python examples/train_moe_lm.py --export runs/checkpoint   # or one from elsewhere
-    python examples/serve_moe --checkpoint runs/checkpoint     # 8 virtual devices, or all GPUs
+    python examples/train_moe_lm.py --export runs/lm   # or one from elsewhere
+    python examples/serve_moe --checkpoint runs/lm     # 8 virtual devices, or all GPUs
 
 README.md beside this file says how it works. The parts to copy are moe.py and steps.py.
 """
