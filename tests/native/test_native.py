@@ -56,6 +56,16 @@ def _build(
     system_headers: Sequence[pathlib.Path | str] = (),
 ) -> pathlib.Path:
     """Compiles all sources at once, and links the program, which is named as the first of them."""
+    objects = _compile(folder, sanitizer, sources, system_headers)
+    return _link(folder / sources[0].stem, sanitizer, objects)
+
+
+def _compile(
+    folder: pathlib.Path,
+    sanitizer: str,
+    sources: Sequence[pathlib.Path],
+    system_headers: Sequence[pathlib.Path | str] = (),
+) -> list[pathlib.Path]:
     compiler = _compiler(sanitizer)
     flags = [*_FLAGS, f"-fsanitize={sanitizer}", f"-I{_ROOT}"]
     flags += [word for headers in system_headers for word in ("-isystem", str(headers))]
@@ -66,10 +76,13 @@ def _build(
         return result
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
-    program = folder / sources[0].stem
-    link = [compiler[-1], f"-fsanitize={sanitizer}", "-pthread", *objects, "-o", program]
-    subprocess.run(link, check=True, timeout=120)
+        return list(pool.map(compile_one, sources))
+
+
+def _link(program: pathlib.Path, sanitizer: str, objects: Sequence[pathlib.Path]) -> pathlib.Path:
+    compiler = _compiler(sanitizer)[-1]
+    command = [compiler, f"-fsanitize={sanitizer}", "-pthread", *objects, "-o", program]
+    subprocess.run(command, check=True, timeout=120)
     return program
 
 
@@ -117,22 +130,33 @@ def _cuda_headers() -> pathlib.Path:
     pytest.skip("CUDA's headers are not installed")
 
 
-def test_symmetric_memory(tmp_path: pathlib.Path) -> None:
-    """The CUDA backend's host side, against a stand-in for CUDA: needs its headers, no GPU."""
-    sources = [
-        _TEST.with_name("symmetric_memory_test.cc"),
-        _TEST.with_name("symmetric_processes_test.cc"),
-        _TEST.with_name("fake_cuda.cc"),
-        *sorted((_ROOT / "xla_ffi" / "memory").glob("*.cc")),
-        _ROOT / "xla_ffi" / "cuda" / "call_site.cc",
-        _ROOT / "xla_ffi" / "groups.cc",
-    ]
+def test_host_of_cuda(tmp_path: pathlib.Path) -> None:
+    """The CUDA backend's host side, against stand-ins for CUDA and XLA: needs headers, no GPU."""
+    handlers = _ROOT / "xla_ffi" / "cuda"
     headers = [jax.ffi.include_dir(), _cuda_headers()]
-    program = _build(tmp_path, "address,undefined", sources, headers)
-    # What is kept for the life of a process would count as a leak.
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
-    done = subprocess.run(
-        [program], env={**os.environ, **options}, capture_output=True, text=True, timeout=200
+    compiled = functools.partial(_compile, tmp_path, "address,undefined", system_headers=headers)
+    common = compiled(
+        sources=[
+            _TEST.with_name("fake_cuda.cc"),
+            *sorted((_ROOT / "xla_ffi" / "memory").glob("*.cc")),
+            handlers / "call_site.cc",
+            _ROOT / "xla_ffi" / "groups.cc",
+        ]
     )
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
+    programs = {
+        "symmetric_memory_test": ["symmetric_memory_test.cc", "symmetric_processes_test.cc"],
+        "handlers_test": ["handlers_test.cc"],
+    }
+    for name, tests in programs.items():
+        sources = [_TEST.with_name(test) for test in tests]
+        if name == "handlers_test":
+            sources += [_ROOT / "xla_ffi" / "calls.cc", handlers / "checks.cc"]
+            sources += sorted(handlers.glob("*_handler.cc"))
+        program = _link(tmp_path / name, "address,undefined", common + compiled(sources=sources))
+        # What is kept for the life of a process would count as a leak.
+        options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
+        done = subprocess.run(
+            [program], env={**os.environ, **options}, capture_output=True, text=True, timeout=200
+        )
+        print(done.stdout)
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -12,6 +12,7 @@ namespace ffi = xla::ffi;
 
 constexpr size_t kStagingAlignment = 256;  // of a buffer in the staging region, in bytes
 constexpr int kPoison = 0xff;
+constexpr uint64_t kInSlots = 1;  // mixed into the operation
 
 std::atomic<bool> g_poison_outputs{false};
 
@@ -72,7 +73,8 @@ ffi::ErrorOr<std::unique_ptr<CudaSiteState>> MakeCudaSite(const char* op, Groups
 // A call that fails sees its peers out before it ends (cuda/sync/leave.cuh), here as for XLA's
 // buffers; then the group is broken, and the region is used again only after a new beginning.
 ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t stream,
-                      std::initializer_list<SharedBuffer> buffers, GroupCall* call) {
+                      std::initializer_list<SharedBuffer> buffers, GroupCall* call,
+                      const std::optional<gpu::SlotSizes>& slot_sizes) {
   SymmetricMemory& memory = SymmetricMemory::Get();
   const auto fail = [&](const std::string& what) {
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition, std::string(state.op) + ": " + what);
@@ -105,7 +107,9 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t 
   }
   // Ranks share the work by block, so their grids must be equal.
   call->operation = state.operation + static_cast<uint64_t>(NumSms(ordinal, 0));
-  if (num_ranks == 1) return ffi::Error::Success();
+  call->in_slots_ = slot_sizes && gpu::fits_slots(*slot_sizes, call->slot_area_bytes);
+  if (call->in_slots_) call->operation = Mix(call->operation, kInSlots);
+  if (num_ranks == 1 || call->in_slots_) return ffi::Error::Success();
 
   size_t used = 0;  // of the staging region
   std::string names, reason;

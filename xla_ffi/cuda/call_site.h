@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "cuda/launch.h"
+#include "cuda/memory/slots.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_ffi/attributes.h"
 #include "xla_ffi/groups.h"
@@ -61,6 +62,9 @@ struct SharedBuffer {
 // A call of one device: its view of the group, and where its shared buffers are.
 class GroupCall : public gpu::GroupView {
  public:
+  // Whether the call goes through slots: then peers touch no buffer of it.
+  bool in_slots() const { return in_slots_; }
+
   // What the kernel takes in place of a shared buffer: the buffer, or its place in the staging
   // region.
   template <typename T>
@@ -87,7 +91,8 @@ class GroupCall : public gpu::GroupView {
 
  private:
   friend xla::ffi::Error EnterGroup(const CudaSiteState&, int32_t, cudaStream_t,
-                                    std::initializer_list<SharedBuffer>, GroupCall*);
+                                    std::initializer_list<SharedBuffer>, GroupCall*,
+                                    const std::optional<gpu::SlotSizes>&);
   struct Staged {
     SharedBuffer buffer;
     void* at;
@@ -100,12 +105,17 @@ class GroupCall : public gpu::GroupView {
   }
   Staged staged_[gpu::kNumAddresses];
   int num_staged_ = 0;
+  bool in_slots_ = false;
 };
 
 // Begins a call: makes the buffers reachable for the group's other ranks, or stages them, and fills
 // the view. Fails if a kernel has recorded an error, and tells the other ranks.
+//
+// `slot_sizes`: of a call that slots may take; they do if it fits. That follows from what the ranks
+// have agreed on (attributes, slots, devices), and is part of the operation all the same.
 xla::ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t stream,
-                           std::initializer_list<SharedBuffer> buffers, GroupCall* call);
+                           std::initializer_list<SharedBuffer> buffers, GroupCall* call,
+                           const std::optional<gpu::SlotSizes>& slot_sizes = std::nullopt);
 
 // SMs that a call uses, of `wanted` ones (0: all).
 int NumSms(int32_t ordinal, int64_t wanted);

@@ -1,7 +1,10 @@
+#include <optional>
+
 #include "xla_ffi/calls.h"
 #include "xla_ffi/cuda/call_site.h"
 #include "xla_ffi/cuda/checks.h"
 #include "xla_ffi/cuda/handlers.h"
+#include "xla_ffi/cuda/launches.h"
 
 namespace jax_ep {
 namespace {
@@ -14,12 +17,14 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
   const CombineCall call = DecodeCall(a, operands, results, &checks, /*has_scratch=*/true);
   if (checks.ok()) CheckForKernel(call, &checks);
   if (!checks.ok()) return checks.error();
+  std::optional<gpu::SlotSizes> slot_sizes;
+  if (call.expand) slot_sizes = SlotSizesOf(call.sizes, call.y.row_bytes());
   GroupCall group;
   if (ffi::Error e =
           EnterGroup(*state, ordinal, stream,
                      {{"partial", call.partial.data, call.partial.bytes, Use::kScratch},
                       {"collected", call.collected.data, call.collected.bytes, Use::kOutput}},
-                     &group);
+                     &group, slot_sizes);
       e.failure()) {
     return e;
   }
@@ -39,8 +44,8 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
   arguments.num_channels = call.y.num_channels;
   arguments.type = *call.y.float_type();
   arguments.expand = call.expand;
-  const cudaError_t launched =
-      gpu::LaunchCombine(group, arguments, NumSms(ordinal, a.num_sms), stream);
+  const auto launch = group.in_slots() ? gpu::LaunchCombineInSlots : gpu::LaunchCombine;
+  const cudaError_t launched = launch(group, arguments, NumSms(ordinal, a.num_sms), stream);
   return CudaStatus(a.kOp, group.CopyOut(launched, stream));
 }
 

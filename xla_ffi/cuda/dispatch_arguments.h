@@ -7,6 +7,21 @@
 
 namespace jax_ep {
 
+// Without NaN.
+inline bool IsInteger(xla::ffi::DataType type) {
+  switch (type) {
+    case xla::ffi::F64:
+    case xla::ffi::F32:
+    case xla::ffi::F16:
+    case xla::ffi::BF16:
+    case xla::ffi::F8E4M3FN:
+    case xla::ffi::F8E5M2:
+      return false;
+    default:
+      return true;
+  }
+}
+
 // Of the call of one rank, whose rows x [T, H] become tokens: [C, H], or, not expanded,
 // [R * T + 1, H].
 inline gpu::DispatchArguments DispatchArgumentsOf(const OnLayout& layout, const Rows& x,

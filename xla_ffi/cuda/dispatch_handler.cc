@@ -3,26 +3,13 @@
 #include "xla_ffi/cuda/checks.h"
 #include "xla_ffi/cuda/dispatch_arguments.h"
 #include "xla_ffi/cuda/handlers.h"
+#include "xla_ffi/cuda/launches.h"
 
 namespace jax_ep {
-namespace {
 
 namespace ffi = xla::ffi;
 
-// Without NaN.
-bool IsInteger(ffi::DataType type) {
-  switch (type) {
-    case ffi::F64:
-    case ffi::F32:
-    case ffi::F16:
-    case ffi::BF16:
-    case ffi::F8E4M3FN:
-    case ffi::F8E5M2:
-      return false;
-    default:
-      return true;
-  }
-}
+namespace {
 
 gpu::DispatchMode ModeOf(const DispatchCall& call) {
   switch (call.quantization) {
@@ -37,14 +24,12 @@ gpu::DispatchMode ModeOf(const DispatchCall& call) {
   return call.dequantize ? gpu::DispatchMode::kDequantize : gpu::DispatchMode::kQuantize;
 }
 
-ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
-                    DispatchAttributes a, ffi::RemainingArgs operands, ffi::RemainingRets results) {
-  Checks checks(a.kOp);
-  const DispatchCall call = DecodeCall(a, operands, results, &checks);
-  if (checks.ok()) CheckForKernel(call, &checks);
-  if (!checks.ok()) return checks.error();
+}  // namespace
+
+ffi::Error LaunchDispatch(const CudaSiteState& state, int32_t ordinal, cudaStream_t stream,
+                          const DispatchCall& call, int64_t num_sms) {
   GroupCall group;
-  if (ffi::Error e = EnterGroup(*state, ordinal, stream,
+  if (ffi::Error e = EnterGroup(state, ordinal, stream,
                                 {{"tokens", call.tokens.data, call.tokens.bytes, Use::kLanding,
                                   LandingBytes(call, call.x, call.num_scales)},
                                  {"weights", call.weights.data, call.weights.bytes, Use::kOutput},
@@ -67,8 +52,19 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
   arguments.zero_tail = call.zero_tail;
   arguments.is_integer = IsInteger(call.x.type);
   const cudaError_t launched =
-      gpu::LaunchDispatch(group, arguments, NumSms(ordinal, a.num_sms), stream);
-  return CudaStatus(a.kOp, group.CopyOut(launched, stream));
+      gpu::LaunchDispatch(group, arguments, NumSms(ordinal, num_sms), stream);
+  return CudaStatus(state.op, group.CopyOut(launched, stream));
+}
+
+namespace {
+
+ffi::Error Dispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
+                    DispatchAttributes a, ffi::RemainingArgs operands, ffi::RemainingRets results) {
+  Checks checks(a.kOp);
+  const DispatchCall call = DecodeCall(a, operands, results, &checks);
+  if (checks.ok()) CheckForKernel(call, &checks);
+  if (!checks.ok()) return checks.error();
+  return LaunchDispatch(*state, ordinal, stream, call, a.num_sms);
 }
 
 }  // namespace
