@@ -34,15 +34,22 @@
   NUMBER(expert_alignment)            \
   NUMBER(expert_capacity)
 
-// quantization: a QuantizationKind (cuda/core/wire_row.h). expand: TableSizes::num_rows. The others:
-// 0 or 1.
+// How rows cross and come out. quantization: a QuantizationKind (cuda/core/wire_row.h). expand:
+// TableSizes::num_rows. The others: 0 or 1.
+#define JAX_EP_ROW_NUMBERS(NUMBER) \
+  NUMBER(has_weights)              \
+  NUMBER(zero_tail)                \
+  NUMBER(quantization)             \
+  NUMBER(dequantize)               \
+  NUMBER(expand)
+
 #define JAX_EP_DISPATCH_NUMBERS(NUMBER) \
   JAX_EP_SIZES(NUMBER)                  \
-  NUMBER(has_weights)                   \
-  NUMBER(zero_tail)                     \
-  NUMBER(quantization)                  \
-  NUMBER(dequantize)                    \
-  NUMBER(expand)
+  JAX_EP_ROW_NUMBERS(NUMBER)
+
+#define JAX_EP_LAYOUT_AND_DISPATCH_NUMBERS(NUMBER) \
+  JAX_EP_LAYOUT_NUMBERS(NUMBER)                    \
+  JAX_EP_ROW_NUMBERS(NUMBER)
 
 // ranks_per_node: a divisor of num_ranks; as many ranks one after the other are a node. expand: of y,
 // which has no weights where it is 0. The others: 0 or 1.
@@ -87,6 +94,8 @@ JAX_EP_DEFINE_ATTRIBUTES(CombineAttributes, kCombine, JAX_EP_COMBINE_NUMBERS);
 // On CUDA alone; CPU's gradient of combine is made of dispatch.
 JAX_EP_DEFINE_ATTRIBUTES(CombineGradientAttributes, kCombineGradient,
                          JAX_EP_COMBINE_GRADIENT_NUMBERS);
+JAX_EP_DEFINE_ATTRIBUTES(LayoutAndDispatchAttributes, kLayoutAndDispatch,
+                         JAX_EP_LAYOUT_AND_DISPATCH_NUMBERS);
 
 namespace jax_ep {
 

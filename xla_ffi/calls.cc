@@ -46,9 +46,13 @@ class Reader {
     return buffer.has_value() ? Check(name, **buffer, type, shape) : Rows{};
   }
 
+  Memory TopkIdx(const TableSizes& sizes) {
+    return Operand("topk_idx", ffi::S32, {sizes.num_tokens, sizes.top_k});
+  }
+
   void Layout(const TableSizes& sizes, OnLayout* call) {
     call->sizes = sizes;
-    call->topk_idx = Operand("topk_idx", ffi::S32, {sizes.num_tokens, sizes.top_k}).as<int32_t>();
+    call->topk_idx = TopkIdx(sizes).as<int32_t>();
     TableView::ForEach(call->tables, sizes,
                        [&](const char* name, const int32_t*& table, Shape shape) {
                          table = Operand(name, ffi::S32, shape).as<int32_t>();
@@ -111,6 +115,83 @@ void CheckRoom(const TableSizes& sizes, const Room& room, Checks* checks) {
                       std::to_string(kMaxRows));
 }
 
+// What a layout's attributes say beside its sizes.
+template <typename Attributes>
+LayoutCall LayoutOf(const Attributes& a, Checks* checks) {
+  LayoutCall call{};
+  call.sizes = a.sizes();
+  call.room = {a.capacity, a.expert_alignment, a.expert_capacity};
+  CheckSizes(call.sizes, checks);
+  CheckRoom(call.sizes, call.room, checks);
+  return call;
+}
+
+void ReadResults(Reader* reader, LayoutCall* call) {
+  const TableSizes& sizes = call->sizes;
+  Tables<int32_t>::ForEach(call->tables, sizes,
+                           [&](const char* name, int32_t*& table, Shape shape) {
+                             table = reader->Result(name, ffi::S32, shape).as<int32_t>();
+                           });
+  const int64_t num_local_experts = sizes.num_local_experts();
+  call->expert_counts = reader->Result("expert_counts", ffi::S32, {num_local_experts});
+  call->expert_load = reader->Result("expert_load", ffi::S32, {sizes.num_experts});
+  call->counters = reader->Result("counters", ffi::S32, {3});
+}
+
+// A dispatch, but for its operands and results: how rows cross and come out.
+template <typename Attributes>
+DispatchCall RowsOf(const Attributes& a, Checks* checks) {
+  DispatchCall call{};
+  call.sizes = a.sizes();
+  call.quantization = static_cast<QuantizationKind>(a.quantization);
+  call.dequantize = a.dequantize != 0;
+  call.expand = a.expand != 0;
+  call.zero_tail = a.zero_tail != 0;
+  checks->Require(0 <= a.quantization && a.quantization <= 3, "quantization must be 0, 1, 2 or 3");
+  checks->Require(call.is_quantised() || !call.dequantize, "there is nothing to dequantize");
+  return call;
+}
+
+void ReadX(Reader* reader, DispatchCall* call, Checks* checks) {
+  call->x = reader->Operand("x", std::nullopt, {call->sizes.num_tokens, kAny});
+  checks->Require(IsWholeBytes(call->x.type), "x has an element type narrower than a byte");
+  if (call->is_quantised()) {
+    checks->Require(call->x.float_type().has_value(), "x must be bf16, f16 or f32 to be quantised");
+    call->num_scales = num_block_scales(call->x.num_channels);
+  }
+  if (call->has_x_scales()) {
+    checks->Require(call->x.type == ffi::F8E4M3FN || call->x.type == ffi::F8E5M2,
+                    "x must be float8_e4m3fn or float8_e5m2 to come with scales");
+  }
+  if (call->has_x_scales() || call->is_quantised()) {
+    checks->Require(call->x.num_channels % kRowAlignment == 0, "x must have a multiple of " +
+                                                                   std::to_string(kRowAlignment) +
+                                                                   " channels to cross as float8");
+  }
+}
+
+// Of a dispatch, what comes after x and the layout, and its results.
+void ReadRest(Reader* reader, bool has_weights, DispatchCall* call, Checks* checks) {
+  const TableSizes& sizes = call->sizes;
+  if (call->has_x_scales()) {
+    const Rows scales = reader->Operand("x_scales", ffi::F32, {sizes.num_tokens, kAny});
+    call->x_scales = scales;
+    call->num_scales = scales.num_channels;
+    checks->Require(call->num_scales > 0, "x_scales must have one for each row at least");
+  }
+  if (has_weights) {
+    call->topk_weights = reader->Operand("topk_weights", ffi::F32, {sizes.num_tokens, sizes.top_k});
+  }
+  const int64_t num_rows = sizes.num_rows(call->expand);
+  const bool becomes_fp8 = call->is_quantised() && !call->dequantize;
+  call->tokens = reader->Result("tokens", becomes_fp8 ? ffi::F8E4M3FN : call->x.type,
+                                {num_rows, call->x.num_channels});
+  if (becomes_fp8 || call->has_x_scales()) {
+    call->scales = reader->Result("scales", ffi::F32, {num_rows, call->num_scales});
+  }
+  if (has_weights) call->weights = reader->Result("weights", ffi::F32, {sizes.capacity});
+}
+
 }  // namespace
 
 std::optional<FloatType> Rows::float_type() const {
@@ -128,73 +209,40 @@ std::optional<FloatType> Rows::float_type() const {
 
 LayoutCall DecodeCall(const LayoutAttributes& a, ffi::RemainingArgs operands,
                       ffi::RemainingRets results, Checks* checks) {
-  LayoutCall call{};
-  call.sizes = a.sizes();
-  call.room = {a.capacity, a.expert_alignment, a.expert_capacity};
-  CheckSizes(call.sizes, checks);
-  CheckRoom(call.sizes, call.room, checks);
+  LayoutCall call = LayoutOf(a, checks);
   if (!checks->ok()) return call;
   Reader reader(operands, results, checks);
-  call.topk_idx = reader.Operand("topk_idx", ffi::S32, {a.num_tokens, a.top_k});
-  Tables<int32_t>::ForEach(call.tables, call.sizes,
-                           [&](const char* name, int32_t*& table, Shape shape) {
-                             table = reader.Result(name, ffi::S32, shape).as<int32_t>();
-                           });
-  const int64_t num_local_experts = call.sizes.num_local_experts();
-  call.expert_counts = reader.Result("expert_counts", ffi::S32, {num_local_experts});
-  call.expert_load = reader.Result("expert_load", ffi::S32, {a.num_experts});
-  call.counters = reader.Result("counters", ffi::S32, {3});
+  call.topk_idx = reader.TopkIdx(call.sizes);
+  ReadResults(&reader, &call);
   reader.End();
   return call;
 }
 
 DispatchCall DecodeCall(const DispatchAttributes& a, ffi::RemainingArgs operands,
                         ffi::RemainingRets results, Checks* checks) {
-  DispatchCall call{};
-  call.quantization = static_cast<QuantizationKind>(a.quantization);
-  call.dequantize = a.dequantize != 0;
-  call.expand = a.expand != 0;
-  call.zero_tail = a.zero_tail != 0;
-  const bool has_scales = call.quantization == QuantizationKind::kGivenScales;
-  const bool is_quantised = call.quantization != QuantizationKind::kNone && !has_scales;
   CheckSizes(a.sizes(), checks);
-  checks->Require(0 <= a.quantization && a.quantization <= 3, "quantization must be 0, 1, 2 or 3");
-  checks->Require(is_quantised || !call.dequantize, "there is nothing to dequantize");
+  DispatchCall call = RowsOf(a, checks);
   if (!checks->ok()) return call;
   Reader reader(operands, results, checks);
-  call.x = reader.Operand("x", std::nullopt, {a.num_tokens, kAny});
-  checks->Require(IsWholeBytes(call.x.type), "x has an element type narrower than a byte");
-  if (is_quantised) {
-    checks->Require(call.x.float_type().has_value(), "x must be bf16, f16 or f32 to be quantised");
-    call.num_scales = num_block_scales(call.x.num_channels);
-  }
-  if (has_scales) {
-    checks->Require(call.x.type == ffi::F8E4M3FN || call.x.type == ffi::F8E5M2,
-                    "x must be float8_e4m3fn or float8_e5m2 to come with scales");
-  }
-  if (has_scales || is_quantised) {
-    checks->Require(call.x.num_channels % kRowAlignment == 0, "x must have a multiple of " +
-                                                                  std::to_string(kRowAlignment) +
-                                                                  " channels to cross as float8");
-  }
-  reader.Layout(a.sizes(), &call);
-  if (has_scales) {
-    const Rows scales = reader.Operand("x_scales", ffi::F32, {a.num_tokens, kAny});
-    call.x_scales = scales;
-    call.num_scales = scales.num_channels;
-    checks->Require(call.num_scales > 0, "x_scales must have one for each row at least");
-  }
-  if (a.has_weights) {
-    call.topk_weights = reader.Operand("topk_weights", ffi::F32, {a.num_tokens, a.top_k});
-  }
-  const int64_t num_rows = call.sizes.num_rows(call.expand);
-  const bool becomes_fp8 = is_quantised && !call.dequantize;
-  call.tokens = reader.Result("tokens", becomes_fp8 ? ffi::F8E4M3FN : call.x.type,
-                              {num_rows, call.x.num_channels});
-  if (becomes_fp8 || has_scales) {
-    call.scales = reader.Result("scales", ffi::F32, {num_rows, call.num_scales});
-  }
-  if (a.has_weights) call.weights = reader.Result("weights", ffi::F32, {a.capacity});
+  ReadX(&reader, &call, checks);
+  reader.Layout(call.sizes, &call);
+  ReadRest(&reader, a.has_weights != 0, &call, checks);
+  reader.End();
+  return call;
+}
+
+LayoutAndDispatchCall DecodeCall(const LayoutAndDispatchAttributes& a, ffi::RemainingArgs operands,
+                                 ffi::RemainingRets results, Checks* checks) {
+  LayoutAndDispatchCall call{LayoutOf(a, checks), RowsOf(a, checks)};
+  if (!checks->ok()) return call;
+  auto& [layout, dispatch] = call;
+  Reader reader(operands, results, checks);
+  ReadX(&reader, &dispatch, checks);
+  layout.topk_idx = reader.TopkIdx(layout.sizes);
+  ReadResults(&reader, &layout);
+  dispatch.topk_idx = layout.topk_idx.as<int32_t>();
+  dispatch.tables = ViewOf(layout.tables);
+  ReadRest(&reader, a.has_weights != 0, &dispatch, checks);
   reader.End();
   return call;
 }

@@ -72,6 +72,16 @@ struct DispatchCall : OnLayout {
   bool dequantize;  // rows cross as float8_e4m3fn, tokens are of x's type
   bool expand;
   bool zero_tail;
+
+  bool has_x_scales() const { return quantization == QuantizationKind::kGivenScales; }
+  bool is_quantised() const { return quantization != QuantizationKind::kNone && !has_x_scales(); }
+};
+
+// The two in one. Operands: x, topk_idx, x_scales, topk_weights. Results: those of the layout, then
+// those of the dispatch, whose tables are the layout's.
+struct LayoutAndDispatchCall {
+  LayoutCall layout;
+  DispatchCall dispatch;
 };
 
 // Operands: y, topk_idx, the tables, weights, values. Results: out, collected, partial.
@@ -101,6 +111,9 @@ LayoutCall DecodeCall(const LayoutAttributes& a, xla::ffi::RemainingArgs operand
                       xla::ffi::RemainingRets results, Checks* checks);
 DispatchCall DecodeCall(const DispatchAttributes& a, xla::ffi::RemainingArgs operands,
                         xla::ffi::RemainingRets results, Checks* checks);
+LayoutAndDispatchCall DecodeCall(const LayoutAndDispatchAttributes& a,
+                                 xla::ffi::RemainingArgs operands, xla::ffi::RemainingRets results,
+                                 Checks* checks);
 CombineCall DecodeCall(const CombineAttributes& a, xla::ffi::RemainingArgs operands,
                        xla::ffi::RemainingRets results, Checks* checks, bool has_scratch);
 CombineGradientCall DecodeCall(const CombineGradientAttributes& a, xla::ffi::RemainingArgs operands,

@@ -1,5 +1,6 @@
 #include "xla_ffi/calls.h"
 #include "xla_ffi/cpu/call_site.h"
+#include "xla_ffi/cpu/call_sizes.h"
 #include "xla_ffi/cpu/handlers.h"
 #include "xla_ffi/cpu/ops/ops.h"
 
@@ -14,27 +15,14 @@ ffi::Future Dispatch(ffi::RunId run, CpuSiteState* state, DispatchAttributes a,
   Checks checks(a.kOp);
   const DispatchCall call = DecodeCall(a, operands, results, &checks);
   if (!checks.ok()) return FailedFuture(checks.error());
-  const cpu::DispatchSizes sizes{a.num_ranks,
-                                 a.num_tokens,
-                                 a.top_k,
-                                 a.capacity,
-                                 call.sizes.num_local_experts(),
-                                 call.sizes.num_rows(call.expand),
-                                 call.x.row_bytes(),
-                                 call.x.num_channels,
-                                 call.num_scales,
-                                 call.quantization,
-                                 call.x.float_type().value_or(FloatType::kF32),
-                                 call.dequantize,
-                                 call.expand,
-                                 call.zero_tail};
   // Receivers fetch the rows, so senders need not know where these go (topk_idx, send_row).
   return Arrive(
       *state, run, coordinates,
       {call.x.data, call.tables.recv_src, call.tables.recv_order, call.tables.recv_offsets,
        call.tables.group_sizes, call.x_scales.data, call.topk_weights.data},
-      {AsOutput(call.tokens), AsOutput(call.scales), AsOutput(call.weights)},
-      [sizes](const cpu::Members& members) { return cpu::MakeDispatchOp(sizes, members); });
+      OutputsOf(call), [sizes = SizesOf(call)](const cpu::Members& members) {
+        return cpu::MakeDispatchOp(sizes, members);
+      });
 }
 
 }  // namespace

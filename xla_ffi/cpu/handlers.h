@@ -9,9 +9,11 @@ namespace jax_ep {
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateLayoutCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateDispatchCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateLayoutAndDispatchCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateCombineCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kLayoutCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kDispatchCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kLayoutAndDispatchCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineCpu);
 
 }  // namespace jax_ep

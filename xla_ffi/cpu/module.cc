@@ -29,6 +29,8 @@ nb::dict Handlers() {
   nb::dict handlers;
   handlers[LayoutAttributes::kOp] = Stages(kInstantiateLayoutCpu, kLayoutCpu);
   handlers[DispatchAttributes::kOp] = Stages(kInstantiateDispatchCpu, kDispatchCpu);
+  handlers[LayoutAndDispatchAttributes::kOp] =
+      Stages(kInstantiateLayoutAndDispatchCpu, kLayoutAndDispatchCpu);
   handlers[CombineAttributes::kOp] = Stages(kInstantiateCombineCpu, kCombineCpu);
   return handlers;
 }

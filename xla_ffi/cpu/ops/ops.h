@@ -1,4 +1,4 @@
-// The three collective operations on plain memory. Shapes: T tokens, K experts per token,
+// The collective operations on plain memory. Shapes: T tokens, K experts per token,
 // E experts, R ranks, L = E / R, C capacity, H row length; see docs of jax_ep for their meaning.
 #ifndef JAX_EP_XLA_FFI_CPU_OPS_OPS_H_
 #define JAX_EP_XLA_FFI_CPU_OPS_OPS_H_
@@ -29,6 +29,7 @@ enum LayoutOut {
   kLayoutCounters,      // i32 [3]     num_recv, num_dropped, num_invalid
   kNumLayoutOut
 };
+inline constexpr size_t kNumLayoutPublished = 1;  // words of a rank
 std::unique_ptr<CollectiveOp> MakeLayoutOp(const LayoutSizes& sizes, const Members& members);
 
 // ---- dispatch: rows to their experts -----------------------------------------------------------
@@ -60,6 +61,18 @@ enum DispatchOut {
   kNumDispatchOut
 };
 std::unique_ptr<CollectiveOp> MakeDispatchOp(const DispatchSizes& sizes, const Members& members);
+
+// ---- both in one -------------------------------------------------------------------------------
+enum LayoutAndDispatchIn {
+  kLayoutAndDispatchTopkIdx,     // as kLayoutTopkIdx
+  kLayoutAndDispatchX,           // as kDispatchX
+  kLayoutAndDispatchXScales,     // as kDispatchXScales
+  kLayoutAndDispatchTopkWeights  // as kDispatchTopkWeights
+};
+// Out: LayoutOut, then DispatchOut.
+std::unique_ptr<CollectiveOp> MakeLayoutAndDispatchOp(const LayoutSizes& layout,
+                                                      const DispatchSizes& dispatch,
+                                                      const Members& members);
 
 // ---- combine: rows back to their tokens, summed ------------------------------------------------
 struct CombineSizes {
