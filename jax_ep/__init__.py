@@ -18,7 +18,7 @@ except ImportError as error:
     ) from error
 
 from jax_ep import routing as routing
-from jax_ep.api import Dispatched, combine, dispatch, make_layout, moe
+from jax_ep.api import Dispatched, combine, dispatch, layout_and_dispatch, make_layout, moe
 from jax_ep.errors import check
 from jax_ep.layout import Layout, capacity, expert_capacity
 from jax_ep.routing import keep_heaviest
@@ -40,6 +40,7 @@ __all__ = [
     "get_timeout",
     "initialize",
     "keep_heaviest",
+    "layout_and_dispatch",
     "make_layout",
     "moe",
     "routing",

@@ -1,4 +1,4 @@
-"""The verbs: make_layout, dispatch, combine, and moe, which is the three in a row.
+"""The verbs: make_layout, dispatch, the two in one call, combine, and moe, all of a layer.
 
 All are per-shard functions: call them inside ``jax.shard_map`` over a mesh that has ``axis_name``.
 Letters: T tokens on this rank, H hidden size, K experts per token, E experts, R ranks of the EP
@@ -6,26 +6,18 @@ group, L = E / R experts per rank (expert e lives on rank e // L), C capacity in
 alignment, M room of an expert in rows.
 """
 
-import typing
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_ep import autodiff, batching, checks, compat, ffi, group, id_check, limits
+from jax_ep import autodiff, batching, checks, compat, ffi, id_check
+from jax_ep.checks import ScaleFormat
 from jax_ep.group import AxisName
-from jax_ep.layout import Layout, default_capacity
+from jax_ep.layout import Layout
 
 Array = jax.Array
-ScaleFormat = Literal["float32", "power_of_two"]
-
-_FLOATS = ("bfloat16", "float16", "float32")
-_FLOAT8S = ("float8_e4m3fn", "float8_e5m2")
-_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
-_PAYLOADS = (*_FLOATS, *_FLOAT8S, *_INTEGERS)
-_SCALE_FORMATS = typing.get_args(ScaleFormat)
 
 
 class _Unweighted:
@@ -120,82 +112,19 @@ def make_layout(
             abstract mesh any axis, to the compiler.
     """
     where = "jax_ep.make_layout"
-    axes = group.axis_names(axis_name, where)
-    num_ranks = group.group_size(axes, where)
-    topk_idx = checks.expert_ids(where, topk_idx)
-    num_tokens, top_k = topk_idx.shape
-    num_experts = checks.positive_int(where, "num_experts", num_experts)
-    expert_alignment = checks.positive_int(where, "expert_alignment", expert_alignment)
-    limits.check_experts(where, num_experts, num_ranks, f"the {num_ranks} ranks along {axes}")
-    if top_k > num_experts:
-        raise ValueError(
-            f"{where}: topk_idx has k = {top_k} experts per token, but num_experts is {num_experts}"
-        )
-    limits.check_rows(
+    topk_idx, sizes = checks.routing(
         where,
-        num_ranks=num_ranks,
-        num_tokens=num_tokens,
-        top_k=top_k,
+        topk_idx,
         num_experts=num_experts,
+        axis_name=axis_name,
+        capacity=capacity,
         expert_alignment=expert_alignment,
+        expert_capacity=expert_capacity,
+        num_sms=num_sms,
     )
-    if expert_capacity is not None:
-        if capacity is not None:
-            raise ValueError(
-                f"{where}: give capacity or expert_capacity, not both; got {capacity} and "
-                f"{expert_capacity}. expert_capacity alone makes it experts per rank * "
-                "expert_capacity"
-            )
-        expert_capacity = checks.aligned_rows(
-            where, "expert_capacity", expert_capacity, expert_alignment
-        )
-        capacity = num_experts // num_ranks * expert_capacity
-        limits.check_capacity(where, capacity, num_local_experts=num_experts // num_ranks)
-    else:
-        if capacity is None:
-            capacity = default_capacity(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
-        capacity = checks.aligned_rows(where, "capacity", capacity, expert_alignment)
-        limits.check_capacity(where, capacity)
-    num_sms = 0 if num_sms is None else checks.positive_int(where, "num_sms", num_sms)
-    checks.warn_if_replicated(where, topk_idx, axes)
     with jax.named_scope(where):
-        topk_idx = compat.vary_over(topk_idx, axes)
-        if check_ids:
-            topk_idx = id_check.require_valid_ids(where, topk_idx, num_experts, axes)
-        tables = ffi.bind_layout(
-            topk_idx,
-            axis_name=axes,
-            num_ranks=num_ranks,
-            num_experts=num_experts,
-            capacity=capacity,
-            expert_alignment=expert_alignment,
-            expert_capacity=expert_capacity or 0,
-            num_sms=num_sms,
-        )
-        num_recv, num_dropped, num_invalid = (tables.counters[i] for i in range(3))
-        layout = Layout(
-            topk_idx=topk_idx,
-            send_row=tables.send_row,
-            recv_src=tables.recv_src,
-            recv_order=tables.recv_order,
-            recv_offsets=tables.recv_offsets,
-            group_sizes=tables.group_sizes,
-            expert_counts=tables.expert_counts,
-            expert_load=tables.expert_load,
-            num_recv=num_recv,
-            num_dropped=num_dropped,
-            num_invalid=num_invalid,
-            axis_name=axes,
-            num_ranks=num_ranks,
-            num_experts=num_experts,
-            capacity=capacity,
-            expert_alignment=expert_alignment,
-            expert_capacity=expert_capacity,
-            zero_tail=bool(zero_tail),
-            num_sms=num_sms,
-        )
-        named: Layout = jax.tree.map(lambda a: checkpoint_name(a, "jax_ep_layout"), layout)
-        return named
+        topk_idx = _ids_of_ranks(where, topk_idx, sizes, check_ids=check_ids)
+        return _layout_of(topk_idx, sizes, ffi.bind_layout(topk_idx, sizes), zero_tail)
 
 
 def dispatch(
@@ -253,39 +182,111 @@ def dispatch(
     """
     where = "jax_ep.dispatch"
     num_tokens, top_k = checks.check_layout(where, layout)
-    x = checks.as_array(where, "x", x)
-    if x.dtype.name not in _PAYLOADS:
-        raise TypeError(
-            f"{where}: x must be one of {', '.join(_PAYLOADS)}; got {x.dtype}: "
-            f"{_remedy_for_payload(x.dtype)}"
-        )
-    rows, _ = checks.matrix_shape(where, "x", x, "[tokens, hidden]")
-    if rows != num_tokens:
-        raise ValueError(
-            f"{where}: x has {rows} tokens, but the layout ({checks.describe(layout)}) was made "
-            f"for {num_tokens}"
-        )
-    checks.check_row(where, "x", x)
-    scales = _check_float8(where, x, fp8, dequantize, scales)
-    if topk_weights is not None:
-        topk_weights = checks.as_float32(
-            where,
-            "topk_weights",
-            topk_weights,
-            (num_tokens, top_k),
-            "one for each id of topk_idx",
-        )
-
+    x, scales, topk_weights, form = checks.rows_to_send(
+        where,
+        x,
+        topk_weights,
+        ids_shape=(num_tokens, top_k),
+        made_of=f"the layout ({checks.describe(layout)}) was made",
+        fp8=fp8,
+        dequantize=dequantize,
+        expand=expand,
+        scales=scales,
+    )
     with jax.named_scope(where):
-        quantization = ffi.QUANTIZATIONS[fp8] if scales is None else ffi.GIVEN_SCALES
-        layout, x, scales, topk_weights = _vary_together(layout, x, scales, topk_weights)
-        tokens, scales, weights = autodiff.dispatch(
-            layout, x, scales, topk_weights, ffi.RowForm(quantization, dequantize, bool(expand))
+        varying, x, scales, topk_weights = _vary_together(layout, x, scales, topk_weights)
+        rows = autodiff.dispatch(varying, x, scales, topk_weights, form)
+        return _dispatched(layout, rows)
+
+
+def layout_and_dispatch(
+    x: Array,
+    topk_idx: Array,
+    topk_weights: Array | None = None,
+    *,
+    num_experts: int,
+    axis_name: AxisName,
+    capacity: int | None = None,
+    expert_alignment: int = 1,
+    expert_capacity: int | None = None,
+    zero_tail: bool = True,
+    num_sms: int | None = None,
+    check_ids: bool = False,
+    fp8: ScaleFormat | None = None,
+    dequantize: bool = False,
+    expand: bool = True,
+    scales: Array | None = None,
+) -> tuple[Layout, Dispatched]:
+    """``make_layout`` and ``dispatch`` in one call: ids and rows cross together.
+
+    What comes is what the two give in a row, to the bit. Where a rank has few tokens, as in
+    decoding, calls cost what it takes to meet the other ranks: on CPU they meet once here, not
+    twice. On GPUs this is the two calls for now.
+
+    Gradients are those of ``dispatch``, and need no exchange but rows. Works under jit, grad (of
+    any order), scan and checkpoint; the arrays carry the names that they have from the two calls,
+    and under a policy that saves ``jax_ep_layout`` recomputation is a ``dispatch`` with the layout.
+    vmap maps calls one after the other. No operand is donated.
+
+    Args:
+        x: [T, H], as in ``dispatch``.
+        topk_idx: int32 [T, K], as in ``make_layout``. Every rank takes part in each call: one
+            without tokens passes -1.
+        topk_weights: [T, K], as in ``dispatch``.
+        num_experts: as in ``make_layout``.
+        axis_name: as in ``make_layout``.
+        capacity: as in ``make_layout``.
+        expert_alignment: as in ``make_layout``.
+        expert_capacity: as in ``make_layout``.
+        zero_tail: as in ``make_layout``.
+        num_sms: as in ``make_layout``.
+        check_ids: as in ``make_layout``.
+        fp8: as in ``dispatch``.
+        dequantize: as in ``dispatch``.
+        expand: as in ``dispatch``.
+        scales: as in ``dispatch``.
+
+    Returns:
+        The layout, for ``combine`` and further ``dispatch``; and what was received.
+
+    Raises:
+        ValueError: as the two do.
+        TypeError: as the two do.
+        NotImplementedError: as the two do.
+    """
+    where = "jax_ep.layout_and_dispatch"
+    topk_idx, sizes = checks.routing(
+        where,
+        topk_idx,
+        num_experts=num_experts,
+        axis_name=axis_name,
+        capacity=capacity,
+        expert_alignment=expert_alignment,
+        expert_capacity=expert_capacity,
+        num_sms=num_sms,
+    )
+    x, scales, topk_weights, form = checks.rows_to_send(
+        where,
+        x,
+        topk_weights,
+        ids_shape=topk_idx.shape,
+        made_of="topk_idx has ids",
+        fp8=fp8,
+        dequantize=dequantize,
+        expand=expand,
+        scales=scales,
+    )
+    with jax.named_scope(where):
+        topk_idx = _ids_of_ranks(where, topk_idx, sizes, check_ids=check_ids)
+        # The ids, and so the layout, may vary over fewer axes than the rows.
+        _, x, scales, topk_weights = _vary_together(topk_idx, x, scales, topk_weights)
+        tables, rows = autodiff.layout_and_dispatch(
+            topk_idx, x, scales, topk_weights, sizes, form, zero_tail=bool(zero_tail)
         )
-        tokens, weights, scales = jax.tree.map(
-            lambda a: checkpoint_name(a, "jax_ep_dispatch"), (tokens, weights, scales)
-        )
-        return Dispatched(tokens, weights, scales, layout.group_sizes)
+        layout = _layout_of(topk_idx, sizes, tables, zero_tail)
+        varying, x, scales, topk_weights = _vary_together(layout, x, scales, topk_weights)
+        rows = autodiff.received(varying, x, scales, topk_weights, rows, form)
+        return layout, _dispatched(layout, rows)
 
 
 def combine(y: Array, layout: Layout, weights: Array | None = _UNWEIGHTED) -> Array:
@@ -374,7 +375,7 @@ def moe(
     check_ids: bool = False,
     fp8: ScaleFormat | None = None,
 ) -> tuple[Array, Layout]:
-    """A mixture-of-experts layer around ``expert_fn``: make_layout, dispatch, experts, combine.
+    """A mixture-of-experts layer: ``layout_and_dispatch``, ``expert_fn``, ``combine``.
 
     Args:
         x: [T, H], the tokens of this shard.
@@ -405,10 +406,12 @@ def moe(
     if topk_weights is None:
         raise ValueError(
             f"{where}: topk_weights must be an array [tokens, k]; got None. For a sum without "
-            "weights call make_layout, dispatch and combine"
+            "weights call layout_and_dispatch and combine"
         )
-    layout = make_layout(
+    layout, received = layout_and_dispatch(
+        x,
         topk_idx,
+        topk_weights,
         num_experts=num_experts,
         axis_name=axis_name,
         capacity=capacity,
@@ -417,8 +420,9 @@ def moe(
         zero_tail=zero_tail,
         num_sms=num_sms,
         check_ids=check_ids,
+        fp8=fp8,
+        dequantize=fp8 is not None,
     )
-    received = dispatch(x, layout, topk_weights, fp8=fp8, dequantize=fp8 is not None)
     tokens, group_sizes = received.tokens, received.group_sizes
     with jax.named_scope("jax_ep.experts"):
         try:
@@ -439,8 +443,8 @@ def moe(
 def _experts_rows(where: str, name: str, value: Any, layout: Layout) -> Array:
     """``value``, if it can be what the experts make of the rows of ``layout``."""
     y = checks.as_array(where, name, value)
-    if y.dtype.name not in _FLOATS:
-        raise TypeError(f"{where}: {name} must be one of {', '.join(_FLOATS)}; got {y.dtype}")
+    if y.dtype.name not in checks.FLOATS:
+        raise TypeError(f"{where}: {name} must be one of {', '.join(checks.FLOATS)}; got {y.dtype}")
     rows, _ = checks.matrix_shape(where, name, y, "[capacity, hidden]")
     if rows != layout.capacity:
         remedy = "experts give a row for each row of dispatch with this layout"
@@ -457,67 +461,58 @@ def _experts_rows(where: str, name: str, value: Any, layout: Layout) -> Array:
     return y
 
 
-def _check_float8(
-    where: str, x: Array, fp8: ScaleFormat | None, dequantize: bool, scales: Array | None
-) -> Array | None:
-    """Checks how rows cross as float8; returns the scales that they come with."""
-    if scales is not None:
-        if fp8 is not None or dequantize:
-            raise ValueError(
-                f"{where}: rows that come with scales are passed on as they are; leave out fp8 and "
-                "dequantize"
-            )
-        if x.dtype.name not in _FLOAT8S:
-            raise TypeError(
-                f"{where}: scales need x in {' or '.join(_FLOAT8S)}; got {x.dtype}. To quantise it "
-                'on the way pass fp8="float32" or fp8="power_of_two" instead'
-            )
-        return checks.scales_of_rows(where, scales, x)
-    if fp8 is None:
-        if dequantize:
-            raise ValueError(f'{where}: dequantize=True needs fp8="float32" or fp8="power_of_two"')
-        return None
-    if fp8 not in _SCALE_FORMATS:
-        raise ValueError(f"{where}: fp8 must be one of {list(_SCALE_FORMATS)}; got {fp8!r}")
-    if x.dtype.name not in _FLOATS:
-        remedy = ": pass rows that are float8 with their scales" if x.dtype.name in _FLOAT8S else ""
-        raise TypeError(
-            f"{where}: fp8 needs x in one of {', '.join(_FLOATS)}; got {x.dtype}{remedy}"
-        )
-    num_channels = x.shape[1]
-    if num_channels % checks.ROW_GRANULE:  # a byte each
-        raise ValueError(
-            f"{where}: fp8 needs a hidden size that is a multiple of {checks.ROW_GRANULE}; got "
-            f"{num_channels}. Pad the last axis"
-        )
-    return None
+def _ids_of_ranks(where: str, topk_idx: Array, sizes: ffi.LayoutSizes, *, check_ids: bool) -> Array:
+    """The ids as they are exchanged: they vary over the EP axes, and are checked if need be."""
+    checks.warn_if_replicated(where, topk_idx, sizes.axis_name)
+    topk_idx = compat.vary_over(topk_idx, sizes.axis_name)
+    if check_ids:
+        topk_idx = id_check.require_valid_ids(where, topk_idx, sizes.num_experts, sizes.axis_name)
+    return topk_idx
 
 
-def _remedy_for_payload(dtype: Any) -> str:
-    """What to do with rows of a type that ``dispatch`` does not send."""
-    if dtype.name.startswith(("int", "uint", "float", "bfloat")):
-        # jnp.iinfo and finfo know the bits of those that NumPy holds in a byte each.
-        bits = (jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).bits
-        if bits < 8 and 8 % bits == 0:
-            return (
-                f"pack {8 // bits} of them into a byte with jax.lax.bitcast_convert_type, as "
-                'docs/guide.md shows under "Narrow rows"'
-            )
-        if bits == 8:
-            return "send its bytes, jax.lax.bitcast_convert_type(x, jnp.uint8), and cast them back"
-    return "cast it first"
+def _layout_of(
+    topk_idx: Array, sizes: ffi.LayoutSizes, tables: ffi.LayoutTables, zero_tail: bool
+) -> Layout:
+    """The layout that a call has made, under its name for ``jax.checkpoint``."""
+    num_recv, num_dropped, num_invalid = (tables.counters[i] for i in range(3))
+    layout = Layout(
+        topk_idx=topk_idx,
+        send_row=tables.send_row,
+        recv_src=tables.recv_src,
+        recv_order=tables.recv_order,
+        recv_offsets=tables.recv_offsets,
+        group_sizes=tables.group_sizes,
+        expert_counts=tables.expert_counts,
+        expert_load=tables.expert_load,
+        num_recv=num_recv,
+        num_dropped=num_dropped,
+        num_invalid=num_invalid,
+        axis_name=sizes.axis_name,
+        num_ranks=sizes.num_ranks,
+        num_experts=sizes.num_experts,
+        capacity=sizes.capacity,
+        expert_alignment=sizes.expert_alignment,
+        expert_capacity=sizes.expert_capacity or None,
+        zero_tail=bool(zero_tail),
+        num_sms=sizes.num_sms,
+    )
+    named: Layout = jax.tree.map(lambda a: checkpoint_name(a, "jax_ep_layout"), layout)
+    return named
 
 
-def _vary_together(layout: Layout, *arrays: Array | None) -> tuple[Any, ...]:
-    """Marks all arrays as varying over the axes of any of them.
+def _dispatched(layout: Layout, rows: ffi.Rows) -> Dispatched:
+    """What a call has brought, under its name for ``jax.checkpoint``."""
+    tokens, scales, weights = jax.tree.map(lambda a: checkpoint_name(a, "jax_ep_dispatch"), rows)
+    return Dispatched(tokens, weights, scales, layout.group_sizes)
+
+
+def _vary_together(others: Any, *arrays: Array | None) -> tuple[Any, ...]:
+    """Marks all arrays as varying over the axes of any of them, ``others``' among them.
 
     Outside the gradient rules, so that JAX itself sums the cotangents of replicated inputs.
     """
-    axes = set(layout.axis_name)
-    for leaf in jax.tree.leaves((layout, arrays)):
-        axes |= compat.varying_axes(leaf)
-    ordered = sorted(axes)
-    layout, arrays = jax.tree.map(lambda a: compat.vary_over(a, ordered), (layout, arrays))
+    axes = frozenset[str]().union(*map(compat.varying_axes, jax.tree.leaves((others, arrays))))
+    others, arrays = jax.tree.map(lambda a: compat.vary_over(a, sorted(axes)), (others, arrays))
     leaves, structure = jax.tree.flatten(arrays)
-    mapped = batching.map_together(leaves, jax.tree.leaves(layout))
-    return layout, *jax.tree.unflatten(structure, mapped)
+    mapped = batching.map_together(leaves, jax.tree.leaves(others))
+    return others, *jax.tree.unflatten(structure, mapped)

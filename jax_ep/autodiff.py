@@ -19,42 +19,75 @@ mean anything, so to differentiate through such rows is a TypeError.
 """
 
 import functools
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_ep import ffi, limits
 from jax_ep.layout import Layout
 
 Array = jax.Array
 Pair = tuple[Array, Array | None]
-Spread = tuple[Array, Array | None, Array | None]
 
 
 def dispatch(
     layout: Layout, x: Array, scales: Array | None, weights: Array | None, form: ffi.RowForm
-) -> Spread:
+) -> ffi.Rows:
     """Rows, scales and weights."""
     if form.has_scales or _is_float8(x):
-        x, scales = without_gradient((x, scales))
+        x, scales = without_gradient("jax_ep.dispatch", (x, scales))
     return spread(form, layout, x, scales, weights)
+
+
+def layout_and_dispatch(
+    topk_idx: Array,
+    x: Array,
+    scales: Array | None,
+    weights: Array | None,
+    sizes: ffi.LayoutSizes,
+    form: ffi.RowForm,
+    *,
+    zero_tail: bool,
+) -> tuple[ffi.LayoutTables, ffi.Rows]:
+    """A layout's tables, and the rows: constants to autodiff until ``received`` takes them."""
+    x, scales, weights = jax.tree.map(lax.stop_gradient, (x, scales, weights))
+    return ffi.bind_layout_and_dispatch(
+        x, topk_idx, scales, weights, sizes, form, zero_tail=zero_tail
+    )
+
+
+def received(
+    layout: Layout,
+    x: Array,
+    scales: Array | None,
+    weights: Array | None,
+    rows: ffi.Rows,
+    form: ffi.RowForm,
+) -> ffi.Rows:
+    """``rows``, those of the other arguments' dispatch, as ``dispatch`` gives them."""
+    if form.has_scales or _is_float8(x):
+        x, scales = without_gradient("jax_ep.layout_and_dispatch", (x, scales))
+    fixed_x, fixed_scales, fixed_weights = jax.tree.map(lax.stop_gradient, (x, scales, weights))
+    rows = ffi.bind_received(fixed_x, layout, fixed_scales, fixed_weights, form, rows)
+    return spread_before(form, layout, x, scales, weights, rows)
 
 
 def _is_float8(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 1
 
 
-@jax.custom_jvp
-def without_gradient(arrays: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def without_gradient(where: str, arrays: Pair) -> Pair:
     """The arrays; to differentiate through them is an error."""
     return arrays
 
 
 @without_gradient.defjvp
-def _refuse_jvp(*_: object) -> NoReturn:
+def _refuse_jvp(where: str, *_: object) -> NoReturn:
     raise TypeError(
-        "jax_ep.dispatch was differentiated where it has no gradient: float8 rows and their scales "
+        f"{where} was differentiated where it has no gradient: float8 rows and their scales "
         'are for inference. For training pass x in bfloat16, float16 or float32 with fp8="float32" '
         'or fp8="power_of_two" and dequantize=True: its rows cross as float8, and the gradient is '
         "that of the exact dispatch. Where no gradient is wanted, pass jax.lax.stop_gradient(x)"
@@ -72,19 +105,19 @@ def combine(layout: Layout, y: Array, weights: Array | None) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def spread(
     form: ffi.RowForm, layout: Layout, x: Array, scales: Array | None, weights: Array | None
-) -> Spread:
+) -> ffi.Rows:
     """Rows, scales and weights to their experts."""
     return ffi.bind_dispatch(x, layout, scales, weights, form)
 
 
 def _spread_fwd(
     form: ffi.RowForm, layout: Layout, x: Array, scales: Array | None, weights: Array | None
-) -> tuple[Spread, Layout]:
+) -> tuple[ffi.Rows, Layout]:
     return spread(form, layout, x, scales, weights), layout
 
 
 def _spread_bwd(
-    form: ffi.RowForm, layout: Layout, cotangents: Spread
+    form: ffi.RowForm, layout: Layout, cotangents: ffi.Rows
 ) -> tuple[None, Array | None, None, Array | None]:
     d_tokens, _, d_weights = cotangents
     if d_tokens.dtype.itemsize > 1:
@@ -98,6 +131,32 @@ def _spread_bwd(
 
 
 spread.defvjp(_spread_fwd, _spread_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def spread_before(
+    form: ffi.RowForm,
+    layout: Layout,
+    x: Array,
+    scales: Array | None,
+    weights: Array | None,
+    rows: ffi.Rows,
+) -> ffi.Rows:
+    """``spread`` of x, scales and weights where ``rows`` are what it gives, from a call before."""
+    return rows
+
+
+def _spread_before_fwd(
+    form: ffi.RowForm, layout: Layout, *operands: Any
+) -> tuple[ffi.Rows, Layout]:
+    return spread_before(form, layout, *operands), layout
+
+
+def _spread_before_bwd(form: ffi.RowForm, layout: Layout, cotangents: ffi.Rows) -> tuple[Any, ...]:
+    return *_spread_bwd(form, layout, cotangents), None
+
+
+spread_before.defvjp(_spread_before_fwd, _spread_before_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

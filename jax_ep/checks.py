@@ -5,18 +5,26 @@
 
 import numbers
 import sys
+import typing
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jax_ep import compat, group, limits
-from jax_ep.layout import Layout
+from jax_ep import compat, ffi, group, limits
+from jax_ep.layout import Layout, default_capacity
 
 Array = jax.Array
+ScaleFormat = Literal["float32", "power_of_two"]
 
 ROW_GRANULE = 16  # bytes; rows move in units of it
+
+FLOATS = ("bfloat16", "float16", "float32")
+FLOAT8S = ("float8_e4m3fn", "float8_e5m2")
+INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+PAYLOADS = (*FLOATS, *FLOAT8S, *INTEGERS)
+_SCALE_FORMATS = typing.get_args(ScaleFormat)
 
 
 def as_array(where: str, name: str, value: Any) -> Array:
@@ -164,6 +172,149 @@ def check_layout(where: str, layout: Layout) -> tuple[int, int]:
         )
     num_tokens, top_k = ids_shape
     return num_tokens, top_k
+
+
+def routing(
+    where: str,
+    topk_idx: Any,
+    *,
+    num_experts: Any,
+    axis_name: Any,
+    capacity: Any,
+    expert_alignment: Any,
+    expert_capacity: Any,
+    num_sms: Any,
+) -> tuple[Array, ffi.LayoutSizes]:
+    """The ids and the static sizes of a layout, from what ``make_layout`` is given."""
+    axes = group.axis_names(axis_name, where)
+    num_ranks = group.group_size(axes, where)
+    topk_idx = expert_ids(where, topk_idx)
+    num_tokens, top_k = topk_idx.shape
+    num_experts = positive_int(where, "num_experts", num_experts)
+    expert_alignment = positive_int(where, "expert_alignment", expert_alignment)
+    limits.check_experts(where, num_experts, num_ranks, f"the {num_ranks} ranks along {axes}")
+    if top_k > num_experts:
+        raise ValueError(
+            f"{where}: topk_idx has k = {top_k} experts per token, but num_experts is {num_experts}"
+        )
+    limits.check_rows(
+        where,
+        num_ranks=num_ranks,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        expert_alignment=expert_alignment,
+    )
+    if expert_capacity is not None:
+        if capacity is not None:
+            raise ValueError(
+                f"{where}: give capacity or expert_capacity, not both; got {capacity} and "
+                f"{expert_capacity}. expert_capacity alone makes it experts per rank * "
+                "expert_capacity"
+            )
+        expert_capacity = aligned_rows(where, "expert_capacity", expert_capacity, expert_alignment)
+        capacity = num_experts // num_ranks * expert_capacity
+        limits.check_capacity(where, capacity, num_local_experts=num_experts // num_ranks)
+    else:
+        if capacity is None:
+            capacity = default_capacity(num_tokens, top_k, num_ranks, num_experts, expert_alignment)
+        capacity = aligned_rows(where, "capacity", capacity, expert_alignment)
+        limits.check_capacity(where, capacity)
+    return topk_idx, ffi.LayoutSizes(
+        axis_name=axes,
+        num_ranks=num_ranks,
+        num_experts=num_experts,
+        capacity=capacity,
+        expert_alignment=expert_alignment,
+        expert_capacity=expert_capacity or 0,
+        num_sms=0 if num_sms is None else positive_int(where, "num_sms", num_sms),
+    )
+
+
+def rows_to_send(
+    where: str,
+    x: Any,
+    topk_weights: Any,
+    *,
+    ids_shape: tuple[int, ...],
+    made_of: str,
+    fp8: str | None,
+    dequantize: bool,
+    expand: bool,
+    scales: Any,
+) -> tuple[Array, Array | None, Array | None, ffi.RowForm]:
+    """x, its scales, topk_weights and how rows cross, from what ``dispatch`` is given.
+
+    ``made_of`` says, for the message, what has tokens of ``ids_shape`` [tokens, k].
+    """
+    x = as_array(where, "x", x)
+    if x.dtype.name not in PAYLOADS:
+        raise TypeError(
+            f"{where}: x must be one of {', '.join(PAYLOADS)}; got {x.dtype}: "
+            f"{_remedy_for_payload(x.dtype)}"
+        )
+    rows, _ = matrix_shape(where, "x", x, "[tokens, hidden]")
+    if rows != ids_shape[0]:
+        raise ValueError(f"{where}: x has {rows} tokens, but {made_of} for {ids_shape[0]}")
+    check_row(where, "x", x)
+    scales = _float8_scales(where, x, fp8, dequantize, scales)
+    if topk_weights is not None:
+        topk_weights = as_float32(
+            where, "topk_weights", topk_weights, ids_shape, "one for each id of topk_idx"
+        )
+    quantization = ffi.QUANTIZATIONS[fp8] if scales is None else ffi.GIVEN_SCALES
+    return x, scales, topk_weights, ffi.RowForm(quantization, dequantize, bool(expand))
+
+
+def _float8_scales(
+    where: str, x: Array, fp8: str | None, dequantize: bool, scales: Array | None
+) -> Array | None:
+    """Checks how rows cross as float8; returns the scales that they come with."""
+    if scales is not None:
+        if fp8 is not None or dequantize:
+            raise ValueError(
+                f"{where}: rows that come with scales are passed on as they are; leave out fp8 and "
+                "dequantize"
+            )
+        if x.dtype.name not in FLOAT8S:
+            raise TypeError(
+                f"{where}: scales need x in {' or '.join(FLOAT8S)}; got {x.dtype}. To quantise it "
+                'on the way pass fp8="float32" or fp8="power_of_two" instead'
+            )
+        return scales_of_rows(where, scales, x)
+    if fp8 is None:
+        if dequantize:
+            raise ValueError(f'{where}: dequantize=True needs fp8="float32" or fp8="power_of_two"')
+        return None
+    if fp8 not in _SCALE_FORMATS:
+        raise ValueError(f"{where}: fp8 must be one of {list(_SCALE_FORMATS)}; got {fp8!r}")
+    if x.dtype.name not in FLOATS:
+        remedy = ": pass rows that are float8 with their scales" if x.dtype.name in FLOAT8S else ""
+        raise TypeError(
+            f"{where}: fp8 needs x in one of {', '.join(FLOATS)}; got {x.dtype}{remedy}"
+        )
+    num_channels = x.shape[1]
+    if num_channels % ROW_GRANULE:  # a byte each
+        raise ValueError(
+            f"{where}: fp8 needs a hidden size that is a multiple of {ROW_GRANULE}; got "
+            f"{num_channels}. Pad the last axis"
+        )
+    return None
+
+
+def _remedy_for_payload(dtype: Any) -> str:
+    """What to do with rows of a type that ``dispatch`` does not send."""
+    if dtype.name.startswith(("int", "uint", "float", "bfloat")):
+        # jnp.iinfo and finfo know the bits of those that NumPy holds in a byte each.
+        bits = (jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).bits
+        if bits < 8 and 8 % bits == 0:
+            return (
+                f"pack {8 // bits} of them into a byte with jax.lax.bitcast_convert_type, as "
+                'docs/guide.md shows under "Narrow rows"'
+            )
+        if bits == 8:
+            return "send its bytes, jax.lax.bitcast_convert_type(x, jnp.uint8), and cast them back"
+    return "cast it first"
 
 
 def warn_if_replicated(where: str, topk_idx: Array, axes: tuple[str, ...]) -> None:

@@ -12,11 +12,14 @@ import jaxlib.version
 import jaxlib.xla_client
 import numpy as np
 from jax import lax
+from jax._src import ad_checkpoint as _ad_checkpoint
 from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import distributed as _distributed
 from jax._src import xla_bridge as _xla_bridge
+from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.lib import _jax  # type: ignore[attr-defined]
+from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 
@@ -67,6 +70,42 @@ def after_each_compilation(function: Callable[[], None]) -> None:
             function()
 
     jax.monitoring.register_event_duration_secs_listener(listen)
+
+
+def replace_where_recomputed(
+    primitive: Primitive, name: str, replace: Callable[[Any], Any]
+) -> None:
+    """What ``jax.checkpoint`` recomputes in place of an equation of ``primitive``.
+
+    If its policy saves what ``checkpoint_name`` calls ``name``: ``replace`` of the equation, which
+    gives the same values. Else, or where they are saved themselves, what it would without this.
+    """
+
+    def recomputes(saveable: Callable[..., Any], what: Any, aval: Any, **params: Any) -> bool:
+        policy = _partial_eval.ensure_enum(saveable(what, *aval, **params))
+        return isinstance(policy, _partial_eval.RecomputeType)
+
+    def rule(
+        saveable: Callable[..., Any],
+        unknown: Sequence[bool],
+        available: Sequence[bool],
+        equation: Any,
+    ) -> tuple[Any, Any, list[bool], list[bool], list[Any]]:
+        avals = [v.aval for v in equation.invars]
+        no, yes = ([value] * len(equation.outvars) for value in (False, True))
+        if any(unknown):
+            known, staged, is_unknown = None, equation, yes
+        elif not recomputes(saveable, equation.primitive, avals, **equation.params):
+            return equation, None, no, no, []
+        else:
+            known, staged, is_unknown = equation, equation, no
+            if not recomputes(saveable, _ad_checkpoint.name_p, avals[:1], name=name):
+                staged = replace(equation)
+        there = dict(zip(equation.invars, available, strict=True))
+        missing = [v for v in staged.invars if isinstance(v, _core.Var) and not there[v]]
+        return known, staged, is_unknown, yes, missing
+
+    _partial_eval.partial_eval_jaxpr_custom_rules[primitive] = rule
 
 
 def lower_on_axes(

@@ -2,7 +2,8 @@
 
 Each primitive is one target: ``jax_ep_layout``, ``jax_ep_dispatch`` and ``jax_ep_combine`` on every
 platform, ``jax_ep_combine_gradient`` on CUDA, in whose place CPU has a dispatch and XLA's
-arithmetic. Operand and result order is that of xla_ffi/calls.h; on CPU the device's coordinates
+arithmetic. ``jax_ep_layout_and_dispatch`` is a call on CPU; for CUDA it is lowered to the two.
+Operand and result order is that of xla_ffi/calls.h; on CPU the device's coordinates
 come before all operands, and combine has no scratch. Result types derive from the operands' types,
 so that shardings and varying axes carry over.
 """
@@ -22,6 +23,8 @@ from jax_ep.batching import map_calls
 from jax_ep.layout import Layout
 
 FP8 = jnp.float8_e4m3fn
+
+Rows = tuple[jax.Array, jax.Array | None, jax.Array | None]  # tokens, scales and weights
 
 # Values of the attribute `quantization`: by the format of the scales, and where x comes with them.
 NO_QUANTIZATION = 0
@@ -47,6 +50,18 @@ class RowForm(NamedTuple):
         return self.has_scales and self.quantization != GIVEN_SCALES
 
 
+class LayoutSizes(NamedTuple):
+    """Static sizes of a layout: fields of ``jax_ep.Layout``, and attributes of the call."""
+
+    axis_name: tuple[str, ...]
+    num_ranks: int
+    num_experts: int
+    capacity: int
+    expert_alignment: int
+    expert_capacity: int  # 0: the experts share the capacity
+    num_sms: int
+
+
 class LayoutTables(NamedTuple):
     """Results of ``jax_ep_layout``; meaning and shapes in ``jax_ep.Layout``."""
 
@@ -64,35 +79,11 @@ class LayoutTables(NamedTuple):
 OPERAND_TABLES = LayoutTables._fields[:5]
 
 
-def bind_layout(
-    topk_idx: jax.Array,
-    *,
-    axis_name: tuple[str, ...],
-    num_ranks: int,
-    num_experts: int,
-    capacity: int,
-    expert_alignment: int,
-    expert_capacity: int,
-    num_sms: int,
-) -> LayoutTables:
-    """Calls ``jax_ep_layout`` on this shard's ids, int32 [T, K].
-
-    ``expert_capacity`` 0: the experts share the capacity.
-    """
+def bind_layout(topk_idx: jax.Array, sizes: LayoutSizes) -> LayoutTables:
+    """Calls ``jax_ep_layout`` on this shard's ids, int32 [T, K]."""
     num_tokens, top_k = topk_idx.shape
     return LayoutTables(
-        *_layout_p.bind(
-            topk_idx,
-            axis_name=axis_name,
-            num_ranks=num_ranks,
-            num_tokens=num_tokens,
-            top_k=top_k,
-            num_experts=num_experts,
-            capacity=capacity,
-            expert_alignment=expert_alignment,
-            expert_capacity=expert_capacity,
-            num_sms=num_sms,
-        )
+        *_layout_p.bind(topk_idx, num_tokens=num_tokens, top_k=top_k, **sizes._asdict())
     )
 
 
@@ -115,32 +106,92 @@ def _sizes(layout: Layout) -> dict[str, Any]:
     }
 
 
+def _given(*operands: jax.Array | None) -> list[jax.Array]:
+    return [operand for operand in operands if operand is not None]
+
+
+def _rows(results: Sequence[jax.Array], form: RowForm, has_weights: bool) -> Rows:
+    """A dispatch's results by what they are."""
+    scales = results[1] if form.has_scales else None
+    return results[0], scales, results[-1] if has_weights else None
+
+
 def bind_dispatch(
     x: jax.Array,
     layout: Layout,
     x_scales: jax.Array | None,
     topk_weights: jax.Array | None,
     form: RowForm,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+) -> Rows:
     """Calls ``jax_ep_dispatch``; returns tokens [C, H], scales [C, S] and weights [C].
 
     Without ``form.expand`` tokens and scales have a row per (rank, token), and one of zeros.
     """
+    has_weights = topk_weights is not None
     results = _dispatch_p.bind(
         x,
         *_tables(layout),
-        *(() if x_scales is None else (x_scales,)),
-        *(() if topk_weights is None else (topk_weights,)),
+        *_given(x_scales, topk_weights),
         **_sizes(layout),
         zero_tail=layout.zero_tail,
-        has_weights=topk_weights is not None,
+        has_weights=has_weights,
         **form._asdict(),
     )
-    return (
-        results[0],
-        results[1] if form.has_scales else None,
-        results[-1] if topk_weights is not None else None,
+    return _rows(results, form, has_weights)
+
+
+def bind_layout_and_dispatch(
+    x: jax.Array,
+    topk_idx: jax.Array,
+    x_scales: jax.Array | None,
+    topk_weights: jax.Array | None,
+    sizes: LayoutSizes,
+    form: RowForm,
+    *,
+    zero_tail: bool,
+) -> tuple[LayoutTables, Rows]:
+    """Calls ``jax_ep_layout_and_dispatch``; returns what the two calls do."""
+    num_tokens, top_k = topk_idx.shape
+    has_weights = topk_weights is not None
+    results = _layout_and_dispatch_p.bind(
+        x,
+        topk_idx,
+        *_given(x_scales, topk_weights),
+        **sizes._asdict(),
+        num_tokens=num_tokens,
+        top_k=top_k,
+        zero_tail=zero_tail,
+        has_weights=has_weights,
+        **form._asdict(),
     )
+    num_tables = len(LayoutTables._fields)
+    return LayoutTables(*results[:num_tables]), _rows(results[num_tables:], form, has_weights)
+
+
+def bind_received(
+    x: jax.Array,
+    layout: Layout,
+    x_scales: jax.Array | None,
+    topk_weights: jax.Array | None,
+    form: RowForm,
+    rows: Rows,
+) -> Rows:
+    """``rows``, which came with ``layout``; where they are recomputed and it is saved, a dispatch.
+
+    The other arguments are those of ``bind_dispatch``.
+    """
+    has_weights = topk_weights is not None
+    results = _received_p.bind(
+        x,
+        *_tables(layout),
+        *_given(x_scales, topk_weights),
+        *_given(*rows),
+        **_sizes(layout),
+        zero_tail=layout.zero_tail,
+        has_weights=has_weights,
+        **form._asdict(),
+    )
+    return _rows(results, form, has_weights)
 
 
 def bind_combine(
@@ -158,8 +209,7 @@ def bind_combine(
     results = _combine_p.bind(
         y,
         *_tables(layout),
-        *(() if weights is None else (weights,)),
-        *(() if values is None else (values,)),
+        *_given(weights, values),
         **_sizes(layout),
         ranks_per_node=layout.ranks_per_node or 0,
         has_weights=weights is not None,
@@ -244,6 +294,20 @@ def _x_scales(operands: Sequence[Any]) -> Any:
     return operands[1 + len(OPERAND_TABLES)]
 
 
+def _layout_and_dispatch_shapes(x: Any, topk_idx: Any, *rest: Any, **params: Any) -> Sequence[Any]:
+    tables = _layout_shapes(topk_idx, **params)
+    operands = (topk_idx, *tables[: len(OPERAND_TABLES)], *rest)
+    return [*tables, *_dispatch_shapes(x, *operands, **params)]
+
+
+def _received_shapes(*operands: Any, **params: Any) -> Sequence[Any]:
+    return operands[_num_dispatch_operands(**params) :]
+
+
+def _num_dispatch_operands(*, has_weights: bool, quantization: int, **_: Any) -> int:
+    return 2 + len(OPERAND_TABLES) + has_weights + (quantization == GIVEN_SCALES)
+
+
 def _combine_shapes(
     y: Any, topk_idx: Any, *_operands: Any, has_values: bool, **_: Any
 ) -> Sequence[Any]:
@@ -276,11 +340,86 @@ def _combine_gradient_on_cpu(
     return weigh_rows(rows, recv_src, y, weights)
 
 
+def _params_of_two(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a layout_and_dispatch, what the layout and the dispatch have of its parameters."""
+    of_rows = {*RowForm._fields, "has_weights", "zero_tail"}
+    of_layout = {"expert_alignment", "expert_capacity"}
+    return (
+        {name: value for name, value in params.items() if name not in of_rows},
+        {name: value for name, value in params.items() if name not in of_layout},
+    )
+
+
+def _in_slots(avals: Sequence[Any], params: dict[str, Any]) -> bool:
+    """Whether a layout_and_dispatch for CUDA is one call: static, and the same on all ranks."""
+    return False
+
+
+def _layout_and_dispatch_on_cuda(ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:
+    if _in_slots(ctx.avals_in, params):
+        return _lower(_layout_and_dispatch_p.name, "cuda", ctx, *operands, **params)
+    checked = _checked(_layout_and_dispatch_p.name, "cuda", ctx, operands, params)
+    x, topk_idx, *rest = checked
+    x_type, topk_idx_type, *rest_types = ctx.avals_in
+    of_layout, of_dispatch = _params_of_two(params)
+    num_tables = len(LayoutTables._fields)
+    table_types, row_types = ctx.avals_out[:num_tables], ctx.avals_out[num_tables:]
+    layout_ctx = ctx.replace(avals_in=[topk_idx_type], avals_out=table_types)
+    tables = _lower_call(_layout_p.name, "cuda", layout_ctx, topk_idx, **of_layout)
+    num_tables = len(OPERAND_TABLES)
+    dispatch_ctx = ctx.replace(
+        avals_in=[x_type, topk_idx_type, *table_types[:num_tables], *rest_types],
+        avals_out=row_types,
+    )
+    on_layout = (topk_idx, *tables[:num_tables])
+    rows = _lower_call(_dispatch_p.name, "cuda", dispatch_ctx, x, *on_layout, *rest, **of_dispatch)
+    return [*tables, *rows]
+
+
+def _map_layout_and_dispatch(
+    operands: Sequence[Any], dims: Sequence[int | None], **params: Any
+) -> tuple[Sequence[Any], Sequence[int | None]]:
+    """The batching rule: ids that are not mapped have one layout for all rows."""
+    (x, topk_idx, *rest), (x_dim, topk_idx_dim, *rest_dims) = operands, dims
+    if topk_idx_dim is not None:
+        return map_calls(_layout_and_dispatch_p, operands, dims, **params)
+    of_layout, of_dispatch = _params_of_two(params)
+    tables = _layout_p.bind(topk_idx, **of_layout)
+    on_layout = (topk_idx, *tables[: len(OPERAND_TABLES)])
+    rows, row_dims = map_calls(
+        _dispatch_p,
+        (x, *on_layout, *rest),
+        (x_dim, *(None for _ in on_layout), *rest_dims),
+        **of_dispatch,
+    )
+    return [*tables, *rows], [None] * len(tables) + row_dims
+
+
+def _as_dispatch(equation: Any) -> Any:
+    """Of an equation of ``_received_p``, the dispatch that gives the same rows."""
+    operands = equation.invars[: _num_dispatch_operands(**equation.params)]
+    return equation.replace(primitive=_dispatch_p, invars=operands)
+
+
 def _lower(target: str, platform: str, ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:
-    axis_name = params.pop("axis_name")
+    checked = _checked(target, platform, ctx, operands, params)
+    return _lower_call(target, platform, ctx, *checked, **params)
+
+
+def _checked(
+    target: str, platform: str, ctx: Any, operands: Sequence[Any], params: dict[str, Any]
+) -> Sequence[Any]:
+    """The operands of a call that is lowered, if it may be."""
+    if platform == "cuda":
+        _check_limits_of_cuda(target, ctx.avals_in, params)
     automatic = compat.automatic_axes(ctx)
-    if automatic:
-        operands = tuple(unsplit.require(ctx, _VERBS[target], automatic, operands))
+    return unsplit.require(ctx, _VERBS[target], automatic, operands) if automatic else operands
+
+
+def _lower_call(
+    target: str, platform: str, ctx: Any, *operands: Any, **params: Any
+) -> Sequence[Any]:
+    axis_name = params.pop("axis_name")
     members = group.members(ctx, axis_name)
     if "ranks_per_node" in params:
         params["ranks_per_node"] = params["ranks_per_node"] or nodes.ranks_per_node(
@@ -295,7 +434,6 @@ def _lower(target: str, platform: str, ctx: Any, *operands: Any, **params: Any) 
         operand_types.insert(0, jax.core.ShapedArray((2,), np.int32))
         values.insert(0, group.coordinates(ctx, axis_name))
     else:
-        _check_limits_of_cuda(target, ctx.avals_in, params)
         _check_nodes_of_cuda(target, params)
         runtime.require_cuda(target)
         results += _scratch(target, ctx.avals_in, params)
@@ -309,6 +447,7 @@ def _lower(target: str, platform: str, ctx: Any, *operands: Any, **params: Any) 
 _VERBS = {
     "jax_ep_layout": "jax_ep.make_layout",
     "jax_ep_dispatch": "jax_ep.dispatch",
+    "jax_ep_layout_and_dispatch": "jax_ep.layout_and_dispatch",
     "jax_ep_combine": "jax_ep.combine",
     "jax_ep_combine_gradient": "jax_ep.combine's gradient",
 }
@@ -330,7 +469,8 @@ def _check_limits_of_cuda(target: str, avals: Sequence[Any], params: dict[str, A
     quantization = params.get("quantization", NO_QUANTIZATION)
     num_channels, scaled_row_bytes = None, None
     if quantization == GIVEN_SCALES:
-        scaled_row_bytes = avals[0].shape[1] + 4 * _x_scales(avals[1:]).shape[1]
+        first = 0 if target == "jax_ep_layout_and_dispatch" else len(OPERAND_TABLES)
+        scaled_row_bytes = avals[0].shape[1] + 4 * avals[2 + first].shape[1]
     elif quantization != NO_QUANTIZATION:
         num_channels = avals[0].shape[1]
     limits.check_cuda(
@@ -356,18 +496,19 @@ def _scratch(target: str, avals: Sequence[Any], params: dict[str, Any]) -> list[
 def _make_primitive(
     target: str,
     shapes: Callable[..., Sequence[Any]],
-    on_cpu: Callable[..., Sequence[jax.Array]] | None = None,
+    **others: Callable[..., Any],
 ) -> Primitive:
-    """A primitive that is a custom call; on CPU ``on_cpu``, if it is given."""
+    """A primitive that is a custom call on each platform, but for those with a rule in ``others``.
+
+    ``others`` are lowering rules by platform.
+    """
     primitive = Primitive(target)
     primitive.multiple_results = True
     primitive.def_abstract_eval(shapes)
     # Outside jit (an eager shard_map) the primitive is compiled on its own.
     primitive.def_impl(lambda *args, **params: _compiled(primitive, tuple(params.items()))(*args))
     for platform in ("cpu", "cuda"):
-        rule: Callable[..., Any] = functools.partial(_lower, target, platform)
-        if platform == "cpu" and on_cpu is not None:
-            rule = mlir.lower_fun(on_cpu, multiple_results=True)
+        rule = others.get(platform) or functools.partial(_lower, target, platform)
         mlir.register_lowering(primitive, rule, platform=platform)
     batching.primitive_batchers[primitive] = functools.partial(map_calls, primitive)
     return primitive
@@ -382,8 +523,22 @@ _layout_p = _make_primitive("jax_ep_layout", _layout_shapes)
 _dispatch_p = _make_primitive("jax_ep_dispatch", _dispatch_shapes)
 _combine_p = _make_primitive("jax_ep_combine", _combine_shapes)
 _combine_gradient_p = _make_primitive(
-    "jax_ep_combine_gradient", _combine_gradient_shapes, _combine_gradient_on_cpu
+    "jax_ep_combine_gradient",
+    _combine_gradient_shapes,
+    cpu=mlir.lower_fun(_combine_gradient_on_cpu, multiple_results=True),
 )
+_layout_and_dispatch_p = _make_primitive(
+    "jax_ep_layout_and_dispatch", _layout_and_dispatch_shapes, cuda=_layout_and_dispatch_on_cuda
+)
+batching.primitive_batchers[_layout_and_dispatch_p] = _map_layout_and_dispatch
+
+
+def _pass_on(_ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:
+    return operands[_num_dispatch_operands(**params) :]
+
+
+_received_p = _make_primitive("jax_ep_received", _received_shapes, cpu=_pass_on, cuda=_pass_on)
+compat.replace_where_recomputed(_received_p, "jax_ep_layout", _as_dispatch)
 runtime.register_cuda()
 compat.register_cpu_targets("jax_ep_cpu_site", _cpu.state_type(), _cpu.handlers())
 compat.after_each_compilation(_cpu.end_program)

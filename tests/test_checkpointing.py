@@ -41,16 +41,24 @@ CALLS_PER_LAYER: dict[str | None, tuple[int, int, int]] = {
 }
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
-@pytest.mark.parametrize("policy", CALLS_PER_LAYER)
-def test_checkpoint(policy: str | None, scan: bool) -> None:
+@pytest.mark.parametrize(
+    ("policy", "scan", "in_one"),
+    [
+        *((policy, scan, True) for policy in CALLS_PER_LAYER for scan in (False, True)),
+        ("none", True, False),
+        ("layout", True, False),
+    ],
+)
+def test_checkpoint(policy: str | None, scan: bool, in_one: bool) -> None:
     """Right gradients, and exactly the calls that the policy asks for.
+
+    Where the layout is saved, rows that came with it are recomputed by a dispatch alone.
 
     What is traced is exact. XLA on CPU may merge a recomputation with what it repeats, but not
     across the bodies of loops, so there the compiled program is counted as well.
     """
     mesh, stack = EP.mesh(), Stack.make(EP, 2)
-    f, arrays = stack_loss(stack, EP, mesh, policy=policy, scan=scan)
+    f, arrays = stack_loss(stack, EP, mesh, policy=policy, scan=scan, in_one=in_one)
     compiled = jax.jit(f).lower(*arrays).compile()
     assert_equal(compiled(*arrays), stack.expected())
     per_layer = CALLS_PER_LAYER[policy]

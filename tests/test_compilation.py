@@ -172,7 +172,7 @@ def test_unused_results_are_removed() -> None:
     mesh, case = EP.mesh(), sizes(EP)
     problem = make_problem(EP, case)
     arrays = place(mesh, in_specs(EP), problem.inputs)
-    layer = shard_layer(case, "ep")
+    layer = shard_layer(case, "ep", in_one=False)
 
     def keep(pick: Callable) -> Callable:
         def f(x: Any, ids: Any, weights: Any, scale: Any) -> Any:
@@ -351,7 +351,7 @@ def test_named_scopes() -> None:
     arrays = place(mesh, in_specs(EP), problem.inputs)
     lowered = jax.jit(jax.grad(lambda *a: jnp.sum(layer(*a)), argnums=(0, 2))).lower(*arrays)
     text = lowered.as_text(debug_info=True)
-    for scope in ("jax_ep.make_layout", "jax_ep.dispatch", "jax_ep.experts", "jax_ep.combine"):
+    for scope in ("jax_ep.layout_and_dispatch", "jax_ep.experts", "jax_ep.combine"):
         assert scope in text
     calls = re.findall(
         r'custom_call_target="jax_ep_(\w+)".*op_name="([^"]*)"', lowered.compile().as_text()
@@ -360,12 +360,12 @@ def test_named_scopes() -> None:
     for op, op_name in calls:
         scopes[op] |= set(re.findall(r"jax_ep\.\w+", op_name))
     assert scopes == {
-        "layout": {"jax_ep.make_layout"},
-        "dispatch": {"jax_ep.dispatch", "jax_ep.combine"},
-        "combine": {"jax_ep.dispatch"},
+        "layout_and_dispatch": {"jax_ep.layout_and_dispatch"},
+        "dispatch": {"jax_ep.combine"},
+        "combine": {"jax_ep.layout_and_dispatch"},
     }
     backward = [op_name for op, op_name in calls if "transpose" in op_name]
-    assert any("jax_ep.dispatch" in name for name in backward)
+    assert any("jax_ep.layout_and_dispatch" in name for name in backward)
     assert any("jax_ep.combine" in name for name in backward)
 
 

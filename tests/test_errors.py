@@ -539,7 +539,7 @@ OTHER_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
         "no_weights",
         ValueError,
         "moe: topk_weights must be an array [tokens, k]; got None. For a sum without weights call "
-        "make_layout, dispatch and combine",
+        "layout_and_dispatch and combine",
         lambda ids, _: jax_ep.moe(
             zeros(4, 8), ids, None, lambda rows, _: rows, num_experts=6, axis_name=AXIS
         ),
@@ -638,7 +638,7 @@ def test_outside_shard_map(device_backend: JaxBackend, layout: BackendLayout, ve
             axis_name=AXIS,
         ),
     }
-    named = "make_layout" if verb == "moe" else verb
+    named = "layout_and_dispatch" if verb == "moe" else verb
     message = re.escape(
         f"jax_ep.{named}: axis_name 'ep' is not an axis of an enclosing jax.shard_map; bound axes: "
         "none. Call the operation inside jax.shard_map"
@@ -728,10 +728,12 @@ def test_replicated_tokens_are_told_of(device_backend: JaxBackend, check_vma: bo
     assert warned(PartitionSpec(both), (1, 2), AXIS) == []
     assert warned(PartitionSpec(AXIS), (1, 2), both) == []
     found = warned(PartitionSpec(), (1, 2), AXIS) + warned(PartitionSpec("dp"), (1, 2), both)
-    found += warned(PartitionSpec(), (1, 2), AXIS, moe_sizes)
-    message = "jax_ep.make_layout: topk_idx is the same on all ranks along ('ep',): tokens that are"
-    assert len(found) == (3 if check_vma else 0)
-    assert all(text.startswith(message) for text in found)
+    message = ": topk_idx is the same on all ranks along ('ep',): tokens that are"
+    assert len(found) == (2 if check_vma else 0)
+    assert all(text.startswith(f"jax_ep.make_layout{message}") for text in found)
+    found = warned(PartitionSpec(), (1, 2), AXIS, moe_sizes)
+    assert len(found) == check_vma
+    assert all(text.startswith(f"jax_ep.layout_and_dispatch{message}") for text in found)
 
 
 # Transformations ----------------------------------------------------------------------------------

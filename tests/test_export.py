@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from routings import assert_same_bits, random_rows, random_weights
 from sharded_layers import (
-    CUDA_OPS,
+    ALL_OPS,
     DP_EP,
     EP,
     OPS,
@@ -43,7 +43,7 @@ from sharded_layers import (
 import jax_ep
 from jax_ep import reference
 
-DISABLED_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{op}") for op in CUDA_OPS]
+DISABLED_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{op}") for op in ALL_OPS]
 ORDERS = {"ascending": range(8), "reversed": range(7, -1, -1), "mixed": (3, 6, 0, 7, 1, 5, 2, 4)}
 
 # Runs all programs of a directory: nothing of what made them is imported.
@@ -204,7 +204,7 @@ def test_loaded_in_a_fresh_process(results: Any, name: str, order: str) -> None:
 def test_only_our_checks_need_to_be_disabled() -> None:
     """Each is needed and together they are enough: on CPU three, its gradients have no other."""
     mesh, case = EP.mesh(), sizes(EP)
-    f = jax.jit(sharded_layer(EP, mesh, case))
+    f = jax.jit(sharded_layer(EP, mesh, case, in_one=False))
     args = make_problem(EP, case).inputs
     checks = DISABLED_CHECKS[: len(OPS)]
     for i, op in enumerate(OPS):

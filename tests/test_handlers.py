@@ -79,6 +79,17 @@ GOOD_CALLS: dict[str, Call] = {
         _SIZES
         | {"has_weights": 1, "zero_tail": 1, "quantization": 0, "dequantize": 0, "expand": 1},
     ),
+    "jax_ep_layout_and_dispatch": Call(
+        {"x": f32(4, 8), "topk_idx": int32(4, 2), "topk_weights": f32(4, 2)},
+        {
+            **_TABLES,
+            **{"expert_counts": int32(3), "expert_load": int32(6), "counters": int32(3)},
+            **{"tokens": f32(8, 8), "weights": f32(8)},
+        },
+        _SIZES
+        | {"expert_alignment": 2, "expert_capacity": 0}
+        | {"has_weights": 1, "zero_tail": 1, "quantization": 0, "dequantize": 0, "expand": 1},
+    ),
     "jax_ep_combine": Call(
         {"y": f32(8, 8), **_ON_LAYOUT, "weights": f32(8)},
         {"out": f32(4, 8)},
@@ -90,7 +101,10 @@ GOOD_CALLS: dict[str, Call] = {
         _SIZES | {"zero_tail": 1},
     ),
 }
-PLATFORMS = {"jax_ep_combine_gradient": ("cuda",)}  # of a target; others are on both
+PLATFORMS = {  # of a target; others are on both
+    "jax_ep_combine_gradient": ("cuda",),
+    "jax_ep_layout_and_dispatch": ("cpu",),
+}
 
 
 def good_call(target: str, platform: str) -> Call:
@@ -139,11 +153,11 @@ def run_target(backend: JaxBackend, target: str, changes: dict[str, dict[str, An
 
 @pytest.mark.parametrize("target", GOOD_CALLS)
 def test_target_by_itself(device_backend: JaxBackend, target: str) -> None:
-    # The calls that the next tests change are good ones: nothing is routed, all results are zero.
+    # The calls that the next tests change are good ones: nothing is routed, so all of a layout is
+    # -1 or zero, and all else zero.
     results = run_target(device_backend, target, {})
-    results = results[: len(GOOD_CALLS[target].results)]  # not the scratch
-    if target != "jax_ep_layout":
-        assert not any(result.any() for result in results)
+    for name, result in zip(GOOD_CALLS[target].results, results, strict=False):  # not the scratch
+        assert (result == (-1 if name in ("send_row", "recv_src", "recv_order") else 0)).all(), name
 
 
 Case = tuple[str, dict[str, dict[str, Any]], str]
@@ -275,6 +289,15 @@ ERRORS: list[Case] = [
         },
         "x must be bf16, f16 or f32 to be quantised",
     ),
+    operand("layout_and_dispatch", "x", f32(3, 8), "x has shape [3, 8], expected [4, any]"),
+    operand("layout_and_dispatch", "topk_idx", int32(4, 3), "topk_idx has shape [4, 3]"),
+    operand("layout_and_dispatch", "topk_weights", None, _NUMBER),
+    result("layout_and_dispatch", "recv_offsets", int32(8), "recv_offsets has shape [8]"),
+    result("layout_and_dispatch", "counters", int32(2), "counters has shape [2], expected [3]"),
+    result("layout_and_dispatch", "tokens", f32(8, 12), "tokens has shape [8, 12]"),
+    result("layout_and_dispatch", "weights", None, _NUMBER),
+    attribute("layout_and_dispatch", "expert_capacity", 2, "with which the experts of a rank fill"),
+    attribute("layout_and_dispatch", "dequantize", 1, "there is nothing to dequantize"),
     operand("combine", "y", f32(7, 8), "y has shape [7, 8], expected [8, any]"),
     operand("combine", "y", int32(8, 8), "y must be bf16, f16 or f32"),
     operand("combine", "weights", f32(9), "weights has shape [9], expected [8]"),

@@ -2,7 +2,8 @@
 
 The custom calls carry exactly the attributes that xla_ffi/attributes.h decodes, the same ones on
 both platforms, and nothing else in a program moves data between devices. One of CUDA's calls, the
-gradient of combine, is on CPU a dispatch and XLA's arithmetic.
+gradient of combine, is on CPU a dispatch and XLA's arithmetic; one of CPU's, layout_and_dispatch,
+is on CUDA two.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sharded_layers import (
+    ALL_OPS,
     CUDA_OPS,
     EP,
     OPS,
@@ -34,7 +36,7 @@ import jax_ep
 from jax_ep import ffi, limits
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DISABLED_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{op}") for op in CUDA_OPS]
+DISABLED_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{op}") for op in ALL_OPS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Call:
     """A custom call in a lowered program.
 
     Attributes:
-        op: one of CUDA_OPS.
+        op: one of ALL_OPS.
         attributes: by name; arrays as lists.
         operands: their types, such as "6x2xi32".
         results: their types.
@@ -141,14 +143,18 @@ def header_attributes() -> dict[str, dict[str, type]]:
     }
 
 
-@pytest.mark.parametrize(("platform", "ops"), [("cpu", OPS), ("cuda", CUDA_OPS)])
+@pytest.mark.parametrize(
+    ("platform", "ops"), [("cpu", (*OPS, "layout_and_dispatch")), ("cuda", CUDA_OPS)]
+)
 def test_attributes_are_those_of_the_header(platform: str, ops: Sequence[str]) -> None:
     header = header_attributes()
-    assert set(header) == set(CUDA_OPS)
+    assert set(header) == set(ALL_OPS)
     case = sizes(EP)
-    f = sharded_layer(EP, EP.mesh(), case)
     inputs = make_problem(EP, case).inputs
-    found = calls(lower(f, inputs, platform)) + calls(lower(gradients(f), inputs, platform))
+    found = []
+    for in_one in (True, False):
+        f = sharded_layer(EP, EP.mesh(), case, in_one=in_one)
+        found += calls(lower(f, inputs, platform)) + calls(lower(gradients(f), inputs, platform))
     assert {call.op for call in found} == set(ops)
     for call in found:
         assert {name: type(value) for name, value in call.attributes.items()} == header[call.op]
@@ -169,6 +175,31 @@ def as_on_cpu(call: Call) -> Call:
     if call.op == "combine":
         results = results[: 1 + flags["has_values"]]
     return dataclasses.replace(call, operands=("2xi32", *call.operands), results=results)
+
+
+def in_two(call: Call) -> list[Call]:
+    """A call for CPU; layout_and_dispatch as the two calls that it is in one."""
+    if call.op != "layout_and_dispatch":
+        return [call]
+    flags = call.attributes
+    of_rows = {"has_weights", "zero_tail", "quantization", "dequantize", "expand"}
+    of_layout = {"expert_alignment", "expert_capacity"}
+    coordinates, x, topk_idx, *rest = call.operands
+    tables, rows = call.results[:8], call.results[8:]
+    return [
+        Call(
+            "layout",
+            {name: value for name, value in flags.items() if name not in of_rows},
+            (coordinates, topk_idx),
+            tables,
+        ),
+        Call(
+            "dispatch",
+            {name: value for name, value in flags.items() if name not in of_layout},
+            (coordinates, x, topk_idx, *tables[:5], *rest),
+            rows,
+        ),
+    ]
 
 
 # Of every call of the layer on the mesh EP: R = 8, T = 6, K = 2, E = 16, C = 10; also H = 8, A = 2.
@@ -256,7 +287,7 @@ def test_tables_are_those_of_the_header() -> None:
         r'"(\w+)"',
         "".join(
             re.findall(
-                r"^LayoutCall DecodeCall.*?^}",
+                r"^void ReadResults.*?^}",
                 (ROOT / "xla_ffi" / "calls.cc").read_text(),
                 re.M | re.S,
             )
@@ -325,15 +356,16 @@ def test_members(name: str, platform: str) -> None:
         assert call.attributes["num_ranks"] == placement.num_ranks
 
 
+@pytest.mark.parametrize("in_one", [True, False], ids=["in_one", "by_verbs"])
 @pytest.mark.parametrize("name", ["ep", "dp_ep_permuted", "tuple_reversed", "tp_ep_dp"])
-def test_cpu_and_cuda_lower_alike(name: str) -> None:
+def test_cpu_and_cuda_lower_alike(name: str, in_one: bool) -> None:
     placement = PLACEMENTS[name]
     case = sizes(placement)
     inputs = make_problem(placement, case).inputs
-    f = sharded_layer(placement, placement.mesh(), case)
+    f = sharded_layer(placement, placement.mesh(), case, in_one=in_one)
     for g in (f, gradients(f)):
-        on_cuda = calls(lower(g, inputs, "cuda"))
-        assert calls(lower(g, inputs, "cpu")) == [as_on_cpu(call) for call in on_cuda]
+        on_cpu = [part for call in calls(lower(g, inputs, "cpu")) for part in in_two(call)]
+        assert on_cpu == [as_on_cpu(call) for call in calls(lower(g, inputs, "cuda"))]
 
 
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "no_weights"])
@@ -577,7 +609,7 @@ def test_text_does_not_grow_with_the_pod(platform: str, shape: str) -> None:
             )
         ]
         text = lower(gradients(sharded_layer(placement, mesh, case)), args, platform)
-        assert len(calls(text)) == 4
+        assert len(calls(text)) == (4 if platform == "cuda" else 3)
         # The all-reduce that JAX itself adds lists its groups, before 0.12.
         text = re.sub(r"replica_groups = dense<[^>]*>", "", text)
         texts.add(re.sub(r"\d+", "0", text))
@@ -588,7 +620,7 @@ def test_text_does_not_grow_with_the_pod(platform: str, shape: str) -> None:
 def test_one_program_for_both_platforms(transform: Callable) -> None:
     """Lowered and exported for CPU and CUDA at once: each has its own copy of every call."""
     case = sizes(EP)
-    f = transform(sharded_layer(EP, EP.mesh(), case))
+    f = transform(sharded_layer(EP, EP.mesh(), case, in_one=False))
     inputs = make_problem(EP, case).inputs
     exported = jax.export.export(
         jax.jit(f), platforms=["cpu", "cuda"], disabled_checks=DISABLED_CHECKS

@@ -99,8 +99,8 @@ def test_experts_that_the_compiler_splits(name: str, check_vma: bool) -> None:
 @pytest.mark.parametrize(
     ("what", "verb", "kind"),
     [
-        ("x", "dispatch", r"float32\[6, 8\]"),
-        ("ids", "make_layout", r"int32\[6, 2\]"),
+        ("x", "layout_and_dispatch", r"float32\[6, 8\]"),
+        ("ids", "layout_and_dispatch", r"int32\[6, 2\]"),
         ("y", "combine", r"float32\[10, 8\]"),
     ],
 )

@@ -241,7 +241,9 @@ LayoutAndDispatchCall DecodeCall(const LayoutAndDispatchAttributes& a, ffi::Rema
   layout.topk_idx = reader.TopkIdx(layout.sizes);
   ReadResults(&reader, &layout);
   dispatch.topk_idx = layout.topk_idx.as<int32_t>();
-  dispatch.tables = ViewOf(layout.tables);
+  const Tables<int32_t>& tables = layout.tables;
+  dispatch.tables = {tables.send_row, tables.recv_src, tables.recv_order, tables.recv_offsets,
+                     tables.group_sizes};
   ReadRest(&reader, a.has_weights != 0, &dispatch, checks);
   reader.End();
   return call;

@@ -47,11 +47,6 @@ struct Tables {
 
 using TableView = Tables<const int32_t>;
 
-inline TableView ViewOf(const Tables<int32_t>& tables) {
-  return {tables.send_row, tables.recv_src, tables.recv_order, tables.recv_offsets,
-          tables.group_sizes};
-}
-
 }  // namespace jax_ep
 
 #endif  // JAX_EP_CUDA_CORE_TABLES_H_

@@ -32,7 +32,7 @@ SUITE = [
     f"test_{name}.py"
     for name in (
         *("layout", "dispatch", "combine"),  # what the smallest tiers run
-        *("gradients", "expand", "float8_rows", "expert_capacity", "moe"),
+        *("gradients", "expand", "float8_rows", "expert_capacity", "layout_and_dispatch", "moe"),
     )
 ]
 STRESS = "protocol/test_stress.py"

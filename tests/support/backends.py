@@ -106,6 +106,19 @@ class Backend:
         """Puts x [R, T, H], its scales [R, T, S] and topk_weights [R, T, K] into expert order."""
         raise NotImplementedError
 
+    def layout_and_dispatch(
+        self,
+        case: Case,
+        topk_idx: NDArray[np.int32],
+        x: Array,
+        topk_weights: Array | None = None,
+        *,
+        scales: Array | None = None,
+        **form: Any,
+    ) -> tuple[BackendLayout, Received]:
+        """The two above in one call; ``form`` are dispatch's other options."""
+        raise NotImplementedError
+
     def combine(self, y: Array, layout: BackendLayout, weights: Array | None = None) -> Array:
         """Sums y [R, C, H'] times weights [R, C] into [R, T, H']."""
         raise NotImplementedError
@@ -160,6 +173,19 @@ class ReferenceBackend(Backend):
             return Received((tokens, weights, None))
         recv_scales, _ = reference.dispatch(scales, layout.handle, expand=expand)
         return Received((tokens, weights, recv_scales))
+
+    def layout_and_dispatch(
+        self,
+        case: Case,
+        topk_idx: NDArray[np.int32],
+        x: Array,
+        topk_weights: Array | None = None,
+        *,
+        scales: Array | None = None,
+        **form: Any,
+    ) -> tuple[BackendLayout, Received]:
+        layout = self.make_layout(case, topk_idx)
+        return layout, self.dispatch(x, layout, topk_weights, scales=scales, **form)
 
     def combine(self, y: Array, layout: BackendLayout, weights: Array | None = None) -> Array:
         return reference.combine(y, layout.handle, weights)
@@ -260,7 +286,9 @@ class JaxBackend(Backend):
         return self.fetch(num_ranks, self.call(num_ranks, function, *args))
 
     def make_layout(self, case: Case, topk_idx: NDArray[np.int32]) -> BackendLayout:
-        layout, derived = self.call(case.num_ranks, _layout_function(case), topk_idx)
+        return self._layout(case, *self.call(case.num_ranks, _layout_function(case), topk_idx))
+
+    def _layout(self, case: Case, layout: Any, derived: dict[str, Any]) -> BackendLayout:
         arrays = {n: getattr(layout, n) for n in LAYOUT_ARRAYS if n not in derived} | derived
         return BackendLayout(case, self.fetch(case.num_ranks, arrays), layout)
 
@@ -278,6 +306,20 @@ class JaxBackend(Backend):
         function = _dispatch_function(fp8, dequantize, expand)
         arguments = layout.handle, x, topk_weights, scales
         return Received(self.run(layout.case.num_ranks, function, *arguments))
+
+    def layout_and_dispatch(
+        self,
+        case: Case,
+        topk_idx: NDArray[np.int32],
+        x: Array,
+        topk_weights: Array | None = None,
+        *,
+        scales: Array | None = None,
+        **form: Any,
+    ) -> tuple[BackendLayout, Received]:
+        function = _layout_and_dispatch_function(case, tuple(form.items()))
+        layout, received = self.call(case.num_ranks, function, topk_idx, x, topk_weights, scales)
+        return self._layout(case, *layout), Received(self.fetch(case.num_ranks, received))
 
     def combine(self, y: Array, layout: BackendLayout, weights: Array | None = None) -> Array:
         out: Array = self.run(layout.case.num_ranks, _combine, layout.handle, y, weights)
@@ -384,22 +426,38 @@ class ProcessesBackend(JaxBackend):
         return structure.unflatten([np.concatenate(shards) for shards in zip(*parts, strict=True)])
 
 
+def layout_options(case: Case) -> dict[str, Any]:
+    """What `make_layout` is given beside the ids."""
+    return {
+        "num_experts": case.num_experts,
+        "axis_name": AXIS,
+        "capacity": case.capacity,
+        "expert_alignment": case.expert_alignment,
+        "expert_capacity": case.expert_capacity,
+        "zero_tail": case.zero_tail,
+    }
+
+
+def _with_derived(layout: Any) -> tuple[Any, dict[str, jax.Array]]:
+    return layout, {name: getattr(layout, name) for name in ("kept", "row_valid", "row_token")}
+
+
 @functools.cache
 def _layout_function(case: Case) -> Callable[..., Any]:
-    def layout_function(topk_idx: jax.Array) -> Any:
-        layout = jax_ep.make_layout(
-            topk_idx,
-            num_experts=case.num_experts,
-            axis_name=AXIS,
-            capacity=case.capacity,
-            expert_alignment=case.expert_alignment,
-            expert_capacity=case.expert_capacity,
-            zero_tail=case.zero_tail,
-        )
-        derived = {name: getattr(layout, name) for name in ("kept", "row_valid", "row_token")}
-        return layout, derived
+    return lambda topk_idx: _with_derived(jax_ep.make_layout(topk_idx, **layout_options(case)))
 
-    return layout_function
+
+@functools.cache
+def _layout_and_dispatch_function(
+    case: Case, form: tuple[tuple[str, Any], ...]
+) -> Callable[..., Any]:
+    def function(ids: Any, x: Any, topk_weights: Any, scales: Any) -> Any:
+        layout, received = jax_ep.layout_and_dispatch(
+            x, ids, topk_weights, scales=scales, **layout_options(case), **dict(form)
+        )
+        return _with_derived(layout), (received.tokens, received.weights, received.scales)
+
+    return function
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from jax_ep import reference
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 OPS = ("layout", "dispatch", "combine")
 CUDA_OPS = (*OPS, "combine_gradient")
+ALL_OPS = (*CUDA_OPS, "layout_and_dispatch")
 
 checks_vma = pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
 
@@ -220,21 +222,29 @@ def experts(scale: Any, square: bool, tokens: Any, group_sizes: Any) -> jax.Arra
     return scale[expert] * (tokens * tokens if square else tokens)
 
 
-def shard_layer(case: Case, axis: str | tuple[str, ...], *, square: bool = True) -> Callable:
-    """The layer as a per-shard function: x, topk_idx, topk_weights, scale -> out, layout."""
+def shard_layer(
+    case: Case, axis: str | tuple[str, ...], *, square: bool = True, in_one: bool = True
+) -> Callable:
+    """The layer as a per-shard function: x, topk_idx, topk_weights, scale -> out, layout.
+
+    ``moe``, whose layout and rows come in one call; or without ``in_one`` the three verbs.
+    """
+    options: dict[str, Any] = {
+        "num_experts": case.num_experts,
+        "axis_name": axis,
+        "capacity": case.capacity,
+        "expert_alignment": case.expert_alignment,
+        "expert_capacity": case.expert_capacity,
+    }
 
     def layer(x: Any, topk_idx: Any, topk_weights: Any, scale: Any) -> Any:
-        return jax_ep.moe(
-            x,
-            topk_idx,
-            topk_weights,
-            functools.partial(experts, scale, square),
-            num_experts=case.num_experts,
-            axis_name=axis,
-            capacity=case.capacity,
-            expert_alignment=case.expert_alignment,
-            expert_capacity=case.expert_capacity,
-        )
+        expert_fn = functools.partial(experts, scale, square)
+        if in_one:
+            return jax_ep.moe(x, topk_idx, topk_weights, expert_fn, **options)
+        layout = jax_ep.make_layout(topk_idx, **options)
+        received = jax_ep.dispatch(x, layout, topk_weights)
+        y = expert_fn(received.tokens, received.group_sizes)
+        return jax_ep.combine(y, layout, received.weights), layout
 
     return layer
 
@@ -244,10 +254,13 @@ def in_specs(placement: Placement) -> tuple[P, ...]:
 
 
 def sharded_layer(
-    placement: Placement, mesh: Mesh, case: Case, *, check_vma: bool = True, square: bool = True
+    placement: Placement, mesh: Mesh, case: Case, *, check_vma: bool = True, **options: bool
 ) -> Callable:
-    """The layer as a function of global arrays: x, topk_idx, topk_weights, scale -> out."""
-    layer = shard_layer(case, placement.ep, square=square)
+    """The layer as a function of global arrays: x, topk_idx, topk_weights, scale -> out.
+
+    ``options`` as in ``shard_layer``.
+    """
+    layer = shard_layer(case, placement.ep, **options)
     return jax.shard_map(
         lambda *args: layer(*args)[0],
         mesh=mesh,
@@ -355,9 +368,10 @@ def stack_loss(
     policy: str | None,
     scan: bool,
     check_vma: bool = True,
+    in_one: bool = True,
 ) -> tuple[Callable, list[jax.Array]]:
     """value_and_grad of the stack, by x, weights and scales, and its arguments."""
-    layer = shard_layer(stack.case, placement.ep, square=False)
+    layer = shard_layer(stack.case, placement.ep, square=False, in_one=in_one)
 
     def block(x: Any, parameters: Any) -> Any:
         return gate(x, layer(x, *parameters)[0])
@@ -404,19 +418,25 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 def traced_calls(f: Callable, *args: Any) -> tuple[int, ...]:
     """Calls of layout, dispatch and combine in f's jaxpr; a loop's body counts once.
 
-    The gradient of the weighted combine counts as what it is on CPU, a dispatch.
+    layout_and_dispatch counts as both. The gradient of the weighted combine counts as what it is on
+    CPU, a dispatch.
     """
     names = collections.Counter(
         e.primitive.name for e in _equations(jax.make_jaxpr(f)(*args).jaxpr)
     )
     names["jax_ep_dispatch"] += names["jax_ep_combine_gradient"]
-    return tuple(names[f"jax_ep_{op}"] for op in OPS)
+    return _by_op(names)
 
 
 def calls_in(compiled: Any) -> tuple[int, ...]:
-    """Calls of layout, dispatch and combine in a compiled program; a loop's body counts once."""
-    text = compiled.as_text()
-    return tuple(text.count(f'custom_call_target="jax_ep_{op}"') for op in OPS)
+    """The same of a program that was compiled for CPU."""
+    targets = re.findall(r'custom_call_target="(jax_ep_\w+)"', compiled.as_text())
+    return _by_op(collections.Counter(targets))
+
+
+def _by_op(names: collections.Counter) -> tuple[int, ...]:
+    in_one = names["jax_ep_layout_and_dispatch"]
+    return tuple(names[f"jax_ep_{op}"] + in_one * (op != "combine") for op in OPS)
 
 
 def compiled_calls(f: Callable, *args: Any) -> tuple[int, ...]:
