@@ -106,7 +106,7 @@ def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes tensors as one file."""
+    """Writes tensors as one file, which is there once it is whole: it may replace one in use."""
     names = {dtype: name for name, dtype in _DTYPES.items()}
     header, end = {}, 0
     for name, array in tensors.items():
@@ -115,10 +115,12 @@ def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None
         header[name] = entry
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-    with path.open("wb") as file:
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in tensors.values():
             file.write(np.ascontiguousarray(array).tobytes())
+    unfinished.replace(path)
 
 
 # ------------------------------------------------------------------------------------- parameters
