@@ -331,7 +331,9 @@ _VERB_NAMES = (
     "dispatch",
     *operations.NOT_EXPANDED,
     "make_layout+dispatch",
+    "layout_and_dispatch",
     "combine",
+    "round trip",
     "make_layout+dispatch+combine",
     "forward+backward",
 )

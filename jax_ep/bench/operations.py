@@ -121,35 +121,40 @@ def jax_ep_operations(
     if point.fp8 != "none":
         fp8 = {"fp8": point.fp8.removesuffix("+dequantize"), "dequantize": point.dequantizes}
 
+    options: dict[str, Any] = {
+        "num_experts": num_experts,
+        "axis_name": AXIS,
+        "expert_alignment": alignment,
+        "num_sms": point.num_sms,
+        **room,
+    }
+
     def make_layout(ids: jax.Array) -> jax_ep.Layout:
-        return jax_ep.make_layout(
-            ids,
-            num_experts=num_experts,
-            axis_name=AXIS,
-            expert_alignment=alignment,
-            num_sms=point.num_sms,
-            **room,
-        )
+        return jax_ep.make_layout(ids, **options)
+
+    def arrays(received: jax_ep.Dispatched) -> tuple[jax.Array, ...]:
+        return tuple(a for a in received[:3] if a is not None)
 
     def layout_only(ids: jax.Array) -> Any:
         layout = make_layout(ids)
         return layout.send_row, layout.recv_src
 
     def dispatch(layout: Any, x: jax.Array, weights: jax.Array) -> Any:
-        received = jax_ep.dispatch(x, _unpack(layout), weights, **fp8)
-        return tuple(a for a in received[:3] if a is not None)
+        return arrays(jax_ep.dispatch(x, _unpack(layout), weights, **fp8))
 
     def dispatch_not_expanded(layout: Any, x: jax.Array, weights: jax.Array) -> Any:
-        received = jax_ep.dispatch(x, _unpack(layout), weights, expand=False, **fp8)
-        return tuple(a for a in received[:3] if a is not None)
+        return arrays(jax_ep.dispatch(x, _unpack(layout), weights, expand=False, **fp8))
 
     def not_expanded_and_gradient(layout: Any, x: jax.Array, weights: jax.Array) -> Any:
         received, vjp = jax.vjp(functools.partial(dispatch_not_expanded, layout), x, weights)
         return vjp(received)
 
     def layout_dispatch(ids: jax.Array, x: jax.Array, weights: jax.Array) -> Any:
-        received = jax_ep.dispatch(x, make_layout(ids), weights, **fp8)
-        return tuple(a for a in received[:3] if a is not None)
+        return arrays(jax_ep.dispatch(x, make_layout(ids), weights, **fp8))
+
+    def layout_and_dispatch(ids: jax.Array, x: jax.Array, weights: jax.Array) -> Any:
+        layout, received = jax_ep.layout_and_dispatch(x, ids, weights, **options, **fp8)
+        return layout.recv_src, *arrays(received)
 
     def combine(layout: Any, y: jax.Array, weights: jax.Array) -> jax.Array:
         return jax_ep.combine(y, _unpack(layout), weights)
@@ -159,10 +164,17 @@ def jax_ep_operations(
         received = jax_ep.dispatch(x, layout, weights, **fp8)
         return jax_ep.combine(received.tokens, layout, received.weights)
 
+    def round_trip(ids: jax.Array, x: jax.Array, weights: jax.Array, *y: jax.Array) -> Any:
+        """With ``y`` experts give that; else what they get."""
+        layout, received = jax_ep.layout_and_dispatch(x, ids, weights, **options, **fp8)
+        if not y:
+            return jax_ep.combine(received.tokens, layout, received.weights)
+        return jax_ep.combine(y[0], layout, received.weights), *arrays(received)
+
     def forward_backward(
         ids: jax.Array, x: jax.Array, weights: jax.Array, cotangent: jax.Array
     ) -> Any:
-        out, vjp = jax.vjp(lambda x, weights: forward(ids, x, weights), x, weights)
+        out, vjp = jax.vjp(functools.partial(round_trip, ids), x, weights)
         return out, *vjp(cotangent)
 
     sent_once = dispatch_movement(point, traffic, expand=False)
@@ -193,12 +205,18 @@ def jax_ep_operations(
             NOT_EXPANDED[0], dispatch_not_expanded, (layout, *send_args), (sent_once,), fresh=2
         ),
         Operation("make_layout+dispatch", layout_dispatch, (*layout_args, *send_args), (sent,)),
+        Operation("layout_and_dispatch", layout_and_dispatch, (*layout_args, *send_args), (sent,)),
     ]
     if point.fp8 == "none":
         operations.append(
             Operation("combine", combine, (layout, data.y, data.row_weights), (returned,), fresh=2)
         )
-    if point.fp8 == "none" or point.dequantizes:
+    gives_back = point.fp8 == "none" or point.dequantizes  # what was received can be combined
+    y = () if gives_back else (data.y,)
+    operations.append(
+        Operation("round trip", round_trip, (*layout_args, *send_args, *y), (sent, returned))
+    )
+    if gives_back:
         operations += [
             Operation(
                 NOT_EXPANDED[1],
