@@ -30,13 +30,13 @@ def verbs(
     """What the verbs give for one shard: plain rows, or rows of every kind."""
 
     def f(ids: Any, x: Any, weights: Any, g: Any) -> Any:
-        layout = jax_ep.make_layout(
-            ids,
-            num_experts=2 * num_ranks,
-            axis_name=axis_name,
-            capacity=capacity,
-            expert_alignment=alignment,
-        )
+        options = {
+            "num_experts": 2 * num_ranks,
+            "axis_name": axis_name,
+            "capacity": capacity,
+            "expert_alignment": alignment,
+        }
+        layout = jax_ep.make_layout(ids, **options)
         rows = jnp.arange(layout.capacity, dtype=jnp.bfloat16)[:, None]
 
         def layer(x: Any, weights: Any) -> Any:
@@ -71,7 +71,18 @@ def verbs(
         )
         as_float8 = jax.lax.bitcast_convert_type(x, jnp.float8_e5m2).reshape(x.shape[0], -1)
         scaled = jax_ep.dispatch(as_float8, layout, weights, scales=x[:, :2].astype(jnp.float32))
+
+        def in_one(x: Any, weights: Any) -> Any:
+            layout, recv = jax_ep.layout_and_dispatch(x, ids, weights, **options)
+            out = jax_ep.combine(recv.tokens * 2 + rows, layout, recv.weights)
+            return out, {name: getattr(layout, name) for name in LAYOUT_FIELDS}
+
+        out_in_one, vjp_in_one, layout_in_one = jax.vjp(in_one, x, weights, has_aux=True)
+        _, quantized = jax_ep.layout_and_dispatch(
+            x, ids, weights, fp8="float32", expand=False, **options
+        )
         return results | {
+            "in one": (layout_in_one, out_in_one, vjp_in_one(g), tuple(quantized[:3])),
             "once": (once, vjp_once((once[0] * 3, once[1] * 2))),
             "integers": jax_ep.dispatch(ids.repeat(4, axis=1), layout).tokens,
             "fp8": fp8,
