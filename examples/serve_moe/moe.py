@@ -6,7 +6,6 @@ L experts of this device, M rows that an expert has room for.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +14,6 @@ import model
 import jax_ep
 
 Array = jax.Array
-
-
-def layout_and_dispatch(
-    x: Array, ids: Array, weights: Array, **room: Any
-) -> tuple[jax_ep.Layout, jax_ep.Dispatched]:
-    """Says where each row goes, and sends it there."""
-    layout = jax_ep.make_layout(ids, axis_name="ep", **room)
-    return layout, jax_ep.dispatch(x, layout, weights)
 
 
 def moe_jax_ep(
@@ -37,18 +28,22 @@ def moe_jax_ep(
     _, weights, ids = model.route(x, layer["router"], config)
     ids = jnp.where(is_token[:, None], ids, -1)  # what is no token goes nowhere
     weights = model.normalised(weights, config)
+    dispatch = functools.partial(
+        jax_ep.layout_and_dispatch,
+        x,
+        ids,
+        weights,
+        num_experts=config.num_experts,
+        axis_name="ep",
+    )
     if few_tokens:
         num_ranks = jax.lax.axis_size("ep")
         room = jax_ep.expert_capacity(*ids.shape, num_ranks, None, num_experts=config.num_experts)
-        layout, recv = layout_and_dispatch(
-            x, ids, weights, num_experts=config.num_experts, expert_capacity=room
-        )
+        layout, recv = dispatch(expert_capacity=room)
         rows = recv.tokens.reshape(-1, room, x.shape[1])
         y = model.batched_experts(rows, layer["experts"]).reshape(recv.tokens.shape)
     else:
-        layout, recv = layout_and_dispatch(
-            x, ids, weights, num_experts=config.num_experts, zero_tail=False
-        )
+        layout, recv = dispatch(zero_tail=False)
         y = model.grouped_experts(recv.tokens, layer["experts"], recv.group_sizes)
     out = jax_ep.combine(y, layout, recv.weights)
     return out, {"expert_rows": layout.expert_counts, "dropped": layout.num_dropped[None]}

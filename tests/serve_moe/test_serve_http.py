@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -302,17 +303,18 @@ def test_requests_have_a_time_limit(run: steps.Steps, tokenizer: Tokenizer) -> N
     assert engine.join(_SECONDS)
 
 
-def test_sigterm_finishes_what_runs(
-    folders: dict[str, pathlib.Path], tokenizer: Tokenizer, tmp_path: pathlib.Path
-) -> None:
+def test_sigterm_finishes_what_runs(tmp_path: pathlib.Path) -> None:
     """The program as a user runs it: new requests are refused, the stream comes to its end."""
+    config = dataclasses.replace(tiny_checkpoint.CONFIGS["tied"], num_hidden_layers=1)
+    tiny_checkpoint.write(tmp_path, config)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(checkpoint.byte_tokenizer()))
     program = pathlib.Path(checkpoint.__file__).parent / "serve_moe"
     command = f"{sys.executable} {program} --port=0 --chunk=16 --slots=1 --model-name=tiny"
     log = tmp_path / "log"
     with (
         log.open("w") as errors,
         subprocess.Popen(
-            [*command.split(), f"--checkpoint={folders['normalised']}"],
+            [*command.split(), f"--checkpoint={tmp_path}"],
             env={**os.environ, **cpu_devices(2), "JAX_PLATFORMS": "cpu"},
             stdout=subprocess.PIPE,
             stderr=errors,
