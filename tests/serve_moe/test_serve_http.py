@@ -24,7 +24,7 @@ import openai
 import pytest
 import tiny_checkpoint
 from cpu_devices import cpu_devices
-from serve_moe import steps
+from serve_moe import load_test, steps
 from serve_moe.engine import Engine
 from serve_moe.http_api import Api, HttpLimits
 from serve_moe.metrics import Metrics
@@ -177,6 +177,20 @@ def test_many_clients_that_come_and_go(port: int, client: openai.OpenAI) -> None
     _wait_for(lambda: _metric(port, "serve_moe_occupied_slots") == 0)
     assert _metric(port, 'serve_moe_requests_total{reason="cancelled"}') > cancelled + 8
     assert _metric(port, "serve_moe_dropped_rows_total") == 0
+
+
+def test_load_test_measures_an_open_loop(port: int) -> None:
+    """In short: every request is answered in full, and the numbers are of what was asked."""
+    flags = "--checkpoint=- --rate=40 --seconds=1 --prompt-tokens=20 --max-tokens=10"
+    requests = load_test.draw_requests(load_test.parse_args(flags.split()))
+    assert 20 < len(requests) < 60
+    asked = sum(body["max_tokens"] for _, body in requests)
+    done, memory = asyncio.run(load_test.send_all(port, os.getpid(), requests))
+    summary = load_test.summarise(done, memory)
+    assert (summary["failed"], summary["errors"]) == (0, [])
+    assert asked * 0.7 < summary["tokens"] <= asked  # some met the end token
+    assert all(done.arrived <= done.times[0] for done in done)
+    assert summary["time_to_first_token_ms"]["p50"] > 0
 
 
 def test_clients_that_do_not_read_or_are_killed_hold_nobody_up(port: int) -> None:
