@@ -2,7 +2,8 @@
 
 Each primitive is one target: ``jax_ep_layout``, ``jax_ep_dispatch`` and ``jax_ep_combine`` on every
 platform, ``jax_ep_combine_gradient`` on CUDA, in whose place CPU has a dispatch and XLA's
-arithmetic. ``jax_ep_layout_and_dispatch`` is a call on CPU; for CUDA it is lowered to the two.
+arithmetic. ``jax_ep_layout_and_dispatch`` is a call on CPU, and on CUDA where slots may take it;
+else it is lowered to the two there.
 Operand and result order is that of xla_ffi/calls.h; on CPU the device's coordinates
 come before all operands, and combine has no scratch. Result types derive from the operands' types,
 so that shardings and varying axes carry over.
@@ -350,13 +351,18 @@ def _params_of_two(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     )
 
 
-def _in_slots(avals: Sequence[Any], params: dict[str, Any]) -> bool:
-    """Whether a layout_and_dispatch for CUDA is one call: static, and the same on all ranks."""
-    return False
+def _in_slots(params: dict[str, Any]) -> bool:
+    """Whether a layout_and_dispatch for CUDA is one call: static, and the same on all ranks.
+
+    Its handler still makes two calls of it where the slots are too small for it.
+    """
+    sizes = {name: params[name] for name in ("num_ranks", "num_tokens", "top_k")}
+    has_plain_rows = params["quantization"] == NO_QUANTIZATION and params["expand"]
+    return runtime.has_slots() and has_plain_rows and limits.may_fit_slots(**sizes)
 
 
 def _layout_and_dispatch_on_cuda(ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:
-    if _in_slots(ctx.avals_in, params):
+    if _in_slots(params):
         return _lower(_layout_and_dispatch_p.name, "cuda", ctx, *operands, **params)
     checked = _checked(_layout_and_dispatch_p.name, "cuda", ctx, operands, params)
     x, topk_idx, *rest = checked

@@ -14,6 +14,16 @@ DEFAULT_SLOT_BYTES = _LIMITS["cuda_default_slot_bytes"]  # of each device, where
 SLOT_BYTES_PER_DEVICE = _LIMITS["cuda_slot_bytes_per_device"]  # of the job; with less no call fits
 
 
+def may_fit_slots(*, num_ranks: int, num_tokens: int, top_k: int) -> bool:
+    """Whether slots, if they are large enough, take a call of plain rows for CUDA."""
+    num_ids = num_tokens * top_k
+    return (
+        num_tokens <= _LIMITS["cuda_slot_tokens"]
+        and num_ids <= _LIMITS["cuda_slot_ids"]
+        and num_ranks * num_ids <= _LIMITS["cuda_slot_group_ids"]
+    )
+
+
 def num_block_scales(num_channels: int) -> int:
     """S of rows with this many channels that dispatch quantises; the last block may be shorter."""
     return -(-num_channels // SCALE_BLOCK)

@@ -93,7 +93,7 @@ GOOD_CALLS: dict[str, Call] = {
     "jax_ep_combine": Call(
         {"y": f32(8, 8), **_ON_LAYOUT, "weights": f32(8)},
         {"out": f32(4, 8)},
-        _SIZES | {"has_weights": 1, "has_values": 0, "expand": 1},
+        _SIZES | {"ranks_per_node": 2, "has_weights": 1, "has_values": 0, "expand": 1},
     ),
     "jax_ep_combine_gradient": Call(
         {"g": f32(4, 8), **_ON_LAYOUT, "y": f32(8, 8), "weights": f32(8)},
@@ -101,10 +101,7 @@ GOOD_CALLS: dict[str, Call] = {
         _SIZES | {"zero_tail": 1},
     ),
 }
-PLATFORMS = {  # of a target; others are on both
-    "jax_ep_combine_gradient": ("cuda",),
-    "jax_ep_layout_and_dispatch": ("cpu",),
-}
+PLATFORMS = {"jax_ep_combine_gradient": ("cuda",)}  # of a target; others are on both
 
 
 def good_call(target: str, platform: str) -> Call:

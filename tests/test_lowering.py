@@ -3,7 +3,7 @@
 The custom calls carry exactly the attributes that xla_ffi/attributes.h decodes, the same ones on
 both platforms, and nothing else in a program moves data between devices. One of CUDA's calls, the
 gradient of combine, is on CPU a dispatch and XLA's arithmetic; one of CPU's, layout_and_dispatch,
-is on CUDA two.
+is on CUDA two, unless there are slots.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from sharded_layers import (
 )
 
 import jax_ep
-from jax_ep import ffi, limits
+from jax_ep import ffi, limits, runtime
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DISABLED_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{op}") for op in ALL_OPS]
@@ -242,6 +242,38 @@ def test_exact_calls_of_a_layer_for_cuda() -> None:
             ("6x8xf32", "8x6x8xf32"),  # the result, and scratch: a row per (rank, token)
         ),
     ]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("num_tokens", "options", "ops"),
+    [
+        (256, {}, ["layout_and_dispatch"]),
+        (257, {}, ["layout", "dispatch"]),  # more ids of the group than slots take
+        (256, {"fp8": "float32"}, ["layout", "dispatch"]),
+        (256, {"expand": False}, ["layout", "dispatch"]),
+    ],
+)
+def test_one_call_for_cuda_where_slots_may_take_it(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int, options: dict[str, Any], ops: list[str]
+) -> None:
+    x = jax.ShapeDtypeStruct((8 * num_tokens, 128), "bfloat16")
+    ids = jax.ShapeDtypeStruct((8 * num_tokens, 8), "int32")
+
+    def lowered(platform: str, has_slots: bool) -> list[Call]:
+        def f(x: Any, ids: Any) -> Any:  # JAX keeps what it has lowered, by function
+            _, recv = jax_ep.layout_and_dispatch(x, ids, num_experts=16, axis_name="ep", **options)
+            return recv.tokens
+
+        monkeypatch.setattr(runtime, "has_slots", lambda: has_slots)
+        run = jax.shard_map(f, mesh=EP.mesh(), in_specs=P("ep"), out_specs=P("ep"))
+        return calls(lower(run, (x, ids), platform))
+
+    assert [call.op for call in lowered("cuda", False)] == ["layout", "dispatch"]
+    found = lowered("cuda", True)
+    assert [call.op for call in found] == ops
+    if len(ops) == 1:
+        assert [as_on_cpu(call) for call in found] == lowered("cpu", False)
 
 
 def test_exact_calls_of_the_backward_pass_for_cuda() -> None:

@@ -207,6 +207,7 @@ int main() {
   HashTellsApart<jax_ep::DispatchAttributes>(&seen);
   HashTellsApart<jax_ep::CombineAttributes>(&seen);
   HashTellsApart<jax_ep::CombineGradientAttributes>(&seen);
+  HashTellsApart<jax_ep::LayoutAndDispatchAttributes>(&seen);
   Demands();
   std::printf("%d groupings: right\n", num_groups);
   return 0;

@@ -90,8 +90,9 @@ struct Call {
   std::vector<char> memory = std::vector<char>(1 << 20);
   size_t used = 0;
 
-  Call(XLA_FFI_Handler* execute, int64_t num_tokens, int64_t top_k, int64_t capacity)
+  Call(OpKind kind, XLA_FFI_Handler* execute, int64_t num_tokens, int64_t top_k, int64_t capacity)
       : handler(execute), site(Site({0, 1}, kRanks)) {
+    site.op = op_name(kind);
     attributes = {{"member_bases", std::vector<int64_t>{0, 1}},
                   {"member_sizes", std::vector<int64_t>{}},
                   {"member_strides", std::vector<int64_t>{}},
@@ -157,7 +158,8 @@ struct Call {
 
 Call CombineCallOf(int64_t num_tokens, int64_t top_k, bool expand = true) {
   const int64_t capacity = num_tokens * top_k;
-  Call call(kCombineCuda, num_tokens, top_k, capacity);
+  Call call(OpKind::kCombine, kCombineCuda, num_tokens, top_k, capacity);
+  call.attributes["ranks_per_node"] = kRanks;
   call.attributes["has_weights"] = int64_t{expand};
   call.attributes["has_values"] = int64_t{1};
   call.attributes["expand"] = int64_t{expand};
@@ -222,6 +224,159 @@ void Combine() {
   Memory().Release(true);
 }
 
+// ---- layout and dispatch -----------------------------------------------------------------------
+
+struct Form {
+  ffi::DataType type = ffi::F32;
+  int64_t quantization = 0, dequantize = 0, expand = 1, has_weights = 1;
+};
+
+Call LayoutAndDispatchCallOf(int64_t num_tokens, int64_t top_k, Form form = {}) {
+  const int64_t capacity = num_tokens * top_k * 3;
+  Call call(OpKind::kLayoutAndDispatch, kLayoutAndDispatchCuda, num_tokens, top_k, capacity);
+  const auto quantization = static_cast<QuantizationKind>(form.quantization);
+  const bool has_x_scales = quantization == QuantizationKind::kGivenScales;
+  const bool is_quantised = quantization != QuantizationKind::kNone && !has_x_scales;
+  const int64_t num_channels = form.quantization == 0 ? kChannels : 16;
+  call.attributes["expert_alignment"] = int64_t{1};
+  call.attributes["expert_capacity"] = int64_t{0};
+  call.attributes["has_weights"] = form.has_weights;
+  call.attributes["zero_tail"] = int64_t{1};
+  call.attributes["quantization"] = form.quantization;
+  call.attributes["dequantize"] = form.dequantize;
+  call.attributes["expand"] = form.expand;
+  call.operands = {call.At(form.type, {num_tokens, num_channels}),
+                   call.At(ffi::S32, {num_tokens, top_k})};
+  if (has_x_scales) call.operands.push_back(call.At(ffi::F32, {num_tokens, 1}));
+  if (form.has_weights != 0) call.operands.push_back(call.At(ffi::F32, {num_tokens, top_k}));
+  call.AddTables(num_tokens, top_k, capacity, &call.results);
+  for (int64_t size : {kExperts / kRanks, kExperts, int64_t{3}}) {
+    call.results.push_back(call.At(ffi::S32, {size}));
+  }
+  const int64_t num_rows = form.expand != 0 ? capacity : kRanks * num_tokens + 1;
+  const bool becomes_fp8 = is_quantised && form.dequantize == 0;
+  call.results.push_back(
+      call.At(becomes_fp8 ? ffi::F8E4M3FN : form.type, {num_rows, num_channels}));
+  if (becomes_fp8 || has_x_scales) call.results.push_back(call.At(ffi::F32, {num_rows, 1}));
+  if (form.has_weights != 0) call.results.push_back(call.At(ffi::F32, {capacity}));
+  return call;
+}
+
+// The layout's arguments are the call's operand and results, whichever kernel takes them.
+void CheckLayout(const gpu::LayoutArguments& a, const Call& call) {
+  const std::vector<Array>& r = call.results;
+  CHECK(a.topk_idx == call.operands[1].data);
+  CHECK(a.send_row == r[0].data && a.recv_src == r[1].data && a.recv_order == r[2].data);
+  CHECK(a.recv_offsets == r[3].data && a.group_sizes == r[4].data);
+  CHECK(a.expert_counts == r[5].data && a.expert_load == r[6].data && a.counters == r[7].data);
+  CHECK(a.num_tokens == 4 && a.top_k == 2 && a.num_experts == kExperts);
+  CHECK(a.room.capacity == 24 && a.room.expert_alignment == 1 && a.room.expert_capacity == 0);
+}
+
+void LayoutAndDispatch() {
+  Call call = LayoutAndDispatchCallOf(4, 2);
+  SetUp(0);
+  CHECK(call.Kernels() == "layout, dispatch");
+  const uint64_t general = call.last_operations;
+  // Two calls, for the device as well as for the peers.
+  CHECK(g_launched[0].group.call + 1 == g_launched[1].group.call);
+  CHECK(g_launched[0].group.operation != g_launched[1].group.operation);
+  CheckLayout(g_layout, call);
+  CHECK(g_dispatch.x == call.operands[0].data && g_dispatch.topk_idx == call.operands[1].data);
+  CHECK(g_dispatch.topk_weights == call.operands[2].data);
+  CHECK(g_dispatch.send_row == call.results[0].data && g_dispatch.recv_src == call.results[1].data);
+  CHECK(g_dispatch.recv_order == call.results[2].data);
+  CHECK(g_dispatch.recv_offsets == call.results[3].data);
+  CHECK(g_dispatch.group_sizes == call.results[4].data);
+  CHECK(g_dispatch.tokens == call.results[8].data && g_dispatch.weights == call.results[9].data);
+  CHECK(g_dispatch.mode == gpu::DispatchMode::kCopy && g_dispatch.expand && g_dispatch.zero_tail);
+  // One that fails is the last.
+  g_status = cudaErrorInvalidValue;
+  g_launched.clear();
+  CHECK(call.Run(0) == "jax_ep_layout_and_dispatch: a fake error" && g_launched.size() == 1);
+  g_status = cudaSuccess;
+  Memory().Release(true);
+
+  SetUp(kSlotBytes);
+  CHECK(call.Kernels() == "layout and dispatch in slots" && call.last_operations != general);
+  CHECK(g_launched[0].group.slot_area_bytes == gpu::slot_area_bytes(kSlotBytes, 2));
+  CheckLayout(g_both, call);
+  CHECK(g_both.x == call.operands[0].data && g_both.topk_weights == call.operands[2].data);
+  CHECK(g_both.tokens == call.results[8].data && g_both.weights == call.results[9].data);
+  CHECK(g_both.row_bytes == 32 && g_both.zero_tail && !g_both.is_integer);
+  Call unzeroed = LayoutAndDispatchCallOf(4, 2);
+  unzeroed.attributes["zero_tail"] = int64_t{0};
+  CHECK(unzeroed.Kernels() == "layout and dispatch in slots" && !g_both.zero_tail);
+  // Integers, and float8 without scales, are rows as they are; weights may be absent.
+  CHECK(LayoutAndDispatchCallOf(4, 2, {ffi::S32, 0, 0, 1, 0}).Kernels() ==
+        "layout and dispatch in slots");
+  CHECK(g_both.is_integer && g_both.topk_weights == nullptr && g_both.weights == nullptr);
+  // What a slot does not take.
+  CHECK(LayoutAndDispatchCallOf(512, 2).Kernels() == "layout and dispatch in slots");
+  CHECK(LayoutAndDispatchCallOf(513, 2).Kernels() == "layout, dispatch");
+  const Form general_forms[] = {
+      {ffi::F32, 1}, {ffi::F32, 2, 1}, {ffi::F8E4M3FN, 3}, {ffi::F32, 0, 0, 0}};
+  for (const Form& form : general_forms) {
+    CHECK(LayoutAndDispatchCallOf(4, 2, form).Kernels() == "layout, dispatch");
+    CHECK(g_dispatch.expand == (form.expand != 0) &&
+          (g_dispatch.scales != nullptr) == (form.quantization != 0 && form.dequantize == 0));
+  }
+  // The general kernels' operation does not depend on whether there are slots.
+  Memory().Release(true);
+  SetUp(gpu::min_slot_bytes(2));
+  CHECK(call.Kernels() == "layout, dispatch" && call.last_operations == general);
+  Memory().Release(true);
+
+  // Only the general kernels need a staging region; each of the two has all of it.
+  SetUp(kSlotBytes, 0, /*staged_only=*/true);
+  CHECK(call.Kernels() == "layout and dispatch in slots");
+  Memory().Release(true);
+  SetUp(0, 256, /*staged_only=*/true);
+  CHECK(Contains(call.Run(0),
+                 "jax_ep_layout_and_dispatch: the other ranks cannot reach the memory "
+                 "of tokens, weights"));
+  Memory().Release(true);
+  SetUp(0, 2048, /*staged_only=*/true);
+  CHECK(call.Kernels() == "layout, dispatch");
+  CHECK(g_layout.topk_idx != call.operands[1].data && g_dispatch.landing == g_layout.topk_idx);
+  Memory().Release(true);
+}
+
+// Refused before anything is launched.
+void WrongCalls() {
+  SetUp(kSlotBytes);
+  g_launched.clear();
+  const auto complaint = [](const auto& change) {
+    Call call = LayoutAndDispatchCallOf(4, 2);
+    change(&call);
+    return call.Run(0);
+  };
+  const std::string op = "jax_ep_layout_and_dispatch: ";
+  CHECK(complaint([](Call* c) { c->operands[1].shape = {4, 3}; }) ==
+        op + "topk_idx has shape [4, 3], expected [4, 2]");
+  CHECK(complaint([](Call* c) { c->results[9].shape = {23}; }) ==
+        op + "weights has shape [23], expected [24]");
+  CHECK(complaint([](Call* c) { c->results.pop_back(); }) ==
+        op + "the number of operands or results disagrees with the attributes");
+  for (int i : {0, 8}) {
+    CHECK(complaint([i](Call* c) {
+            Array& rows = i == 0 ? c->operands[0] : c->results[8];
+            rows.data = static_cast<char*>(rows.data) + 4;
+          }) == op + (i == 0 ? "x" : "tokens") + " must lie at a multiple of 16 bytes");
+  }
+  CHECK(complaint([](Call* c) {
+          c->operands[0].shape = {4, 7};
+          c->results[8].shape = {24, 7};
+        }) == op + "a row of x must be a multiple of 16 bytes");
+  CHECK(complaint([](Call* c) { c->attributes["expert_capacity"] = int64_t{5}; }) ==
+        op + "expert_capacity must be 0, or a multiple of expert_alignment with which the experts "
+             "of a rank fill the capacity");
+  CHECK(Contains(complaint([](Call* c) { c->attributes.erase("expand"); }),
+                 "expected 16 attributes but got 15"));
+  CHECK(g_launched.empty());
+  Memory().Release(true);
+}
+
 // In slots too a launch that fails is an error, and a broken group's call is refused and told of.
 void Failures() {
   SetUp(kSlotBytes);
@@ -252,6 +407,8 @@ int main() {
   using namespace jax_ep::test;
   jax_ep::CudaSiteState::id.type_id = 1;  // as if it were registered
   Run("combine", Combine);
+  Run("layout and dispatch", LayoutAndDispatch);
+  Run("wrong calls", WrongCalls);
   Run("failures", Failures);
   return 0;
 }

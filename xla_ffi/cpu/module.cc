@@ -49,6 +49,9 @@ nb::dict Limits() {
   limits["cuda_weighted_row_bytes"] = gpu::kMaxWeightedRowBytes;
   limits["cuda_default_slot_bytes"] = gpu::kDefaultSlotBytes;
   limits["cuda_slot_bytes_per_device"] = gpu::min_slot_bytes(1);
+  limits["cuda_slot_tokens"] = gpu::kMaxSlotTokens;
+  limits["cuda_slot_ids"] = gpu::kMaxSlotIds;
+  limits["cuda_slot_group_ids"] = gpu::kMaxSlotGroupIds;
   return limits;
 }
 

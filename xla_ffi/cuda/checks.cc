@@ -51,6 +51,12 @@ void CheckForKernel(const DispatchCall& call, Checks* checks) {
   }
 }
 
+// Whichever kernels take it.
+void CheckForKernel(const LayoutAndDispatchCall& call, Checks* checks) {
+  CheckForKernel(call.layout, checks);
+  CheckForKernel(call.dispatch, checks);
+}
+
 void CheckForKernel(const CombineCall& call, Checks* checks) {
   CheckTopK(call.sizes, checks);
   checks->Require(call.ranks_per_node == call.sizes.num_ranks,

@@ -8,6 +8,7 @@ namespace jax_ep {
 
 void CheckForKernel(const LayoutCall& call, Checks* checks);
 void CheckForKernel(const DispatchCall& call, Checks* checks);
+void CheckForKernel(const LayoutAndDispatchCall& call, Checks* checks);
 void CheckForKernel(const CombineCall& call, Checks* checks);
 void CheckForKernel(const CombineGradientCall& call, Checks* checks);
 

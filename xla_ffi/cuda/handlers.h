@@ -14,10 +14,12 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateLayoutCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateDispatchCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateCombineCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateCombineGradientCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kInstantiateLayoutAndDispatchCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kLayoutCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kDispatchCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineGradientCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kLayoutAndDispatchCuda);
 
 // The same, with the trait that lets XLA record their calls in command buffers. It is a trait of
 // the handler itself, for not every CUDA plugin takes it at registration; module.cc hands out
@@ -26,6 +28,7 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(kLayoutCudaRecordable);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kDispatchCudaRecordable);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineCudaRecordable);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineGradientCudaRecordable);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kLayoutAndDispatchCudaRecordable);
 
 // What XLA passes to each: the operands and results of xla_ffi/calls.h.
 template <typename Attributes>

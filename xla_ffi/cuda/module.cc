@@ -34,6 +34,9 @@ nb::dict Handlers(bool recordable) {
   handlers[CombineGradientAttributes::kOp] =
       Stages(kInstantiateCombineGradientCuda, recordable ? Poisoned<kCombineGradientCudaRecordable>
                                                          : Poisoned<kCombineGradientCuda>);
+  handlers[LayoutAndDispatchAttributes::kOp] = Stages(
+      kInstantiateLayoutAndDispatchCuda,
+      recordable ? Poisoned<kLayoutAndDispatchCudaRecordable> : Poisoned<kLayoutAndDispatchCuda>);
   return handlers;
 }
 

@@ -1,0 +1,64 @@
+#include "xla_ffi/calls.h"
+#include "xla_ffi/cuda/call_site.h"
+#include "xla_ffi/cuda/checks.h"
+#include "xla_ffi/cuda/dispatch_arguments.h"
+#include "xla_ffi/cuda/handlers.h"
+#include "xla_ffi/cuda/launches.h"
+
+namespace jax_ep {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// In slots rows cross and come out as they are, one for each expert.
+bool HasPlainRows(const DispatchCall& call) {
+  return call.quantization == QuantizationKind::kNone && call.expand;
+}
+
+cudaError_t LaunchInSlots(const GroupCall& group, const LayoutAndDispatchCall& call, int num_sms,
+                          cudaStream_t stream) {
+  const DispatchCall& dispatch = call.dispatch;
+  gpu::LayoutAndDispatchArguments arguments{};
+  static_cast<gpu::LayoutArguments&>(arguments) = LayoutArgumentsOf(call.layout);
+  arguments.x = dispatch.x.data;
+  arguments.topk_weights = dispatch.topk_weights.as<const float>();
+  arguments.tokens = dispatch.tokens.data;
+  arguments.weights = dispatch.weights.as<float>();
+  arguments.row_bytes = dispatch.x.row_bytes();
+  arguments.zero_tail = dispatch.zero_tail;
+  arguments.is_integer = IsInteger(dispatch.x.type);
+  return gpu::LaunchLayoutAndDispatchInSlots(group, arguments, num_sms, stream);
+}
+
+// One kernel where slots take the call, else the two.
+ffi::Error LayoutAndDispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
+                             LayoutAndDispatchAttributes a, ffi::RemainingArgs operands,
+                             ffi::RemainingRets results) {
+  Checks checks(a.kOp);
+  const LayoutAndDispatchCall call = DecodeCall(a, operands, results, &checks);
+  if (checks.ok()) CheckForKernel(call, &checks);
+  if (!checks.ok()) return checks.error();
+  const Rows& x = call.dispatch.x;
+  if (HasPlainRows(call.dispatch)) {
+    GroupCall group;
+    if (ffi::Error e = EnterGroup(*state, ordinal, stream, {}, &group,
+                                  SlotSizesOf(call.layout.sizes, x.row_bytes()));
+        e.failure()) {
+      return e;
+    }
+    if (group.in_slots()) {
+      group.Distinguish({x.num_channels, static_cast<int64_t>(x.type)});
+      return CudaStatus(a.kOp, LaunchInSlots(group, call, NumSms(ordinal, a.num_sms), stream));
+    }
+  }
+  if (ffi::Error e = LaunchLayout(*state, ordinal, stream, call.layout, a.num_sms); e.failure()) {
+    return e;
+  }
+  return LaunchDispatch(*state, ordinal, stream, call.dispatch, a.num_sms);
+}
+
+}  // namespace
+
+JAX_EP_DEFINE_CUDA_HANDLERS(LayoutAndDispatch, LayoutAndDispatchAttributes);
+
+}  // namespace jax_ep
