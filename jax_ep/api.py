@@ -247,7 +247,8 @@ def layout_and_dispatch(
         scales: as in ``dispatch``.
 
     Returns:
-        The layout, for ``combine`` and further ``dispatch``; and what was received.
+        The layout, for ``combine`` and further ``dispatch``; and what was received. What
+        ``dataclasses.replace`` changes of the layout is not so for the gradient of these rows.
 
     Raises:
         ValueError: as the two do.

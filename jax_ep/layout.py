@@ -13,9 +13,9 @@ from jax_ep import limits
 class Layout:
     """Where each (token, k) of this shard goes, and what each received row is.
 
-    A pytree: arrays are leaves, sizes are static. It has no gradient. Made by ``make_layout``,
-    used by ``dispatch`` and ``combine`` in forward and backward passes alike. All arrays are
-    per shard (varying over the EP axes) and int32.
+    A pytree: arrays are leaves, sizes are static. It has no gradient. Made by ``make_layout``
+    or ``layout_and_dispatch``, used by ``dispatch`` and ``combine`` in forward and backward passes
+    alike. All arrays are per shard (varying over the EP axes) and int32.
 
     Letters: T tokens, K experts per token, E experts, R ranks, L = E / R experts per rank, C
     capacity in rows.

@@ -248,6 +248,26 @@ def test_a_layout_varies_as_its_ids_do() -> None:
     np.testing.assert_array_equal(d_x, 4 * x)
 
 
+def test_ids_that_are_not_mapped_have_one_layout() -> None:
+    """Under vmap of the rows alone, as with the two calls: it may leave as one."""
+
+    def layer(x: Any, ids: Any) -> Any:
+        layout, recv = jax_ep.layout_and_dispatch(x, ids, num_experts=16, axis_name="ep")
+        return jax_ep.combine(recv.tokens, layout), layout.stats()
+
+    run = jax.shard_map(
+        jax.vmap(layer, in_axes=(0, None), out_axes=(0, None)),
+        mesh=EP.mesh(),
+        in_specs=(P(None, "ep"), P("ep")),
+        out_specs=(P(None, "ep"), P("ep")),
+    )
+    x = np.arange(2 * 16 * 4, dtype=F32).reshape(2, 16, 4)
+    ids = routings.topk_ids(np.random.default_rng(44), Case(8, 2, 2, 16, hidden=8), "uniform")
+    out, stats = jax.jit(run)(x, ids.reshape(16, 2))
+    np.testing.assert_array_equal(out, 2 * x)
+    np.testing.assert_array_equal(stats["num_recv"].sum(), ids.size)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
