@@ -140,6 +140,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of jax_ep.initialize(); with JAX_EP_PATH=staged all rows go through that region",
     )
     add(
+        "--slot-bytes",
+        type=int,
+        help="of jax_ep.initialize(); 0: no slots. Default: as JAX_EP_SLOTS says",
+    )
+    add(
         "--no-second-process",
         action="store_true",
         help="leave out ragged_all_to_all with XLA's device kernel, which needs its own process",
@@ -453,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
         parser.error(f"--top-k {max(args.top_k)}: must be at most --experts {args.experts}")
     mesh = jax.make_mesh((args.ranks,), (operations.AXIS,), devices=devices[: args.ranks])
 
-    jax_ep.initialize(staging_bytes=args.staging_bytes)
+    jax_ep.initialize(staging_bytes=args.staging_bytes, slot_bytes=args.slot_bytes)
     environment = _environment(mesh)
     settings = {name: _plain(value) for name, value in vars(args).items()}
     for name, value in environment.items():

@@ -113,6 +113,7 @@ class Context:
     examples: float
     builds: Builds
     deadline: float
+    has_slots: bool = False  # JAX_EP_SLOTS of all jobs
 
     def run(self, processes: list[launcher.Process], limit: float) -> "Job":
         """Runs processes together, for at most `limit` seconds and what is left of the budget."""
@@ -143,6 +144,7 @@ class Context:
             "PYTHONHASHSEED": "0",
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": os.pathsep.join(paths),
+            "JAX_EP_SLOTS": str(int(self.has_slots)),
         }
         if self.platform == "cpu":
             environment |= {"JAX_PLATFORMS": "cpu", "NPROC": "4"}

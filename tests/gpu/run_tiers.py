@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     tiers = further if further and not args.tiers else [*tiers, *further]
     if args.list:
         for tier in TIERS:
-            print(f"{tier.name:16} {tier.run.__doc__}")
+            print(f"{tier.name:22} {tier.run.__doc__}")
         return 0
     start = time.monotonic()
     with folder_for_run(args.out) as out:

@@ -25,7 +25,10 @@ NUM_TOKENS, TOP_K, HIDDEN = 96, 4, 256
 
 
 class Layer:
-    """One MoE layer over all devices, with data of a seed, and the oracle's results."""
+    """One MoE layer over all devices, with data of a seed, and the oracle's results.
+
+    On GPUs that is three calls, or two with slots.
+    """
 
     def __init__(self, num_layers: int = 1) -> None:
         devices = np.array(jax.devices(PLATFORM))
@@ -35,8 +38,9 @@ class Layer:
         self.sharding = NamedSharding(self.mesh, P("ep"))
 
         def one(ids: Any, x: Any, weights: Any) -> Any:
-            layout = jax_ep.make_layout(ids, num_experts=self.num_experts, axis_name="ep")
-            recv = jax_ep.dispatch(x, layout, weights)
+            layout, recv = jax_ep.layout_and_dispatch(
+                x, ids, weights, num_experts=self.num_experts, axis_name="ep"
+            )
             out = jax_ep.combine(recv.tokens * 2 + 1, layout, recv.weights)
             return out, recv.tokens, layout.recv_src
 
@@ -233,6 +237,7 @@ def command_buffers(expectation: str) -> None:
         assert inside > 0, "no call of ours is in a command buffer"
     else:
         assert inside == 0, f"{inside} calls are in command buffers"
-        assert outside >= 6, "the dump does not show our calls"
+        calls = layer.num_layers * (2 if jax_ep.runtime.has_slots() else 3)
+        assert outside >= calls, f"the dump shows {outside} of our calls, which are {calls}"
     if NUM_PROCESSES > 1:
         jax_ep.finalize()

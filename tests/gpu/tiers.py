@@ -365,6 +365,22 @@ def multi_process(ctx: Context) -> Result:
     return run_file(ctx, "multi-process", path, limit=360)
 
 
+def with_slots(run: Callable[[Context], Result]) -> Callable[[Context], Result]:
+    """A tier again, where small calls on GPUs go through slots."""
+
+    def tier(ctx: Context) -> Result:
+        ctx.skip_without_gpu()
+        out = ctx.out / "slots"
+        out.mkdir(exist_ok=True)
+        result = run(dataclasses.replace(ctx, out=out, has_slots=True))
+        for line in result.lines:
+            line.tier = f"slots-{line.tier}"
+        return result
+
+    tier.__doc__ = f"With slots (JAX_EP_SLOTS=1). {run.__doc__}"
+    return tier
+
+
 def pytest_tier(path: str) -> Callable[[Context], Result]:
     """A further file or folder, run by pytest in one process, as its author meant it to run."""
 
@@ -406,4 +422,10 @@ TIERS = (
     Tier("race-control", race_control, needs=("broken",)),
     Tier("native", native, needs=("native",)),
     Tier("example", example, quick=False),
+    Tier("slots-one-process", with_slots(one_process), quick=False),
+    Tier("slots-process-per-gpu", with_slots(process_per_gpu), quick=False),
+    Tier("slots-ep8", with_slots(several_on_a_gpu(8)), quick=False),
+    Tier("slots-multi-process", with_slots(multi_process), quick=False),
+    Tier("slots-failures", with_slots(failures), quick=False),
+    Tier("slots-command-buffers", with_slots(command_buffers), quick=False),
 )

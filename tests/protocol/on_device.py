@@ -46,15 +46,18 @@ class Form:
     Attributes:
         expand: as in `dispatch`.
         num_scales: S of float8 rows, a divisor of H; 0 for int32 rows without scales.
+        in_one: by `layout_and_dispatch`, not by `make_layout` and `dispatch`.
     """
 
     expand: bool = True
     num_scales: int = 0
+    in_one: bool = False
 
     def __str__(self) -> str:
         """A short name, for test ids."""
         name = "expanded" if self.expand else "not_expanded"
-        return f"{name}_{self.num_scales}_scales" if self.num_scales > 0 else name
+        name += f"_{self.num_scales}_scales" if self.num_scales > 0 else ""
+        return f"{name}_in_one" if self.in_one else name
 
 
 EXPANDED = Form()
@@ -205,7 +208,7 @@ def stress(
     """A function of one rank: (first call) -> wrong calls by check, first wrong call.
 
     Layout, dispatch of int32 rows or, with scales, of float8 ones, combine of bfloat16, all random;
-    with `late`, ranks come to each of the three at different times, otherwise the calls are queued
+    with `late`, ranks come to each of the calls at different times, otherwise the calls are queued
     as fast as it goes.
     """
     # Rows are int32 here; the low byte of each number is what crosses as float8.
@@ -238,27 +241,29 @@ def stress(
         if late:
             state = stall(lateness(case, call, rank, 0), state)
             own_ids = after(state, own_ids)
-        layout = jax_ep.make_layout(
-            own_ids,
-            num_experts=case.num_experts,
-            axis_name=AXIS,
-            capacity=case.capacity,
-            expert_alignment=case.expert_alignment,
-            expert_capacity=case.expert_capacity,
+        of_layout = {
+            "num_experts": case.num_experts,
+            "axis_name": AXIS,
+            "capacity": case.capacity,
+            "expert_alignment": case.expert_alignment,
+            "expert_capacity": case.expert_capacity,
             **sms(num_sms, jax_ep.make_layout),
-        )
-        sent = x
-        if late:
-            state = stall(lateness(case, call, rank, 1), state)
-            sent = after(state, x)
-        recv = jax_ep.dispatch(
-            to_payload(sent),
-            layout,
-            topk_weights,
-            expand=form.expand,
-            scales=scales if form.num_scales > 0 else None,
-            **sms(num_sms, jax_ep.dispatch),
-        )
+        }
+        of_rows = {"expand": form.expand, "scales": scales if form.num_scales > 0 else None}
+        if form.in_one:
+            sent = to_payload(after(state, x) if late else x)
+            layout, recv = jax_ep.layout_and_dispatch(
+                sent, own_ids, topk_weights, **of_layout, **of_rows
+            )
+        else:
+            layout = jax_ep.make_layout(own_ids, **of_layout)
+            sent = x
+            if late:
+                state = stall(lateness(case, call, rank, 1), state)
+                sent = after(state, x)
+            recv = jax_ep.dispatch(
+                to_payload(sent), layout, topk_weights, **of_rows, **sms(num_sms, jax_ep.dispatch)
+            )
 
         src, valid = expected["recv_src"], expected["recv_src"] >= 0
         token, holds = src // case.top_k, valid  # of each row of tokens

@@ -37,6 +37,7 @@ def sizes(num_ranks: int) -> dict[str, Case]:
 # Not expanded, no receiver is between what peers wrote and the kernel after. Two scales are stored
 # in words of four bytes, not by the copy engine.
 NOT_EXPANDED, TWO_SCALES = Form(expand=False), Form(num_scales=2)
+IN_ONE = Form(in_one=True)
 
 # (sizes, whether ranks come late, SMs of a call where that can be said, what dispatch is asked for)
 STRESS = [
@@ -47,6 +48,7 @@ STRESS = [
     ("own_room", False, None, EXPANDED),
     ("tight", True, None, NOT_EXPANDED),
     ("tight", False, None, TWO_SCALES),
+    ("tight", True, None, IN_ONE),
 ]
 
 
