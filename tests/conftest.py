@@ -61,7 +61,7 @@ def poison() -> Iterator[None]:
 
 
 # Files whose tests take long: they begin first, so that at the end no worker has one alone.
-_SLOW = ("test_native", "test_examples", "test_multi_process", "test_ordering", "test_compilation")
+_SLOW = ("test_multi_process", "test_examples", "test_native", "test_compilation", "test_ordering")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

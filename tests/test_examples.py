@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -102,14 +101,6 @@ def _summary(out: pathlib.Path) -> dict:
     return json.loads((out / "summary.json").read_text())
 
 
-_in_one_worker = pytest.mark.xdist_group("runs of the example")
-
-
-def _of_runs(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks what looks at `runs`, so that CI does those runs once in all."""
-    return pytest.mark.once(_in_one_worker(test))
-
-
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A process that does one run, "whole", and another, "resumed", in which it is interrupted."""
@@ -136,7 +127,6 @@ def runs(whole_run: pathlib.Path) -> pathlib.Path:
     return whole_run
 
 
-@_in_one_worker
 def test_learns_and_leaves_its_results(whole_run: pathlib.Path) -> None:
     """The loss falls, and summary, sample and plot are there: under every version of JAX."""
     summary = _summary(whole_run / "whole")
@@ -153,7 +143,7 @@ def test_learns_and_leaves_its_results(whole_run: pathlib.Path) -> None:
     assert (whole_run / "whole/training.png").read_bytes().startswith(b"\x89PNG")
 
 
-@_of_runs
+@pytest.mark.once
 def test_resumed_run_is_bitwise_the_uninterrupted_one(runs: pathlib.Path) -> None:
     """Losses, evaluation, sample and parameters are equal to the bit."""
     whole, resumed = _summary(runs / "whole"), _summary(runs / "resumed")
@@ -165,7 +155,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(runs: pathlib.Path) -> Non
         np.testing.assert_array_equal(whole[name].view(np.uint32), resumed[name].view(np.uint32))
 
 
-@_of_runs
+@pytest.mark.once
 def test_loss_curve_equals_the_dense_one_without_drops(runs: pathlib.Path) -> None:
     """jax_ep, rematerialised, trains as the plain reference does; drops would be seen."""
     no_drops, dense = _summary(runs / "no_drops"), _summary(runs / "dense")
@@ -182,7 +172,7 @@ def test_loss_curve_equals_the_dense_one_without_drops(runs: pathlib.Path) -> No
     assert np.max(np.abs(np.divide(whole["losses"], dense["losses"]) - 1)) > 1e-3
 
 
-@_of_runs
+@pytest.mark.once
 def test_exported_checkpoint_is_what_was_trained_and_can_be_trained_on(
     runs: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +190,7 @@ def test_exported_checkpoint_is_what_was_trained_and_can_be_trained_on(
     assert imported["losses"][0] < whole["losses"][0] - 0.5
 
 
-@_of_runs
+@pytest.mark.once
 def test_several_processes_train_as_one_does(runs: pathlib.Path) -> None:
     """Also that they read the same sources, which each of them checks at the start."""
     _run_together(runs, "--out=together")

@@ -77,12 +77,6 @@ def set_up(tmp_path_factory: pytest.TempPathFactory) -> list[Finished]:
     return _job(tmp_path_factory.mktemp("job"))("set_up", scenarios, num_processes=3, num_devices=1)
 
 
-_of_eight_devices = pytest.mark.xdist_group("eight devices")
-_of_programs = pytest.mark.xdist_group("programs")
-_of_slow_process = pytest.mark.xdist_group("slow process")
-_of_set_up = pytest.mark.xdist_group("set-up")
-
-
 # Results ------------------------------------------------------------------------------------------
 
 
@@ -96,7 +90,6 @@ def _results(job: list[Finished]) -> dict[str, np.ndarray]:
     return merged
 
 
-@_of_eight_devices
 @pytest.mark.parametrize("num_processes", NUM_PROCESSES)
 def test_same_bits_as_one_process(
     eight_devices: Callable[[int], list[Finished]], num_processes: int
@@ -131,7 +124,6 @@ def test_processes_on_several_hosts(eight_devices: Callable[[int], list[Finished
 # Pairing ------------------------------------------------------------------------------------------
 
 
-@_of_eight_devices
 @pytest.mark.parametrize("num_processes", NUM_PROCESSES)
 def test_independent_calls_pair_rightly(
     eight_devices: Callable[[int], list[Finished]], num_processes: int
@@ -141,7 +133,6 @@ def test_independent_calls_pair_rightly(
         assert len(right) == (5 if num_processes == 2 else 2), process.log
 
 
-@_of_programs
 @pytest.mark.parametrize(
     "how",
     [
@@ -169,7 +160,6 @@ def test_compilation_cache(job: Job, tmp_path: pathlib.Path) -> None:
     assert "own" not in hits[1]
 
 
-@_of_programs
 def test_programs_in_another_order(programs: list[Finished]) -> None:
     """Never rows of another call, and no waiting for a timeout."""
     for process in [finished.of("other_order") for finished in programs]:
@@ -205,14 +195,12 @@ _OF_PROCESS_1 = "2 (process 1, device 2048), 3 (process 1, device 2049)"
 
 
 @pytest.mark.once
-@_of_slow_process
 def test_stalled_process(slow_process: list[Finished]) -> None:
     (message,) = slow_process[0].of("stalled").lines("ERROR")
     assert message.startswith(f"DEADLINE_EXCEEDED: jax_ep_layout: rank {_OF_PROCESS_1} of group 0")
 
 
 @pytest.mark.once
-@_of_slow_process
 def test_who_is_waited_for_is_said_once(slow_process: list[Finished]) -> None:
     """Long before the error, and without one where the rank comes at last."""
     finished = [process.of("waited_for") for process in slow_process]
@@ -222,7 +210,6 @@ def test_who_is_waited_for_is_said_once(slow_process: list[Finished]) -> None:
 
 
 @pytest.mark.once
-@_of_slow_process
 def test_late_process(slow_process: list[Finished]) -> None:
     finished = [process.of("late") for process in slow_process]
     (early,), (late,) = finished[0].lines("ERROR"), finished[1].lines("ERROR")
@@ -234,14 +221,12 @@ def test_late_process(slow_process: list[Finished]) -> None:
 # Set-up and tear-down -----------------------------------------------------------------------------
 
 
-@_of_set_up
 def test_forgotten_initialize(set_up: list[Finished]) -> None:
     for finished in set_up:
         (message,) = finished.of("forgotten").lines("ERROR")
         assert "the mesh spans processes; call jax_ep.initialize() in every process" in message
 
 
-@_of_set_up
 def test_initialize_again_after_a_missing_process(set_up: list[Finished]) -> None:
     """However often each process has tried before."""
     for process, finished in enumerate(set_up):
@@ -255,7 +240,6 @@ def test_initialize_again_after_a_missing_process(set_up: list[Finished]) -> Non
             )
 
 
-@_of_set_up
 def test_initialize_again_after_a_failure(set_up: list[Finished]) -> None:
     """Two processes find that they may not read the third, all hear of it soon and try again."""
     for finished in set_up:
@@ -270,7 +254,6 @@ def test_initialize_again_after_a_failure(set_up: list[Finished]) -> None:
         assert "RIGHT" in finished.log.splitlines()
 
 
-@_of_set_up
 def test_leave_and_join_again(set_up: list[Finished]) -> None:
     """Whoever leaves first."""
     for finished in set_up:
@@ -283,7 +266,6 @@ def test_leave_and_join_again(set_up: list[Finished]) -> None:
         assert "call jax_ep.initialize() in each of them first" in after
 
 
-@_of_eight_devices
 def test_groups_inside_processes_need_no_initialize(
     eight_devices: Callable[[int], list[Finished]],
 ) -> None:

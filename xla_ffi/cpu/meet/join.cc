@@ -32,7 +32,6 @@ struct Hello {
   char nonce[32];  // of the one who is called
 };
 
-[[noreturn]] void Throw(const std::string& what) { throw std::runtime_error("jax_ep: " + what); }
 [[noreturn]] void ThrowErrno(const std::string& what) { Throw(what + ": " + strerror(errno)); }
 
 Hello MakeHello(int64_t process_index, const std::string& nonce) {

@@ -25,8 +25,6 @@ constexpr size_t kNumRememberedLaunches = 256;
 
 std::unique_ptr<Door>& g_door = *new std::unique_ptr<Door>;
 
-[[noreturn]] void Throw(const std::string& what) { throw std::runtime_error("jax_ep: " + what); }
-
 UniqueFd MakeEventFd() {
   UniqueFd fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!fd) Throw(std::string("eventfd: ") + strerror(errno));

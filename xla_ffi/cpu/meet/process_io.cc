@@ -7,8 +7,11 @@
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <stdexcept>
 
 namespace jax_ep::cpu {
+
+void Throw(const std::string& what) { throw std::runtime_error("jax_ep: " + what); }
 
 std::string HostIdentity() {
   std::ifstream file("/proc/sys/kernel/random/boot_id");

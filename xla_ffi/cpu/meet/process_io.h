@@ -37,6 +37,9 @@ class UniqueFd {
   int fd_ = -1;
 };
 
+// A std::runtime_error for those who set a job up.
+[[noreturn]] void Throw(const std::string& what);
+
 // The same in processes that can reach each other: of one boot, pid namespace and user.
 std::string HostIdentity();
 

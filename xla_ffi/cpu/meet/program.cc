@@ -15,7 +15,7 @@ struct Thread {
   bool ends_programs = false;
 };
 
-std::mutex g_mutex;  // taken before a program's
+std::mutex g_threads_mutex;  // taken before a program's
 std::map<std::thread::id, Thread>& g_threads = *new std::map<std::thread::id, Thread>;
 uint64_t g_next_program_id = 1;
 std::atomic<uint64_t> g_next_site_id{1};
@@ -23,7 +23,7 @@ std::atomic<uint64_t> g_next_site_id{1};
 }  // namespace
 
 Program::Place Program::Append(uint64_t signature) {
-  std::lock_guard<std::mutex> threads_lock(g_mutex);
+  std::lock_guard<std::mutex> threads_lock(g_threads_mutex);
   std::shared_ptr<Program>& program = g_threads[std::this_thread::get_id()].builds;
   if (program != nullptr) {
     std::lock_guard<std::mutex> lock(program->mutex_);
@@ -38,7 +38,7 @@ Program::Place Program::Append(uint64_t signature) {
 }
 
 void Program::End() {
-  std::lock_guard<std::mutex> lock(g_mutex);
+  std::lock_guard<std::mutex> lock(g_threads_mutex);
   g_threads[std::this_thread::get_id()].ends_programs = true;
   for (auto& [id, thread] : g_threads) {
     if (id == std::this_thread::get_id() || !thread.ends_programs) thread.builds = nullptr;
