@@ -109,7 +109,6 @@ def test_same_bits_as_one_process(
 # Nodes --------------------------------------------------------------------------------------------
 
 
-@_of_eight_devices
 @pytest.mark.once
 def test_processes_on_several_hosts(eight_devices: Callable[[int], list[Finished]]) -> None:
     """Four ranks on each of two hosts; what initialize() is told goes before that."""

@@ -1,7 +1,4 @@
-"""One set of compiled programs, with a tiny checkpoint on dp 2 x ep 4, for all tests of the server.
-
-They share a worker: pytest-xdist would otherwise compile the programs in each.
-"""
+"""One set of compiled programs, with a tiny checkpoint on dp 2 x ep 4, for all tests of the server."""
 
 import pathlib
 import sys
@@ -23,7 +20,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == pathlib.Path(__file__).parent:
             item.add_marker(pytest.mark.once)
-            item.add_marker(pytest.mark.xdist_group("serve_moe"))
 
 
 @pytest.fixture(scope="session")
