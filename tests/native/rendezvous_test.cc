@@ -363,9 +363,9 @@ void OperationsOnTinyData() {
           table[kLayoutRecvOrder].data(), table[kLayoutRecvOffsets].data(), row_weights.data(),
           nullptr},
          {out.data(), nullptr}, [](const Members& members) {
-           return MakeCombineOp(
-               CombineSizes{kRanks, kTokens, kTopK, kCapacity, 2, kHidden, FloatType::kF32, true},
-               members);
+           return MakeCombineOp(CombineSizes{kRanks, kTokens, kTopK, kCapacity, 2, kHidden, kRanks,
+                                             FloatType::kF32, true},
+                                members);
          });
     for (int64_t i = 0; i < kTokens * kHidden; ++i) {
       float sum = 0;  // small integers and halves: exact in any order

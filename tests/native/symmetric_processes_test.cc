@@ -146,7 +146,7 @@ void TwoProcesses(const Link& link) {
 }
 
 // What one device writes where its slots at a peer are, the peer finds where it looks for it.
-void Slots(const Link& link) {
+void SlotsOfTwoProcesses(const Link& link) {
   char* const pool = MakePool();
   constexpr size_t kBytes = 2 << 20;
   for (int generation = 0; generation < 2; ++generation) {
@@ -358,7 +358,7 @@ void RunTestsOfTwoProcesses() {
   Run("import", Import);
   Run("two processes", [] { InTwoProcesses(TwoProcesses); });
   Run("no atomics between processes", [] { InTwoProcesses(NoAtomicsBetweenProcesses); });
-  Run("slots of two processes", [] { InTwoProcesses(Slots); });
+  Run("slots of two processes", [] { InTwoProcesses(SlotsOfTwoProcesses); });
   Run("no export", [] { InTwoProcesses(NoExport); });
   Run("death", [] { WithOneThatDies(Death); });
   Run("a process dies", [] {
