@@ -1,4 +1,4 @@
-"""One set of compiled programs, with a tiny checkpoint on dp 2 x ep 4, for all tests of the server."""
+"""One set of compiled programs, with a tiny checkpoint on dp 2 x ep 4, for tests of the server."""
 
 import pathlib
 import sys
