@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cpu_devices(8)['X
 os.environ.setdefault("NPROC", cpu_devices(8)["NPROC"])
 
 from collections.abc import Iterator
+from typing import Any
 
 import backends
 import pytest
@@ -69,6 +70,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return _SLOW.index(item.path.stem) if item.path.stem in _SLOW else len(_SLOW)
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests share jobs and programs, so one worker has them all; slow files first."""
+    config.option.loadscopereorder = False
+    return importlib.import_module("xdist.scheduler").LoadFileScheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

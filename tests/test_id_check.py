@@ -1,6 +1,9 @@
 """``make_layout(..., check_ids=True)``: ids that make no sense end the program, and it says why."""
 
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import routings
 from backends import AXIS, JaxBackend
+from cpu_devices import cpu_devices
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from routings import Case, assert_same_bits
@@ -163,3 +167,37 @@ def test_moe_and_eager(device_backend: JaxBackend) -> None:
     for f in (run, jax.jit(run)):
         with pytest.raises(JaxRuntimeError, match="rank 0 has 1 of 12, its ids lie in "):
             jax.block_until_ready(f(x, bad))
+
+
+_UNCHECKED = """
+import jax, jax_ep, numpy as np
+from jax.sharding import PartitionSpec as P
+
+def layout(ids):
+    return jax_ep.make_layout(ids, num_experts=4, axis_name="ep").num_invalid[None]
+
+mesh = jax.make_mesh((2,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+call = jax.jit(jax.shard_map(layout, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
+print(call(np.array([[-1], [3], [0], [1]], np.int32)))
+for _ in range(2):
+    print(call(np.array([[1], [2], [4], [-2]], np.int32)))
+"""
+
+
+@pytest.mark.once
+def test_without_the_check_one_line_tells() -> None:
+    """On CPU, where programs are first run; never of ids that are -1."""
+    done = subprocess.run(
+        [sys.executable, "-c", _UNCHECKED],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **cpu_devices(2)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.splitlines() == ["[0 0]", "[0 2]", "[0 2]"], done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("jax_ep")]
+    assert told == [
+        "jax_ep.make_layout: rank 1 has 2 ids that are neither -1 nor in [0, num_experts = 4): "
+        "they are not routed. layout.num_invalid counts them, check_ids=True makes them an error. "
+        "This is said once."
+    ]

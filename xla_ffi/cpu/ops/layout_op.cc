@@ -1,7 +1,10 @@
 // Every process reads all ranks' ids and computes its ranks' tables from them: one exchange, no
 // answer to wait for. Time and memory are linear in R * T * K + R * E.
 #include <algorithm>
+#include <atomic>
+#include <cstdio>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "cuda/core/placement.h"
@@ -39,6 +42,7 @@ class LayoutOp final : public CollectiveOp {
       ids_[r] = copies[r].data();
     }
     CountRows();
+    TellOfInvalidIds();
     PlaceExperts();
     WorkerPool& pool = WorkerPool::Get();
     pool.ParallelFor(sizes_.num_ranks, [this](int64_t r) { ClearTables(r); });
@@ -68,6 +72,22 @@ class LayoutOp final : public CollectiveOp {
         num_invalid_[src] += is_invalid(expert, sizes_.num_experts);
       }
     });
+  }
+
+  // Once in a process: such ids are legal, and hardly what somebody meant.
+  void TellOfInvalidIds() const {
+    static std::atomic<bool> told{false};
+    for (int64_t rank = 0; rank < sizes_.num_ranks; ++rank) {
+      if (!is_local(rank) || num_invalid_[rank] == 0 || told.exchange(true)) continue;
+      const std::string line =
+          "jax_ep.make_layout: rank " + std::to_string(rank) + " has " +
+          std::to_string(num_invalid_[rank]) +
+          " ids that are neither -1 nor in [0, num_experts = " +
+          std::to_string(sizes_.num_experts) +
+          "): they are not routed. layout.num_invalid counts them, check_ids=True makes them an "
+          "error. This is said once.\n";
+      std::fputs(line.c_str(), stderr);
+    }
   }
 
   // offset_[e]: first row of an expert on its rank. first_[src][e]: rows of the expert before a
