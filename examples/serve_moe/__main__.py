@@ -3,6 +3,12 @@
     python examples/train_moe_lm.py --export runs/lm   # or one from elsewhere
     python examples/serve_moe --checkpoint runs/lm     # 8 virtual devices, or all GPUs
 
+With several processes, start each of them like this (where JAX finds the cluster's settings by
+itself, --distributed alone is enough):
+
+    python examples/serve_moe --checkpoint DIR --distributed --coordinator HOST:PORT \
+        --num-processes N --process-id I
+
 README.md beside this file says how it works. The parts to copy are moe.py and steps.py.
 """
 
@@ -10,6 +16,7 @@ import argparse
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 
 # Read when JAX starts, without effect on GPUs: as in train_moe_lm.py.
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.getenv('XLA_FLAGS', '')}"
@@ -18,7 +25,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import checkpoint
 import jax
-from serve_moe import moe, steps
+import model
+from serve_moe import moe, processes, steps
 from serve_moe.engine import Engine
 from serve_moe.http_api import Api, HttpLimits
 from serve_moe.metrics import Metrics
@@ -57,6 +65,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--request-seconds", type=float, default=600.0, help="that a request may take")
     add("--drain-seconds", type=float, default=60.0, help="for clients to read, once all is done")
     add("--rank-seconds", type=float, default=30.0, help="for a rank to come to a step, see jax_ep")
+    add("--distributed", action="store_true", help="this is one of several processes of one host")
+    add("--coordinator", help="HOST:PORT of process 0; like the next two, if JAX cannot find it")
+    add("--num-processes", type=int, help="number of processes")
+    add("--process-id", type=int, help="index of this process; 0 serves, the others follow it")
     return parser.parse_args(argv)
 
 
@@ -81,8 +93,25 @@ def choose_buckets(longest: int) -> tuple[int, ...]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Loads, compiles and serves until SIGTERM."""
+    """Serves until SIGTERM."""
     args = parse_args(argv)
+    if not args.distributed:
+        sys.exit(serve(args))
+    jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    jax_ep.initialize()
+    failure = serve(args)
+    if failure is not None:  # JAX's own end would wait for the processes that are gone
+        print(failure, file=sys.stderr, flush=True)
+        os._exit(1)
+    jax_ep.finalize()
+
+
+def serve(args: argparse.Namespace) -> str | None:
+    """Does what `main` says, in a process that is set up. Every process loads and compiles.
+
+    Returns:
+        Why the engine has failed; None if it has not.
+    """
     config = checkpoint.read_config(args.checkpoint)
     mesh = choose_mesh(args, config.num_experts)
     device = mesh.devices.flat[0]
@@ -100,27 +129,46 @@ def main(argv: list[str] | None = None) -> None:
         dispatch=args.dispatch,
         dtype=args.dtype or ("float32" if device.platform == "cpu" else "bfloat16"),
     )
-    print(f"dp {mesh.shape['dp']} x ep {mesh.shape['ep']} on {device.device_kind}; {limits}")
-    params = checkpoint.load_params(args.checkpoint, config, mesh, limits.dtype)
-    tokenizer, metrics = Tokenizer(args.checkpoint), Metrics(config.num_experts)
-    engine = Engine(
-        steps.Steps(params, mesh, config, limits),
-        metrics,
-        max_queue=args.max_queue,
-        steps_ahead=args.steps_ahead,
+    print(
+        f"dp {mesh.shape['dp']} x ep {mesh.shape['ep']} on {device.device_kind}, "
+        f"{jax.process_count()} process(es); {limits}\ncompiling ..",
+        flush=True,
     )
-    print("compiling ..", flush=True)
-    engine.start()
+    params = checkpoint.load_params(args.checkpoint, config, mesh, limits.dtype)
+    run = steps.Steps(params, mesh, config, limits)
+    run.compile()
     jax_ep.set_timeout(arrival=args.rank_seconds)  # from here on nothing is compiled
+    if jax.process_index() > 0:
+        processes.follow(run, args.rank_seconds)
+        return None
+    if jax.process_count() == 1:
+        return serve_http(args, config, run, jax_ep.check)
+    with processes.leading(run, args.rank_seconds) as leader:
+        return serve_http(args, config, leader, leader.check)
+
+
+def serve_http(
+    args: argparse.Namespace,
+    config: model.Config,
+    run: steps.Steps | processes.Leader,
+    check: Callable[[], None],
+) -> str | None:
+    """Serves the compiled programs over HTTP; returns why the engine has failed, if it has."""
+    metrics = Metrics(config.num_experts)
+    engine = Engine(
+        run, metrics, max_queue=args.max_queue, steps_ahead=args.steps_ahead, check=check
+    )
+    engine.start()
     api = Api(
         engine,
-        tokenizer,
+        Tokenizer(args.checkpoint),
         metrics,
         model=args.model_name or args.checkpoint.resolve().name,
         vocab_size=config.vocab_size,
         limits=HttpLimits(args.max_body_bytes, args.request_seconds),
     )
     Server(api, engine, host=args.host, port=args.port, drain_seconds=args.drain_seconds).run()
+    return engine.failure
 
 
 if __name__ == "__main__":

@@ -9,14 +9,18 @@ import collections
 import dataclasses
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 import jax
 import numpy as np
 from serve_moe import steps
 from serve_moe.metrics import Metrics
+from serve_moe.processes import Leader
 
 import jax_ep
+
+_IDLE_CHECK_SECONDS = 1.0
 
 
 class QueueFullError(Exception):
@@ -81,7 +85,7 @@ class Engine:
 
     def __init__(
         self,
-        run: steps.Steps,
+        run: steps.Steps | Leader,
         metrics: Metrics,
         *,
         max_queue: int = 256,
@@ -95,7 +99,8 @@ class Engine:
             metrics: what it counts in.
             max_queue: sequences that may wait for a slot.
             steps_ahead: programs that may run before the results of one are fetched.
-            check: raises if a device has failed; called when results are there.
+            check: raises if a device or process has failed; called when results are there, and
+                now and then while there is nothing to do.
         """
         self.limits = run.limits
         self.failure: str | None = None
@@ -112,8 +117,7 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Compiles the programs and starts the thread."""
-        self._run.compile()
+        """Starts the thread."""
         self._thread.start()
 
     def submit(self, sequence: Sequence) -> None:
@@ -195,7 +199,8 @@ class Engine:
                     return True
                 if self._is_draining:
                     return False
-                self._changed.wait()
+                self._changed.wait(_IDLE_CHECK_SECONDS)
+                self._check()
 
     def _admit(self) -> None:
         """Gives free slots to those who wait, on the devices that have the fewest sequences."""
@@ -300,6 +305,7 @@ class Engine:
         sequence.on_end(reason)
 
     def _fail(self, error: Exception) -> None:
+        traceback.print_exception(error)
         with self._changed:
             self.failure = f"{type(error).__name__}: {error}"
             sequences = [*self._waiting, *(s for s in self._in_slot if s is not None)]

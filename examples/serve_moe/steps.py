@@ -206,7 +206,9 @@ class Steps:
         self.mesh, self.config, self.limits = mesh, config, limits
         self._params = params
         self._slots = empty_slots(mesh, config, limits)
-        self._by_device = NamedSharding(mesh, P(AXES))
+        self._by_device = by_device = NamedSharding(mesh, P(AXES))
+        # Results go to where they are fetched: with several processes, to all.
+        of_results = NamedSharding(mesh, P()) if jax.process_count() > 1 else by_device
         param_specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
 
         def program(shard: Any) -> Any:
@@ -216,7 +218,7 @@ class Steps:
                 in_specs=(param_specs, P(AXES), P(AXES)),
                 out_specs=(P(AXES), P(AXES)),
             )
-            return jax.jit(sharded, donate_argnums=1)
+            return jax.jit(sharded, donate_argnums=1, out_shardings=(by_device, of_results))
 
         self._decode_program, self._prefill_program = program(_decode), program(_prefill)
 
@@ -227,7 +229,11 @@ class Steps:
         num_slots = self.mesh.size * self.limits.slots_per_device
         jax.block_until_ready(self.decode(np.zeros(num_slots, bool)))
 
-    def decode(self, keep: np.ndarray | Array) -> dict[str, Array]:
+    def _place(self, array: np.ndarray) -> Array:
+        """What every process has in full; each places its own devices' part."""
+        return jax.make_array_from_callback(array.shape, self._by_device, lambda at: array[at])
+
+    def decode(self, keep: np.ndarray) -> dict[str, Array]:
         """Starts a step of decoding.
 
         Args:
@@ -237,12 +243,11 @@ class Steps:
             "token" int32 [D * S], -1 where there is none; "expert_rows" int32 [D * L], rows of
             each expert of each device in all layers; "dropped" int32 [D].
         """
-        keep = jax.device_put(keep, self._by_device)
-        self._slots, out = self._decode_program(self._params, self._slots, keep)
+        self._slots, out = self._decode_program(self._params, self._slots, self._place(keep))
         return out
 
     def prefill(self, chunk: dict[str, np.ndarray]) -> dict[str, Array]:
         """Starts a chunk of prefill on each device; returns what `decode` does, "token" [D]."""
-        chunk = jax.device_put(chunk, self._by_device)
-        self._slots, out = self._prefill_program(self._params, self._slots, chunk)
+        placed = jax.tree.map(self._place, chunk)
+        self._slots, out = self._prefill_program(self._params, self._slots, placed)
         return out

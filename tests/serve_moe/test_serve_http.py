@@ -2,18 +2,14 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import http.client
 import json
 import os
 import pathlib
 import random
 import re
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +19,6 @@ import numpy as np
 import openai
 import pytest
 import tiny_checkpoint
-from cpu_devices import cpu_devices
 from serve_moe import load_test, steps
 from serve_moe.engine import Engine
 from serve_moe.http_api import Api, HttpLimits
@@ -315,49 +310,3 @@ def test_requests_have_a_time_limit(run: steps.Steps, tokenizer: Tokenizer) -> N
             assert (status, json.loads(answer)["error"]["message"]) == (504, "not done in 0.0 s")
     engine.drain()
     assert engine.join(_SECONDS)
-
-
-def test_sigterm_finishes_what_runs(tmp_path: pathlib.Path) -> None:
-    """The program as a user runs it: new requests are refused, the stream comes to its end."""
-    config = dataclasses.replace(tiny_checkpoint.CONFIGS["tied"], num_hidden_layers=1)
-    tiny_checkpoint.write(tmp_path, config)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(checkpoint.byte_tokenizer()))
-    program = pathlib.Path(checkpoint.__file__).parent / "serve_moe"
-    command = f"{sys.executable} {program} --port=0 --chunk=16 --slots=1 --model-name=tiny"
-    log = tmp_path / "log"
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            [*command.split(), f"--checkpoint={tmp_path}"],
-            env={**os.environ, **cpu_devices(2), "JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        ) as process,
-    ):
-        killer = threading.Timer(2 * _SECONDS, process.kill)
-        killer.start()
-        try:
-            for line in process.stdout:
-                if found := re.search(r"listening on http://127\.0\.0\.1:(\d+)", line):
-                    break
-            assert found, log.read_text()
-            port = int(found[1])
-            with openai.OpenAI(
-                base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0
-            ) as client:
-                stream = client.completions.create(
-                    model="tiny", prompt="a", max_tokens=200, stream=True
-                )
-                first = next(stream)
-                process.send_signal(signal.SIGTERM)
-                assert "SIGTERM" in process.stdout.readline()
-                with pytest.raises(openai.InternalServerError, match="shutting down"):
-                    client.completions.create(model="tiny", prompt="a")
-                assert _send(port, b"", "/health", "GET")[0] == 503
-                reasons = [chunk.choices[0].finish_reason for chunk in (first, *stream)]
-                assert reasons[-1] in ("length", "stop")
-            assert process.wait(_SECONDS) == 0, log.read_text()
-        finally:
-            killer.cancel()
-            process.kill()

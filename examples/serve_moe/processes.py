@@ -1,0 +1,113 @@
+"""Several processes of one host: process 0 serves and schedules, the others start what it starts.
+
+Every process has some of the devices, so each has to start the same programs in the same order. The
+leader tells the others over a socket, for a program of the devices would wait for those before it.
+"""
+
+import collections
+import contextlib
+import io
+import secrets
+import select
+import signal
+import socket
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from serve_moe import steps
+
+import jax_ep
+
+_HOST = "127.0.0.1"  # jax_ep's processes share a host
+_KEY_BYTES = 32
+_MOST_AHEAD = 8  # programs that a follower starts before it waits for one
+
+
+class Leader:
+    """`Steps` whose programs all processes start."""
+
+    def __init__(self, run: steps.Steps, followers: list[socket.socket]):
+        self.mesh, self.config, self.limits = run.mesh, run.config, run.limits
+        self._run, self._followers = run, followers
+
+    def decode(self, keep: np.ndarray) -> dict[str, jax.Array]:
+        """As Steps.decode."""
+        self._tell({"keep": keep})
+        return self._run.decode(keep)
+
+    def prefill(self, chunk: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """As Steps.prefill."""
+        self._tell(chunk)
+        return self._run.prefill(chunk)
+
+    def check(self) -> None:
+        """Raises what jax_ep.check does, or that a process has ended: followers say nothing."""
+        jax_ep.check()
+        ended, _, _ = select.select(self._followers, [], [], 0)
+        if ended:
+            raise RuntimeError(f"{len(ended)} of the other processes have ended")
+
+    def _tell(self, arrays: dict[str, np.ndarray]) -> None:
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        message = file.getvalue()
+        for follower in self._followers:
+            follower.sendall(len(message).to_bytes(4, "little") + message)
+
+
+@contextlib.contextmanager
+def leading(run: steps.Steps, seconds: float) -> Iterator[Leader]:
+    """Process 0: gathers the others, and lets them end after the block.
+
+    Args:
+        run: this process's programs.
+        seconds: for the others to come, and for one to take what it is told.
+    """
+    key = np.frombuffer(secrets.token_bytes(_KEY_BYTES), np.uint8)
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server((_HOST, 0)))
+        listening.settimeout(seconds)
+        port = listening.getsockname()[1]
+        multihost_utils.broadcast_one_to_all(np.append(key.astype(np.int32), port))
+        followers = []
+        while len(followers) < jax.process_count() - 1:
+            follower = stack.enter_context(listening.accept()[0])
+            follower.settimeout(seconds)
+            if secrets.compare_digest(_read(follower, _KEY_BYTES), key.tobytes()):
+                followers.append(follower)
+        yield Leader(run, followers)
+
+
+def follow(run: steps.Steps, seconds: float) -> None:
+    """Another process: starts what process 0 starts, until that ends.
+
+    Args:
+        run: this process's programs.
+        seconds: to reach process 0.
+    """
+    # Whoever ends the job signals all its processes: this one ends when process 0 has finished.
+    for ending in signal.SIGTERM, signal.SIGINT:
+        signal.signal(ending, signal.SIG_IGN)
+    told = np.asarray(multihost_utils.broadcast_one_to_all(np.zeros(_KEY_BYTES + 1, np.int32)))
+    *key, port = told.tolist()
+    running: collections.deque[dict[str, jax.Array]] = collections.deque()
+    with socket.create_connection((_HOST, port), seconds) as leader:
+        leader.sendall(bytes(key))
+        leader.settimeout(None)  # an idle server tells nothing; its end closes the socket
+        while size := _read(leader, 4):
+            with np.load(io.BytesIO(_read(leader, int.from_bytes(size, "little")))) as arrays:
+                told = dict(arrays)
+            running.append(run.decode(told["keep"]) if "keep" in told else run.prefill(told))
+            if len(running) > _MOST_AHEAD:
+                jax.block_until_ready(running.popleft())
+                jax_ep.check()
+
+
+def _read(source: socket.socket, size: int) -> bytes:
+    """Reads so many bytes; fewer only if the other side has closed the socket."""
+    data = b""
+    while len(data) < size and (part := source.recv(size - len(data))):
+        data += part
+    return data
