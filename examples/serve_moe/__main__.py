@@ -154,15 +154,17 @@ def serve_http(
     check: Callable[[], None],
 ) -> str | None:
     """Serves the compiled programs over HTTP; returns why the engine has failed, if it has."""
-    metrics = Metrics(config.num_experts)
     engine = Engine(
-        run, metrics, max_queue=args.max_queue, steps_ahead=args.steps_ahead, check=check
+        run,
+        Metrics(config.num_experts),
+        max_queue=args.max_queue,
+        steps_ahead=args.steps_ahead,
+        check=check,
     )
     engine.start()
     api = Api(
         engine,
         Tokenizer(args.checkpoint),
-        metrics,
         model=args.model_name or args.checkpoint.resolve().name,
         vocab_size=config.vocab_size,
         limits=HttpLimits(args.max_body_bytes, args.request_seconds),

@@ -104,7 +104,8 @@ class Engine:
         """
         self.limits = run.limits
         self.failure: str | None = None
-        self._run, self._metrics, self._check = run, metrics, check
+        self.metrics = metrics
+        self._run, self._check = run, check
         self._max_queue, self._steps_ahead = max_queue, steps_ahead
         self._changed = threading.Condition()  # guards all that follows
         self._waiting: collections.deque[Sequence] = collections.deque()
@@ -194,7 +195,7 @@ class Engine:
                     self._end(sequence, "cancelled")
                 self._admit()
                 occupied = sum(sequence is not None for sequence in self._in_slot)
-                self._metrics.set_load(occupied=occupied, waiting=len(self._waiting))
+                self.metrics.set_load(occupied=occupied, waiting=len(self._waiting))
                 if occupied or self._running:
                     return True
                 if self._is_draining:
@@ -282,10 +283,10 @@ class Engine:
             token = int(out["token"][index])
             if token >= 0 and not (sequence.is_ended or sequence.is_cancelled):
                 self._receive(sequence, token, now)
-        self._metrics.count_step(out["expert_rows"], out["dropped"])
+        self.metrics.count_step(out["expert_rows"], out["dropped"])
 
     def _receive(self, sequence: Sequence, token: int, now: float) -> None:
-        self._metrics.count_token(now, sequence.submitted_at, sequence.last_token_at)
+        self.metrics.count_token(now, sequence.submitted_at, sequence.last_token_at)
         sequence.last_token_at = now
         sequence.received += 1
         if token in self.limits.end_tokens:
@@ -301,7 +302,7 @@ class Engine:
         sequence.is_ended = True
         if sequence.slot is not None:
             self._in_slot[sequence.slot] = None
-        self._metrics.count_end(reason)
+        self.metrics.count_end(reason)
         sequence.on_end(reason)
 
     def _fail(self, error: Exception) -> None:

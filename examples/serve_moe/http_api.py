@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import TypeVar
 
 from serve_moe.engine import Engine, QueueFullError, Sampling, Sequence, StoppedError
-from serve_moe.metrics import Metrics
 from serve_moe.protocol import Answer, Asked, RequestError, parse
 from serve_moe.text import Pieces, TextError, Tokenizer
 from starlette.applications import Starlette
@@ -38,13 +37,12 @@ class Api:
         self,
         engine: Engine,
         tokenizer: Tokenizer,
-        metrics: Metrics,
         *,
         model: str,
         vocab_size: int,
         limits: HttpLimits | None = None,
     ):
-        self._engine, self._tokenizer, self._metrics = engine, tokenizer, metrics
+        self._engine, self._tokenizer = engine, tokenizer
         self._model, self._vocab_size = model, vocab_size
         self._limits = limits or HttpLimits()
         self.app = Starlette(
@@ -73,7 +71,7 @@ class Api:
         return JSONResponse({"status": "failed", "reason": ailment}, status_code=503)
 
     async def _show_metrics(self, request: Request) -> Response:
-        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(self._engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _models(self, request: Request) -> Response:
         entry = {"id": self._model, "object": "model", "created": 0, "owned_by": "jax_ep"}

@@ -1,19 +1,16 @@
-"""One set of compiled programs, with a tiny checkpoint on dp 2 x ep 4, for tests of the server."""
+"""Tiny checkpoints for tests of the server."""
 
+import dataclasses
+import json
 import pathlib
 import sys
-from collections.abc import Iterator
 
-import jax
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
 
 import checkpoint
 import tiny_checkpoint
-from serve_moe import steps
-from serve_moe.engine import Engine
-from serve_moe.metrics import Metrics
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,22 +29,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]
 
 
 @pytest.fixture(scope="session")
-def run(folders: dict[str, pathlib.Path]) -> steps.Steps:
-    """The programs, compiled. One engine at a time may use them."""
-    config = tiny_checkpoint.CONFIGS["normalised"]
-    mesh = jax.make_mesh((2, 4), steps.AXES, devices=jax.devices()[:8])
-    params = checkpoint.load_params(folders["normalised"], config, mesh, "float32")
-    limits = steps.Limits(
-        slots_per_device=2, max_length=60, buckets=(4, 8), end_tokens=(tiny_checkpoint.END,)
-    )
-    return steps.Steps(params, mesh, config, limits)
-
-
-@pytest.fixture
-def engine(run: steps.Steps) -> Iterator[Engine]:
-    """An engine that runs until the end of the test."""
-    engine = Engine(run, Metrics(run.config.num_experts), max_queue=40)
-    engine.start()
-    yield engine
-    engine.drain()
-    assert engine.join(timeout=60)
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A checkpoint that compiles in less time, with a tokenizer: a token is a byte."""
+    folder = tmp_path_factory.mktemp("one_layer")
+    config = dataclasses.replace(tiny_checkpoint.CONFIGS["tied"], num_hidden_layers=1)
+    tiny_checkpoint.write(folder, config)
+    (folder / "tokenizer.json").write_text(json.dumps(checkpoint.byte_tokenizer()))
+    return folder

@@ -1,7 +1,10 @@
 """The engine: tokens do not depend on what else runs, and requests end as they should."""
 
+import pathlib
 import threading
+from collections.abc import Iterator
 
+import checkpoint
 import jax
 import numpy as np
 import pytest
@@ -11,6 +14,30 @@ from serve_moe.engine import Engine, QueueFullError, Sampling, Sequence, Stopped
 from serve_moe.metrics import Metrics
 
 _SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def run(folders: dict[str, pathlib.Path]) -> steps.Steps:
+    """The programs, compiled. One engine at a time may use them."""
+    config = tiny_checkpoint.CONFIGS["normalised"]
+    mesh = jax.make_mesh((2, 4), steps.AXES, devices=jax.devices()[:8])
+    params = checkpoint.load_params(folders["normalised"], config, mesh, "float32")
+    limits = steps.Limits(
+        slots_per_device=2, max_length=60, buckets=(4, 8), end_tokens=(tiny_checkpoint.END,)
+    )
+    run = steps.Steps(params, mesh, config, limits)
+    run.compile()
+    return run
+
+
+@pytest.fixture
+def engine(run: steps.Steps) -> Iterator[Engine]:
+    """An engine that runs until the end of the test."""
+    engine = Engine(run, Metrics(run.config.num_experts), max_queue=40)
+    engine.start()
+    yield engine
+    engine.drain()
+    assert engine.join(_SECONDS)
 
 
 class _Client:

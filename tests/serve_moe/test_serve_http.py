@@ -15,12 +15,12 @@ import time
 from collections.abc import Iterator
 
 import checkpoint
-import numpy as np
+import jax
 import openai
 import pytest
 import tiny_checkpoint
 from serve_moe import load_test, steps
-from serve_moe.engine import Engine
+from serve_moe.engine import Engine, Sampling, Sequence
 from serve_moe.http_api import Api, HttpLimits
 from serve_moe.metrics import Metrics
 from serve_moe.server import Server
@@ -31,16 +31,26 @@ _PROMPT = tiny_checkpoint.PROMPT.tolist()
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folders: dict[str, pathlib.Path]) -> Tokenizer:
-    folder = folders["normalised"]
-    (folder / "tokenizer.json").write_text(json.dumps(checkpoint.byte_tokenizer()))
-    return Tokenizer(folder)
+def tokenizer(one_layer: pathlib.Path) -> Tokenizer:
+    return Tokenizer(one_layer)
+
+
+@pytest.fixture(scope="module")
+def run(one_layer: pathlib.Path) -> steps.Steps:
+    """The programs, compiled, with 16 slots. One engine at a time may use them."""
+    config = checkpoint.read_config(one_layer)
+    mesh = jax.make_mesh((1, 2), steps.AXES, devices=jax.devices()[:2])
+    params = checkpoint.load_params(one_layer, config, mesh, "float32")
+    limits = steps.Limits(slots_per_device=8, max_length=60, buckets=(8,), end_tokens=(255,))
+    run = steps.Steps(params, mesh, config, limits)
+    run.compile()
+    return run
 
 
 @contextlib.contextmanager
-def _serving(engine: Engine, metrics: Metrics, tokenizer: Tokenizer, **limits) -> Iterator[int]:
+def _serving(engine: Engine, tokenizer: Tokenizer, **limits) -> Iterator[int]:
     """Serves an engine in a thread, at a port of this machine."""
-    api = Api(engine, tokenizer, metrics, model="tiny", vocab_size=256, limits=HttpLimits(**limits))
+    api = Api(engine, tokenizer, model="tiny", vocab_size=256, limits=HttpLimits(**limits))
     server = Server(api, engine, host="127.0.0.1", port=0, drain_seconds=5)
     with socket.create_server(("127.0.0.1", 0)) as listening:  # clients may connect from here on
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -54,15 +64,19 @@ def _serving(engine: Engine, metrics: Metrics, tokenizer: Tokenizer, **limits) -
 
 
 @pytest.fixture(scope="module")
-def port(run: steps.Steps, tokenizer: Tokenizer) -> Iterator[int]:
-    """A server's."""
-    metrics = Metrics(run.config.num_experts)
-    engine = Engine(run, metrics)
+def engine(run: steps.Steps) -> Iterator[Engine]:
+    engine = Engine(run, Metrics(run.config.num_experts))
     engine.start()
-    with _serving(engine, metrics, tokenizer, max_body_bytes=5000) as port:
-        yield port
+    yield engine
     engine.drain()
     assert engine.join(_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def port(engine: Engine, tokenizer: Tokenizer) -> Iterator[int]:
+    """A server's."""
+    with _serving(engine, tokenizer, max_body_bytes=5000) as port:
+        yield port
 
 
 @pytest.fixture
@@ -97,16 +111,15 @@ def _wait_for(condition) -> None:
         time.sleep(0.02)
 
 
-def test_greedy_completion_is_the_references(client: openai.OpenAI) -> None:
-    with np.load(tiny_checkpoint.REFERENCE) as arrays:
-        expected = bytes(arrays["normalised.greedy"].tolist()).decode(errors="replace")
-    answer = client.completions.create(
-        model="tiny", prompt=_PROMPT, max_tokens=tiny_checkpoint.NUM_NEW, temperature=0
-    )
-    assert answer.choices[0].text == expected
+def test_greedy_completion_is_what_the_engine_gives(client: openai.OpenAI, engine: Engine) -> None:
+    prompt, tokens, ended = [3, 200, 65], [], threading.Event()
+    how = Sampling(max_tokens=16)
+    engine.submit(Sequence(prompt, how, tokens.append, on_end=lambda reason: ended.set()))
+    assert ended.wait(_SECONDS)
+    answer = client.completions.create(model="tiny", prompt=prompt, temperature=0)  # 16 tokens
+    assert answer.choices[0].text == bytes(tokens).decode(errors="replace")
     assert answer.choices[0].finish_reason == "length"
-    assert answer.usage.prompt_tokens == len(_PROMPT)
-    assert answer.usage.completion_tokens == tiny_checkpoint.NUM_NEW
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 16)
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
@@ -278,11 +291,10 @@ def test_failure_of_a_device_is_an_error_everywhere(run: steps.Steps, tokenizer:
         if failing.is_set():
             raise RuntimeError("device 3 waited for device 5")
 
-    metrics = Metrics(run.config.num_experts)
-    engine = Engine(run, metrics, check=check)
+    engine = Engine(run, Metrics(run.config.num_experts), check=check)
     engine.start()
     with (
-        _serving(engine, metrics, tokenizer) as port,
+        _serving(engine, tokenizer) as port,
         openai.OpenAI(
             base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0, timeout=_SECONDS
         ) as client,
@@ -301,10 +313,9 @@ def test_failure_of_a_device_is_an_error_everywhere(run: steps.Steps, tokenizer:
 
 
 def test_requests_have_a_time_limit(run: steps.Steps, tokenizer: Tokenizer) -> None:
-    metrics = Metrics(run.config.num_experts)
-    engine = Engine(run, metrics)
+    engine = Engine(run, Metrics(run.config.num_experts))
     engine.start()
-    with _serving(engine, metrics, tokenizer, request_seconds=0.0) as port:
+    with _serving(engine, tokenizer, request_seconds=0.0) as port:
         for is_stream in (False, True):
             status, answer = _send(port, {"prompt": "a", "stream": is_stream})
             assert (status, json.loads(answer)["error"]["message"]) == (504, "not done in 0.0 s")

@@ -1,8 +1,6 @@
 """The program as a user runs it: in one process, and in two."""
 
 import contextlib
-import dataclasses
-import json
 import os
 import pathlib
 import queue
@@ -17,21 +15,10 @@ from collections.abc import Iterator
 import checkpoint
 import openai
 import pytest
-import tiny_checkpoint
 from cpu_devices import cpu_devices
 
 _SECONDS = 120
 _PROGRAM = pathlib.Path(checkpoint.__file__).parent / "serve_moe"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A checkpoint of one layer, which compiles in less time."""
-    folder = tmp_path_factory.mktemp("one_layer")
-    config = dataclasses.replace(tiny_checkpoint.CONFIGS["tied"], num_hidden_layers=1)
-    tiny_checkpoint.write(folder, config)
-    (folder / "tokenizer.json").write_text(json.dumps(checkpoint.byte_tokenizer()))
-    return folder
 
 
 class _Process:
@@ -88,16 +75,18 @@ def _free_port() -> int:
         return listening.getsockname()[1]
 
 
-def test_one_process_and_two_serve_the_same_and_end_as_they_are_told(folder: pathlib.Path) -> None:
+def test_one_process_and_two_serve_the_same_and_end_as_they_are_told(
+    one_layer: pathlib.Path,
+) -> None:
     """The same bits; SIGTERM lets what runs come to its end; who loses a process says so."""
-    asked = {"model": folder.name, "prompt": "a", "max_tokens": 150, "seed": 3}
+    asked = {"model": one_layer.name, "prompt": "a", "max_tokens": 150, "seed": 3}
     together = f"--distributed --coordinator=127.0.0.1:{_free_port()} --num-processes=2".split()
     with contextlib.ExitStack() as stack:
-        one = _Process(folder, 2)
+        one = _Process(one_layer, 2)
         stack.callback(one.close)
         two = []
         for i in range(2):
-            two.append(_Process(folder, 1, *together, f"--process-id={i}"))
+            two.append(_Process(one_layer, 1, *together, f"--process-id={i}"))
             stack.callback(two[-1].close)
         client = stack.enter_context(_client(one))
         other = stack.enter_context(_client(two[0]))
