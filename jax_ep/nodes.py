@@ -142,7 +142,8 @@ def _runs(nodes: np.ndarray) -> str:
     """Which ranks lie on which node, for a message."""
     begins = [0, *(np.flatnonzero(nodes[1:] != nodes[:-1]) + 1).tolist(), len(nodes)]
     named = [
-        f"{begin} to {end - 1} on {nodes[begin]!s}" for begin, end in itertools.pairwise(begins)
+        f"{begin}{f' to {end - 1}' if end - begin > 1 else ''} on {nodes[begin]!s}"
+        for begin, end in itertools.pairwise(begins)
     ]
     more = f" and {len(named) - _MOST_RUNS} runs more" if len(named) > _MOST_RUNS else ""
     return f"ranks {', '.join(named[:_MOST_RUNS])}{more}"

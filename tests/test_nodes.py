@@ -98,18 +98,21 @@ def nodes_of_two() -> Iterator[None]:
     jax_ep.finalize()
 
 
-def ranks_per_node_in(mesh: Any, axis_name: Any, num_tokens: int = 4) -> set[Any]:
+def ranks_per_node_in(mesh: Any, axis_name: Any, *, by_moe: bool = False) -> set[Any]:
     """Of all combines in a layer and its gradient, as they are lowered for CPU."""
 
     def f(x: Any, ids: Any) -> Any:
+        if by_moe:
+            weights, options = jnp.ones(ids.shape), {"num_experts": 24, "axis_name": axis_name}
+            return jax_ep.moe(x, ids, weights, lambda tokens, _: tokens, **options)[0]
         layout = jax_ep.make_layout(ids, num_experts=24, axis_name=axis_name)
         return jax_ep.combine(jax_ep.dispatch(x, layout).tokens, layout)
 
     spec = P(mesh.axis_names)
     run = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
     args = [
-        jax.ShapeDtypeStruct((mesh.size * num_tokens, 8), "float32"),
-        jax.ShapeDtypeStruct((mesh.size * num_tokens, 2), "int32"),
+        jax.ShapeDtypeStruct((mesh.size * 4, 8), "float32"),
+        jax.ShapeDtypeStruct((mesh.size * 4, 2), "int32"),
     ]
     text = lower(jax.grad(lambda x, ids: jnp.sum(run(x, ids) ** 2)), args, "cpu")
     found = [call.attributes["ranks_per_node"] for call in calls(text) if call.op == "combine"]
@@ -134,6 +137,7 @@ def test_initialize_says_it() -> None:
     assert ranks_per_node_in(mesh_of({"a": 2, "dp": 2, "b": 2}), ("b", "a")) == {2}
     assert ranks_per_node_in(mesh_of({"dp": 4, "ep": 2}), "ep") == {2}
     assert ranks_per_node_in(mesh_of({"dp": 8, "ep": 1}), "ep") == {1}
+    assert ranks_per_node_in(mesh_of({"ep": 8}), "ep", by_moe=True) == {2}
     abstract = AbstractMesh((4,), ("ep",), axis_types=(AxisType.Auto,))
     assert ranks_per_node_in(abstract, "ep") == {2}
     # It is what the arithmetic does, too.
@@ -204,13 +208,13 @@ def test_hosts() -> None:
     assert count("bbaa", "ccdd") == 2
     assert count("ab", "ba", "ab") == 1  # ep across nodes, dp within
     for groups, told in (
-        (["abab"], "group 0 has ranks 0 to 0 on a, 1 to 1 on b, 2 to 2 on a, 3 to 3 on b"),
-        (["abba"], "group 0 has ranks 0 to 0 on a, 1 to 2 on b, 3 to 3 on a"),
+        (["abab"], "group 0 has ranks 0 on a, 1 on b, 2 on a, 3 on b"),
+        (["abba"], "group 0 has ranks 0 on a, 1 to 2 on b, 3 on a"),
         (["aaabbb", "aaaabb"], "group 0 has .* on b; group 1 has ranks 0 to 3 on a, 4 to 5 on b"),
-        (["aaab"], "group 0 has ranks 0 to 2 on a, 3 to 3 on b"),
-        (["aabaab"], "group 0 has ranks 0 to 1 on a, 2 to 2 on b, 3 to 4 on a, 5 to 5 on b"),
+        (["aaab"], "group 0 has ranks 0 to 2 on a, 3 on b"),
+        (["aabaab"], "group 0 has ranks 0 to 1 on a, 2 on b, 3 to 4 on a, 5 on b"),
         (["aabb", "aaaa"], "group 1 has ranks 0 to 3 on a"),
-        (["ababab"], "3 to 3 on b and 2 runs more"),
+        (["ababab"], "3 on b and 2 runs more"),
     ):
         with pytest.raises(ValueError, match=f"test: each group must have as many .*{told}"):
             count(*groups)

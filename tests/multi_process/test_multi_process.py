@@ -116,7 +116,7 @@ def test_processes_on_several_hosts(eight_devices: Callable[[int], list[Finished
         seen = process.of("hosts.on_hosts")
         assert seen.lines("RIGHT") == ["4", "2", "8"], process.log
         scattered, disagreeing = seen.lines("ERROR")
-        assert "group 0 has ranks 0 to 0 on host0, 1 to 1 on host1" in scattered
+        assert "group 0 has ranks 0 on host0, 1 on host1" in scattered
         assert "it is 1 in process 0 and 2 in process 1" in disagreeing
 
 
