@@ -270,7 +270,7 @@ def check_peer_access(ordinals: Sequence[int]) -> list[Finding]:
 
 
 def self_test(devices: Sequence[Any]) -> str | None:
-    """Runs make_layout, dispatch and combine across ``devices`` against the specification.
+    """Runs the verbs across ``devices`` against the specification.
 
     Args:
         devices: of one platform, each a rank.
@@ -291,15 +291,18 @@ def self_test(devices: Sequence[Any]) -> str | None:
     x = rng.standard_normal((num_ranks, num_tokens, hidden)).astype(reference.BFLOAT16)
     weights = rng.random((num_ranks, num_tokens, top_k), np.float32)
 
-    def layer(x: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
-        layout = jax_ep.make_layout(
-            ids, num_experts=num_experts, axis_name="ep", expert_alignment=8
-        )
+    def layer(x: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array | None, ...]:
+        options: dict[str, Any] = {
+            "num_experts": num_experts,
+            "axis_name": "ep",
+            "expert_alignment": 8,
+        }
+        layout = jax_ep.make_layout(ids, **options)
         received = jax_ep.dispatch(x, layout, weights)
-        assert received.weights is not None
+        _, in_one = jax_ep.layout_and_dispatch(x, ids, weights, **options)
         return (
-            received.tokens,
-            received.weights,
+            *received[:2],
+            *in_one[:2],
             jax_ep.combine(received.tokens, layout, received.weights),
         )
 
@@ -317,11 +320,16 @@ def self_test(devices: Sequence[Any]) -> str | None:
     layout = reference.make_layout(ids, num_experts=num_experts, expert_alignment=8)
     tokens, row_weights = reference.dispatch(x, layout, weights)
     combined = reference.combine(tokens, layout, row_weights)
-    names = ("dispatch's rows", "dispatch's weights", "combine's sums")
-    for name, result, expected in zip(names, results, (tokens, row_weights, combined), strict=True):
-        assert expected is not None
-        wrong = result.tobytes() != expected.reshape(result.shape).tobytes()
-        if wrong:
+    expected = {
+        "dispatch's rows": tokens,
+        "dispatch's weights": row_weights,
+        "layout_and_dispatch's rows": tokens,
+        "layout_and_dispatch's weights": row_weights,
+        "combine's sums": combined,
+    }
+    for result, (name, right) in zip(results, expected.items(), strict=True):
+        assert right is not None
+        if result.tobytes() != right.reshape(result.shape).tobytes():
             return f"{name} differ from the specification"
     return None
 

@@ -255,6 +255,22 @@ def test_self_test_sees_one_wrong_bit(
     assert told in _lines("broken", capsys.readouterr().out)[0]
 
 
+def test_self_test_compares_the_call_in_one(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine()
+    right = jax_ep.layout_and_dispatch
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        layout, received = right(*args, **options)
+        return layout, received._replace(tokens=-received.tokens)
+
+    monkeypatch.setattr(jax_ep, "layout_and_dispatch", wrong)
+    assert doctor.main([]) == 1
+    told = "layout_and_dispatch's rows differ"
+    assert told in _lines("broken", capsys.readouterr().out)[0]
+
+
 def test_self_test_reports_an_error(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
