@@ -122,6 +122,7 @@ def test_gradients_are_those_of_dispatch(device_backend: JaxBackend) -> None:
         assert_same_bits(a, b)
 
 
+@pytest.mark.once
 def test_rows_without_a_gradient() -> None:
     """The error names this verb."""
 
@@ -139,6 +140,7 @@ def test_rows_without_a_gradient() -> None:
         jax.eval_shape(run, *arguments)
 
 
+@pytest.mark.once
 def test_a_rank_may_have_no_tokens(device_backend: JaxBackend) -> None:
     """And the next step others, in the same program."""
     case, rng = Case(3, 5, 2, 6, hidden=8, capacity=12), np.random.default_rng(41)
@@ -268,6 +270,7 @@ def test_ids_that_are_not_mapped_have_one_layout() -> None:
     np.testing.assert_array_equal(stats["num_recv"].sum(), ids.size)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -303,6 +306,7 @@ def test_errors_name_the_verb(
         ).lower(lowering_platforms=("cuda",))
 
 
+@pytest.mark.once
 def test_ids_are_checked(device_backend: JaxBackend) -> None:
     def layer(ids: Any, x: Any) -> Any:
         options = {"num_experts": 8, "axis_name": AXIS, "check_ids": True}
