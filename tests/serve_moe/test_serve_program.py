@@ -19,7 +19,7 @@ import pytest
 from serve_moe import load_test
 from server_process import SECONDS, ServerProcess
 
-_FLAGS = "--slots=8 --chunk=8 --max-length=250 --max-body-bytes=5000 --model-name=tiny".split()
+_FLAGS = [
     "--slots=8",
     "--chunk=8",
     "--max-length=250",
