@@ -1,6 +1,7 @@
 """The model of both hops: its limits, and how far it is from what others have published."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
@@ -123,8 +124,12 @@ def test_published_points(point: Point) -> None:
     assert error < (0.02 if point.fitted else 0.12)
 
 
-def test_the_document_has_what_the_model_gives(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["--ep", "16", "--skip-published"])
+def test_the_document_has_what_the_model_gives(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    plot = tmp_path / "plot.png"
+    cli.main(["--ep", "16", "--skip-published", "--plot", str(plot)])
+    assert plot.stat().st_size > 5000
     *_, header, rule, row = capsys.readouterr().out.splitlines()
     document = (ROOT / "docs/multi_node.md").read_text()
     assert f"{header}\n{rule}\n{row}\n" in document

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from jax_ep.simulate import published
 from jax_ep.simulate.model import Design, directly, memory_bytes, two_hops
+from jax_ep.simulate.plot import draw
 from jax_ep.simulate.published import BF16, FP8, H200, Point
 from jax_ep.simulate.routed import Problem, route
 
@@ -31,17 +32,18 @@ def print_row(*cells: object) -> None:
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
-def print_comparison(point: Point) -> None:
-    """A published figure and what the model gives."""
+def print_comparison(point: Point) -> float:
+    """A published figure and what the model gives, which is returned."""
     unit = "us" if point.is_latency else "GB/s"
     computed = point.computed()
     error = f"{100 * (computed / point.figure - 1):+.0f} %"
     error += f" (fitted: {point.fitted})" if point.fitted else ""
     print_row(point.name, point.num_ranks, f"{point.figure} {unit}", f"{computed:.0f}", error)
+    return computed
 
 
-def print_prediction(problem: Problem, design: Design) -> None:
-    """What is predicted of jax_ep."""
+def print_prediction(problem: Problem, design: Design) -> dict[str, float]:
+    """What is predicted of jax_ep; returns the times in us."""
     # A row of dispatch comes with eight bytes for each choice of its token: place and weight.
     placing = 8 * problem.top_k
     routed, small = route(problem), route(dataclasses.replace(problem, tokens=128))
@@ -63,6 +65,9 @@ def print_prediction(problem: Problem, design: Design) -> None:
         *(f"{time.seconds * 1e6:.0f}" for time in direct),
         megabytes["slots"],
     )
+    names = ("dispatch", "fp8 dispatch", "combine", "dispatch, T = 128", "combine, T = 128")
+    times = (dispatch, fp8, combine, *direct)
+    return {name: time.seconds * 1e6 for name, time in zip(names, times, strict=True)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,14 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--credits", type=int, default=Design.credits, help="chunks to a node")
     parser.add_argument("--num-sms", type=int, default=Design.num_sms, help="of each rank")
     parser.add_argument("--skip-published", action="store_true", help="predictions alone")
+    parser.add_argument("--plot", metavar="FILE", help="draws both (needs matplotlib)")
     options = parser.parse_args(arguments)
     design = Design(options.chunk_rows, options.credits, options.num_sms)
     groups, best = (8, 4) if options.router == "group-limited" else (1, 1)
 
-    if not options.skip_published:
+    points = () if options.skip_published else published.POINTS
+    computed, predicted = [], {}
+    if points:
         print_header(COMPARED)
-        for point in published.POINTS:
-            print_comparison(point)
+        computed = [print_comparison(point) for point in points]
         print(f"\n{published.ORIGINS}\n")
     print(
         f"Predicted for jax_ep, not measured: T = {options.tokens}, top-8 of 256 experts, the best "
@@ -92,7 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_header(PREDICTED)
     for num_ranks in options.ep:
         problem = Problem(num_ranks, options.tokens, num_groups=groups, top_groups=best)
-        print_prediction(problem, design)
+        predicted[num_ranks] = print_prediction(problem, design)
+    if options.plot:
+        draw(points, computed, predicted).savefig(options.plot, dpi=80)
 
 
 if __name__ == "__main__":
