@@ -98,13 +98,14 @@ struct CombineArguments : TableView {
   bool expand;  // as in DispatchArguments, of y; without it there are no weights
 };
 
-// Layout and dispatch in one, rows as they are.
+// Layout and dispatch in one, rows as they are. num_rows, expand: as in DispatchArguments.
 struct LayoutAndDispatchArguments : LayoutArguments {
   const void* x;
   const float* topk_weights;  // null without
   void* tokens;
   float* weights;  // with topk_weights, else null
-  int64_t row_bytes;
+  int64_t row_bytes, num_rows;
+  bool expand;
   bool zero_tail;
   bool is_integer;  // x's type
 };
@@ -116,7 +117,7 @@ cudaError_t LaunchDispatch(const GroupView& group, const DispatchArguments& argu
 cudaError_t LaunchCombine(const GroupView& group, const CombineArguments& arguments, int num_sms,
                           cudaStream_t stream);
 // In slots, for calls that fit (fits_slots, cuda/memory/slots.h); results are those of the above.
-// CombineArguments::partial is not used; rows that are not expanded are refused.
+// CombineArguments::partial is not used.
 cudaError_t LaunchLayoutAndDispatchInSlots(const GroupView& group,
                                            const LayoutAndDispatchArguments& arguments, int num_sms,
                                            cudaStream_t stream);

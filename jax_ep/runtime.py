@@ -64,7 +64,7 @@ def initialize(
     ``JAX_EP_SLOTS=1`` asks for them: no program has run with them on a GPU yet. A device has
     ``slot_bytes / (2 * devices of the job)`` for a call of each peer, which fits if T <= 512, T * K
     <= 4096, R * T * K <= 16384 and ``64 KiB + T * row bytes + 4 * T * K`` are not above that; other
-    calls, and those with ``fp8=``, ``scales=`` or ``expand=False``, are as without slots.
+    calls, and those with ``fp8=`` or ``scales=``, are as without slots.
 
     If it fails, in one process or in all, it leaves nothing behind: once the cause is gone every
     process may call it again (one in which it succeeded calls ``finalize()`` before).

@@ -251,7 +251,7 @@ def test_exact_calls_of_a_layer_for_cuda() -> None:
         (256, {}, ["layout_and_dispatch"]),
         (257, {}, ["layout", "dispatch"]),  # more ids of the group than slots take
         (256, {"fp8": "float32"}, ["layout", "dispatch"]),
-        (256, {"expand": False}, ["layout", "dispatch"]),
+        (256, {"expand": False}, ["layout_and_dispatch"]),
     ],
 )
 def test_one_call_for_cuda_where_slots_may_take_it(

@@ -75,11 +75,10 @@ class Combiner {
       const int32_t unit = i / g_.num_ranks, r = i - unit * g_.num_ranks;
       const int32_t token = units_.token_of(first + unit);
       const int32_t flat_token = r * num_tokens + token;
-      const int32_t begin = a_.recv_offsets[flat_token];
-      // Within the table, whatever the layout says.
-      const int32_t count = max(0, min(a_.recv_offsets[flat_token + 1] - begin, top_k_));
+      const Run rows = rows_of(flat_token);
+      const int32_t count = a_.expand ? rows.count : min(rows.count, 1);
       if (lane_ < count) {
-        const int32_t row = a_.recv_order[begin + lane_];
+        const int32_t row = a_.expand ? a_.recv_order[rows.begin + lane_] : flat_token;
         row_[i * top_k_ + lane_] = row;
         weight_[i * top_k_ + lane_] = a_.weights != nullptr ? a_.weights[row] : 1.0f;
       }
@@ -145,6 +144,16 @@ class Combiner {
   }
 
  private:
+  // The expert rows that this rank has of a token, in recv_order.
+  struct Run {
+    int32_t begin, count;
+  };
+  __device__ Run rows_of(int32_t flat_token) const {
+    const int32_t begin = a_.recv_offsets[flat_token];
+    // Within the table, whatever the layout says.
+    return {begin, max(0, min(a_.recv_offsets[flat_token + 1] - begin, top_k_))};
+  }
+
   __device__ int32_t end_of(int32_t first) const {
     return min(first + batch_units_, units_.count());
   }
@@ -255,11 +264,14 @@ class Combiner {
   // Those of a peer's token, where its row has them.
   __device__ void send_values(int32_t first) const {
     const int32_t num_units = end_of(first) - first;
+    const auto num_tokens = static_cast<int32_t>(a_.num_tokens);
     for (int32_t i = warp_; i < num_units * g_.num_ranks; i += kNumWarps) {
       const int32_t unit = i / g_.num_ranks, r = i - unit * g_.num_ranks;
-      if (r == g_.rank || !units_.begins_token(first + unit) || lane_ >= count_[i]) continue;
-      const int32_t row = row_[i * top_k_ + lane_];
-      const int32_t at = a_.recv_src[row] - r * static_cast<int32_t>(a_.num_tokens) * top_k_;
+      if (r == g_.rank || !units_.begins_token(first + unit)) continue;
+      const Run rows = rows_of(r * num_tokens + units_.token_of(first + unit));
+      if (lane_ >= rows.count) continue;
+      const int32_t row = a_.recv_order[rows.begin + lane_];
+      const int32_t at = a_.recv_src[row] - r * num_tokens * top_k_;
       *reinterpret_cast<float*>(areas_.there[r] + values_offset(at)) = a_.values[row];
     }
   }
@@ -325,7 +337,7 @@ cudaError_t Launch(const GroupView& group, const CombineArguments& a, int num_sm
   const int64_t row_bytes = a.num_channels * (16 / Vector::kCount);
   const SlotSizes sizes{group.num_ranks, a.num_tokens, a.top_k,
                         a.num_local_experts * group.num_ranks, row_bytes};
-  if (!a.expand || !fits_slots(sizes, group.slot_area_bytes)) return cudaErrorInvalidValue;
+  if (!fits_slots(sizes, group.slot_area_bytes)) return cudaErrorInvalidValue;
   const Units units = DivideRows(a.num_tokens, row_bytes, num_sms);
   const int64_t each = bytes_each(group.num_ranks, a.top_k);
   const int64_t units_each = (units.count + units.num_blocks - 1) / units.num_blocks;

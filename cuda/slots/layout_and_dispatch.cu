@@ -2,7 +2,8 @@
 // tables, and copies the rows to where they belong.
 // After:    the tables, counts and counters of cuda/direct/layout.cu, and the tokens and weights of
 //           cuda/direct/dispatch, to the bit: tokens[row] = x of rank src [t] for every kept row,
-//           (src, t, k) = recv_src[row]; padding is zero, the tail too if zero_tail.
+//           (src, t, k) = recv_src[row]; padding is zero, the tail too if zero_tail. Without
+//           `expand`, likewise, tokens as cuda/direct/dispatch leaves them then.
 // Roles:    blocks of 16 warps with equal shares of units (units.h), all threads together in each
 //           step; block b has the same units of all ranks. Each block has all ids, and computes all
 //           of the tables for itself; what it writes of them is its share.
@@ -38,6 +39,38 @@ struct Shared {
   SlotAreas areas;
   TablesShared tables;
 };
+
+// Of tokens that are not expanded: copies the block's units of one rank's `rows`, and zeros them
+// where none is here. `rows_here`: the row of each of that rank's ids, as BlockTables has them. Called
+// and not inlined, for the code of other calls to stay small.
+__device__ __noinline__ void copy_not_expanded(const LayoutAndDispatchArguments& a,
+                                               BlockUnits units, const char* rows,
+                                               const int32_t* rows_here, int src) {
+  const auto top_k = static_cast<int32_t>(a.top_k);
+  const int32_t num_steps = units.num_steps_of(0, units.count());
+  for (int32_t step = 0; step < num_steps; step += kAtOnce) {
+    Place place[kAtOnce];
+    uint4 vector[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      place[j] = units.place(step + j, 0, step + j < num_steps ? units.count() : 0);
+      if (place[j].unit < 0) continue;
+      vector[j] = __ldcg(
+          reinterpret_cast<const uint4*>(rows + place[j].token * a.row_bytes + place[j].offset));
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (place[j].unit < 0) continue;
+      bool is_here = false;
+      for (int32_t k = 0; k < top_k; ++k)
+        is_here |= rows_here[place[j].token * top_k + k] != kNoRow;
+      if (!is_here && !a.zero_tail) continue;
+      const int64_t row = src * a.num_tokens + place[j].token;
+      *reinterpret_cast<uint4*>(static_cast<char*>(a.tokens) + row * a.row_bytes +
+                                place[j].offset) = is_here ? vector[j] : uint4{0, 0, 0, 0};
+    }
+  }
+}
 
 // What a block does, in this order.
 class Dispatcher {
@@ -101,6 +134,7 @@ class Dispatcher {
     const char* rows =
         src == g_.rank ? static_cast<const char*>(a_.x) : areas_.here[src] + kSlotRowsOffset;
     const int32_t first_flat = src * static_cast<int32_t>(a_.num_tokens) * top_k_;
+    if (!a_.expand) return copy_not_expanded(a_, units_, rows, tables_.rows(first_flat), src);
     for (int32_t step = 0; step < num_steps_; step += kAtOnce) {
       uint4 vector[kAtOnce];
       find_places(step);
@@ -144,10 +178,11 @@ class Dispatcher {
 
   __device__ void zero_rest() const {
     tables_.for_each_empty_row(a_.zero_tail, [&](int32_t row) {
-      auto* at = reinterpret_cast<uint4*>(static_cast<char*>(a_.tokens) + row * a_.row_bytes);
-      for (int64_t i = lane_; i < a_.row_bytes / 16; i += 32) at[i] = uint4{0, 0, 0, 0};
+      if (a_.expand) zero_row(row);
       if (lane_ == 0 && a_.weights != nullptr) a_.weights[row] = 0.0f;
     });
+    const bool has_last_row = !a_.expand && blockIdx.x == gridDim.x - 1;
+    if (has_last_row && warp_ == 0) zero_row(a_.num_rows - 1);
   }
 
  private:
@@ -186,6 +221,12 @@ class Dispatcher {
         if (r != g_.rank) send_entry(areas_, r, i, id, weight);  // [I1]
       }
     }
+  }
+
+  // By a warp.
+  __device__ void zero_row(int64_t row) const {
+    auto* at = reinterpret_cast<uint4*>(static_cast<char*>(a_.tokens) + row * a_.row_bytes);
+    for (int64_t i = lane_; i < a_.row_bytes / 16; i += 32) at[i] = uint4{0, 0, 0, 0};
   }
 
   __device__ bool is_any_here(int32_t flat) const {
@@ -247,7 +288,7 @@ __global__ __launch_bounds__(kNumThreads, 1) void layout_and_dispatch_kernel(
   if (finish == Finish::kEnd) return end_call(g);
   const Share share = fail_call(g, finish, [](uint32_t) { return 1; });
   fill_without_rows(a, g.num_ranks, share);
-  fill(a.tokens, a.room.capacity * a.row_bytes, a.is_integer ? 0 : kNan, share);
+  fill(a.tokens, a.num_rows * a.row_bytes, a.is_integer ? 0 : kNan, share);
   if (a.weights != nullptr) fill(a.weights, a.room.capacity * 4, kNan, share);
 }
 

@@ -88,6 +88,8 @@ class BlockTables {
 
   // The row here of (source rank, token, k) by flat number; kNoRow: none.
   __device__ int32_t row(int32_t flat) const { return row_[flat]; }
+  // Likewise, from there on.
+  __device__ const int32_t* rows(int32_t flat) const { return row_ + flat; }
   // Where the rows of this rank's experts end, padding included.
   __device__ int32_t num_used() const {
     const int32_t last = first_local_ + num_local_ - 1;

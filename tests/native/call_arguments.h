@@ -55,6 +55,8 @@ LayoutAndDispatchArguments LayoutAndDispatchOf(const CallSizes& sizes, const Cal
   a.topk_weights = weighted ? b.topk_weights : nullptr;
   a.weights = weighted ? b.weights : nullptr;
   a.row_bytes = sizes.row_bytes;
+  a.num_rows = sizes.capacity;
+  a.expand = true;
   a.zero_tail = sizes.zero_tail;
   return a;
 }

@@ -203,11 +203,7 @@ void Combine() {
   CHECK(CombineCallOf(512, 8).Kernels() == "combine in slots");
   CHECK(CombineCallOf(456, 9).Kernels() == "combine");
   Call flat = CombineCallOf(4, 2, /*expand=*/false);
-  CHECK(flat.Kernels() == "combine");
-  const uint64_t with_slots = flat.last_operations;
-  Memory().Release(true);
-  SetUp(0);
-  CHECK(flat.Kernels() == "combine" && flat.last_operations == with_slots);
+  CHECK(flat.Kernels() == "combine in slots" && !g_combine.expand && g_combine.weights == nullptr);
   Memory().Release(true);
 
   // Slots that hold less than the call needs.
@@ -304,9 +300,13 @@ void LayoutAndDispatch() {
   CHECK(g_both.x == call.operands[0].data && g_both.topk_weights == call.operands[2].data);
   CHECK(g_both.tokens == call.results[8].data && g_both.weights == call.results[9].data);
   CHECK(g_both.row_bytes == 32 && g_both.zero_tail && !g_both.is_integer);
+  CHECK(g_both.expand && g_both.num_rows == 24);
   Call unzeroed = LayoutAndDispatchCallOf(4, 2);
   unzeroed.attributes["zero_tail"] = int64_t{0};
   CHECK(unzeroed.Kernels() == "layout and dispatch in slots" && !g_both.zero_tail);
+  CHECK(LayoutAndDispatchCallOf(4, 2, {ffi::F32, 0, 0, 0}).Kernels() ==
+        "layout and dispatch in slots");
+  CHECK(!g_both.expand && g_both.num_rows == 9);
   // Integers, and float8 without scales, are rows as they are; weights may be absent.
   CHECK(LayoutAndDispatchCallOf(4, 2, {ffi::S32, 0, 0, 1, 0}).Kernels() ==
         "layout and dispatch in slots");
@@ -314,12 +314,9 @@ void LayoutAndDispatch() {
   // What a slot does not take.
   CHECK(LayoutAndDispatchCallOf(512, 2).Kernels() == "layout and dispatch in slots");
   CHECK(LayoutAndDispatchCallOf(513, 2).Kernels() == "layout, dispatch");
-  const Form general_forms[] = {
-      {ffi::F32, 1}, {ffi::F32, 2, 1}, {ffi::F8E4M3FN, 3}, {ffi::F32, 0, 0, 0}};
-  for (const Form& form : general_forms) {
+  for (const Form& form : {Form{ffi::F32, 1}, {ffi::F32, 2, 1}, {ffi::F8E4M3FN, 3}}) {
     CHECK(LayoutAndDispatchCallOf(4, 2, form).Kernels() == "layout, dispatch");
-    CHECK(g_dispatch.expand == (form.expand != 0) &&
-          (g_dispatch.scales != nullptr) == (form.quantization != 0 && form.dequantize == 0));
+    CHECK((g_dispatch.scales != nullptr) == (form.dequantize == 0));
   }
   // The general kernels' operation does not depend on whether there are slots.
   Memory().Release(true);

@@ -1,6 +1,6 @@
 // Dispatch that is not expanded, a row for each (token, rank): rows as they are and in every form of
-// fp8, and its gradient, combine of such rows. Results are poisoned before, so that gaps are seen to
-// be zeroed.
+// fp8, and its gradient, combine of such rows; in slots too, rows as they are. Results are poisoned
+// before, so that gaps are seen to be zeroed.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "cuda/memory/slots.h"
 #include "tests/native/check_cuda.h"
 #include "tests/native/fp8_oracle.h"
 #include "tests/native/kernels_compare.h"
@@ -126,6 +127,45 @@ std::vector<std::unique_ptr<RankBuffers>> Dispatch(const Group& group, const Dat
   return results;
 }
 
+bool FitsSlots(const Data& d) {
+  return fits_slots({d.num_ranks, d.num_tokens, d.top_k, d.num_experts, d.row_bytes},
+                    kSlotAreaBytes);
+}
+
+// Twice, as above. The tables, which are made too, kernels_slots.cu compares.
+void RunCopyInSlots(const Group& group, const Data& d, const Ranks& buffers, int num_sms,
+                    uint64_t seed) {
+  std::vector<std::unique_ptr<RankBuffers>> results;
+  for (int r = 0; r < d.num_ranks; ++r) {
+    results.push_back(std::make_unique<RankBuffers>(d, Call{DispatchMode::kCopy, d.x}, r));
+  }
+  CHECK_CUDA(cudaDeviceSynchronize());
+  for (int round = 0; round < 2; ++round) {
+    for (int r = 0; r < d.num_ranks; ++r) {
+      RankBuffers& out = *results[r];
+      out.Poison(group.stream(r));
+      LayoutAndDispatchArguments a = buffers[r]->LayoutAndDispatch(d);
+      a.x = out.x.get();
+      a.tokens = out.rows.get();
+      a.weights = d.weighted ? out.weights.get() : nullptr;
+      a.num_rows = NumRows(d);
+      a.expand = false;
+      const GroupView view = group.View(r, d.num_ranks, seed * 8 + 6, 10 * kSecond);
+      CHECK_CUDA(LaunchLayoutAndDispatchInSlots(view, a, num_sms, group.stream(r)));
+    }
+  }
+  CHECK_CUDA(cudaDeviceSynchronize());
+  RequireNoError(group, d.num_ranks);
+  for (int r = 0; r < d.num_ranks; ++r) {
+    Compare("tokens in slots, not expanded", r,
+            Specified(d, r, results[r]->rows.Read(), d.row_bytes),
+            NotExpanded(d, r, d.tokens[r], d.row_bytes));
+    if (!d.weighted) continue;
+    Compare("weights beside tokens in slots", r, results[r]->weights.Read(), d.weights[r],
+            NumSpecified(d, r));
+  }
+}
+
 void RunCopy(const Group& group, const Data& d, const Ranks& buffers, int num_sms, uint64_t seed) {
   const auto results = Dispatch(group, d, {DispatchMode::kCopy, d.x}, buffers, num_sms, seed);
   for (int r = 0; r < d.num_ranks; ++r) {
@@ -175,7 +215,7 @@ void RunScaled(const Group& group, const Data& d, const Ranks& buffers, int num_
 
 // Combine of a row for each (token, rank): NaN where there is none.
 void RunGradient(const Group& group, const Data& d, const Ranks& buffers, int num_sms,
-                 uint64_t seed) {
+                 uint64_t seed, bool in_slots) {
   const int type_bytes = TypeBytes(d.type);
   std::mt19937_64 rng(seed);
   std::vector<std::vector<uint8_t>> y(d.num_ranks);
@@ -203,7 +243,8 @@ void RunGradient(const Group& group, const Data& d, const Ranks& buffers, int nu
       a.weights = nullptr;
       a.expand = false;
       const GroupView view = group.View(r, d.num_ranks, seed * 8 + 7, 10 * kSecond);
-      CHECK_CUDA(LaunchCombine(view, a, num_sms, group.stream(r)));
+      const auto launch = in_slots ? LaunchCombineInSlots : LaunchCombine;
+      CHECK_CUDA(launch(view, a, num_sms, group.stream(r)));
     }
   }
   CHECK_CUDA(cudaDeviceSynchronize());
@@ -243,7 +284,11 @@ void RunNotExpanded(const Group& group, const Data& d, int num_sms, uint64_t see
     RunQuantized(group, d, buffers, num_sms, seed);
     RunScaled(group, d, buffers, num_sms, seed);
   }
-  RunGradient(group, d, buffers, num_sms, seed);
+  RunGradient(group, d, buffers, num_sms, seed, /*in_slots=*/false);
+  if (FitsSlots(d)) {
+    RunCopyInSlots(group, d, buffers, num_sms, seed);
+    RunGradient(group, d, buffers, num_sms, seed, /*in_slots=*/true);
+  }
   if (g_tally.num_wrong != num_wrong_before) PrintCase(d, "not expanded, in", num_sms);
 }
 

@@ -1,5 +1,3 @@
-#include <optional>
-
 #include "xla_ffi/calls.h"
 #include "xla_ffi/cuda/call_site.h"
 #include "xla_ffi/cuda/checks.h"
@@ -17,14 +15,12 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
   const CombineCall call = DecodeCall(a, operands, results, &checks, /*has_scratch=*/true);
   if (checks.ok()) CheckForKernel(call, &checks);
   if (!checks.ok()) return checks.error();
-  std::optional<gpu::SlotSizes> slot_sizes;
-  if (call.expand) slot_sizes = SlotSizesOf(call.sizes, call.y.row_bytes());
   GroupCall group;
   if (ffi::Error e =
           EnterGroup(*state, ordinal, stream,
                      {{"partial", call.partial.data, call.partial.bytes, Use::kScratch},
                       {"collected", call.collected.data, call.collected.bytes, Use::kOutput}},
-                     &group, slot_sizes);
+                     &group, SlotSizesOf(call.sizes, call.y.row_bytes()));
       e.failure()) {
     return e;
   }

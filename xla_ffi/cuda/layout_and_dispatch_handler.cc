@@ -10,11 +10,6 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// In slots rows cross and come out as they are, one for each expert.
-bool HasPlainRows(const DispatchCall& call) {
-  return call.quantization == QuantizationKind::kNone && call.expand;
-}
-
 cudaError_t LaunchInSlots(const GroupCall& group, const LayoutAndDispatchCall& call, int num_sms,
                           cudaStream_t stream) {
   const DispatchCall& dispatch = call.dispatch;
@@ -25,6 +20,8 @@ cudaError_t LaunchInSlots(const GroupCall& group, const LayoutAndDispatchCall& c
   arguments.tokens = dispatch.tokens.data;
   arguments.weights = dispatch.weights.as<float>();
   arguments.row_bytes = dispatch.x.row_bytes();
+  arguments.num_rows = dispatch.sizes.num_rows(dispatch.expand);
+  arguments.expand = dispatch.expand;
   arguments.zero_tail = dispatch.zero_tail;
   arguments.is_integer = IsInteger(dispatch.x.type);
   return gpu::LaunchLayoutAndDispatchInSlots(group, arguments, num_sms, stream);
@@ -39,7 +36,7 @@ ffi::Error LayoutAndDispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState
   if (checks.ok()) CheckForKernel(call, &checks);
   if (!checks.ok()) return checks.error();
   const Rows& x = call.dispatch.x;
-  if (HasPlainRows(call.dispatch)) {
+  if (call.dispatch.quantization == QuantizationKind::kNone) {  // in slots rows cross as they are
     GroupCall group;
     if (ffi::Error e = EnterGroup(*state, ordinal, stream, {}, &group,
                                   SlotSizesOf(call.layout.sizes, x.row_bytes()));
