@@ -40,9 +40,9 @@ struct Shared {
   TablesShared tables;
 };
 
-// Of tokens that are not expanded: copies the block's units of one rank's `rows`, and zeros them
-// where none is here. `rows_here`: the row of each of that rank's ids, as BlockTables has them. Called
-// and not inlined, for the code of other calls to stay small.
+// Of tokens that are not expanded: copies the block's units of rank `src`, whose rows lie at `rows`,
+// and zeros them where none is here. `rows_here`: of each of its ids, BlockTables' row. Called and not
+// inlined, for the code of other calls to stay small.
 __device__ __noinline__ void copy_not_expanded(const LayoutAndDispatchArguments& a,
                                                BlockUnits units, const char* rows,
                                                const int32_t* rows_here, int src) {
@@ -62,8 +62,9 @@ __device__ __noinline__ void copy_not_expanded(const LayoutAndDispatchArguments&
     for (int j = 0; j < kAtOnce; ++j) {
       if (place[j].unit < 0) continue;
       bool is_here = false;
-      for (int32_t k = 0; k < top_k; ++k)
+      for (int32_t k = 0; k < top_k; ++k) {
         is_here |= rows_here[place[j].token * top_k + k] != kNoRow;
+      }
       if (!is_here && !a.zero_tail) continue;
       const int64_t row = src * a.num_tokens + place[j].token;
       *reinterpret_cast<uint4*>(static_cast<char*>(a.tokens) + row * a.row_bytes +
