@@ -278,16 +278,21 @@ class Engine:
         """Fetches a program's results and passes them on."""
         out = jax.device_get(running.out)
         self._check()
-        now = time.perf_counter()
+        now, first, between = time.perf_counter(), [], []
+        tokens = out["token"].tolist()
         for index, sequence in running.owners.items():
-            token = int(out["token"][index])
-            if token >= 0 and not (sequence.is_ended or sequence.is_cancelled):
-                self._receive(sequence, token, now)
-        self.metrics.count_step(out["expert_rows"], out["dropped"])
+            token = tokens[index]
+            if token < 0 or sequence.is_ended or sequence.is_cancelled:
+                continue
+            if sequence.last_token_at is None:
+                first.append(now - sequence.submitted_at)
+            else:
+                between.append(now - sequence.last_token_at)
+            sequence.last_token_at = now
+            self._receive(sequence, token)
+        self.metrics.count_step(out["expert_rows"], out["dropped"], first, between)
 
-    def _receive(self, sequence: Sequence, token: int, now: float) -> None:
-        self.metrics.count_token(now, sequence.submitted_at, sequence.last_token_at)
-        sequence.last_token_at = now
+    def _receive(self, sequence: Sequence, token: int) -> None:
         sequence.received += 1
         if token in self.limits.end_tokens:
             self._end(sequence, "stop")

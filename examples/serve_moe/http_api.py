@@ -1,8 +1,10 @@
 """The HTTP interface: OpenAI's completions, health, metrics and a page to try it."""
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import AsyncIterator, Awaitable
@@ -30,6 +32,27 @@ class HttpLimits:
     request_seconds: float = 600.0  # from arrival to the last byte that the client has read
 
 
+class _Mailbox:
+    """Carries tokens from the engine's thread to the event loop, those of a step at once.
+
+    To wake the loop is a system call: one for each token would hold up the engine.
+    """
+
+    def __init__(self):
+        self._letters: collections.deque[tuple[asyncio.Queue, int | str]] = collections.deque()
+
+    def put(self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue, value: int | str) -> None:
+        """Called by the engine's thread."""
+        self._letters.append((queue, value))
+        if len(self._letters) == 1 and not loop.is_closed():
+            loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        while self._letters:  # a letter that comes behind the last look wakes the loop again
+            queue, value = self._letters.popleft()
+            queue.put_nowait(value)
+
+
 class Api:
     """The routes, over one engine."""
 
@@ -42,7 +65,7 @@ class Api:
         vocab_size: int,
         limits: HttpLimits | None = None,
     ):
-        self._engine, self._tokenizer = engine, tokenizer
+        self._engine, self._tokenizer, self._mailbox = engine, tokenizer, _Mailbox()
         self._model, self._vocab_size = model, vocab_size
         self._limits = limits or HttpLimits()
         self.app = Starlette(
@@ -127,11 +150,7 @@ class Api:
     ) -> AsyncIterator[tuple[str, str | None]]:
         """Yields pieces of text, the last with a reason; whoever stops early cancels the rest."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue()
-
-        def pass_on(value: int | str) -> None:  # in the engine's thread
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(arrived.put_nowait, value)
-
+        pass_on = functools.partial(self._mailbox.put, loop, arrived)  # in the engine's thread
         most = self._engine.limits.max_length
         room = most - len(prompt)
         if room < 1:
