@@ -136,6 +136,20 @@ def test_memory_that_cannot_be_mapped(job: Job) -> None:
     _check_right(finished)
 
 
+def test_slots_that_differ(job: Job) -> None:
+    differing = {i: _POOL | {"JAX_EP_SLOTS": str(i)} for i in range(2)}
+    finished = job(
+        "cuda_paths", "slots", num_processes=2, environment=_POOL, environments=differing
+    )
+    slot_bytes = (0, 64 << 20)
+    for i, process in enumerate(finished):
+        (message,) = process.lines("ERROR")
+        told = f"process {1 - i} has slots of {slot_bytes[1 - i]} bytes a device"
+        assert f"{told}, process {i} of {slot_bytes[i]}: pass the same" in message
+        assert "; slots of 4194304 bytes a device" in process.lines("PATH")[0]
+    _check_right(finished)
+
+
 @pytest.mark.skipif(NUM_GPUS < 2, reason="a single process needs two GPUs for two ranks")
 def test_one_process(job: Job) -> None:
     finished = job("cuda_paths", "alone", num_processes=1, environment=_STAGED | _NO_REPLAY)

@@ -49,6 +49,17 @@ def not_exportable() -> None:
     Layer().check()
 
 
+def slots() -> None:
+    """Processes disagree on slots: initialize() says so, and works once they agree."""
+    join()
+    try:
+        connect()
+    except RuntimeError as error:
+        print("ERROR", str(error).replace("\n", " "))
+    connect(slot_bytes=1 << 22)
+    Layer().check()
+
+
 def alone() -> None:
     """One process with all GPUs, everything staged; it leaves and comes back."""
     layer = Layer()
