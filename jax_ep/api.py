@@ -226,8 +226,9 @@ def layout_and_dispatch(
 
     Gradients are those of ``dispatch``, and need no exchange but rows. Works under jit, grad (of
     any order), scan and checkpoint; the arrays carry the names that they have from the two calls,
-    and under a policy that saves ``jax_ep_layout`` recomputation is a ``dispatch`` with the layout.
-    vmap maps calls one after the other. No operand is donated.
+    and under a policy that saves ``jax_ep_layout`` recomputation is a ``dispatch`` with the layout,
+    under one that saves ``jax_ep_dispatch`` alone a ``make_layout``. vmap maps calls one after the
+    other. No operand is donated.
 
     Args:
         x: [T, H], as in ``dispatch``.

@@ -108,6 +108,25 @@ def replace_where_recomputed(
     _partial_eval.partial_eval_jaxpr_custom_rules[primitive] = rule
 
 
+def replace_where_unused(
+    primitive: Primitive, replace: Callable[[Any, Sequence[bool]], Any]
+) -> None:
+    """What stays of an equation of ``primitive`` where JAX drops what nothing uses.
+
+    ``jax.checkpoint`` does so with what it recomputes. ``replace`` takes the equation and which of
+    its results are used, one at least; its equation takes none but operands of that one.
+    """
+
+    def rule(used: Sequence[bool], *rest: Any) -> tuple[list[bool], Any]:
+        equation = rest[-1]  # JAX 0.12 says before it which operands are alive
+        if not any(used):
+            return [False] * len(equation.invars), None
+        left = replace(equation, used)
+        return [any(v is operand for operand in left.invars) for v in equation.invars], left
+
+    _partial_eval.dce_rules[primitive] = rule
+
+
 def lower_on_axes(
     ctx: Any,
     axis_sizes: Mapping[str, int],

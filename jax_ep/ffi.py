@@ -401,6 +401,21 @@ def _map_layout_and_dispatch(
     return [*tables, *rows], [None] * len(tables) + row_dims
 
 
+def _as_layout(equation: Any, used: Sequence[bool]) -> Any:
+    """Of an equation of ``_layout_and_dispatch_p``, the layout alone if no rows are used."""
+    num_tables = len(LayoutTables._fields)
+    if any(used[num_tables:]):
+        return equation
+    _, topk_idx, *_ = equation.invars
+    of_layout, _ = _params_of_two(equation.params)
+    return equation.replace(
+        primitive=_layout_p,
+        invars=[topk_idx],
+        outvars=equation.outvars[:num_tables],
+        params=of_layout,
+    )
+
+
 def _as_dispatch(equation: Any) -> Any:
     """Of an equation of ``_received_p``, the dispatch that gives the same rows."""
     operands = equation.invars[: _num_dispatch_operands(**equation.params)]
@@ -537,6 +552,7 @@ _layout_and_dispatch_p = _make_primitive(
     "jax_ep_layout_and_dispatch", _layout_and_dispatch_shapes, cuda=_layout_and_dispatch_on_cuda
 )
 batching.primitive_batchers[_layout_and_dispatch_p] = _map_layout_and_dispatch
+compat.replace_where_unused(_layout_and_dispatch_p, _as_layout)
 
 
 def _pass_on(_ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:

@@ -33,6 +33,7 @@ CALLS_PER_LAYER: dict[str | None, tuple[int, int, int]] = {
     None: (1, 2, 2),
     "none": (2, 3, 3),
     "layout": (1, 3, 3),
+    "dispatch": (2, 2, 3),
     "layout_dispatch": (1, 2, 3),
     "layout_combine": (1, 3, 2),
     "all": (1, 2, 2),
@@ -52,7 +53,8 @@ CALLS_PER_LAYER: dict[str | None, tuple[int, int, int]] = {
 def test_checkpoint(policy: str | None, scan: bool, in_one: bool) -> None:
     """Right gradients, and exactly the calls that the policy asks for.
 
-    Where the layout is saved, rows that came with it are recomputed by a dispatch alone.
+    Where the layout is saved, rows that came with it are recomputed by a dispatch alone; where the
+    rows are, the layout by itself.
 
     What is traced is exact. XLA on CPU may merge a recomputation with what it repeats, but not
     across the bodies of loops, so there the compiled program is counted as well.

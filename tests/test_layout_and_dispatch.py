@@ -216,6 +216,8 @@ def test_what_is_recomputed() -> None:
     assert calls(3, saved) == (1, 3, 1)
     assert calls(3, offloaded) == (1, 3, 1)
     assert calls(3, None) == (2, 3, 1)
+    # Rows that are saved are not sent again where the layout is not.
+    assert calls(3, save_only("jax_ep_dispatch")) == (2, 2, 1)
     # And of x, backward's combine.
     for expand in (True, False):
         assert calls((0, 3), saved, expand) == (1, 3, 2)

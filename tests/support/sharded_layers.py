@@ -311,6 +311,7 @@ save_only = jax.checkpoint_policies.save_only_these_names
 POLICIES: dict[str, Any] = {
     "none": None,
     "layout": save_only("jax_ep_layout"),
+    "dispatch": save_only("jax_ep_dispatch"),
     "layout_dispatch": save_only("jax_ep_layout", "jax_ep_dispatch"),
     "layout_combine": save_only("jax_ep_layout", "jax_ep_combine"),
     "all": save_only("jax_ep_layout", "jax_ep_dispatch", "jax_ep_combine"),
