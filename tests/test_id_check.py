@@ -174,7 +174,8 @@ import jax, jax_ep, numpy as np
 from jax.sharding import PartitionSpec as P
 
 def layout(ids):
-    return jax_ep.make_layout(ids, num_experts=4, axis_name="ep").num_invalid[None]
+    x = jax.numpy.zeros((ids.shape[0], 4))
+    return jax_ep.layout_and_dispatch(x, ids, num_experts=4, axis_name="ep")[0].num_invalid[None]
 
 mesh = jax.make_mesh((2,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
 call = jax.jit(jax.shard_map(layout, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
@@ -186,7 +187,7 @@ for _ in range(2):
 
 @pytest.mark.once
 def test_without_the_check_one_line_tells() -> None:
-    """On CPU, where programs are first run; never of ids that are -1."""
+    """On CPU, where programs are first run; whatever the verb, and never of ids that are -1."""
     done = subprocess.run(
         [sys.executable, "-c", _UNCHECKED],
         env={**os.environ, "JAX_PLATFORMS": "cpu", **cpu_devices(2)},
@@ -197,7 +198,7 @@ def test_without_the_check_one_line_tells() -> None:
     assert done.stdout.splitlines() == ["[0 0]", "[0 2]", "[0 2]"], done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("jax_ep")]
     assert told == [
-        "jax_ep.make_layout: rank 1 has 2 ids that are neither -1 nor in [0, num_experts = 4): "
+        "jax_ep: topk_idx of rank 1 has 2 ids that are neither -1 nor in [0, num_experts = 4): "
         "they are not routed. layout.num_invalid counts them, check_ids=True makes them an error. "
         "This is said once."
     ]

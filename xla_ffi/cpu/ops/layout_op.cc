@@ -80,7 +80,7 @@ class LayoutOp final : public CollectiveOp {
     for (int64_t rank = 0; rank < sizes_.num_ranks; ++rank) {
       if (!is_local(rank) || num_invalid_[rank] == 0 || told.exchange(true)) continue;
       const std::string line =
-          "jax_ep.make_layout: rank " + std::to_string(rank) + " has " +
+          "jax_ep: topk_idx of rank " + std::to_string(rank) + " has " +
           std::to_string(num_invalid_[rank]) +
           " ids that are neither -1 nor in [0, num_experts = " +
           std::to_string(sizes_.num_experts) +
