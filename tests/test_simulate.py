@@ -136,3 +136,28 @@ def test_the_document_has_what_the_model_gives(
     for point in QUICK[:3]:
         cli.print_comparison(point)
         assert capsys.readouterr().out in document
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "message"),
+    [
+        ("--ep", "4 12 24 512", "must be a multiple of 8 ranks on a node that divides 256 experts"),
+        ("--credits", "0 -1", "must be at least 1"),
+        ("--chunk-rows", "0", "must be at least 1"),
+        ("--num-sms", "0", "must be at least 1"),
+        ("--tokens", "0", "must be at least 1"),
+    ],
+)
+def test_options_without_a_meaning(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    values: str,
+    message: str,
+) -> None:
+    """They are refused: no table of zeros, no simulation without an end."""
+    monkeypatch.setattr(cli, "print_prediction", lambda *_: None)
+    for value in values.split():
+        with pytest.raises(SystemExit):
+            cli.main(["--skip-published", option, value])
+        assert f"argument {option}: {value}: {message}" in capsys.readouterr().err
