@@ -198,6 +198,7 @@ class BlockTables {
     }
     SlotWait wait(g_, OpKind::kLayoutAndDispatch);
     for (uint32_t n = 1; missing != 0; ++n) {
+      bool asks = (n & 255u) == 0;  // for the first that is missing: the wait has one clock
       uint64_t value[kIdsAtOnce], epoch[kIdsAtOnce];
 #pragma unroll
       for (int j = 0; j < kIdsAtOnce; ++j) {
@@ -211,8 +212,9 @@ class BlockTables {
           id[j] = static_cast<int32_t>(value[j]);
           weight[j] = __uint_as_float(static_cast<uint32_t>(value[j] >> 32));
           missing &= ~(1u << j);
-        } else if ((n & 255u) == 0 && !wait.may_go_on(src[j], expected, epoch[j])) {
-          return false;
+        } else if (asks) {
+          asks = false;
+          if (!wait.may_go_on(src[j], expected, epoch[j])) return false;
         }
       }
     }

@@ -20,7 +20,11 @@
 //           that is read as e is of e. A flag may be read as e + 1: then p has finished e, and has
 //           compared operations; so only a flag of e is looked at for that.
 // Progress: [I1] and [R1] wait for nothing; a block sends all it has before its first wait. Blocks of
-//           a grid do not wait for each other, and begin in order, so fewer SMs than blocks will do.
+//           a grid do not wait for each other, and begin in order. [R2] is for the peers' blocks of
+//           the same number: with that alone, in combine, fewer SMs than blocks will do. [I2] is for
+//           the ids of all of a peer's blocks: one rank of a call may have fewer SMs than blocks,
+//           for its peers have sent all ids; two such ranks, as where processes share a GPU, wait for
+//           each other's later blocks until the timeout.
 // Failure:  the waits end as give_up.cuh says: as for a peer that has not come, while it has not sent
 //           the flag of its first block; then as for one that does not go on. Slots belong to the
 //           device, not to XLA, and stay while peers live: who comes late writes there and harms
