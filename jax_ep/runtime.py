@@ -175,9 +175,10 @@ def finalize() -> None:
 
     Later calls fail with an error that says what to do, and work again after ``initialize()``.
     Where XLA replays a program from a command buffer, no code of ours runs that could raise: there
-    a call gives NaN after ``finalize()``, and in a job of several processes after the next
-    ``initialize()`` too, until the program is compiled again. For such a replay control memory (2
-    MB a device), slots and the staging region stay allocated until the process ends.
+    a call gives NaN after ``finalize()``, and in a job of several processes, or with slots of
+    another size, after the next ``initialize()`` too, until the program is compiled again. For such
+    a replay control memory (2 MB a device), slots and the staging region stay allocated until the
+    process ends.
     """
     atexit.unregister(finalize)
     if _process_id == os.getpid():

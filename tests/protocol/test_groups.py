@@ -15,6 +15,7 @@ import jax_ep
 from jax_ep import reference
 
 AXES: tuple[Any, ...] = ("x", "y", ("y", "x"))  # the group of each layer
+IN_ONE = ("x", ("y", "x"))  # by layout_and_dispatch: on GPUs in slots, if there are any
 TOKENS, TOP_K, HIDDEN = 24, 3, 16
 EXPERTS_PER_RANK = 3  # at least TOP_K, for groups of one
 ROUNDS = 3
@@ -43,9 +44,12 @@ def layers(data: Any) -> Any:
     """One layer for each of AXES, on one device's data."""
     results = []
     for axes, (ids, x, weights) in zip(AXES, jax.tree.map(lambda a: a[0], data), strict=True):
-        num_experts = EXPERTS_PER_RANK * jax.lax.axis_size(axes)
-        layout = jax_ep.make_layout(ids, num_experts=num_experts, axis_name=axes)
-        recv = jax_ep.dispatch(x, layout, weights)
+        options = {"num_experts": EXPERTS_PER_RANK * jax.lax.axis_size(axes), "axis_name": axes}
+        if axes in IN_ONE:
+            layout, recv = jax_ep.layout_and_dispatch(x, ids, weights, **options)
+        else:
+            layout = jax_ep.make_layout(ids, **options)
+            recv = jax_ep.dispatch(x, layout, weights)
         out = jax_ep.combine(recv.tokens, layout, recv.weights)
         results.append((layout.recv_src, recv.tokens, recv.weights, out))
     return jax.tree.map(lambda a: a[None], results)

@@ -1,11 +1,12 @@
 // The only part that knows how one GPU's memory becomes another's: peer access and VMM handles.
 //
 // A device has two allocations of its own, which every peer maps: control memory, with slots behind
-// it (cuda/memory/slots.h) where they are asked for, and a staging region, likewise. Payload needs no copy where peers reach XLA's buffers: in one
-// process an address is valid on every device once access is set for its allocation; between
-// processes each exports XLA's pool and the others map it, and an address of the owner is then
-// valid here after adding a constant. A buffer that peers cannot reach is staged: its owner's call
-// uses the staging region in its place (xla_ffi/cuda/call_site.cc) and shows that to the peers.
+// it (cuda/memory/slots.h) where they are asked for, and a staging region, likewise. Payload needs
+// no copy where peers reach XLA's buffers: in one process an address is valid on every device once
+// access is set for its allocation; between processes each exports XLA's pool and the others map it,
+// and an address of the owner is then valid here after adding a constant. A buffer that peers cannot
+// reach is staged: its owner's call uses the staging region in its place (xla_ffi/cuda/call_site.cc)
+// and shows that to the peers.
 //
 // Lifetimes: memory that is shared between processes lives until the last of them has unmapped it,
 // so nobody who leaves, or dies, pulls it from under another's kernels. A device's own allocations
