@@ -76,6 +76,7 @@ def test_eager(name: str, axis_type: AxisType, check_vma: bool) -> None:
     assert_equal(f(*place(mesh, in_specs(placement), problem.inputs)), problem.out())
 
 
+@pytest.mark.once
 def test_eager_value_and_grad() -> None:
     mesh, case = DP_EP.mesh(), sizes(DP_EP)
     problem = make_problem(DP_EP, case)

@@ -19,7 +19,7 @@ from routings import Case, assert_same_bits
 
 import jax_ep
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("poison")]
 
 # Two ranks, T = 3, K = 2, two experts a rank with room for two rows each:
 #

@@ -45,6 +45,7 @@ def test_every_result_is_right() -> None:
     assert tuple(said) == _SCENARIOS
 
 
+@pytest.mark.once
 def test_thirty_two_devices() -> None:
     run = _stress("--devices=32", "--scenario=eight_layers", "--calls=16")
     assert run.returncode == 0, run.stdout + run.stderr

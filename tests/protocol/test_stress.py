@@ -87,6 +87,7 @@ def test_random_calls(
     record_property(f"calls, {name}{', late ranks' if late else ''}{rows}", num_done)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("form", [EXPANDED, NOT_EXPANDED, TWO_SCALES], ids=str)
 def test_a_wrong_call_would_be_seen(device_backend: JaxBackend, form: Form) -> None:
     """The last rank is told of other calls than the rest: whatever depends on others is wrong."""
