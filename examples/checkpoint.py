@@ -45,17 +45,24 @@ def read_config(folder: pathlib.Path) -> Config:
         ValueError: it is another architecture, or uses what this model does not have.
     """
     entries = json.loads((folder / "config.json").read_text())
+    entries = {name: value for name, value in entries.items() if value is not None}
     if entries.get("model_type") != "qwen3_moe":
         raise ValueError(f"{folder}: model_type is {entries.get('model_type')!r}, not 'qwen3_moe'")
-    rope = entries.get("rope_parameters") or {}  # where transformers 5 has what was at the top
+    # transformers 5 has other names for these two.
+    if "num_local_experts" in entries:
+        entries.setdefault("num_experts", entries["num_local_experts"])
+    rope = entries.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         entries["rope_scaling"] = rope
     entries.setdefault("rope_theta", rope.get("rope_theta", Config.rope_theta))
     for name, unused in _UNSUPPORTED.items():
-        if entries.get(name, unused) not in (unused, None):
+        if entries.get(name, unused) != unused:
             raise ValueError(f"{folder}: {name} = {entries[name]!r} is not supported")
-    names = [field.name for field in dataclasses.fields(Config)]
-    return Config(**{name: entries[name] for name in names if name in entries})
+    fields = dataclasses.fields(Config)
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in entries]
+    if missing:
+        raise ValueError(f"{folder}: config.json has no {', '.join(missing)}")
+    return Config(**{field.name: entries[field.name] for field in fields if field.name in entries})
 
 
 def read_end_tokens(folder: pathlib.Path) -> tuple[int, ...]:

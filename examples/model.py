@@ -20,7 +20,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes, by their names in a checkpoint's config.json."""
+    """The sizes, by their names in a checkpoint's config.json, and transformers' defaults."""
 
     vocab_size: int
     hidden_size: int
@@ -31,9 +31,9 @@ class Config:
     moe_intermediate_size: int
     num_experts: int
     num_experts_per_tok: int
-    norm_topk_prob: bool
+    norm_topk_prob: bool = False
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
+    rope_theta: float = 1e4
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = False
 

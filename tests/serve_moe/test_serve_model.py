@@ -135,11 +135,24 @@ def test_float8_weights_are_scaled_by_blocks(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(loaded, expected)
 
 
+def test_names_of_transformers_5_are_understood(tmp_path: pathlib.Path) -> None:
+    """As its save_pretrained writes them."""
+    config = tiny_checkpoint.CONFIGS["normalised"]
+    checkpoint.write_config(tmp_path, config)
+    path = tmp_path / "config.json"
+    entries = json.loads(path.read_text())
+    entries["num_local_experts"] = entries.pop("num_experts")
+    entries["rope_parameters"] = {"rope_theta": entries.pop("rope_theta"), "rope_type": "default"}
+    path.write_text(json.dumps(entries))
+    assert checkpoint.read_config(tmp_path) == config
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "llama"}, "'llama', not 'qwen3_moe'"),
         ({"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ({"head_dim": None}, "head_dim"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling"),
         ({"moe_intermediate_size": 8}, "down_proj"),
     ],

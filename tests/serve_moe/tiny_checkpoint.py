@@ -35,7 +35,7 @@ _SIZES = {
     "max_position_embeddings": 256,
 }
 CONFIGS = {
-    "normalised": model.Config(**_SIZES, norm_topk_prob=True),
+    "normalised": model.Config(**_SIZES, norm_topk_prob=True, rope_theta=1e6),
     "tied": model.Config(
         **_SIZES, norm_topk_prob=False, tie_word_embeddings=True, rope_theta=1e4, rms_norm_eps=1e-5
     ),
