@@ -1,5 +1,6 @@
 """Checks of arguments that several modules take."""
 
+import argparse
 import numbers
 import operator
 
@@ -32,4 +33,12 @@ def _checked_int(what: str, value: int, least: int) -> int:
         raise TypeError(f"{what} must be an integer; got {value!r}") from None
     if value < least:
         raise ValueError(f"{what} must be at least {least}; got {value}")
+    return value
+
+
+def positive_argument(text: str) -> int:
+    """A type of argparse: an integer above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return value

@@ -482,7 +482,8 @@ def _check_nodes_of_cuda(target: str, params: dict[str, Any]) -> None:
             f"{_VERBS[target]}: a group of {num_ranks} ranks with {ranks_per_node} on each node is "
             "for CPU only so far: on CUDA a group lies on one node. Make the mesh axes of "
             "axis_name smaller, or, where the ranks are on one node, pass "
-            f"jax_ep.initialize(ranks_per_node={num_ranks})"
+            f"ranks_per_node={num_ranks} to jax_ep.initialize, or to dataclasses.replace where the "
+            "layout has its own"
         )
 
 

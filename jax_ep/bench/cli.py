@@ -33,6 +33,7 @@ from jax.sharding import Mesh
 
 import jax_ep
 from jax_ep import _native, doctor, runtime
+from jax_ep._checks import positive_argument
 from jax_ep.bench import measure, operations, report, timeline, traffic
 from jax_ep.bench.link import Link, measure_link
 from jax_ep.bench.traffic import Point, Traffic
@@ -90,13 +91,6 @@ def _capacity(text: str) -> str:
     )
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jax_ep.bench",
@@ -105,11 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--platform", choices=["cpu", "cuda"], help="default: JAX's own choice")
-    add("--ranks", type=_positive, help="devices in the EP group; default: all GPUs, or 8 on CPU")
-    add("--tokens", type=_positive, nargs="+", help="T, per rank")
-    add("--hidden", type=_positive, nargs="+", help="H")
-    add("--top-k", type=_positive, nargs="+", help="K")
-    add("--experts", type=_positive, help="E; default: 256, or 64 on CPU")
+    add(
+        "--ranks",
+        type=positive_argument,
+        help="devices in the EP group; default: all GPUs, or 8 on CPU",
+    )
+    add("--tokens", type=positive_argument, nargs="+", help="T, per rank")
+    add("--hidden", type=positive_argument, nargs="+", help="H")
+    add("--top-k", type=positive_argument, nargs="+", help="K")
+    add("--experts", type=positive_argument, help="E; default: 256, or 64 on CPU")
     add("--routing", nargs="+", choices=traffic.ROUTINGS)
     add("--zipf-exponent", type=float, default=1.0, help="how skewed --routing zipf is")
     add(
@@ -119,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         help="tight (exactly what the fullest rank receives), default (cannot overflow), or "
         "factors of the mean load; expert-tight, expert-FACTOR: the same room for each expert",
     )
-    add("--alignment", type=_positive, default=1, help="expert alignment in rows")
+    add("--alignment", type=positive_argument, default=1, help="expert alignment in rows")
     add(
         "--dtype",
         nargs="+",
@@ -127,15 +125,24 @@ def _parser() -> argparse.ArgumentParser:
         choices=["bfloat16", "float16", "float32"],
     )
     add("--fp8", nargs="+", choices=traffic.FP8_MODES, help="how dispatch sends rows")
-    add("--num-sms", type=_positive, nargs="+", help="SMs an operation may use; default: its own")
+    add(
+        "--num-sms",
+        type=positive_argument,
+        nargs="+",
+        help="SMs an operation may use; default: its own",
+    )
     add("--product", action="store_true", help="all combinations of the lists")
     add("--only", nargs="+", help="only operations whose name contains one of these")
-    add("--repeats", type=_positive, help="default: 9, or 20 on CPU")
-    add("--calls", type=_positive, help="N of a GPU's long program; default: by the bound, 5 to 40")
+    add("--repeats", type=positive_argument, help="default: 9, or 20 on CPU")
+    add(
+        "--calls",
+        type=positive_argument,
+        help="N of a GPU's long program; default: by the bound, 5 to 40",
+    )
     add("--seed", type=int, default=0)
     add(
         "--staging-bytes",
-        type=_positive,
+        type=positive_argument,
         default=0,
         help="of jax_ep.initialize(); with JAX_EP_PATH=staged all rows go through that region",
     )

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
+from jax_ep._checks import positive_argument
 from jax_ep.simulate import published
 from jax_ep.simulate.model import Design, directly, memory_bytes, two_hops
 from jax_ep.simulate.plot import draw
@@ -70,15 +71,8 @@ def print_prediction(problem: Problem, design: Design) -> dict[str, float]:
     return {name: time.seconds * 1e6 for name, time in zip(names, times, strict=True)}
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
-
-
 def _group_size(text: str) -> int:
-    problem = Problem(_positive(text))
+    problem = Problem(positive_argument(text))
     if problem.num_ranks % problem.ranks_per_node or problem.num_experts % problem.num_ranks:
         raise argparse.ArgumentTypeError(
             f"{text}: must be a multiple of {problem.ranks_per_node} ranks on a node that divides "
@@ -93,15 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--ep", type=_group_size, nargs="+", default=[16, 32, 64, 128, 256], metavar="R"
     )
-    parser.add_argument("--tokens", type=_positive, default=4096, help="T, per rank")
+    parser.add_argument("--tokens", type=positive_argument, default=4096, help="T, per rank")
     parser.add_argument("--router", choices=["group-limited", "uniform"], default="group-limited")
     parser.add_argument(
-        "--chunk-rows", type=_positive, default=Design.chunk_rows, help="rows of a chunk"
+        "--chunk-rows", type=positive_argument, default=Design.chunk_rows, help="rows of a chunk"
     )
     parser.add_argument(
-        "--credits", type=_positive, default=Design.credits, help="chunks to a node"
+        "--credits", type=positive_argument, default=Design.credits, help="chunks to a node"
     )
-    parser.add_argument("--num-sms", type=_positive, default=Design.num_sms, help="of each rank")
+    parser.add_argument(
+        "--num-sms", type=positive_argument, default=Design.num_sms, help="of each rank"
+    )
     parser.add_argument("--skip-published", action="store_true", help="predictions alone")
     parser.add_argument("--plot", metavar="FILE", help="draws both (needs matplotlib)")
     options = parser.parse_args(arguments)
