@@ -288,7 +288,7 @@ def self_test(devices: Sequence[Any]) -> str | None:
     order = np.argsort(rng.random((num_ranks, num_tokens, num_experts)), axis=2)
     ids = order[:, :, :top_k].astype(np.int32)
     ids[0, 0, 0] = -1
-    x = rng.standard_normal((num_ranks, num_tokens, hidden)).astype(reference.BFLOAT16)
+    x = rng.standard_normal((num_ranks, num_tokens, hidden)).astype(jax.numpy.bfloat16)
     weights = rng.random((num_ranks, num_tokens, top_k), np.float32)
 
     def layer(x: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array | None, ...]:

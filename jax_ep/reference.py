@@ -20,27 +20,24 @@ results.
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
-import ml_dtypes
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
-FLOAT16 = np.dtype(np.float16)
-FLOAT32 = np.dtype(np.float32)
-FLOAT64 = np.dtype(np.float64)
-INT32 = np.dtype(np.int32)
-
-QUANTIZATION_GROUP = 128
-"""Channels that share one scale."""
-
-FLOAT8_MAX = np.float32(448)
-"""The largest finite float8_e4m3fn."""
-
-SMALLEST_AMAX = np.float32(2.0**-100)
-"""Floor of a group's largest magnitude; keeps scale and inverse normal float32 numbers."""
+from jax_ep.reference_checks import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    INT32,
+    check_dtype,
+    check_positive,
+    check_shape,
+)
+from jax_ep.reference_fp8 import QUANTIZATION_GROUP as QUANTIZATION_GROUP
+from jax_ep.reference_fp8 import dequantize as dequantize
+from jax_ep.reference_fp8 import quantize as quantize
 
 MAX_ROWS = 2**31 - 2**20
 """What rows and padding of a group may come to, and a capacity: they are counted in int32."""
@@ -190,7 +187,7 @@ def make_layout(
             above `MAX_ROWS`; R is not a multiple of N.
     """
     topk_idx = np.asarray(topk_idx)
-    _check_dtype("topk_idx", topk_idx.dtype, INT32)
+    check_dtype("topk_idx", topk_idx.dtype, INT32)
     if topk_idx.ndim != 3:
         raise ValueError(f"topk_idx must be [R, T, K], got shape {topk_idx.shape}")
     num_ranks, num_tokens, top_k = topk_idx.shape
@@ -350,7 +347,7 @@ def dispatch(
     """
     x = np.asarray(x)
     hidden = _hidden_size("x", x)
-    _check_shape("x", x, (layout.num_ranks, layout.num_tokens, hidden))
+    check_shape("x", x, (layout.num_ranks, layout.num_tokens, hidden))
     valid = layout.row_valid
     source = layout.recv_src[valid]
 
@@ -367,8 +364,8 @@ def dispatch(
 
     topk_weights = np.asarray(topk_weights)
     compute = _compute_dtype(x.dtype)
-    _check_dtype("topk_weights", topk_weights.dtype, BFLOAT16, FLOAT16, FLOAT32, compute)
-    _check_shape("topk_weights", topk_weights, layout.topk_idx.shape)
+    check_dtype("topk_weights", topk_weights.dtype, BFLOAT16, FLOAT16, FLOAT32, compute)
+    check_shape("topk_weights", topk_weights, layout.topk_idx.shape)
     weights = np.zeros((layout.num_ranks, layout.capacity), compute)
     weights[valid] = topk_weights.reshape(-1)[source].astype(compute)
     return tokens, weights
@@ -465,8 +462,8 @@ def collect(values: NDArray[Any], layout: ReferenceLayout) -> NDArray[Any]:
         ValueError: values is not [R, C].
     """
     values = np.asarray(values)
-    _check_dtype("values", values.dtype, FLOAT32, FLOAT64)
-    _check_shape("values", values, layout.recv_src.shape)
+    check_dtype("values", values.dtype, FLOAT32, FLOAT64)
+    check_shape("values", values, layout.recv_src.shape)
     collected = np.zeros(layout.topk_idx.size, values.dtype)
     collected[layout.recv_src[layout.row_valid]] = values[layout.row_valid]
     return collected.reshape(layout.topk_idx.shape)
@@ -512,8 +509,8 @@ def dispatch_vjp(
     if d_weights is None:
         return d_x, None
     d_weights = np.asarray(d_weights)
-    _check_dtype("d_weights", d_weights.dtype, FLOAT32, FLOAT64)
-    _check_shape("d_weights", d_weights, layout.recv_src.shape)
+    check_dtype("d_weights", d_weights.dtype, FLOAT32, FLOAT64)
+    check_shape("d_weights", d_weights, layout.recv_src.shape)
     return d_x, collect(d_weights, layout)
 
 
@@ -561,8 +558,8 @@ def combine_vjp(
     _check_rows("y", y, layout)
     compute = _compute_dtype(y.dtype)
     weights = _check_weights(weights, y.dtype, layout)
-    _check_dtype("g", g.dtype, y.dtype)
-    _check_shape("g", g, (layout.num_ranks, layout.num_tokens, y.shape[-1]))
+    check_dtype("g", g.dtype, y.dtype)
+    check_shape("g", g, (layout.num_ranks, layout.num_tokens, y.shape[-1]))
 
     g_rows, _ = dispatch(g, layout)
     if weights is None:
@@ -576,111 +573,6 @@ def combine_vjp(
         products = y[valid].astype(np.float64) * g_rows[valid].astype(np.float64)
         d_weights[valid] = products.sum(axis=-1).astype(compute)
     return d_y, d_weights
-
-
-# fp8 ----------------------------------------------------------------------------------------------
-
-
-def quantize(
-    x: NDArray[Any], *, scale_format: Literal["float32", "power_of_two"]
-) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Quantises to float8_e4m3fn with one scale per 128 channels.
-
-    The last group may be shorter. All operations are float32, rounded to nearest even. Per group,
-    amax is the largest magnitude, NaN ignored (0 if there is nothing else), and at least 2**-100.
-    Then
-
-    * "float32": scale = amax / 448 and inverse = 448 / amax;
-    * "power_of_two": scale = the smallest power of two >= amax / 448, and inverse = 1 / scale,
-      which is exact;
-
-    and q = float8_e4m3fn(clamp(x * inverse, -448, 448)). NaN stays NaN. An infinity makes its
-    group's scale infinite and the inverse 0: the infinity itself becomes NaN, its finite neighbours
-    become zeros, and all of them NaN once dequantised. Finite magnitudes within half an e4m3fn step
-    of 2**128 can dequantise to infinity.
-
-    Args:
-        x: [..., H] bfloat16, float16 or float32.
-        scale_format: "float32" or "power_of_two".
-
-    Returns:
-        q: float8_e4m3fn [..., H].
-        scales: float32 [..., ceil(H / 128)].
-
-    Raises:
-        TypeError: x has another dtype.
-        ValueError: x has no channels, or scale_format is unknown.
-    """
-    x = np.asarray(x)
-    _check_dtype("x", x.dtype, BFLOAT16, FLOAT16, FLOAT32)
-    if scale_format not in ("float32", "power_of_two"):
-        raise ValueError(f"scale_format must be 'float32' or 'power_of_two', got {scale_format!r}")
-    groups = _groups("x", x).astype(np.float32)
-    with np.errstate(all="ignore"):
-        largest = np.fmax.reduce(np.abs(groups), axis=-1, initial=0, keepdims=True)
-        amax: NDArray[np.float32] = np.maximum(largest, SMALLEST_AMAX)
-        scale: NDArray[np.float32] = amax / FLOAT8_MAX
-        inverse: NDArray[np.float32] = FLOAT8_MAX / amax
-        if scale_format == "power_of_two":
-            scale = _round_up_to_power_of_two(scale)
-            inverse = np.float32(1) / scale
-        clamped = np.clip(groups * inverse, -FLOAT8_MAX, FLOAT8_MAX)  # NaN stays NaN
-        q = clamped.astype(FLOAT8)
-    return _without_groups(q, x.shape), scale[..., 0]
-
-
-def dequantize(
-    q: NDArray[Any], scales: NDArray[np.float32], dtype: DTypeLike = np.float32
-) -> NDArray[Any]:
-    """Returns dtype(float32(q) * scale): one float32 product, then one rounding.
-
-    Args:
-        q: float8_e4m3fn [..., H].
-        scales: float32 [..., ceil(H / 128)].
-        dtype: bfloat16, float16 or float32.
-
-    Returns:
-        [..., H] of dtype.
-
-    Raises:
-        TypeError: q, scales or dtype has another dtype.
-        ValueError: q has no channels, or scales has another shape.
-    """
-    q, scales = np.asarray(q), np.asarray(scales)
-    _check_dtype("q", q.dtype, FLOAT8)
-    _check_dtype("scales", scales.dtype, FLOAT32)
-    result_dtype = np.dtype(dtype)
-    _check_dtype("dtype", result_dtype, BFLOAT16, FLOAT16, FLOAT32)
-    groups = _groups("q", q)
-    _check_shape("scales", scales, groups.shape[:-1])
-    with np.errstate(all="ignore"):
-        product = groups.astype(np.float32) * scales[..., None]
-        return _without_groups(product.astype(result_dtype), q.shape)
-
-
-def _groups(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Reshapes [..., H] to [..., ceil(H / 128), 128], the last group filled up with zeros."""
-    hidden = array.shape[-1] if array.ndim else 0
-    if hidden < 1:
-        raise ValueError(f"{name} must have a last axis of at least 1, got shape {array.shape}")
-    num_groups = -(-hidden // QUANTIZATION_GROUP)
-    shape = (*array.shape[:-1], num_groups * QUANTIZATION_GROUP)
-    filled = np.zeros(shape, array.dtype)
-    filled[..., :hidden] = array
-    return filled.reshape(*shape[:-1], num_groups, QUANTIZATION_GROUP)
-
-
-def _without_groups(groups: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """What `_groups` made of an array of this shape, back in it."""
-    return groups.reshape(*shape[:-1], -1)[..., : shape[-1]]
-
-
-def _round_up_to_power_of_two(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The smallest power of two >= each value; positive normal numbers, or +inf, which stays."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).astype(np.uint32)
-    rounded: NDArray[np.float32] = (exponent << np.uint32(23)).view(np.float32)
-    return rounded
 
 
 # The dense layer ----------------------------------------------------------------------------------
@@ -713,14 +605,14 @@ def moe_dense(
         ValueError: the shapes do not agree, or E < 1.
     """
     x, topk_idx, topk_weights = np.asarray(x), np.asarray(topk_idx), np.asarray(topk_weights)
-    _check_dtype("topk_idx", topk_idx.dtype, INT32)
-    _check_positive("num_experts", num_experts)
+    check_dtype("topk_idx", topk_idx.dtype, INT32)
+    check_positive("num_experts", num_experts)
     hidden = _hidden_size("x", x)
     if topk_idx.ndim != 3 or topk_idx.shape[:2] != x.shape[:2]:
         raise ValueError(
             f"topk_idx must be [R, T, K] with x's R and T {x.shape[:2]}, got shape {topk_idx.shape}"
         )
-    _check_shape("topk_weights", topk_weights, topk_idx.shape)
+    check_shape("topk_weights", topk_weights, topk_idx.shape)
     num_ranks, num_tokens, top_k = topk_idx.shape
     flat_x = x.astype(np.float64).reshape(-1, hidden)
     flat_weights = topk_weights.astype(np.float64).reshape(-1, top_k)
@@ -749,37 +641,20 @@ def _compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return FLOAT64 if dtype == FLOAT64 else FLOAT32
 
 
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
 def _check_sizes(
     num_tokens: int, top_k: int, num_ranks: int, num_experts: int, expert_alignment: int
 ) -> None:
-    _check_positive("num_ranks", num_ranks)
-    _check_positive("num_tokens", num_tokens)
-    _check_positive("top_k", top_k)
-    _check_positive("num_experts", num_experts)
-    _check_positive("expert_alignment", expert_alignment)
+    check_positive("num_ranks", num_ranks)
+    check_positive("num_tokens", num_tokens)
+    check_positive("top_k", top_k)
+    check_positive("num_experts", num_experts)
+    check_positive("expert_alignment", expert_alignment)
     if num_experts % num_ranks:
         raise ValueError(
             f"num_experts must be a multiple of num_ranks ({num_ranks}), got {num_experts}"
         )
     if top_k > num_experts:
         raise ValueError(f"top_k must be at most num_experts ({num_experts}), got {top_k}")
-
-
-def _check_shape(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
-
-
-def _check_dtype(name: str, dtype: np.dtype[Any], *allowed: np.dtype[Any]) -> None:
-    if dtype not in allowed:
-        names = list(dict.fromkeys(str(dtype) for dtype in allowed))
-        listed = " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
-        raise TypeError(f"{name} must be {listed}, got {dtype}")
 
 
 def _hidden_size(name: str, array: NDArray[Any]) -> int:
@@ -792,9 +667,9 @@ def _check_rows(
     name: str, rows: NDArray[Any], layout: ReferenceLayout, num_rows: int | None = None
 ) -> None:
     """Rows that arithmetic is done on: float [R, C, H], or another number of them for each rank."""
-    _check_dtype(name, rows.dtype, BFLOAT16, FLOAT16, FLOAT32, FLOAT64)
+    check_dtype(name, rows.dtype, BFLOAT16, FLOAT16, FLOAT32, FLOAT64)
     hidden = _hidden_size(name, rows)
-    _check_shape(name, rows, (layout.num_ranks, num_rows or layout.capacity, hidden))
+    check_shape(name, rows, (layout.num_ranks, num_rows or layout.capacity, hidden))
 
 
 def _check_weights(
@@ -803,6 +678,6 @@ def _check_weights(
     if weights is None:
         return None
     weights = np.asarray(weights)
-    _check_dtype("weights", weights.dtype, FLOAT32, _compute_dtype(row_dtype))
-    _check_shape("weights", weights, layout.recv_src.shape)
+    check_dtype("weights", weights.dtype, FLOAT32, _compute_dtype(row_dtype))
+    check_shape("weights", weights, layout.recv_src.shape)
     return weights

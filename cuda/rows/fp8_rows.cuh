@@ -1,4 +1,4 @@
-// Rows as float8_e4m3fn with a scale per 128 channels: the numbers as jax_ep/reference.py's quantize
+// Rows as float8_e4m3fn with a scale per 128 channels: the numbers as jax_ep/reference_fp8.py
 // defines them, laid out as they cross a link (cuda/core/wire_row.h).
 #ifndef JAX_EP_CUDA_ROWS_FP8_ROWS_CUH_
 #define JAX_EP_CUDA_ROWS_FP8_ROWS_CUH_

@@ -1,5 +1,5 @@
 // What dispatch in fp8 must give, by plain loops on the host: quantise and dequantise as
-// jax_ep/reference.py defines them, and rows that come with scales.
+// jax_ep/reference_fp8.py defines them, and rows that come with scales.
 #ifndef JAX_EP_TESTS_NATIVE_FP8_ORACLE_H_
 #define JAX_EP_TESTS_NATIVE_FP8_ORACLE_H_
 

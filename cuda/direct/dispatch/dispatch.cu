@@ -5,7 +5,7 @@
 //           Without `expand`: tokens[src * T + t] = x of rank src [t] where any of its rows was
 //           kept, tokens[R * T] = 0, the others zero if zero_tail; weights as ever.
 //           With fp8, x crosses as float8_e4m3fn with a scale per 128 channels, as
-//           jax_ep/reference.py's quantize defines them: tokens and scales are those, or, with
+//           jax_ep/reference_fp8.py's quantize defines them: tokens and scales are those, or, with
 //           kDequantize, tokens are their products in x's type. With kScaled x is float8 and has
 //           scales: they cross together, scales[row] = x_scales of src [t].
 //           With kWeighted, which is the gradient of combine: tokens[row] = round(row_weights[row] *
