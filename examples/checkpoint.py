@@ -42,19 +42,21 @@ def read_config(folder: pathlib.Path) -> Config:
     """Reads config.json.
 
     Raises:
-        ValueError: it is another architecture, or uses what this model does not have.
+        ValueError: it is another architecture, uses what this model does not have, or lacks a size.
     """
     entries = json.loads((folder / "config.json").read_text())
     entries = {name: value for name, value in entries.items() if value is not None}
     if entries.get("model_type") != "qwen3_moe":
         raise ValueError(f"{folder}: model_type is {entries.get('model_type')!r}, not 'qwen3_moe'")
-    # transformers 5 has other names for these two.
+    # transformers 5 has other names for these two, and leaves out a head_dim that follows.
     if "num_local_experts" in entries:
         entries.setdefault("num_experts", entries["num_local_experts"])
     rope = entries.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
+    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1) != 1:
         entries["rope_scaling"] = rope
     entries.setdefault("rope_theta", rope.get("rope_theta", Config.rope_theta))
+    if {"hidden_size", "num_attention_heads"} <= entries.keys():
+        entries.setdefault("head_dim", entries["hidden_size"] // entries["num_attention_heads"])
     for name, unused in _UNSUPPORTED.items():
         if entries.get(name, unused) != unused:
             raise ValueError(f"{folder}: {name} = {entries[name]!r} is not supported")
@@ -170,12 +172,19 @@ def _is_transposed(path: tuple, array: np.ndarray) -> bool:
 
 def _read_tensor(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """A tensor; of float8 with a scale for each block (`weight_scale_inv`) what it stands for."""
-    scales = tensors.get(f"{name}_scale_inv")
-    if scales is None:
-        return tensors[name]
-    rows, columns = tensors[name].shape
+    tensor = tensors[name]
+    if tensor.dtype != _DTYPES["F8_E4M3"]:
+        return tensor
+    scales = tensors.get(f"{name}_scale_inv", np.empty(0))
+    blocks = tuple(-(-size // _SCALE_BLOCK) for size in tensor.shape)
+    if scales.shape != blocks:
+        raise ValueError(
+            f"{name} is float8, so {name}_scale_inv must be {blocks}, a scale for each block of "
+            f"{_SCALE_BLOCK} x {_SCALE_BLOCK}; it is {scales.shape}"
+        )
     scales = np.repeat(np.repeat(scales.astype(np.float32), _SCALE_BLOCK, 0), _SCALE_BLOCK, 1)
-    return tensors[name].astype(np.float32) * scales[:rows, :columns]
+    rows, columns = tensor.shape
+    return tensor.astype(np.float32) * scales[:rows, :columns]
 
 
 def load_params(folder: pathlib.Path, config: Config, mesh: Mesh, dtype: str) -> dict:
@@ -194,7 +203,7 @@ def load_params(folder: pathlib.Path, config: Config, mesh: Mesh, dtype: str) ->
 
     Raises:
         KeyError: a tensor is missing.
-        ValueError: a tensor has another shape than config.json says.
+        ValueError: a tensor has another shape than config.json says, or float8 has no scales.
     """
     tensors = open_tensors(folder)
 

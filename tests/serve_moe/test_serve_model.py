@@ -134,13 +134,21 @@ def test_float8_weights_are_scaled_by_blocks(tmp_path: pathlib.Path) -> None:
     expected[128:, 128:] *= 4
     np.testing.assert_array_equal(loaded, expected)
 
+    for wrong in ({}, {f"{name}_scale_inv": np.ones((3, 3), np.float32)}):  # of 64 x 64
+        checkpoint.write_tensors(second, {"other": scales} | wrong)
+        with pytest.raises(ValueError, match=r"up_proj.weight_scale_inv must be \(2, 2\)"):
+            checkpoint.load_params(tmp_path, config, mesh, "float32")
+
 
 def test_names_of_transformers_5_are_understood(tmp_path: pathlib.Path) -> None:
-    """As its save_pretrained writes them."""
-    config = tiny_checkpoint.CONFIGS["normalised"]
+    """As its save_pretrained writes them, without what follows from the rest."""
+    config = dataclasses.replace(
+        tiny_checkpoint.CONFIGS["normalised"], head_dim=8
+    )  # hidden / heads
     checkpoint.write_config(tmp_path, config)
     path = tmp_path / "config.json"
     entries = json.loads(path.read_text())
+    del entries["head_dim"]
     entries["num_local_experts"] = entries.pop("num_experts")
     entries["rope_parameters"] = {"rope_theta": entries.pop("rope_theta"), "rope_type": "default"}
     path.write_text(json.dumps(entries))
@@ -152,8 +160,9 @@ def test_names_of_transformers_5_are_understood(tmp_path: pathlib.Path) -> None:
     [
         ({"model_type": "llama"}, "'llama', not 'qwen3_moe'"),
         ({"mlp_only_layers": [0]}, "mlp_only_layers"),
-        ({"head_dim": None}, "head_dim"),
+        ({"num_experts": None}, "num_experts"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_scaling"),
         ({"moe_intermediate_size": 8}, "down_proj"),
     ],
     ids=str,
