@@ -32,7 +32,8 @@ def sample(logits: Array, temperature: Array, top_p: Array, seed: Array, positio
     Args:
         logits: float32 [S, V].
         temperature: float32 [S]; 0 takes the likeliest.
-        top_p: float32 [S], in (0, 1]: draws from the likeliest tokens with this probability.
+        top_p: float32 [S], up to 1: draws from the likeliest tokens with this probability; 0 (what a
+            tiny one is in float32) from the likeliest.
         seed: uint32 [S], the request's.
         position: int32 [S], the token's place in its sequence.
 
@@ -40,7 +41,7 @@ def sample(logits: Array, temperature: Array, top_p: Array, seed: Array, positio
         int32 [S].
     """
     scaled = logits / jnp.maximum(temperature, 1e-6)[:, None]
-    allowed = _nucleus(jax.nn.softmax(scaled, axis=-1), top_p)
+    allowed = _nucleus(jax.nn.softmax(scaled, axis=-1), jnp.maximum(top_p, 1e-6))
 
     def draw(logits: Array, seed: Array, position: Array) -> Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), logits)

@@ -94,6 +94,12 @@ def attend_to_cache(
     at = rows[:, None], jnp.where(positions >= 0, positions, length)  # beyond the end: dropped
     cache = {name: cache[name].at[at].set(new, mode="drop") for name, new in (("k", k), ("v", v))}
     k, v = (cache[name] if slots is None else cache[name][slots] for name in "kv")
+    if slots is not None:
+        # What an earlier sequence has left in the slot gets weight 0, but 0 * NaN is NaN: it goes.
+        end = 1 + jnp.max(positions, axis=1)
+        v = jnp.where((jnp.arange(length) < end[:, None])[..., None, None], v, 0)
+        written = jnp.where(end > 0, slots, cache["v"].shape[0])
+        cache["v"] = cache["v"].at[written].set(v, mode="drop")
     mask = jnp.arange(length) <= positions[..., None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]), cache
 
@@ -146,7 +152,7 @@ def _decode(
         slots["temperature"],
         slots["top_p"],
         slots["seed"],
-        length + 1,
+        length,
     )
     left = slots["left"] - active
     slots = slots | {

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import checkpoint
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_checkpoint
@@ -76,6 +77,22 @@ def test_greedy_tokens_are_the_references(engine: Engine) -> None:
     client = _Client(tiny_checkpoint.PROMPT.tolist(), max_tokens=len(expected)).submit(engine)
     assert client.wait().tokens == expected
     assert client.reasons == ["length"]
+
+
+def test_slots_keep_nothing_of_earlier_sequences(run: steps.Steps, engine: Engine) -> None:
+    """Not even NaNs, which a weight of 0 does not hide."""
+    run._slots["cache"] = jax.tree.map(lambda array: array * jnp.nan, run._slots["cache"])
+    test_greedy_tokens_are_the_references(engine)
+
+
+def test_sampling_goes_on_where_it_was_cut(engine: Engine) -> None:
+    """Random numbers are of a token's place: the prompt with an answer's begin gives its rest."""
+    prompt, how = [5, 6, 7], {"temperature": 5.0, "seed": 3}
+    whole = _Client(prompt, max_tokens=12, **how).submit(engine).wait().tokens
+    for cut in 1, 5:
+        begin = prompt + whole[:cut]
+        rest = _Client(begin, max_tokens=12 - cut, **how).submit(engine).wait()
+        assert rest.tokens == whole[cut:]
 
 
 def _requests() -> list[dict]:
@@ -174,12 +191,12 @@ def test_failure_of_a_device_ends_all_requests_with_an_error(run: steps.Steps) -
 
 def test_sampling_draws_from_the_nucleus() -> None:
     """As often as it should: the draws of 4000 seeds, against probabilities by NumPy."""
-    logits = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -30.0], np.float32)
+    logits = np.array([-30.0, -1.0, 0.0, 0.5, 1.0, 2.0], np.float32)
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
     draws = 4000
     sample = jax.jit(sampling.sample)
-    for top_p, kept in ((1.0, 6), (0.75, 2), (0.99, 5), (1e-6, 1)):
+    for top_p, kept in ((1.0, 6), (0.75, 2), (0.99, 5), (1e-6, 1), (1e-46, 1)):
         tokens = sample(
             np.tile(logits, (draws, 1)),
             np.ones(draws, np.float32),
@@ -187,8 +204,8 @@ def test_sampling_draws_from_the_nucleus() -> None:
             np.arange(draws, dtype=np.uint32),
             np.full(draws, 7, np.int32),
         )
-        expected = np.where(np.arange(6) < kept, probs, 0)
+        expected = np.where(np.arange(6) >= 6 - kept, probs, 0)
         expected /= expected.sum()
         frequency = np.bincount(np.asarray(tokens), minlength=6) / draws
         np.testing.assert_allclose(frequency, expected, atol=0.03)  # four standard deviations
-        assert np.all(frequency[kept:] == 0)
+        assert np.all(frequency[: 6 - kept] == 0)
