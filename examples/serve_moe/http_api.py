@@ -15,12 +15,13 @@ from serve_moe.protocol import Answer, Asked, RequestError, parse
 from serve_moe.text import Pieces, TextError, Tokenizer
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 _T = TypeVar("_T")
 _NOBODY_READS_IT = 499  # the status of an answer whose client has gone
+_LAST_READ_SECONDS = 5.0  # for the client to read the end of a stream whose time is over
 _PAGE = pathlib.Path(__file__).with_name("page.html")
 
 
@@ -29,7 +30,7 @@ class HttpLimits:
     """What one client may ask for."""
 
     max_body_bytes: int = 1 << 20
-    request_seconds: float = 600.0  # from arrival to the last byte that the client has read
+    request_seconds: float = 600.0  # from arrival to the last token
 
 
 class _Mailbox:
@@ -80,6 +81,7 @@ class Api:
             exception_handlers={
                 RequestError: _refuse,
                 HTTPException: _refuse_route,
+                ClientDisconnect: _leave,
                 Exception: _fail,
             },
         )
@@ -107,18 +109,27 @@ class Api:
         return await self._answer(request, is_chat=True)
 
     async def _answer(self, request: Request, *, is_chat: bool) -> Response:
-        asked = parse(await self._read(request), is_chat=is_chat, model=self._model)
+        deadline = asyncio.get_running_loop().time() + self._limits.request_seconds
+        try:
+            async with asyncio.timeout_at(deadline):
+                body = await self._read(request)
+        except TimeoutError as error:
+            raise self._too_late(408) from error
+        asked = parse(body, is_chat=is_chat, model=self._model)
         prompt = await asyncio.to_thread(self._encode, asked)
         answer = Answer(asked, self._model, len(prompt))
-        outputs = self._generate(asked, prompt, answer)
+        outputs = self._generate(asked, prompt, answer, deadline)
         if asked.is_stream:
             # The first piece decides between a stream and an error with a status.
             first = await _unless_gone(request, anext(outputs))
             if first is None:
                 return Response(status_code=_NOBODY_READS_IT)
-            return _Stream(_events(first, outputs, answer), self._limits.request_seconds)
+            return _Stream(_events(first, outputs, answer), deadline + _LAST_READ_SECONDS)
         whole = await _unless_gone(request, _collect(outputs, answer))
         return Response(status_code=_NOBODY_READS_IT) if whole is None else JSONResponse(whole)
+
+    def _too_late(self, status: int) -> RequestError:
+        return RequestError(f"not done in {self._limits.request_seconds} s", status=status)
 
     async def _read(self, request: Request) -> object:
         body = b""
@@ -146,7 +157,7 @@ class Api:
         return asked.prompt
 
     async def _generate(
-        self, asked: Asked, prompt: list[int], answer: Answer
+        self, asked: Asked, prompt: list[int], answer: Answer, deadline: float
     ) -> AsyncIterator[tuple[str, str | None]]:
         """Yields pieces of text, the last with a reason; whoever stops early cancels the rest."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue()
@@ -171,15 +182,13 @@ class Api:
             raise RequestError(str(error), status=429) from error
         except StoppedError as error:
             raise RequestError(str(error), status=503) from error
-        deadline = loop.time() + self._limits.request_seconds
         try:
             while True:
                 try:
                     async with asyncio.timeout_at(deadline):
                         value = await arrived.get()
                 except TimeoutError as error:
-                    seconds = self._limits.request_seconds
-                    raise RequestError(f"not done in {seconds} s", status=504) from error
+                    raise self._too_late(504) from error
                 if value == "error":
                     failure = self._engine.failure
                     raise RequestError(f"the engine has failed: {failure}", status=500)
@@ -232,15 +241,15 @@ def _event(value: dict) -> str:
 class _Stream(StreamingResponse):
     """A stream of events, which a client that does not read cannot keep open."""
 
-    def __init__(self, events: AsyncIterator[str], seconds: float):
+    def __init__(self, events: AsyncIterator[str], deadline: float):
         super().__init__(events, media_type="text/event-stream")
         self.headers["Cache-Control"] = "no-cache"
-        self._seconds = seconds
+        self._deadline = deadline
 
     async def __call__(self, scope, receive, send) -> None:
         async with contextlib.aclosing(self.body_iterator):
             with contextlib.suppress(TimeoutError):  # then the server closes the connection
-                async with asyncio.timeout(self._seconds):
+                async with asyncio.timeout_at(self._deadline):
                     await super().__call__(scope, receive, send)
 
 
@@ -270,3 +279,7 @@ async def _refuse(request: Request, error: RequestError) -> Response:
 
 async def _refuse_route(request: Request, error: HTTPException) -> Response:
     return await _refuse(request, RequestError(error.detail, status=error.status_code))
+
+
+async def _leave(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=_NOBODY_READS_IT)  # it has gone before its request was whole

@@ -108,7 +108,7 @@ def parse(body: Any, *, is_chat: bool, model: str) -> Asked:
             param="stop",
         )
     for name, value in rest.items():
-        if name not in _IGNORED and not (name in _NOTHING and value == _NOTHING[name]):
+        if name not in _IGNORED and not (name in _NOTHING and _is_same(value, _NOTHING[name])):
             raise RequestError(f"{name} is not supported here", param=name)
     return Asked(
         is_chat=is_chat,
@@ -121,6 +121,11 @@ def parse(body: Any, *, is_chat: bool, model: str) -> Asked:
         is_stream=is_stream,
         has_usage=options.get("include_usage") is True,
     )
+
+
+def _is_same(value: Any, nothing: Any) -> bool:
+    """Equality in JSON, where 0 is not false: logprobs = 0 asks for the chosen tokens'."""
+    return value == nothing and isinstance(value, bool) == isinstance(nothing, bool)
 
 
 def _prompt(rest: dict) -> str | list[int]:
@@ -144,10 +149,12 @@ def _messages(rest: dict) -> list[dict]:
             raise RequestError("a message must be an object with a role", param="messages")
         content = message.get("content")
         if isinstance(content, list):  # of parts
-            parts = [part.get("text") for part in content if isinstance(part, dict)]
+            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
             content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
         if not isinstance(content, str):
             raise RequestError("a message's content must be text", param="messages")
+        if message.get("tool_calls") or message.get("function_call"):
+            raise RequestError("tool calls are not supported here", param="messages")
         checked.append({"role": message["role"], "content": content})
     return checked
 

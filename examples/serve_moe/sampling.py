@@ -32,8 +32,8 @@ def sample(logits: Array, temperature: Array, top_p: Array, seed: Array, positio
     Args:
         logits: float32 [S, V].
         temperature: float32 [S]; 0 takes the likeliest.
-        top_p: float32 [S], up to 1: draws from the likeliest tokens with this probability; 0 (what a
-            tiny one is in float32) from the likeliest.
+        top_p: float32 [S], up to 1: draws from the likeliest tokens with this probability; 0, which
+            a tiny one is in float32, takes the likeliest.
         seed: uint32 [S], the request's.
         position: int32 [S], the token's place in its sequence.
 

@@ -24,9 +24,9 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called for a signal."""
-        if self._is_draining:
-            super().handle_exit(sig, frame)
-            return
+        if self._is_draining:  # what runs is left: the event loop may not be there to end it
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
         self._is_draining = True
         print(f"{signal.Signals(sig).name}: finishing what runs", flush=True)
         self._engine.drain()

@@ -1,9 +1,11 @@
 """The HTTP interface when the engine fails or is late."""
 
+import asyncio
 import contextlib
 import http.client
 import json
 import pathlib
+import signal
 import socket
 import threading
 import time
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
-from serve_moe import steps
+from serve_moe import protocol, steps
 from serve_moe.engine import Engine
 from serve_moe.http_api import Api, HttpLimits
 from serve_moe.metrics import Metrics
@@ -44,11 +46,16 @@ class _ScriptedSteps:
 
 @contextlib.contextmanager
 def _serving(
-    folder: pathlib.Path, check: Callable[[], None] = lambda: None, **limits
+    folder: pathlib.Path,
+    check: Callable[[], None] = lambda: None,
+    *,
+    gives_tokens: bool = True,
+    **limits,
 ) -> Iterator[int]:
     """Serves in a thread, at a port of this machine."""
     engine = Engine(_ScriptedSteps(), Metrics(num_experts=1), check=check)
-    engine.start()
+    if gives_tokens:
+        engine.start()
     api = Api(engine, Tokenizer(folder), model="tiny", vocab_size=256, limits=HttpLimits(**limits))
     server = Server(api, engine, host="127.0.0.1", port=0, drain_seconds=5)
     with socket.create_server(("127.0.0.1", 0)) as listening:  # clients may connect from here on
@@ -61,6 +68,8 @@ def _serving(
             thread.join(_SECONDS)
             assert not thread.is_alive()
             engine.drain()
+            if not gives_tokens:
+                engine.start()
             assert engine.join(_SECONDS)
 
 
@@ -116,8 +125,59 @@ def test_failure_while_idle_is_found(one_layer: pathlib.Path) -> None:
 
 
 def test_requests_have_a_time_limit(one_layer: pathlib.Path) -> None:
-    with _serving(one_layer, request_seconds=0.0) as port:
+    """For their bodies, whole answers and streams; what has begun ends in an error."""
+    with _serving(one_layer, gives_tokens=False, request_seconds=1.0) as port:
+        with socket.create_connection(("127.0.0.1", port), 10) as connection:
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+            connection.sendall(head + b"{")
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
         for is_stream in (False, True):
             body = {"prompt": "a", "stream": is_stream}
             status, answer = _send(port, "POST", "/v1/completions", body)
-            assert (status, answer["error"]["message"]) == (504, "not done in 0.0 s")
+            assert (status, answer["error"]["message"]) == (504, "not done in 1.0 s")
+
+
+def test_client_that_leaves_before_its_body_is_whole_is_no_error(one_layer: pathlib.Path) -> None:
+    api = Api(None, Tokenizer(one_layer), model="tiny", vocab_size=256)
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    sent = []
+
+    async def receive() -> dict:
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    asyncio.run(api.app(scope, receive, send))  # what it raises would be in the log
+    assert sent[0]["status"] == 499
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "a"},
+        {"role": "user", "content": ["a"]},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]},
+        {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]},
+    ],
+    ids=str,
+)
+def test_messages_that_are_not_texts_are_refused(message: dict) -> None:
+    with pytest.raises(protocol.RequestError):
+        protocol.parse({"messages": [message]}, is_chat=True, model="tiny")
+
+
+def test_second_signal_ends_at_once(
+    one_layer: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the signal itself, whatever the event loop does."""
+    engine = Engine(_ScriptedSteps(), Metrics(num_experts=1))
+    api = Api(engine, Tokenizer(one_layer), model="tiny", vocab_size=256)
+    server = Server(api, engine, host="127.0.0.1", port=0, drain_seconds=5)
+    done = []
+    monkeypatch.setattr(signal, "signal", lambda *args: done.append(args))
+    monkeypatch.setattr(signal, "raise_signal", lambda *args: done.append(args))
+    server.handle_exit(signal.SIGTERM, None)
+    assert done == []
+    server.handle_exit(signal.SIGTERM, None)
+    assert done == [(signal.SIGTERM, signal.SIG_DFL), (signal.SIGTERM,)]

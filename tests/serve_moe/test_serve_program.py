@@ -206,6 +206,7 @@ def test_clients_that_do_not_read_or_are_killed_hold_nobody_up(port: int) -> Non
         ({"prompt": "a", "stop": ["a"] * 5}, 400, "stop"),
         ({"prompt": "a", "stop": [""]}, 400, "stop"),
         ({"prompt": "a", "n": 2}, 400, "n is not supported"),
+        ({"prompt": "a", "logprobs": 0}, 400, "logprobs is not supported"),
         ({"prompt": "a", "tools": [1]}, 400, "tools is not supported"),
         ({"prompt": "a", "model": "other"}, 404, "model"),
         ({"prompt": "a" * 5000}, 413, "more than 5000 bytes"),
