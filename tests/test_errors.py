@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -691,63 +690,3 @@ def test_two_layouts_in_one_shard_map(device_backend: JaxBackend) -> None:
         jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec))(
             np.concatenate([*IDS, *IDS])
         )
-
-
-@pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
-def test_replicated_tokens_are_told_of(device_backend: JaxBackend, check_vma: bool) -> None:
-    """Where JAX follows what varies; not for axes of one device, nor for tokens of each rank."""
-    devices = np.array(device_backend.mesh(2).devices)
-
-    def make_sizes(ids: Any, axis_name: Any) -> Any:
-        return make(ids, axis_name=axis_name).group_sizes
-
-    def moe_sizes(ids: Any, axis_name: Any) -> Any:
-        options = {"num_experts": 6, "expert_alignment": 2, "axis_name": axis_name}
-        x, weights = zeros(*ids.shape[:1], 8), jnp.ones(ids.shape, F32)
-        return jax_ep.moe(x, ids, weights, lambda rows, sizes: rows, **options)[1].group_sizes
-
-    def warned(
-        in_specs: Any, shape: tuple[int, ...], axis_name: Any, sizes: Verb = make_sizes
-    ) -> list[str]:
-        mesh = jax.sharding.Mesh(devices.reshape(shape), ("dp", AXIS))
-        run = jax.shard_map(
-            lambda ids: sizes(ids, axis_name),
-            mesh=mesh,
-            in_specs=in_specs,
-            out_specs=PartitionSpec(("dp", AXIS)),
-            check_vma=check_vma,
-        )
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            jax.eval_shape(run, jax.ShapeDtypeStruct((8, 2), np.int32))
-        found = [w for w in caught if w.category is UserWarning]
-        assert all(w.filename == __file__ for w in found)  # whoever called the package
-        return [str(w.message) for w in found]
-
-    both = ("dp", AXIS)
-    assert warned(PartitionSpec(both), (1, 2), AXIS) == []
-    assert warned(PartitionSpec(AXIS), (1, 2), both) == []
-    found = warned(PartitionSpec(), (1, 2), AXIS) + warned(PartitionSpec("dp"), (1, 2), both)
-    message = ": topk_idx is the same on all ranks along ('ep',): tokens that are"
-    assert len(found) == (2 if check_vma else 0)
-    assert all(text.startswith(f"jax_ep.make_layout{message}") for text in found)
-    found = warned(PartitionSpec(), (1, 2), AXIS, moe_sizes)
-    assert len(found) == check_vma
-    assert all(text.startswith(f"jax_ep.layout_and_dispatch{message}") for text in found)
-
-
-# Transformations ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("verb", ["dispatch", "combine", "combine_weighted"])
-def test_forward_mode(device_backend: JaxBackend, layout: BackendLayout, verb: str) -> None:
-    # JAX's own words about custom_vjp.
-    def tangent(lay: Any) -> Any:
-        x, y = zeros(4, 8), zeros(8, 8)
-        if verb == "dispatch":
-            return jax.jvp(lambda x: jax_ep.dispatch(x, lay).tokens, (x,), (x,))
-        weights = [zeros(8)] if verb == "combine_weighted" else []
-        return jax.jvp(lambda y: jax_ep.combine(y, lay, *weights), (y,), (y,))
-
-    with pytest.raises(TypeError, match=r"forward-mode autodiff.*custom_vjp"):
-        device_backend.run(2, tangent, layout.handle)

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import routings
-from backends import BACKENDS, Backend, JaxBackend
+from backends import AXIS, BACKENDS, Backend, JaxBackend
 from hypothesis import given
 from jax import dtypes
 from numpy.typing import DTypeLike
@@ -378,3 +378,26 @@ def test_first_and_second_derivatives_are_exact(
             assert theirs.any(), "a zero gradient shows nothing"
             assert np.array_equal(theirs.astype(F32), theirs), "the data must be exact"
             np.testing.assert_array_equal(ours, theirs, f"order {order + 1}, {name}")
+
+
+@pytest.mark.parametrize("verb", ["dispatch", "layout_and_dispatch", "combine", "combine_weighted"])
+def test_forward_mode(device_backend: JaxBackend, verb: str) -> None:
+    """JAX's own words about custom_vjp."""
+
+    def tangent(ids: Any) -> Any:
+        options: dict[str, Any] = {"num_experts": 6, "axis_name": AXIS, "capacity": 8}
+        layout = jax_ep.make_layout(ids, **options)
+        x, y, weights = jnp.zeros((4, 8)), jnp.zeros((8, 8)), jnp.zeros(8)
+        f, operand = {
+            "dispatch": (lambda x: jax_ep.dispatch(x, layout).tokens, x),
+            "layout_and_dispatch": (
+                lambda x: jax_ep.layout_and_dispatch(x, ids, **options)[1].tokens,
+                x,
+            ),
+            "combine": (lambda y: jax_ep.combine(y, layout), y),
+            "combine_weighted": (lambda y: jax_ep.combine(y, layout, weights), y),
+        }[verb]
+        return jax.jvp(f, (operand,), (operand,))
+
+    with pytest.raises(TypeError, match=r"forward-mode autodiff.*custom_vjp"):
+        device_backend.run(2, tangent, np.zeros((2, 4, 2), np.int32))

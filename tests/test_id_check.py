@@ -1,9 +1,14 @@
-"""``make_layout(..., check_ids=True)``: ids that make no sense end the program, and it says why."""
+"""Ids that make no sense: with ``check_ids=True`` they end the program, and it says why.
+
+Without it a line tells of them; a warning tells of ids that are the same on all ranks.
+"""
 
 import os
 import re
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -202,3 +207,49 @@ def test_without_the_check_one_line_tells() -> None:
         "they are not routed. layout.num_invalid counts them, check_ids=True makes them an error. "
         "This is said once."
     ]
+
+
+@pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
+def test_replicated_tokens_are_told_of(device_backend: JaxBackend, check_vma: bool) -> None:
+    """Where JAX follows what varies; not for axes of one device, nor for tokens of each rank."""
+    devices = np.array(device_backend.mesh(2).devices)
+
+    def make_sizes(ids: Any, axis_name: Any) -> Any:
+        return jax_ep.make_layout(ids, num_experts=6, axis_name=axis_name).group_sizes
+
+    def moe_sizes(ids: Any, axis_name: Any) -> Any:
+        options = {"num_experts": 6, "axis_name": axis_name}
+        x, weights = jnp.zeros((ids.shape[0], 8)), jnp.ones(ids.shape)
+        return jax_ep.moe(x, ids, weights, lambda rows, sizes: rows, **options)[1].group_sizes
+
+    def warned(
+        in_specs: Any,
+        shape: tuple[int, ...],
+        axis_name: Any,
+        sizes: Callable[..., Any] = make_sizes,
+    ) -> list[str]:
+        mesh = Mesh(devices.reshape(shape), ("dp", AXIS))
+        run = jax.shard_map(
+            lambda ids: sizes(ids, axis_name),
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=P(("dp", AXIS)),
+            check_vma=check_vma,
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            jax.eval_shape(run, jax.ShapeDtypeStruct((8, 2), np.int32))
+        found = [w for w in caught if w.category is UserWarning]
+        assert all(w.filename == __file__ for w in found)  # whoever called the package
+        return [str(w.message) for w in found]
+
+    both = ("dp", AXIS)
+    assert warned(P(both), (1, 2), AXIS) == []
+    assert warned(P(AXIS), (1, 2), both) == []
+    found = warned(P(), (1, 2), AXIS) + warned(P("dp"), (1, 2), both)
+    message = ": topk_idx is the same on all ranks along ('ep',): tokens that are"
+    assert len(found) == (2 if check_vma else 0)
+    assert all(text.startswith(f"jax_ep.make_layout{message}") for text in found)
+    found = warned(P(), (1, 2), AXIS, moe_sizes)
+    assert len(found) == check_vma
+    assert all(text.startswith(f"jax_ep.layout_and_dispatch{message}") for text in found)
