@@ -29,7 +29,7 @@ class Leader:
     """`Steps` whose programs all processes start."""
 
     def __init__(self, run: steps.Steps, followers: list[socket.socket]):
-        self.mesh, self.config, self.limits = run.mesh, run.config, run.limits
+        self.mesh, self.limits = run.mesh, run.limits
         self._run, self._followers = run, followers
 
     def decode(self, keep: np.ndarray) -> dict[str, jax.Array]:
