@@ -86,19 +86,24 @@ class Pieces:
         # then tokens that do not make a whole character yet.
         self._tokens: list[int] = []
         self._known = 0
+        self._whole, self._cut_at = 0, 0  # new whole characters; the token that cuts the next one
         self._held = ""  # text that may be the beginning of a stop string
 
     def push(self, token: int) -> str:
         """Returns the text that a token completes; "" if none, or once a stop string has come."""
         self._tokens.append(token)
         before = self._tokenizer.decode(self._tokens[: self._known])
-        text = self._tokenizer.decode(self._tokens)
-        is_cut = text.endswith(_REPLACEMENT)
-        if is_cut and len(self._tokens) - self._known < _MOST_TOKENS_OF_A_CHARACTER:
+        text = self._tokenizer.decode(self._tokens)[len(before) :]
+        whole = len(text.rstrip(_REPLACEMENT))
+        if whole > self._whole:  # a token may end one character and begin the next
+            self._whole, self._cut_at = whole, len(self._tokens) - 1
+        is_cut = whole < len(text)
+        if is_cut and len(self._tokens) - self._cut_at < _MOST_TOKENS_OF_A_CHARACTER:
             return ""
         self._tokens = self._tokens[self._known :]
-        self._known = len(self._tokens)
-        return self._release(text[len(before) :])
+        self._known = self._cut_at = len(self._tokens)
+        self._whole = 0
+        return self._release(text)
 
     def flush(self) -> str:
         """Returns what is left at the end."""

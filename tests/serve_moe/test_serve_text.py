@@ -40,6 +40,25 @@ def test_pieces_are_whole_characters(tokenizer: Tokenizer) -> None:
     assert "".join(rubbish).endswith("a")
 
 
+class _BytesTokenizer:
+    """Tokens of several bytes, as byte-level BPE has them."""
+
+    def __init__(self, tokens: list[bytes]):
+        self._tokens = tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        return b"".join(self._tokens[token] for token in tokens).decode(errors="replace")
+
+
+def test_tokens_may_end_one_character_and_begin_the_next() -> None:
+    """However many in a row."""
+    text = "你好世界你好世界!"
+    data = text.encode()
+    tokens = [data[:1], *(data[i : i + 3] for i in range(1, len(data), 3))]
+    out = _pieces(_BytesTokenizer(tokens), list(range(len(tokens))))
+    assert "".join(out) == text
+
+
 def test_pieces_end_before_a_stop_string(tokenizer: Tokenizer) -> None:
     """Whatever tokens it comes in, and what only begins like one is not lost."""
     draw = random.Random(0)
