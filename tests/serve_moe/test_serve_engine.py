@@ -99,7 +99,7 @@ def _requests() -> list[dict]:
     """Of all kinds, by what _Client takes: more than there are slots."""
     random = np.random.default_rng(0)
     requests = []
-    for i in range(32):
+    for i in range(20):
         prompt = random.integers(0, 255, random.integers(1, 21)).tolist()
         request = {"prompt": prompt, "max_tokens": int(random.integers(1, 24))}
         if i % 3:
@@ -112,10 +112,10 @@ def test_tokens_do_not_depend_on_what_else_runs(engine: Engine) -> None:
     """Alone, one after the other; then all at once in another order, while others are cancelled."""
     requests = _requests()
     alone = [_Client(**request).submit(engine).wait() for request in requests]
-    assert len({tuple(client.tokens) for client in alone}) > 20  # there is something to mix up
+    assert len({tuple(client.tokens) for client in alone}) > 14  # there is something to mix up
     assert {len(client.tokens) for client in alone} > {1, 2}
 
-    noise = [_Client([7] * n, max_tokens=30, cancel_after=1 + n % 5) for n in range(1, 9)]
+    noise = [_Client([7] * n, max_tokens=30, cancel_after=1 + n % 5) for n in range(1, 6)]
     together = [_Client(**request) for request in requests]
     for i, client in enumerate(reversed(together)):
         client.submit(engine)
