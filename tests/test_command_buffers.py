@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from sharded_layers import CUDA_OPS
+from sharded_layers import ALL_OPS
 
 from jax_ep import _native, compat, environment, runtime
 
@@ -91,7 +91,7 @@ def test_what_is_registered(flags: str, expected: bool, tmp_path: pathlib.Path) 
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    targets = [f"jax_ep_{op}" for op in CUDA_OPS]
+    targets = [f"jax_ep_{op}" for op in ALL_OPS]
     assert json.loads(done.stdout) == dict.fromkeys(targets, expected)
 
 
