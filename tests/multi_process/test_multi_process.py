@@ -60,7 +60,10 @@ def eight_devices(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], l
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> list[Finished]:
     return _job(tmp_path_factory.mktemp("job"))(
-        "pairing", "extra_compile+other_order", num_processes=2, num_devices=2
+        "pairing",
+        "extra_compile+other_order+hosts.other_programs",
+        num_processes=2,
+        num_devices=2,
     )
 
 
@@ -167,6 +170,15 @@ def test_programs_in_another_order(programs: list[Finished]) -> None:
         assert "waits in another program: one with 6 calls of jax_ep, here it has 3" in message or (
             "waits in another program: one with 3 calls of jax_ep, here it has 6" in message
         )
+        assert float(process.lines("SECONDS")[0]) < 20
+        assert "RIGHT" in process.log.splitlines()
+
+
+def test_programs_that_sum_in_another_order(programs: list[Finished]) -> None:
+    """Of other ``ranks_per_node``: an error at once, not a mixed order."""
+    for process in [finished.of("hosts.other_programs") for finished in programs]:
+        (message,) = process.lines("ERROR")
+        assert message.startswith(("FAILED_PRECONDITION: ", "UNAVAILABLE: process ")), message
         assert float(process.lines("SECONDS")[0]) < 20
         assert "RIGHT" in process.log.splitlines()
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import socket
+import time
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from job import NUM_PROCESSES, PROCESS, join
+from job import NUM_PROCESSES, PROCESS, join, mark, wait_for_marks
 from layers import example, make_mesh, per_shard, put
 
 import jax_ep
@@ -65,3 +66,34 @@ def on_hosts() -> None:
 
     jax_ep.initialize()
     _check(make_mesh((scattered.size,), ("ep",), scattered), scattered.size)
+
+
+def other_programs() -> None:
+    """Each process has a program of its own order, of one layout."""
+    join()
+    jax_ep.initialize()
+    jax_ep.set_timeout(60)
+    mesh = make_mesh((len(jax.devices()),), ("ep",))
+    ids, x, _, _ = example(mesh, mesh.size)
+    data = [put(mesh, array, P("ep")) for array in (ids, x)]
+
+    def program(ranks_per_node: int) -> Any:
+        def f(ids: Any, x: Any) -> Any:
+            layout = jax_ep.make_layout(ids, num_experts=2 * mesh.size, axis_name="ep")
+            layout = dataclasses.replace(layout, ranks_per_node=ranks_per_node)
+            return jax_ep.combine(jax_ep.dispatch(x, layout).tokens, layout)
+
+        return per_shard(mesh, f)
+
+    own = program(2 if PROCESS == 0 else 4)
+    own.lower(*data).compile()
+    start = time.monotonic()
+    try:
+        jax.block_until_ready(own(*data))
+    except jax.errors.JaxRuntimeError as error:
+        print("ERROR", str(error).splitlines()[0])
+    print(f"SECONDS {time.monotonic() - start:.2f}")
+    mark("differed")
+    wait_for_marks("differed", NUM_PROCESSES)
+    jax.block_until_ready(program(2)(*data))
+    print("RIGHT")
