@@ -293,7 +293,8 @@ __global__ __launch_bounds__(kNumThreads, 1) void layout_and_dispatch_kernel(
   if (a.weights != nullptr) fill(a.weights, a.room.capacity * 4, kNan, share);
 }
 
-constexpr int64_t kMaxSharedBytes = 224 * 1024;
+constexpr int64_t kMaxSharedBytes =
+    tables_bytes(kMaxSlotGroupIds, kMaxExperts) + kMaxSlotTokens * int64_t{sizeof(Ranks)};
 
 }  // namespace
 
@@ -312,9 +313,6 @@ cudaError_t LaunchLayoutAndDispatchInSlots(const GroupView& group,
 }
 
 cudaError_t PrepareLayoutAndDispatchInSlots() {
-  static_assert(tables_bytes(kMaxSlotGroupIds, kMaxExperts) +
-                    kMaxSlotTokens * int64_t{sizeof(Ranks)} <=
-                kMaxSharedBytes);
   return PrepareKernel(layout_and_dispatch_kernel, kMaxSharedBytes);
 }
 

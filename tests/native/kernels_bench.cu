@@ -13,7 +13,8 @@
 // slots-round-trip its counterpart of two kernels. Afterwards more calls (`checks`), each of other
 // numbers, go into poisoned buffers: rows, weights, sums, collected values and the counts of a layout
 // are compared on the devices, bit for bit; tables are taken for right, fp8 is not compared, nor are
-// a gradient's sums over channels. "of wire" is the time over that of the wire bytes, at the rate at
+// a gradient's sums over channels. In a build with JAX_EP_TIMELINE each operation is followed by when
+// its kernels' blocks of rank 0 came where, in the last call. "of wire" is the time over that of the wire bytes, at the rate at
 // which all ranks at once push rows to the next, measured first.
 //
 // Exit codes: 0 all right, 3 a result was wrong, 1 anything else.
@@ -21,12 +22,14 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <initializer_list>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -563,9 +566,49 @@ class Bench {
       std::printf(" %9s", "");
     }
     std::printf(" %7s\n", is_fp8 ? "-" : std::to_string(wrong).c_str());
+#ifdef JAX_EP_TIMELINE
+    PrintTimeline();
+#endif
     std::fflush(stdout);
     return wrong == 0;
   }
+
+#ifdef JAX_EP_TIMELINE
+  // Of the newest call of each kernel since the last time, on rank 0: for each event of a role when
+  // blocks came there first, by the median and as the last of them, in us since the first block began.
+  void PrintTimeline() const {
+    CHECK_CUDA(cudaSetDevice(0));
+    const auto copy = std::make_unique<std::array<CallTimeline<kMaxBlocks>, jax_ep::kNumOps>>();
+    auto* timeline = &all_.rank[0].control->timeline;
+    static_assert(sizeof *copy == sizeof *timeline);
+    CHECK_CUDA(cudaMemcpy(copy.get(), timeline, sizeof *timeline, cudaMemcpyDeviceToHost));
+    CHECK_CUDA(cudaMemset(timeline, 0, sizeof *timeline));
+    for (uint32_t kind = 0; kind < jax_ep::kNumOps; ++kind) {
+      const CallTimeline<kMaxBlocks>& call = (*copy)[kind];
+      if (call.num_blocks == 0) continue;
+      uint64_t start = UINT64_MAX;
+      for (uint32_t b = 0; b < call.num_blocks; ++b)
+        start = std::min(start, call.block[b].start_ns);
+      std::printf("  %s, %u blocks\n", jax_ep::kOpNames[kind], call.num_blocks);
+      for (int role = 0; role < kNumRoles; ++role) {
+        for (int event = 0; event < kNumEvents; ++event) {
+          std::vector<double> first;
+          for (uint32_t b = 0; b < call.num_blocks; ++b) {
+            const Mark& mark = call.block[b].mark[role][event];
+            if (mark.count > 0) {
+              first.push_back(static_cast<double>(call.block[b].start_ns - start + mark.first) /
+                              1e3);
+            }
+          }
+          if (first.empty()) continue;
+          std::sort(first.begin(), first.end());
+          std::printf("    %-10s %-12s %7.2f %7.2f %7.2f\n", kRoleNames[role], kEventNames[event],
+                      first.front(), first[first.size() / 2], first.back());
+        }
+      }
+    }
+  }
+#endif
 
   // Other numbers for each, so that what an earlier call has left is wrong.
   void RandomizeOperands(const Rank& b, uint32_t seed) const {
