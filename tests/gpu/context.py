@@ -18,6 +18,7 @@ import launcher
 
 OUT_OF_TIME = "cut short by --budget"
 STRESS_SECONDS = 6.0  # after which each stress test ends, unless told otherwise
+NUM_STRESS_TESTS = 6  # those of random calls
 HERE = pathlib.Path(__file__).resolve().parent
 TESTS, ROOT = HERE.parent, HERE.parents[1]
 
@@ -300,7 +301,7 @@ def run_suite(
         tier,
         shape,
         arguments,
-        limit + 4 * max(0.0, ctx.seconds - STRESS_SECONDS),  # four tests go on for so long
+        limit + NUM_STRESS_TESTS * max(0.0, ctx.seconds - STRESS_SECONDS),
         flags=f"--xla_gpu_autotune_level=0 --xla_gpu_shard_autotuning=false {flags}",
         **environment,
         **more,

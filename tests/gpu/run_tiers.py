@@ -5,6 +5,7 @@
     python tests/gpu/run_tiers.py --tiers ep8 native
     python tests/gpu/run_tiers.py --tiers ep8 -k stress
     python tests/gpu/run_tiers.py --tiers one-process -k random_calls --seconds 60   # 100,000 calls
+    python tests/gpu/run_tiers.py --tiers slots-one-process -k mixed --calls 1000000 --seconds 300
     python tests/gpu/run_tiers.py --pytest tests/test_export.py    # one more tier
     python tests/gpu/run_tiers.py --list
 
@@ -100,7 +101,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("-k", dest="keyword", help="only tests that match, as in pytest")
     add("--package", type=pathlib.Path, help="the folder that holds the package jax_ep")
     add("--broken-package", type=pathlib.Path, help="one that was built with JAX_EP_BREAK_ORDER")
-    add("--calls", type=int, help="stress calls of a tier (100,000; with --quick 2,000)")
+    add("--calls", type=int, help="random calls of a tier, by all its tests of them (100,000)")
     add("--seconds", type=float, default=STRESS_SECONDS, help="a stress test ends after (6)")
     add("--examples", type=float, help="part of hypothesis' examples (0.15; with --quick 0.05)")
     add("--out", type=pathlib.Path, help="where logs go (default: a new folder in /tmp)")

@@ -13,6 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from decode_loop import (
+    assert_right,
+    expected_steps,
+    first_rows,
+    loop_case,
+    scan_of_steps,
+    while_of_steps,
+)
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from job import NUM_PROCESSES, PLATFORM, PROCESS, connect, mark, wait_for_marks
@@ -242,5 +250,54 @@ def command_buffers(expectation: str) -> None:
         assert inside == 0, f"{inside} calls are in command buffers"
         calls = layer.num_layers * (2 if jax_ep.runtime.has_slots() else 3)
         assert outside >= calls, f"the dump shows {outside} of our calls, which are {calls}"
+    if NUM_PROCESSES > 1:
+        jax_ep.finalize()
+
+
+def decode_loops(num_steps: int = 1000) -> None:
+    """lax.scan and lax.while_loop of many steps, each three times, on other data.
+
+    XLA records the first run of a program in command buffers no sooner than the second. Whether it
+    takes the whole loop or what lies in it depends on its flags, and is only told.
+    """
+    if NUM_PROCESSES > 1:
+        connect(timeout=60)
+    mesh = Mesh(np.array(jax.devices(PLATFORM)), ("ep",))
+    sharding, case = NamedSharding(mesh, P("ep")), loop_case(mesh.size)
+    steps = np.full(mesh.size, num_steps, np.int32)
+    loops = {
+        "scan": (scan_of_steps(case, num_steps), ()),
+        "while": (while_of_steps(case, num_steps), (steps,)),
+    }
+    for name, (function, more) in loops.items():
+
+        def shard(args: Any, function: Any = function) -> Any:
+            return jax.tree.map(lambda a: a[None], function(*jax.tree.map(lambda a: a[0], args)))
+
+        run = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
+        for seed in range(3):
+            x = first_rows(case, seed)
+            placed = jax.tree.map(
+                lambda a: jax.make_array_from_callback(a.shape, sharding, a.__getitem__), (x, *more)
+            )
+            rows, told = jax.block_until_ready(run(placed))
+            expected_rows, expected = expected_steps(case, x, num_steps)
+            for shard_of_rows, shard_of_told in zip(
+                rows.addressable_shards, told.addressable_shards, strict=True
+            ):
+                rank = shard_of_rows.index[0]
+                assert_right(
+                    (np.asarray(shard_of_rows.data), np.asarray(shard_of_told.data)),
+                    (expected_rows[rank], expected[rank]),
+                )
+        print(f"NOTE: {name}: 3 x {num_steps} steps")
+    dump = pathlib.Path(os.environ["JAX_EP_TEST_DUMP"])
+    inside, outside = recorded_thunks(dump)
+    loops_inside, loops_outside = recorded_thunks(dump, "kWhile")
+    print(
+        f"NOTE: inside command buffers: {inside} custom calls and {loops_inside} loops, outside: "
+        f"{outside} and {loops_outside}"
+    )
+    assert inside >= 2 * len(loops), "calls of a loop are not in command buffers"
     if NUM_PROCESSES > 1:
         jax_ep.finalize()

@@ -38,13 +38,15 @@ SUITE = [
 STRESS = "protocol/test_stress.py"
 COLLECTIVES = "protocol/test_collectives.py"
 GROUPS = "protocol/test_groups.py"
-PROTOCOL = "stress or collectives or groups"  # files
+DECODE_LOOP = "protocol/test_decode_loop.py"
+PROTOCOL = "stress or collectives or groups or decode_loop"  # files
 # Programs take the longest to compile, so not every shape of job runs the whole suite.
 CORE = (
     "any_routing or any_number or default_capacity or vjp or moe_is or stale or long_rows or "
     "with_scales or expert_capacity or "
     f"{PROTOCOL}"
 )
+QUICK = "not mixed"  # random calls of many sizes, which take the longest to compile
 RACECHECKED_KERNEL = "layout_kernel"
 RACECHECK_NOTE = (
     f"{RACECHECKED_KERNEL} alone: the others hand over shared memory by bulk copies that complete "
@@ -54,7 +56,7 @@ RACECHECK_NOTE = (
 
 def one_process(ctx: Context) -> Result:
     """All GPUs in one process: behaviour, CPU against CUDA, stress, race, XLA's collectives."""
-    files = [*SUITE, STRESS, GROUPS, COLLECTIVES]
+    files = [*SUITE, STRESS, GROUPS, DECODE_LOOP, COLLECTIVES]
     if ctx.platform != "cpu":
         files.insert(len(SUITE), "test_agreement.py")
     return run_suite(
@@ -62,8 +64,8 @@ def one_process(ctx: Context) -> Result:
         "one-process",
         Shape(1),
         files,
-        limit=180,
-        keyword=f"{CORE} or test_cpu_and" if ctx.quick else "",
+        limit=240,
+        keyword=f"({CORE} or test_cpu_and) and {QUICK}" if ctx.quick else "",
         flags="--xla_gpu_enable_latency_hiding_scheduler=true",
     )
 
@@ -82,9 +84,9 @@ def process_per_gpu(ctx: Context) -> Result:
         ctx,
         "process-per-gpu",
         Shape(ctx.num_gpus),
-        [*SUITE, STRESS, GROUPS, COLLECTIVES],
-        limit=120,
-        keyword=PROTOCOL if ctx.quick else CORE,
+        [*SUITE, STRESS, GROUPS, DECODE_LOOP, COLLECTIVES],
+        limit=180,
+        keyword=f"({PROTOCOL}) and {QUICK}" if ctx.quick else CORE,
         flags="--xla_gpu_enable_latency_hiding_scheduler=true",
     )
 
@@ -102,9 +104,9 @@ def several_on_a_gpu(num_ranks: int) -> Callable[[Context], Result]:
             ctx,
             f"ep{num_ranks}",
             Shape(num_ranks, ranks_per_gpu),
-            [*(SUITE if num_ranks == 8 else SUITE[:3]), STRESS, GROUPS],
-            limit=150,
-            keyword=keyword,
+            [*(SUITE if num_ranks == 8 else SUITE[:3]), STRESS, GROUPS, DECODE_LOOP],
+            limit=210,
+            keyword=f"({keyword}) and {QUICK}" if ctx.quick else keyword,
         )
 
     tier.__doc__ = f"EP{num_ranks}: as many processes, several on a GPU under MPS."
@@ -270,11 +272,16 @@ def command_buffers(ctx: Context) -> Result:
     ctx.skip_without_gpu()
     shape = Shape(1) if ctx.num_gpus > 1 else Shape(2, 2)
     runs = []
-    for name, commands, mode, expectation in (
-        ("recorded", "FUSION,CUSTOM_CALL", "", "inside"),
+    calls = "FUSION,CUSTOM_CALL"
+    for name, commands, mode, scenario in (
+        ("recorded", calls, "", ("command_buffers", "inside")),
         # The library keeps its calls out of graphs that would run them at once.
-        ("concurrent", "FUSION,CUSTOM_CALL", "CONCURRENT", "outside"),
-        ("off", "", "", "outside"),  # the control: the dump shows calls that are not recorded
+        ("concurrent", calls, "CONCURRENT", ("command_buffers", "outside")),
+        # The control: the dump shows calls that are not recorded.
+        ("off", "", "", ("command_buffers", "outside")),
+        # What is recorded are the steps, or the whole loop.
+        ("loop-steps", calls, "", ("decode_loops",)),
+        ("loop-whole", f"{calls},WHILE,CONDITIONAL", "", ("decode_loops",)),
     ):
         if ctx.quick and name == "concurrent":
             continue
@@ -283,7 +290,7 @@ def command_buffers(ctx: Context) -> Result:
         flags += " --xla_dump_hlo_as_text"
         if mode:
             flags += f" --xla_gpu_command_buffer_scheduling_mode={mode}"
-        runs.append((name, shape, ("command_buffers", expectation), {}, flags, "10"))
+        runs.append((name, shape, scenario, {}, flags, "10"))
     return scenarios_tier("command-buffers", ctx, runs)
 
 

@@ -2,7 +2,7 @@
 
 Every number of a call comes from hashes of the call's number, so every rank knows all ranks' ids
 and rows without having been told, and compares what it received with them where it is. The
-layout's tables are computed a second time, by comparing all ids with each other. What comes out of
+layout's tables are computed a second time, by comparing ids with each other. What comes out of
 a program is how many calls were wrong, in what, and which was the first.
 """
 
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from backends import AXIS
 from jax import lax
+from late import after, stall
 from numpy.typing import NDArray
 from routings import Case
 
@@ -63,6 +64,25 @@ class Form:
 EXPANDED = Form()
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Calls of one kind.
+
+    Attributes:
+        case: the sizes; its ranks are those of a group.
+        form: how dispatch is asked for rows.
+        num_sms: of a call, where that can be said.
+        axes: of the mesh, along which the groups are.
+        name: for those who read what was run.
+    """
+
+    case: Case
+    form: Form = EXPANDED
+    num_sms: int | None = None
+    axes: tuple[str, ...] = (AXIS,)
+    name: str = ""
+
+
 def mix(*values: Any) -> jax.Array:
     """A hash of integers, uint32, broadcast."""
     h: jax.Array = jnp.uint32(0x9E3779B9)
@@ -98,6 +118,7 @@ def all_ids(case: Case, call: jax.Array) -> jax.Array:
     ids = jnp.where(kind < 4, uniform, jnp.minimum(uniform, below(second, case.num_experts)))
     ids = jnp.where(kind == 5, below(mix(call, 4), case.num_experts), ids)  # one expert for all
     ids = jnp.where((kind == 6) & (below(mix(call, rank, 5), 2) == 0), -1, ids)  # silent ranks
+    ids = jnp.where(kind == 7, -1, ids)  # nobody has a token
     rare = below(second >> 8, 32)
     ids = jnp.where(rare < 2, -1, ids)
     ids = jnp.where(rare == 2, case.num_experts + below(first >> 8, 1000), ids)
@@ -141,10 +162,16 @@ def expected_layout(case: Case, ids: jax.Array, rank: jax.Array) -> dict[str, ja
     number = jnp.arange(flat.size, dtype=jnp.int32)
     routed = (flat >= 0) & (flat < case.num_experts)
     safe = jnp.where(routed, flat, 0)
-    same_before = (flat[:, None] == flat[None, :]) & (number[None, :] < number[:, None])
-    row_in_expert = same_before.sum(axis=1, dtype=jnp.int32)
     experts = jnp.arange(case.num_experts, dtype=jnp.int32)
-    load = (flat[:, None] == experts[None, :]).sum(axis=0, dtype=jnp.int32)
+    of_rank = flat.reshape(case.num_ranks, -1)
+    sent = (of_rank[..., None] == experts).sum(axis=1, dtype=jnp.int32)  # [R, E]
+    load = sent.sum(axis=0)
+    # Rows of lower ranks come first, then those that stand before it in its own rank's ids.
+    of_lower = jnp.cumsum(sent, axis=0) - sent
+    place = jnp.arange(of_rank.shape[1], dtype=jnp.int32)
+    same_before = (of_rank[:, :, None] == of_rank[:, None, :]) & (place[:, None] > place)
+    of_expert = jnp.take_along_axis(of_lower, safe.reshape(of_rank.shape), axis=1)
+    row_in_expert = (of_expert + same_before.sum(axis=2, dtype=jnp.int32)).reshape(-1)
     padded = -(-load // alignment) * alignment if room is None else jnp.full_like(load, room)
     padded = padded.reshape(case.num_ranks, num_local)
     offset = jnp.cumsum(padded, axis=1) - padded
@@ -176,22 +203,7 @@ def expected_layout(case: Case, ids: jax.Array, rank: jax.Array) -> dict[str, ja
 # Ranks that come late -------------------------------------------------------------------------
 
 
-def stall(units: jax.Array, state: jax.Array) -> jax.Array:
-    """A new state, int32 in [0, 2**20), after so many turns of a loop on the device."""
-
-    def turn(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        left, state = carry
-        return left - 1, (state * 5 + 3) & 0xFFFFF
-
-    return lax.while_loop(lambda carry: carry[0] > 0, turn, (units, state))[1]
-
-
-def after(state: jax.Array, array: jax.Array) -> jax.Array:
-    """The array, which is not there before the state is. Only we know that this adds 0."""
-    return array + (state >> 20).astype(array.dtype)
-
-
-def lateness(case: Case, call: jax.Array, rank: jax.Array, stage: int) -> jax.Array:
+def lateness(call: jax.Array, rank: jax.Array, stage: int) -> jax.Array:
     """Turns: mostly none, sometimes a few, rarely so many that the other ranks stand and wait."""
     bits = mix(call, rank, stage, 9)
     few = jnp.where(below(bits, 4) == 0, below(bits >> 8, 4), 0)
@@ -201,20 +213,20 @@ def lateness(case: Case, call: jax.Array, rank: jax.Array, stage: int) -> jax.Ar
 # Programs -------------------------------------------------------------------------------------
 
 
-@functools.cache
-def stress(
-    case: Case, num_calls: int, late: bool, num_sms: int | None = None, form: Form = EXPANDED
-) -> Any:
-    """A function of one rank: (first call) -> wrong calls by check, first wrong call.
+def one_call(
+    kind: Kind, call: jax.Array, state: jax.Array, late: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Makes and checks a call: which CHECKS failed, bool, and the new state of `stall`.
 
     Layout, dispatch of int32 rows or, with scales, of float8 ones, combine of bfloat16, all random;
-    with `late`, ranks come to each of the calls at different times, otherwise the calls are queued
-    as fast as it goes.
+    with `late`, ranks come to each of the calls at different times.
     """
+    case, form = kind.case, kind.form
+    rank = lax.axis_index(kind.axes)
     # Rows are int32 here; the low byte of each number is what crosses as float8.
     mask = 0xFF if form.num_scales > 0 else -1
 
-    def rows_of(call: Any, flat_token: jax.Array) -> jax.Array:
+    def rows_of(flat_token: jax.Array) -> jax.Array:
         return all_rows(case, call, flat_token) & mask
 
     def to_payload(rows: jax.Array) -> jax.Array:
@@ -227,88 +239,127 @@ def stress(
             return tokens
         return lax.bitcast_convert_type(tokens, jnp.uint8).astype(jnp.int32)
 
-    def one_call(call: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        wrong, first_wrong, state = carry
-        rank = lax.axis_index(AXIS)
-        ids = all_ids(case, call)
-        expected = expected_layout(case, ids, rank)
-        flat_tokens = rank * case.num_tokens + jnp.arange(case.num_tokens, dtype=jnp.int32)
-        flat = flat_tokens[:, None] * case.top_k + jnp.arange(case.top_k, dtype=jnp.int32)
-        x, topk_weights = rows_of(call, flat_tokens), all_weights(call, flat)
-        scales = all_scales(call, flat_tokens, form.num_scales)
+    ids = all_ids(case, call)
+    expected = expected_layout(case, ids, rank)
+    flat_tokens = rank * case.num_tokens + jnp.arange(case.num_tokens, dtype=jnp.int32)
+    flat = flat_tokens[:, None] * case.top_k + jnp.arange(case.top_k, dtype=jnp.int32)
+    x, topk_weights = rows_of(flat_tokens), all_weights(call, flat)
+    scales = all_scales(call, flat_tokens, form.num_scales)
 
-        own_ids = ids[rank]
+    own_ids = ids[rank]
+    if late:
+        state = stall(lateness(call, rank, 0), state)
+        own_ids = after(state, own_ids)
+    of_layout = {
+        "num_experts": case.num_experts,
+        "axis_name": kind.axes,
+        "capacity": case.capacity,
+        "expert_alignment": case.expert_alignment,
+        "expert_capacity": case.expert_capacity,
+        **sms(kind.num_sms, jax_ep.make_layout),
+    }
+    of_rows = {"expand": form.expand, "scales": scales if form.num_scales > 0 else None}
+    if form.in_one:
+        sent = to_payload(after(state, x) if late else x)
+        layout, recv = jax_ep.layout_and_dispatch(
+            sent, own_ids, topk_weights, **of_layout, **of_rows
+        )
+    else:
+        layout = jax_ep.make_layout(own_ids, **of_layout)
+        sent = x
         if late:
-            state = stall(lateness(case, call, rank, 0), state)
-            own_ids = after(state, own_ids)
-        of_layout = {
-            "num_experts": case.num_experts,
-            "axis_name": AXIS,
-            "capacity": case.capacity,
-            "expert_alignment": case.expert_alignment,
-            "expert_capacity": case.expert_capacity,
-            **sms(num_sms, jax_ep.make_layout),
-        }
-        of_rows = {"expand": form.expand, "scales": scales if form.num_scales > 0 else None}
-        if form.in_one:
-            sent = to_payload(after(state, x) if late else x)
-            layout, recv = jax_ep.layout_and_dispatch(
-                sent, own_ids, topk_weights, **of_layout, **of_rows
-            )
-        else:
-            layout = jax_ep.make_layout(own_ids, **of_layout)
-            sent = x
-            if late:
-                state = stall(lateness(case, call, rank, 1), state)
-                sent = after(state, x)
-            recv = jax_ep.dispatch(
-                to_payload(sent), layout, topk_weights, **of_rows, **sms(num_sms, jax_ep.dispatch)
-            )
+            state = stall(lateness(call, rank, 1), state)
+            sent = after(state, x)
+        recv = jax_ep.dispatch(
+            to_payload(sent), layout, topk_weights, **of_rows, **sms(kind.num_sms, jax_ep.dispatch)
+        )
 
-        src, valid = expected["recv_src"], expected["recv_src"] >= 0
-        token, holds = src // case.top_k, valid  # of each row of tokens
-        if not form.expand:
-            token = jnp.arange(case.num_ranks * case.num_tokens + 1, dtype=jnp.int32)
-            holds = jnp.append(jnp.diff(expected["recv_offsets"]) > 0, False)
-        recv_tokens = from_payload(recv.tokens)
-        tokens = jnp.where(holds[:, None], rows_of(call, token), 0)
-        right_scales = jnp.bool_(True)
-        if form.num_scales > 0:
-            all_of_rows = all_scales(call, token, form.num_scales)
-            right_scales = jnp.all(recv.scales == jnp.where(holds[:, None], all_of_rows, 0))
-        weights = jnp.where(valid, all_weights(call, src), 0)
-        rows = recv_tokens if form.expand else recv_tokens[layout.row_token]
-        y = jnp.where(valid[:, None], expert(rows, src), jnp.nan).astype(jnp.bfloat16)
-        if late:
-            state = stall(lateness(case, call, rank, 2), state)
-            y = after(state, y)
-        out = jax_ep.combine(y, layout, recv.weights, **sms(num_sms, jax_ep.combine))
-        each = expert(jnp.repeat(x[:, None], case.top_k, axis=1), flat)
-        kept = expected["send_row"] >= 0
-        expected_out = (jnp.where(kept, topk_weights, 0)[..., None] * each).sum(axis=1)
+    src, valid = expected["recv_src"], expected["recv_src"] >= 0
+    token, holds = src // case.top_k, valid  # of each row of tokens
+    if not form.expand:
+        token = jnp.arange(case.num_ranks * case.num_tokens + 1, dtype=jnp.int32)
+        holds = jnp.append(jnp.diff(expected["recv_offsets"]) > 0, False)
+    recv_tokens = from_payload(recv.tokens)
+    tokens = jnp.where(holds[:, None], rows_of(token), 0)
+    right_scales = jnp.bool_(True)
+    if form.num_scales > 0:
+        all_of_rows = all_scales(call, token, form.num_scales)
+        right_scales = jnp.all(recv.scales == jnp.where(holds[:, None], all_of_rows, 0))
+    weights = jnp.where(valid, all_weights(call, src), 0)
+    rows = recv_tokens if form.expand else recv_tokens[layout.row_token]
+    y = jnp.where(valid[:, None], expert(rows, src), jnp.nan).astype(jnp.bfloat16)
+    if late:
+        state = stall(lateness(call, rank, 2), state)
+        y = after(state, y)
+    out = jax_ep.combine(y, layout, recv.weights, **sms(kind.num_sms, jax_ep.combine))
+    each = expert(jnp.repeat(x[:, None], case.top_k, axis=1), flat)
+    kept = expected["send_row"] >= 0
+    expected_out = (jnp.where(kept, topk_weights, 0)[..., None] * each).sum(axis=1)
 
-        right = [jnp.all(getattr(layout, name) == expected[name]) for name in LAYOUT_CHECKS]
-        right += [
-            jnp.all(recv_tokens == tokens),
-            right_scales,
-            jnp.all(recv.weights == weights),
-            jnp.all(out.astype(jnp.float32) == expected_out),
-        ]
-        is_wrong = ~jnp.stack(right)
+    right = [jnp.all(getattr(layout, name) == expected[name]) for name in LAYOUT_CHECKS]
+    right += [
+        jnp.all(recv_tokens == tokens),
+        right_scales,
+        jnp.all(recv.weights == weights),
+        jnp.all(out.astype(jnp.float32) == expected_out),
+    ]
+    return ~jnp.stack(right), state
+
+
+@functools.cache
+def stress(
+    kinds: tuple[Kind, ...], num_calls: int, late: bool, mesh_axes: tuple[str, ...] = (AXIS,)
+) -> Any:
+    """A function of one rank: (first call) -> calls and wrong calls by kind, first wrong call.
+
+    Without `late` calls are queued as fast as it goes, one of each kind in turn; with it ranks come
+    at different times, and the kind of each call is random.
+    """
+
+    def of_kind(number: int, call: Any, carry: Any) -> Any:
+        calls, wrong, first_wrong, state = carry
+        kind = kinds[number]
+        # Groups side by side, and kinds of the same sizes, have different data.
+        others = tuple(axis for axis in mesh_axes if axis not in kind.axes)
+        group = lax.axis_index(others) if others else 0
+        is_wrong, state = one_call(kind, mix(call, number, group), state, late)
         first_wrong = jnp.minimum(first_wrong, jnp.where(is_wrong.any(), call, NOT_YET))
-        return wrong + is_wrong, first_wrong, state
+        return calls.at[number].add(1), wrong.at[number].add(is_wrong), first_wrong, state
+
+    branches = [functools.partial(of_kind, number) for number in range(len(kinds))]
+
+    def of_any_kind(call: Any, carry: Any) -> Any:
+        if len(kinds) == 1:
+            return branches[0](call, carry)
+        return lax.switch(below(mix(call, 11), len(kinds)), branches, call, carry)
+
+    def of_each_kind(turn: Any, first_call: Any, carry: Any) -> Any:
+        for number, branch in enumerate(branches):
+            carry = branch(first_call + turn * len(kinds) + number, carry)
+        return carry
 
     def function(first_call: jax.Array) -> dict[str, jax.Array]:
-        rank = lax.axis_index(AXIS)
         # Zeros that may differ between ranks as far as JAX knows, as a loop's carry must at once.
-        zero = rank * 0
-        wrong, first_wrong, state = lax.fori_loop(
-            0,
-            num_calls,
-            lambda i, carry: one_call(first_call + i, carry),
-            (jnp.zeros(len(CHECKS), jnp.int32) + zero, NOT_YET + zero, zero),
+        zero = lax.axis_index(mesh_axes) * 0
+        carry = (
+            jnp.zeros(len(kinds), jnp.int32) + zero,
+            jnp.zeros((len(kinds), len(CHECKS)), jnp.int32) + zero,
+            NOT_YET + zero,
+            zero,
         )
-        return {"wrong": wrong, "first_wrong": first_wrong, "state": state}
+        if late:
+            carry = lax.fori_loop(
+                0, num_calls, lambda i, carry: of_any_kind(first_call + i, carry), carry
+            )
+        else:
+            carry = lax.fori_loop(
+                0,
+                -(-num_calls // len(kinds)),
+                lambda i, carry: of_each_kind(i, first_call, carry),
+                carry,
+            )
+        calls, wrong, first_wrong, state = carry
+        return {"calls": calls, "wrong": wrong, "first_wrong": first_wrong, "state": state}
 
     return function
 

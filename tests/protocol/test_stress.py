@@ -8,13 +8,18 @@ themselves are right; tests/gpu/run_tiers.py asks for many.
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import numpy as np
 import on_device
 import pytest
-from backends import JaxBackend
-from on_device import CHECKS, EXPANDED, NOT_YET, RACE_CHECKS, STORED_ON, Form, Race
+from backends import AXIS, JaxBackend
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from on_device import CHECKS, EXPANDED, NOT_YET, RACE_CHECKS, STORED_ON, Form, Kind, Race
 from routings import Case
+from test_groups import mesh_shape
 
 NUM_CALLS = int(os.environ.get("JAX_EP_TEST_CALLS", "80"))
 SECONDS = float(os.environ.get("JAX_EP_TEST_SECONDS", "1e9"))
@@ -26,11 +31,12 @@ def sizes(num_ranks: int) -> dict[str, Case]:
     rows = 16 * 4  # T * K of "tight"
     return {
         "tight": Case(num_ranks, 16, 4, 4 * num_ranks, hidden=32, capacity=rows),
-        "one_token": Case(num_ranks, 1, 2, 2 * num_ranks, hidden=8),
+        "one token": Case(num_ranks, 1, 2, 2 * num_ranks, hidden=8),
         "aligned": Case(
             num_ranks, 33, 4, 4 * num_ranks, hidden=136, capacity=192, expert_alignment=16
         ),
-        "own_room": Case(num_ranks, 24, 4, 4 * num_ranks, hidden=32, expert_capacity=24),
+        "own room": Case(num_ranks, 24, 4, 4 * num_ranks, hidden=32, expert_capacity=24),
+        "many tokens": Case(num_ranks, 520, 1, 2 * num_ranks, hidden=8),  # too many for slots
     }
 
 
@@ -38,53 +44,127 @@ def sizes(num_ranks: int) -> dict[str, Case]:
 # in words of four bytes, not by the copy engine.
 NOT_EXPANDED, TWO_SCALES = Form(expand=False), Form(num_scales=2)
 IN_ONE = Form(in_one=True)
+X, Y = "x", "y"  # axes of a mesh with groups along either, and of all devices
 
-# (sizes, whether ranks come late, SMs of a call where that can be said, what dispatch is asked for)
+
+def kinds(name: str, num_devices: int) -> tuple[Kind, ...]:
+    """Calls of the sizes of that name, or of "mixed" ones.
+
+    These are, with slots, calls in them of all sizes and forms, between calls that are not: of
+    `make_layout` and `dispatch`, of too many tokens, of float8 rows; in groups of all devices, and
+    along either axis of the mesh.
+    """
+    of_all = sizes(num_devices)
+    if name != "mixed":
+        size, form, num_sms = ALONE[name]
+        return (Kind(of_all[size], form, num_sms),)
+    both = (X, Y)
+    found = [
+        Kind(of_all["tight"], IN_ONE, axes=both, name="in one"),
+        Kind(of_all["one token"], IN_ONE, axes=both, name="one token"),
+        Kind(of_all["tight"], EXPANDED, axes=both, name="in two"),
+        Kind(of_all["aligned"], IN_ONE, num_sms=8, axes=both, name="aligned"),
+        Kind(of_all["many tokens"], IN_ONE, axes=both, name="many tokens"),
+        Kind(of_all["own room"], Form(expand=False, in_one=True), axes=both, name="own room"),
+        Kind(of_all["tight"], Form(num_scales=2, in_one=True), axes=both, name="float8"),
+    ]
+    for axis, num_ranks in zip(both, mesh_shape(num_devices), strict=True):
+        found.append(Kind(sizes(num_ranks)["tight"], IN_ONE, axes=(axis,), name=f"along {axis}"))
+    return tuple(found)
+
+
+# By name: sizes, what dispatch is asked for, SMs of a call where that can be said.
+ALONE: dict[str, tuple[str, Form, int | None]] = {
+    "tight": ("tight", EXPANDED, None),
+    "aligned": ("aligned", EXPANDED, 8),
+    "not_expanded": ("tight", NOT_EXPANDED, None),
+    "two_scales": ("tight", TWO_SCALES, None),
+}
+
+# (name, whether ranks come late, or calls queue as fast as it goes)
 STRESS = [
-    ("tight", False, None, EXPANDED),
-    ("tight", True, None, EXPANDED),
-    ("one_token", False, None, EXPANDED),
-    ("aligned", True, 8, EXPANDED),
-    ("own_room", False, None, EXPANDED),
-    ("tight", True, None, NOT_EXPANDED),
-    ("tight", False, None, TWO_SCALES),
-    ("tight", True, None, IN_ONE),
+    ("tight", False),
+    ("aligned", True),
+    ("not_expanded", True),
+    ("two_scales", False),
+    ("mixed", False),
+    ("mixed", True),
 ]
+
+
+def program(backend: JaxBackend, name: str, num_calls: int, late: bool) -> Callable[[int], Any]:
+    """Makes so many calls from that number on; counts come as NumPy arrays of all ranks."""
+    num_devices = backend.num_devices
+    shape, axes = ((num_devices,), (AXIS,))
+    if name == "mixed":
+        shape, axes = mesh_shape(num_devices), (X, Y)
+    function = on_device.stress(kinds(name, num_devices), num_calls, late, axes)
+    mesh = Mesh(np.array(backend.devices()).reshape(shape), axes)
+
+    def shard(first_call: jax.Array) -> Any:
+        return jax.tree.map(lambda a: a[None], function(first_call[0]))
+
+    run = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=P(axes), out_specs=P(axes)))
+
+    def calls_from(first_call: int) -> Any:
+        first_calls = np.full(num_devices, first_call, np.int32)
+        placed = jax.make_array_from_callback(
+            first_calls.shape, NamedSharding(mesh, P(axes)), first_calls.__getitem__
+        )
+        return backend.fetch(num_devices, jax.block_until_ready(run(placed)))
+
+    return calls_from
 
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    ("name", "late", "num_sms", "form"),
-    STRESS,
-    ids=lambda value: str(value).lower().replace("none", ""),
+    ("name", "late"), STRESS, ids=[f"{n}_{'late' if late else 'queued'}" for n, late in STRESS]
 )
 def test_random_calls(
     device_backend: JaxBackend,
+    request: pytest.FixtureRequest,
     record_property: Callable[[str, object], None],
     name: str,
     late: bool,
-    num_sms: int | None,
-    form: Form,
 ) -> None:
-    backend, num_ranks = device_backend, device_backend.num_devices
-    wanted = -(-NUM_CALLS // len(STRESS))
+    backend = device_backend
+    if name == "mixed" and not late and backend.platform == "cpu":
+        pytest.skip("on CPU calls do not queue: with late ranks it is the same")
+    of_kind = kinds(name, backend.num_devices)
+    wanted = -(-NUM_CALLS // _num_chosen(request))
     at_once = min(wanted, CALLS_AT_ONCE)
-    function = on_device.stress(sizes(num_ranks)[name], at_once, late, num_sms, form)
-    start, num_done = time.monotonic(), 0
+    calls_from = program(backend, name, at_once, late)
+    start, num_done, num_calls = time.monotonic(), 0, np.zeros(len(of_kind), int)
     while num_done < wanted and backend.agree(time.monotonic() - start < SECONDS):
-        found = backend.run(num_ranks, function, np.full(num_ranks, num_done, np.int32))
+        found = calls_from(num_done)
         wrong = {
-            check: count.tolist()
-            for check, count in zip(CHECKS, found["wrong"].T, strict=True)
-            if count.any()
+            f"{of_kind[number].name} {check}".strip(): found["wrong"][:, number, i].tolist()
+            for number in range(len(of_kind))
+            for i, check in enumerate(CHECKS)
+            if found["wrong"][:, number, i].any()
         }
         assert not wrong, (
             f"wrong calls by rank: {wrong}, of {at_once} from call {num_done} on; the first by "
             f"rank: {np.where(found['first_wrong'] == NOT_YET, -1, found['first_wrong'])}"
         )
-        num_done += at_once
-    rows = "" if form == EXPANDED else f", {form}"
-    record_property(f"calls, {name}{', late ranks' if late else ''}{rows}", num_done)
+        assert (found["calls"] == found["calls"][0]).all()
+        num_calls += found["calls"][0]
+        num_done += int(found["calls"][0].sum())
+    late_text = ", late ranks" if late else ""
+    record_property(f"calls, {name}{late_text}", num_done)
+    if len(of_kind) > 1:
+        counts = (f"{kind.name}: {n}" for kind, n in zip(of_kind, num_calls, strict=True))
+        record_property(f"of them{late_text}", ", ".join(counts))
+
+
+def _num_chosen(request: pytest.FixtureRequest) -> int:
+    """How many tests share the calls: those of this one that `-k` has left on this backend."""
+    backend = request.node.callspec.params["device_backend"]
+    return sum(
+        getattr(item, "originalname", None) == "test_random_calls"
+        and item.callspec.params["device_backend"] == backend
+        for item in request.session.items
+    )
 
 
 @pytest.mark.once
@@ -94,11 +174,11 @@ def test_a_wrong_call_would_be_seen(device_backend: JaxBackend, form: Form) -> N
     num_ranks = min(device_backend.num_devices, 4)
     if num_ranks == 1:
         pytest.skip("one rank has no others")
-    case = sizes(num_ranks)["tight"]
+    kind = Kind(sizes(num_ranks)["tight"], form)
     first_call = np.full(num_ranks, 1000, np.int32)
     first_call[-1] = 2000
-    found = device_backend.run(num_ranks, on_device.stress(case, 8, False, form=form), first_call)
-    wrong = dict(zip(CHECKS, found["wrong"].T, strict=True))
+    found = device_backend.run(num_ranks, on_device.stress((kind,), 8, False), first_call)
+    wrong = dict(zip(CHECKS, found["wrong"][:, 0].T, strict=True))
     # Where a row goes depends on all ranks' ids.
     assert (wrong["recv_src"] >= 7).all(), wrong
     assert (wrong["tokens"] >= 7).all(), wrong

@@ -29,3 +29,12 @@ def test_recorded_thunks(tmp_path: pathlib.Path, text: str, expected: tuple[int,
     with_passes = tmp_path / "module_0001.jit_f.thunk_sequence_after_thunk_passes.txt"
     with_passes.write_text(text)
     assert recorded_thunks(tmp_path) == expected
+
+
+def test_recorded_loops(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "module_0001.jit_f.thunk_sequence.txt").write_text(
+        "000: kWhile\n  body\n    001: kCommandBuffer\n      002: kCustomCall\n"
+        "003: kCommandBuffer\n  004: kWhile\n    005: kCustomCall\n"
+    )
+    assert recorded_thunks(tmp_path, "kWhile") == (1, 1)
+    assert recorded_thunks(tmp_path) == (2, 0)

@@ -1,11 +1,11 @@
-"""Reads XLA's dump of its thunks: is a custom call in a command buffer?"""
+"""Reads XLA's dump of its thunks: what is in a command buffer?"""
 
 import pathlib
 import re
 
 
-def recorded_thunks(dump: pathlib.Path) -> tuple[int, int]:
-    """Custom calls inside and outside of command buffers, as XLA's dump of its thunks has them.
+def recorded_thunks(dump: pathlib.Path, kind: str = "kCustomCall") -> tuple[int, int]:
+    """Thunks of a kind inside and outside of command buffers, as XLA's dump has them.
 
     The dump is one line a thunk, "number: kind ...", those inside another one indented under it. If
     the passes that make command buffers change anything they dump once more.
@@ -19,14 +19,14 @@ def recorded_thunks(dump: pathlib.Path) -> tuple[int, int]:
     for path in found:
         buffer_at: int | None = None  # the column of the command buffer that we are in
         for line in path.read_text(errors="replace").splitlines():
-            kind = re.search(r"\bk[A-Z]\w*", line)
-            if kind is None:
+            found_kind = re.search(r"\bk[A-Z]\w*", line)
+            if found_kind is None:
                 continue
-            if buffer_at is not None and kind.start() <= buffer_at:
+            if buffer_at is not None and found_kind.start() <= buffer_at:
                 buffer_at = None
-            if kind.group() == "kCommandBuffer" and buffer_at is None:
-                buffer_at = kind.start()
-            if kind.group() == "kCustomCall":
+            if found_kind.group() == "kCommandBuffer" and buffer_at is None:
+                buffer_at = found_kind.start()
+            if found_kind.group() == kind:
                 inside += buffer_at is not None
                 outside += buffer_at is None
     return inside, outside
