@@ -104,13 +104,13 @@ def i32(value: int) -> int:
 def emulate_ids(sizes: Sizes, num_sms: int) -> None:
     """How cuda/direct/layout.cu shares the ids out: all of them, to one warp each.
 
-    Mirrors LaunchLayout (num_blocks, ids_per_block), the constructor of TableBuilder (block_begin
-    to end), and the loops of count_ids and place_rows, which add 32.
+    Mirrors Plan (num_blocks, ids_per_block, ids_per_warp), the constructor of TableBuilder
+    (block_begin to end), and the loops of count_ids and place_rows, which add 128 and 32.
     """
     num_ids = sizes.num_tokens * sizes.top_k * sizes.num_ranks  # int64_t
     with_one = (num_ids + 511) // 512
     most = min(num_sms, 128)
-    num_blocks = min(most, max(min(with_one, 64), with_one // 2))
+    num_blocks = 1 if with_one <= 4 else min(most, max(min(with_one, 64), with_one // 2))
     ids_per_block = i32((num_ids + num_blocks - 1) // num_blocks)
 
     i32(sizes.num_tokens * sizes.top_k)
@@ -125,9 +125,9 @@ def emulate_ids(sizes: Sizes, num_sms: int) -> None:
             end = block_end if warp == 15 else min(block_end, i32(begin + ids_per_warp))
             assert begin in (expected_begin, end)
             expected_begin = max(expected_begin, end)
-            for lane in (0, 31):  # flat = begin + lane; flat < end; flat += 32
-                flat = i32(begin + lane)
-                i32(flat + max(0, -(-(end - flat) // 32)) * 32)
+            for lane in (0, 31):  # first = begin + lane; first < end; first += 128
+                first = i32(begin + lane)
+                i32(first + max(0, -(-(end - first) // 128)) * 128)
             if end > begin:  # step = begin; step < end; step += 32; and flat = step + lane
                 i32(begin + -(-(end - begin) // 32) * 32 + 31)
     assert expected_begin == num_ids
@@ -137,20 +137,21 @@ def emulate_ids(sizes: Sizes, num_sms: int) -> None:
 def emulate_rows(sizes: Sizes, capacity: int, load: list[int]) -> None:
     """Where cuda/direct/layout.cu puts the rows of experts with ``load`` rows each.
 
-    Mirrors place_experts (offset by a scan over all experts, or by their room; first_row and left),
-    the row in place_rows, the sums of fill_rest and the last step of fill_padding.
+    Mirrors place_experts (offset by a scan over a rank's experts; first_row and left; the sums),
+    the row in place_rows and the last step of fill_padding.
     xla_ffi/cpu/ops/layout_op.cc reckons in 64 bits and stores the same numbers in int32.
     """
     alignment, room = sizes.expert_alignment, sizes.expert_capacity
     num_local = sizes.num_experts // sizes.num_ranks
     if room is None:
-        occupied = [i32(-(-n // alignment) * alignment) for n in load]
-        offset = list(itertools.accumulate(occupied, lambda a, b: i32(a + b), initial=0))[:-1]
-        i32(offset[-1] + occupied[-1])  # what the scan ends with
-        offset = [i32(o - offset[e // num_local * num_local]) for e, o in enumerate(offset)]
+        occupied = [i32(i32(n + alignment - 1) // alignment * alignment) for n in load]
     else:
         occupied = [i32(room)] * len(load)
-        offset = [i32(e % num_local * room) for e in range(len(load))]
+    offset = []
+    for first in range(0, len(load), num_local):
+        of_rank = occupied[first : first + num_local]
+        offset += itertools.accumulate(of_rank[:-1], lambda a, b: i32(a + b), initial=0)
+        i32(offset[-1] + of_rank[-1])  # what the scan ends with
     most_parts = 128 * 16  # warps of as many blocks as there can be, for one expert
 
     for rank in range(sizes.num_ranks):

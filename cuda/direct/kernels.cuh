@@ -38,10 +38,13 @@ __device__ inline int32_t first_unit(int64_t num_units, uint32_t block) {
 
 inline constexpr uint32_t kNan = ~0u;  // in every float type
 
-// Sets a share of the words: by all threads of a block. `num_bytes` is a multiple of 4.
-__device__ inline void fill(void* buffer, int64_t num_bytes, uint32_t word, const Share& share) {
+// Sets a share of the words, in a call that has failed: by all threads of a block. `num_bytes` is a
+// multiple of 4.
+__device__ __noinline__ inline void fill(void* buffer, int64_t num_bytes, uint32_t word,
+                                         const Share& share) {
   auto* words = static_cast<uint32_t*>(buffer);
   const int64_t stride = int64_t{share.count} * blockDim.x;
+#pragma unroll 1
   for (int64_t i = int64_t{share.index} * blockDim.x + threadIdx.x; i < num_bytes / 4;
        i += stride) {
     words[i] = word;
@@ -49,8 +52,8 @@ __device__ inline void fill(void* buffer, int64_t num_bytes, uint32_t word, cons
 }
 
 // A block's share of tables of no rows.
-__device__ inline void fill_without_rows(const LayoutArguments& a, int num_ranks,
-                                         const Share& share) {
+__device__ __noinline__ inline void fill_without_rows(const LayoutArguments& a, int num_ranks,
+                                                      const Share& share) {
   const auto fill_all = [&](int32_t* table, int64_t size, int32_t value) {
     fill(table, size * int64_t{sizeof value}, static_cast<uint32_t>(value), share);
   };
@@ -58,8 +61,9 @@ __device__ inline void fill_without_rows(const LayoutArguments& a, int num_ranks
   fill_all(a.recv_src, a.room.capacity, kNoSource);
   fill_all(a.recv_order, a.room.capacity, kNoSource);
   fill_all(a.recv_offsets, num_ranks * a.num_tokens + 1, 0);
-  fill_all(a.group_sizes, a.num_experts / num_ranks, 0);
-  fill_all(a.expert_counts, a.num_experts / num_ranks, 0);
+  const int num_local = static_cast<int>(a.num_experts) / num_ranks;
+  fill_all(a.group_sizes, num_local, 0);
+  fill_all(a.expert_counts, num_local, 0);
   fill_all(a.expert_load, a.num_experts, 0);
   fill_all(a.counters, 3, 0);
 }

@@ -64,13 +64,18 @@ __device__ __noinline__ inline void break_group(const GroupView& g, OpKind kind,
   }
 }
 
+// What a peer has told of.
+__device__ __noinline__ inline void break_as_told(const GroupView& g, OpKind kind,
+                                                  uint64_t given_up) {
+  break_group(g, kind, who_gave_up(given_up), kToldByPeer, 0,
+              static_cast<uint64_t>(waited_for(given_up)));
+}
+
 __device__ inline bool is_broken(const GroupView& g, OpKind kind) {
   const uint64_t broken = ld_relaxed_gpu_u64(&g.control->local.broken);
   const uint64_t given_up = ld_relaxed_sys(&g.control->given_up);
-  if (broken != 0) return true;
-  if (given_up == 0) return false;
-  break_group(g, kind, who_gave_up(given_up), kToldByPeer, 0,
-              static_cast<uint64_t>(waited_for(given_up)));
+  if ((broken | given_up) == 0) return false;
+  if (broken == 0) break_as_told(g, kind, given_up);
   return true;
 }
 
@@ -124,7 +129,7 @@ __device__ __noinline__ inline Look look_at_host(const GroupView& g, OpKind kind
 }
 
 // By each thread that waits for something that may not come. What is rarely done is called, not
-// inlined: the loops that wait stand in kernels whose code is large already.
+// inlined: small calls run a kernel's code once, and pay for each line of it that they come by.
 class Wait {
  public:
   __device__ Wait(const GroupView& g, OpKind kind) : g_(g), kind_(kind) {}

@@ -33,19 +33,34 @@
 
 namespace jax_ep::gpu {
 
+// [C1], where another call has been seen to be the running one. False if this one is refused.
+__device__ __noinline__ inline bool contest_call(const GroupView& g, OpKind kind, uint64_t seen) {
+  uint64_t* running = &g.control->local.running;
+  while ((seen & (kContested | kClosed)) == 0 &&
+         atom_cas_relaxed_gpu(running, seen, seen | kContested) != seen) {
+    seen = atom_cas_relaxed_gpu(running, 0, running_of(g.call));
+    if (seen == 0 || is_running(seen, g.call, gridDim.x)) return true;
+  }
+  break_group(g, kind, slot_of(g, g.rank), kTwoAtOnce, 0, 0);
+  return false;
+}
+
 // [C1], by all threads of each block, at the start. False on one of them if the call is refused: the
 // others need not wait for the answer.
 __device__ inline bool claim_call(const GroupView& g, OpKind kind) {
   if (threadIdx.x != kClaimer) return true;
-  uint64_t* running = &g.control->local.running;
-  while (true) {
-    const uint64_t seen = atom_cas_relaxed_gpu(running, 0, running_of(g.call));
-    if (seen == 0 || is_running(seen, g.call, gridDim.x)) return true;
-    if ((seen & (kContested | kClosed)) != 0 ||
-        atom_cas_relaxed_gpu(running, seen, seen | kContested) == seen) {
-      break_group(g, kind, slot_of(g, g.rank), kTwoAtOnce, 0, 0);
-      return false;
-    }
+  const uint64_t seen = atom_cas_relaxed_gpu(&g.control->local.running, 0, running_of(g.call));
+  return seen == 0 || is_running(seen, g.call, gridDim.x) || contest_call(g, kind, seen);
+}
+
+// [B], by the thread of a block that has arrived, until all have.
+__device__ __noinline__ inline bool await_blocks(const GroupView& g, OpKind kind) {
+  Wait wait(g, kind);
+  for (uint32_t n = 1;; ++n) {
+    const uint32_t arrived = ld_acquire_gpu(&g.control->local.barrier);
+    if (arrived >= gridDim.x) return true;
+    if ((n & 255u) != 0) continue;
+    if (!wait.may_go_on(slot_of(g, g.rank), kNotResident, gridDim.x, arrived)) return false;
   }
 }
 
@@ -56,15 +71,8 @@ __device__ inline bool grid_barrier(const GroupView& g, OpKind kind) {
   if (gridDim.x == 1) return true;
   bool ok = true;
   if (threadIdx.x == 0) {
-    uint32_t* barrier = &g.control->local.barrier;
-    uint32_t arrived = atom_add_acq_rel_gpu(barrier, 1) + 1;
-    Wait wait(g, kind);
-    for (uint32_t n = 1; ok && arrived < gridDim.x; ++n) {
-      arrived = ld_acquire_gpu(barrier);
-      if ((n & 255u) == 0) {
-        ok = wait.may_go_on(slot_of(g, g.rank), kNotResident, gridDim.x, arrived);
-      }
-    }
+    const uint32_t arrived = atom_add_acq_rel_gpu(&g.control->local.barrier, 1) + 1;
+    ok = arrived >= gridDim.x || await_blocks(g, kind);
   }
   return __syncthreads_and(ok) != 0;
 }

@@ -52,7 +52,8 @@ __device__ inline void send_start(const GroupView& g, OpKind kind, bool is_claim
   bool may_start = is_claimed;
   if (threadIdx.x == kLooker) may_start = !is_broken(g, kind);
   if (__syncthreads_and(may_start) == 0) return refuse_start(g);
-  if (threadIdx.x == 0) g.control->local.has_shown = 1;
+  // Not by the first warp, whose mails would wait for it.
+  if (threadIdx.x == kLooker) g.control->local.has_shown = 1;
   while (i < num_mails) {
     const int r = i / kNumShown, what = i % kNumShown;
     if (r != g.rank) {
@@ -63,6 +64,25 @@ __device__ inline void send_start(const GroupView& g, OpKind kind, bool is_claim
     i += static_cast<int>(blockDim.x);
     if (i < num_mails) epoch = next_epoch(g, i / kNumShown);
   }
+}
+
+// [S2], by a thread that has not found the mail of `epoch` there. Of an earlier one if the group is
+// broken now.
+__device__ __noinline__ inline Shown await_mail(const GroupView& g, OpKind kind, int slot,
+                                                const Shown* mail, uint64_t epoch) {
+  Wait wait(g, kind);
+  for (uint32_t n = 1;; ++n) {
+    Shown seen;
+    ld_acquire_sys_b128(mail, seen.value, seen.epoch);
+    if (seen.epoch >= epoch) return seen;
+    if ((n & 255u) == 0 && !wait.may_go_on(slot, kStart, epoch, seen.epoch)) return seen;
+  }
+}
+
+// By a thread that has found a peer's door shut: the peer has told why before.
+__device__ __noinline__ inline void break_at_door(const GroupView& g, OpKind kind, int slot) {
+  fence_acq_rel_sys();
+  if (!is_broken(g, kind)) break_group(g, kind, slot, kToldByPeer, 0, slot);
 }
 
 // [S2], by all threads of a block: fills address[r][i] (in shared memory) for every rank, this one
@@ -85,36 +105,52 @@ __device__ inline bool receive_start(const GroupView& g, OpKind kind, bool is_cl
     const Shown* mail = &g.control->start[slot].shown[what];
     const uint64_t epoch = next_epoch(g, r);
     const uint64_t entered = what == kNumAddresses ? enter(g, r, epoch) : 0;  // [V1]
-    uint64_t value, seen;
-    ld_acquire_sys_b128(mail, value, seen);
-    Wait wait(g, kind);
-    for (uint32_t n = 1; ok && seen < epoch; ++n) {
-      if ((n & 255u) == 0) ok = wait.may_go_on(slot, kStart, epoch, seen);
-      ld_acquire_sys_b128(mail, value, seen);  // [S2]
-    }
+    Shown seen;
+    ld_acquire_sys_b128(mail, seen.value, seen.epoch);  // [S2]
+    if (ok && seen.epoch < epoch) seen = await_mail(g, kind, slot, mail, epoch);
+    ok = ok && seen.epoch >= epoch;
     if (is_shut(entered)) {
       ok = false;
-      fence_acq_rel_sys();  // it has told why before
-      if (!is_broken(g, kind)) break_group(g, kind, slot, kToldByPeer, 0, slot);
+      break_at_door(g, kind, slot);
     }
     if (what < kNumAddresses) {
-      address[r][what] = address_here(g.peer[r], value);
-    } else if (ok && value != g.operation) {
-      break_group(g, kind, slot, kOtherCall, g.operation, value);
+      address[r][what] = address_here(g.peer[r], seen.value);
+    } else if (ok && seen.value != g.operation) {
+      break_group(g, kind, slot, kOtherCall, g.operation, seen.value);
       ok = false;
     }
   }
-  if (broken != 0 || given_up != 0) ok = !is_broken(g, kind) && ok;
+  if ((broken | given_up) != 0) {
+    ok = false;
+    if (broken == 0) break_as_told(g, kind, given_up);
+  }
   return __syncthreads_and(ok && is_claimed) != 0;
+}
+
+// What a thread sends with [E1]: asked for before, it need not be waited for then.
+__device__ inline uint64_t end_epoch(const GroupView& g) {
+  const int r = static_cast<int>(threadIdx.x);
+  return r < g.num_ranks ? next_epoch(g, r) : 0;
 }
 
 // [E1], by all threads of one block, when no block reads peers' memory any more. What has been read
 // is there, and has been counted, so nothing has to be released, which would take 0.5 us.
-__device__ inline void send_end(const GroupView& g) {
+__device__ inline void send_end(const GroupView& g, uint64_t epoch) {
   const int r = static_cast<int>(threadIdx.x);
   if (r >= g.num_ranks || r == g.rank) return;
   const PeerView& peer = g.peer[r];
-  st_relaxed_sys(&peer.control->end[peer.slot_there].epoch, next_epoch(g, r));  // [E1]
+  st_relaxed_sys(&peer.control->end[peer.slot_there].epoch, epoch);  // [E1]
+}
+
+// [E2], by a thread that has not found the mail of `epoch` there.
+__device__ __noinline__ inline bool await_end(const GroupView& g, OpKind kind, int slot,
+                                              uint64_t epoch) {
+  Wait wait(g, kind);
+  for (uint32_t n = 1;; ++n) {
+    const uint64_t seen = ld_acquire_sys(&g.control->end[slot].epoch);
+    if (seen >= epoch) return true;
+    if ((n & 255u) == 0 && !wait.may_go_on(slot, kEnd, epoch, seen)) return false;
+  }
 }
 
 // [E2], likewise. False if the group is broken.
@@ -122,15 +158,9 @@ __device__ inline bool receive_end(const GroupView& g, OpKind kind) {
   const int r = static_cast<int>(threadIdx.x);
   if (r >= g.num_ranks || r == g.rank) return true;
   const int slot = slot_of(g, r);
-  const uint64_t* flag = &g.control->end[slot].epoch;
   const uint64_t epoch = next_epoch(g, r);
-  uint64_t seen = ld_acquire_sys(flag);
-  Wait wait(g, kind);
-  for (uint32_t n = 1; seen < epoch; ++n) {
-    if ((n & 255u) == 0 && !wait.may_go_on(slot, kEnd, epoch, seen)) return false;
-    seen = ld_acquire_sys(flag);  // [E2]
-  }
-  return true;
+  const uint64_t seen = ld_acquire_sys(&g.control->end[slot].epoch);  // [E2]
+  return seen >= epoch || await_end(g, kind, slot, epoch);
 }
 
 }  // namespace jax_ep::gpu
