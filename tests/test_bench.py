@@ -1,6 +1,7 @@
 """The benchmark: what it counts, that its baselines compute what dispatch does, how it times."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep.bench import cli, link, measure, operations, report, traffic
+from jax_ep.bench import cli, decode, link, measure, operations, report, traffic
 from jax_ep.bench.traffic import Movement, Point
 
 pytestmark = pytest.mark.once
@@ -513,6 +514,69 @@ def test_run_on_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_decoding_in_slots_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both paths as on a GPU, each set up anew; on CPU either is the general one."""
+    set_up: list[Any] = []
+    finalize, initialize = jax_ep.finalize, jax_ep.initialize
+
+    def initialized(**options: Any) -> None:
+        set_up.append(options["slot_bytes"])
+        initialize(**options)
+
+    def finalized() -> None:
+        set_up.append("finalize")
+        finalize()
+
+    monkeypatch.setattr(jax_ep, "initialize", initialized)
+    monkeypatch.setattr(jax_ep, "finalize", finalized)
+    of_gpu = functools.partial(decode.paths, True)
+    monkeypatch.setattr(decode, "paths", lambda on_gpu, slot_bytes: of_gpu(slot_bytes))
+    rows = _main(
+        "--decode --ranks 2 --tokens 3 --hidden 64 --top-k 1 --experts 2 --repeats 2 --calls 2 "
+        f"--only trip --json {tmp_path / 'bench.json'}"
+    )
+    assert set_up == [64 << 20, "finalize", 0]
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written["settings"]["slot_bytes"] == 64 << 20
+    assert len(written["results"]) == len(rows)
+    # Without fp8 and with it, which are in two tables.
+    assert [(row["path"], row["fp8"]) for row in rows] == [
+        (path, fp8) for path in ("slots", "general") for fp8 in ("none", "float32")
+    ]
+    for row in rows:
+        assert row["operation"] == "round trip"
+        assert row["single_calls"] == 2
+        assert 0 < row["single_p10_s"] <= row["single_median_s"] <= row["single_p90_s"]
+    text = capsys.readouterr().out
+    assert "slots: with 64 MiB of them on each device; general: set up without slots" in text
+    tables = text[text.index("slots: with 64") :].split("operation ")[1:]
+    for of_table, fp8 in zip(tables, ("none", "float32"), strict=True):
+        cells = [
+            f"{row[kind + 'median_s'] * 1e6:.1f} [{row[kind + 'p10_s'] * 1e6:.1f} - "
+            f"{row[kind + 'p90_s'] * 1e6:.1f}]"
+            for row in rows
+            if row["fp8"] == fp8
+            for kind in ("", "single_")
+        ]
+        line = of_table.splitlines()[1]
+        assert line.split() == ["round", "trip", "3", *" ".join(cells).split(), "-"]
+
+
+def test_single_calls_are_chained_without_copies(mesh: Any, prepared: Prepared) -> None:
+    """What is handed on lies where it lay, and the operands that were given are left alone."""
+    operation = prepared.operations["round trip"]
+    before = [np.asarray(argument) for argument in operation.args]
+    timing = measure.time_single_calls(
+        operation.fn, mesh, operation.args, fresh=operation.fresh, repeats=3, calls=2
+    )
+    assert (timing.calls, timing.extra_copies, len(timing.seconds)) == (2, 0, 3)
+    assert timing.output_bytes > 0
+    for argument, value in zip(operation.args, before, strict=True):
+        np.testing.assert_array_equal(argument, value)
+
+
 def test_a_point_on_a_gpu(mesh: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """The way a GPU is measured, on CPU devices with the limits of a made-up machine."""
     text = "--ranks 4 --experts 8 --alignment 4 --repeats 2 --calls 2 --fp8 none"
@@ -609,6 +673,8 @@ def test_exit_code_tells_that_an_operation_failed() -> None:
         ),
         ("--tokens 0", "must be at least 1"),
         ("--platform nowhere", "invalid choice"),
+        ("--decode --only dispatch+", "no operation has that in its name: layout_and_dispatch, "),
+        ("--decode --plot a.png", "--decode: it has no --plot"),
     ],
 )
 def test_bad_arguments(arguments: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,9 @@ the slowest rank's.
 The first value of --hidden, --top-k, --routing, --capacity, --dtype, --fp8 and --num-sms is the
 base, measured at every --tokens; every further value is measured with the others at their base
 (--product: all combinations). Beside the base stand JAX's own collectives for the same rows.
+
+With --decode few tokens are measured, in slots and without, each in a long program and as programs
+of one call, and one table has them side by side.
 """
 
 import argparse
@@ -34,13 +37,14 @@ from jax.sharding import Mesh
 import jax_ep
 from jax_ep import _native, doctor, runtime
 from jax_ep._checks import positive_argument
-from jax_ep.bench import measure, operations, report, timeline, traffic
+from jax_ep.bench import decode, measure, operations, report, timeline, traffic
 from jax_ep.bench.link import Link, measure_link
 from jax_ep.bench.traffic import Point, Traffic
 
 _DEVICE_KERNEL_FLAG = "--xla_gpu_experimental_ragged_all_to_all_use_device_kernel=true"
 _CHILD_TIMEOUT = 900  # seconds
 _LINK_SMS = (8, 16, 24, 32)  # SM counts that W is measured on without --num-sms
+_SINGLE_CALLS = {"cpu": 10, "gpu": 100}  # programs of one call in a burst, unless told
 _TIMELINE_OPERATION, _TIMELINE_TOKENS = "make_layout+dispatch+combine", 4096  # unless told
 
 # Out of memory, refused by XLA, not built here: the other points are still worth measuring.
@@ -132,6 +136,13 @@ def _parser() -> argparse.ArgumentParser:
         help="SMs an operation may use; default: its own",
     )
     add("--product", action="store_true", help="all combinations of the lists")
+    add(
+        "--decode",
+        action="store_true",
+        help=f"only {', '.join(decode.OPERATIONS)}, by default at T = "
+        f"{', '.join(map(str, decode.TOKENS))}: with slots and without, in a program and as "
+        "programs of one call",
+    )
     add("--only", nargs="+", help="only operations whose name contains one of these")
     add("--repeats", type=positive_argument, help="default: 9, or 20 on CPU")
     add(
@@ -149,7 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--slot-bytes",
         type=int,
-        help="of jax_ep.initialize(); 0: no slots. Default: as JAX_EP_SLOTS says",
+        help="of jax_ep.initialize(); 0: no slots. Default: as JAX_EP_SLOTS says; with --decode "
+        "first 64 MiB, then none",
     )
     add(
         "--no-second-process",
@@ -236,10 +248,13 @@ class _Bench:
         self.link = link
         self.on_gpu = mesh.devices.flat[0].platform != "cpu"
         self.rows: list[report.Row] = []
+        self.path = ""  # one of decode's, or none
         self.unsupported: dict[str, Exception] = {}  # by operation: what XLA says
 
     def wanted(self, name: str) -> bool:
         only = self.args.only
+        if self.args.decode and name not in decode.OPERATIONS:
+            return False
         return not only or any(text in name for text in only)
 
     def measure_point(self, point: Point, with_baselines: bool) -> list[report.Row]:
@@ -335,7 +350,18 @@ class _Bench:
             timing = measure.time_whole_calls(
                 operation.fn, self.mesh, operation.args, repeats=args.repeats, between=host_copy
             )
-        return report.result_row(operation, point, moved, timing, self.link, host_copy)
+        row = report.result_row(operation, point, moved, timing, self.link, host_copy)
+        if self.path:
+            single = measure.time_single_calls(
+                operation.fn,
+                self.mesh,
+                operation.args,
+                fresh=operation.fresh,
+                repeats=args.repeats,
+                calls=args.calls or _SINGLE_CALLS["gpu" if self.on_gpu else "cpu"],
+            )
+            row |= decode.fields(self.path, single)
+        return row
 
 
 _VERB_NAMES = (
@@ -352,10 +378,10 @@ _VERB_NAMES = (
 _BASELINE_NAMES = ("all_to_all", "all_to_all+gather", "all_gather+gather", operations.RAGGED)
 
 
-def _check_only(parser: argparse.ArgumentParser, only: Sequence[str] | None) -> None:
+def _check_only(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the program if a word of ``--only`` would choose nothing."""
-    names = (*_VERB_NAMES, *_BASELINE_NAMES)
-    for text in only or ():
+    names = decode.OPERATIONS if args.decode else (*_VERB_NAMES, *_BASELINE_NAMES)
+    for text in args.only or ():
         if not any(text in name for name in names):
             parser.error(f"--only {text}: no operation has that in its name: {', '.join(names)}")
 
@@ -435,7 +461,9 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
     """
     parser = _parser()
     args = parser.parse_args(argv)
-    _check_only(parser, args.only)
+    _check_only(parser, args)
+    if args.decode and (args.plot or args.timeline):
+        parser.error("--decode: it has no --plot and no --timeline")
     if (args.plot or args.timeline) and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot and --timeline need matplotlib: pip install matplotlib")
     if args.timeline and not timeline.is_built(_native.cuda):
@@ -453,7 +481,8 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
     platform = "cpu" if devices[0].platform == "cpu" else "gpu"
     if args.timeline and platform == "cpu":
         parser.error("--timeline: it is the GPU's kernels that note what they do")
-    for name, value in _DEFAULTS[platform].items():
+    defaults = _DEFAULTS[platform]
+    for name, value in (decode.defaults(defaults) if args.decode else defaults).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.ranks = args.ranks or len(devices)
@@ -465,6 +494,10 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
         parser.error(f"--top-k {max(args.top_k)}: must be at most --experts {args.experts}")
     mesh = jax.make_mesh((args.ranks,), (operations.AXIS,), devices=devices[: args.ranks])
 
+    of_path: dict[str, int | None] = {"": args.slot_bytes}
+    if args.decode:
+        of_path = decode.paths(platform == "gpu", args.slot_bytes)
+        args.slot_bytes = next(iter(of_path.values()))
     jax_ep.initialize(staging_bytes=args.staging_bytes, slot_bytes=args.slot_bytes)
     environment = _environment(mesh)
     settings = {name: _plain(value) for name, value in vars(args).items()}
@@ -488,14 +521,25 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
             report.write_json(args.json, environment, settings, limits, bench.rows)
 
     previous = None
-    for point in all_points:
-        if (description := _describe(point)) != previous:
-            print(f"\n{description}\n{report.HEADER}")
-            previous = description
-        # Baselines know neither fp8 nor num_sms: once for the others' values is enough.
-        plain = point.fp8 == "none" and point.num_sms == all_points[0].num_sms
-        bench.rows += bench.measure_point(point, with_baselines=plain)
-        save()
+    for number, (bench.path, slot_bytes) in enumerate(of_path.items()):
+        if number > 0:
+            jax_ep.finalize()
+            jax_ep.initialize(staging_bytes=args.staging_bytes, slot_bytes=slot_bytes)
+        for point in all_points:
+            description = f"{bench.path}: {_describe(point)}" if bench.path else _describe(point)
+            if description != previous:
+                print(f"\n{description}\n{report.HEADER}")
+                previous = description
+            # Baselines know neither fp8 nor num_sms: once for the others' values is enough.
+            plain = point.fp8 == "none" and point.num_sms == all_points[0].num_sms
+            bench.rows += bench.measure_point(point, with_baselines=plain)
+            save()
+    if args.decode:
+        print("\n" + decode.legend(of_path))
+        for description in dict.fromkeys(map(_describe, all_points)):
+            of_points = [p for p in all_points if _describe(p) == description]
+            print(f"\n{description}")
+            print("\n".join(decode.table(of_points, bench.rows)))
     if platform == "gpu" and not args.no_second_process and bench.wanted(operations.RAGGED):
         print(f"\n{_describe(all_points[0])}, in a second process with {_DEVICE_KERNEL_FLAG}")
         bench.rows += _second_process(args)

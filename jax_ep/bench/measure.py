@@ -8,6 +8,11 @@ divided by the number of calls. Each call's operands pass an optimization barrie
 result of the call before, which keeps the calls in order; one operand is another array in each
 call, so that the compiler sees no two equal calls; and all results leave the program, so none is
 dropped. None of this moves data. The compiled programs are searched for the calls all the same.
+
+A program of its own for each call is what a server has that decodes a step at a time. Of those a
+burst is timed: each takes an operand from the one before, which hands it on where it lies, and the
+host launches them without waiting. So a call takes what its launch takes, or its work if that is
+longer.
 """
 
 import dataclasses
@@ -203,6 +208,43 @@ def time_chained_calls(
         seconds.append((all_calls - once) / (_BURST * calls))
     extra = (_count_copies(many) - _count_copies(single)) / calls
     return Timing(tuple(sorted(seconds)), calls, output_bytes, temp_bytes, extra)
+
+
+def time_single_calls(
+    fn: Callable[..., Any],
+    mesh: Mesh,
+    args: tuple[Any, ...],
+    *,
+    fresh: int,
+    repeats: int,
+    calls: int,
+) -> Timing:
+    """Times a burst of programs, each with one call, over their number.
+
+    ``fresh`` is which of ``args``, an array, a call takes from the one before.
+    """
+
+    def program(chained: Any, rest: tuple[Any, ...]) -> tuple[Any, Any]:
+        result = fn(*rest[:fresh], chained, *rest[fresh:])
+        handed_on, result = lax.optimization_barrier((chained, result))
+        return handed_on, result
+
+    sharded = jax.shard_map(program, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    jitted = jax.jit(sharded, donate_argnums=0)
+    rest = (*args[:fresh], *args[fresh + 1 :])
+    chained = jnp.copy(args[fresh])  # which the first call takes for good
+    compiled = jitted.lower(chained, rest).compile()
+
+    def burst() -> None:
+        nonlocal chained
+        for _ in range(calls):
+            chained, _ = compiled(chained, rest)  # results are freed at once, as in Program.run
+        jax.block_until_ready(chained)
+
+    burst()  # a warm-up
+    seconds = sorted(_seconds(burst) / calls for _ in range(repeats))
+    done = Program(compiled, (chained, rest))
+    return Timing(tuple(seconds), calls, *_memory(done), _count_copies(done))
 
 
 def chain_length(expected_seconds: float) -> int:
