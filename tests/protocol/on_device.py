@@ -373,11 +373,13 @@ class Race:
         hidden: H.
         top_k: K. A token goes to K experts of one rank: it crosses once, straight to its first row,
             and from there the receiver stores it on to the others.
+        in_one: rows go by `layout_and_dispatch`, the second time too.
     """
 
     num_tokens: int
     hidden: int
     top_k: int
+    in_one: bool = False
 
 
 @functools.cache
@@ -385,11 +387,11 @@ def race(num_ranks: int, sizes: Race, num_calls: int) -> Any:
     """A function of one rank: (rows, first call) -> rows for the next time, counts of wrong rows.
 
     In each call all tokens of all ranks go to one rank, in turn, and they go twice, by the same
-    layout. In between one rank, in turn too, comes late with its new rows: without an order the
-    receiving rank would go on with those of the first time. After the second time the rows are
-    rewritten at once, in place (in the loop's buffer): a rank whose rows were still on their way
-    would send numbers of the next call. Ids come late too, and the rows that combine brings back,
-    which it reads as soon as it is told of them, are compared.
+    layout or, with `in_one`, by two that are equal. In between one rank, in turn too, comes late
+    with its new rows: without an order the receiving rank would go on with those of the first time.
+    After the second time the rows are rewritten at once, in place (in the loop's buffer): a rank
+    whose rows were still on their way would send numbers of the next call. Ids come late too, and
+    the rows that combine brings back, which it reads as soon as it is told of them, are compared.
     """
     num_tokens, hidden, top_k = sizes.num_tokens, sizes.hidden, sizes.top_k
     total = num_ranks * num_tokens
@@ -408,15 +410,25 @@ def race(num_ranks: int, sizes: Race, num_calls: int) -> Any:
         state = stall(jnp.where(rank == late, 2, 0), state)
         experts = turn * top_k + jnp.arange(top_k, dtype=jnp.int32)  # those of one rank
         ids = after(state, jnp.broadcast_to(experts, (num_tokens, top_k)))
-        layout = jax_ep.make_layout(
-            ids, num_experts=num_ranks * top_k, axis_name=AXIS, capacity=capacity, zero_tail=False
-        )
-        first = jax_ep.dispatch(x, layout)
+        options = {
+            "num_experts": num_ranks * top_k,
+            "axis_name": AXIS,
+            "capacity": capacity,
+            "zero_tail": False,
+        }
+        if sizes.in_one:
+            layout, first = jax_ep.layout_and_dispatch(x, ids, **options)
+        else:
+            layout = jax_ep.make_layout(ids, **options)
+            first = jax_ep.dispatch(x, layout)
         # Each time the new rows need the results of the old ones, so they are written after those,
         # and can be written over them. No row has a -77.
         state = stall(jnp.where(rank == late, 2, 0), state)
         x = after(state, x + jnp.where(first.tokens[0, 0] == -77, 2, 1))
-        second = jax_ep.dispatch(x, layout)
+        if sizes.in_one:
+            layout, second = jax_ep.layout_and_dispatch(x, after(state, ids), **options)
+        else:
+            second = jax_ep.dispatch(x, layout)
         x = x + jnp.where(second.tokens[0, 0] == -77, 2, 1)
         out = jax_ep.combine(second.tokens.astype(jnp.float32), layout)
 

@@ -187,9 +187,14 @@ def test_a_wrong_call_would_be_seen(device_backend: JaxBackend, form: Form) -> N
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize(
+    ("top_k", "in_one"), [(1, False), (2, False), (2, True)], ids=["1", "2", "2_in_one"]
+)
 def test_race(
-    device_backend: JaxBackend, record_property: Callable[[str, object], None], top_k: int
+    device_backend: JaxBackend,
+    record_property: Callable[[str, object], None],
+    top_k: int,
+    in_one: bool,
 ) -> None:
     """Nobody sees rows too early or too late. Fails on kernels built with JAX_EP_BREAK_ORDER."""
     backend, num_ranks = device_backend, device_backend.num_devices
@@ -197,7 +202,9 @@ def test_race(
         pytest.skip("one rank has nobody to race with")
     on_gpu = backend.platform != "cpu"
     # 32 MB in all to one rank: tens of microseconds, many times what a kernel takes to start.
-    race = Race(4096 // num_ranks, 2048, top_k) if on_gpu else Race(24, 64, top_k)
+    race = Race(4096 // num_ranks, 2048, top_k) if on_gpu else Race(24, 64, top_k, in_one)
+    if on_gpu and in_one:  # 2 MB of each rank, which fits slots
+        race = Race(512, 1024, top_k, in_one)
     num_calls, num_programs = (100, 3) if on_gpu else (2 * num_ranks, 2)
     x, wrong = on_device.race_rows(num_ranks, race), np.zeros((num_ranks, len(RACE_CHECKS)), int)
     function = on_device.race(num_ranks, race, num_calls)
@@ -217,4 +224,6 @@ def test_race(
     _, wrong, _ = backend.run(num_ranks, function, x, first_call)
     not_seen = {c for c, n in zip(RACE_CHECKS[1:], wrong[:, 1:].any(axis=0), strict=True) if not n}
     assert not_seen == ({STORED_ON} if top_k == 1 else set()), f"a wrong row was not seen: {wrong}"
-    record_property(f"calls, race, K = {top_k}", num_calls * num_programs)
+    record_property(
+        f"calls, race, K = {top_k}{', in one' if in_one else ''}", num_calls * num_programs
+    )
