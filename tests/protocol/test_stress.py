@@ -36,6 +36,7 @@ def sizes(num_ranks: int) -> dict[str, Case]:
             num_ranks, 33, 4, 4 * num_ranks, hidden=136, capacity=192, expert_alignment=16
         ),
         "own room": Case(num_ranks, 24, 4, 4 * num_ranks, hidden=32, expert_capacity=24),
+        "wide": Case(num_ranks, 5, 4, 4 * num_ranks, hidden=1016),
         "many tokens": Case(num_ranks, 520, 1, 2 * num_ranks, hidden=8),  # too many for slots
     }
 
@@ -47,12 +48,12 @@ IN_ONE = Form(in_one=True)
 X, Y = "x", "y"  # axes of a mesh with groups along either, and of all devices
 
 
-def kinds(name: str, num_devices: int) -> tuple[Kind, ...]:
+def kinds(name: str, num_devices: int, on_gpu: bool) -> tuple[Kind, ...]:
     """Calls of the sizes of that name, or of "mixed" ones.
 
     These are, with slots, calls in them of all sizes and forms, between calls that are not: of
     `make_layout` and `dispatch`, of too many tokens, of float8 rows; in groups of all devices, and
-    along either axis of the mesh.
+    along either axis of the mesh. Without a GPU sizes are left out that show nothing more there.
     """
     of_all = sizes(num_devices)
     if name != "mixed":
@@ -61,15 +62,19 @@ def kinds(name: str, num_devices: int) -> tuple[Kind, ...]:
     both = (X, Y)
     found = [
         Kind(of_all["tight"], IN_ONE, axes=both, name="in one"),
-        Kind(of_all["one token"], IN_ONE, axes=both, name="one token"),
-        Kind(of_all["tight"], EXPANDED, axes=both, name="in two"),
-        Kind(of_all["aligned"], IN_ONE, num_sms=8, axes=both, name="aligned"),
         Kind(of_all["many tokens"], IN_ONE, axes=both, name="many tokens"),
         Kind(of_all["own room"], Form(expand=False, in_one=True), axes=both, name="own room"),
         Kind(of_all["tight"], Form(num_scales=2, in_one=True), axes=both, name="float8"),
     ]
     for axis, num_ranks in zip(both, mesh_shape(num_devices), strict=True):
         found.append(Kind(sizes(num_ranks)["tight"], IN_ONE, axes=(axis,), name=f"along {axis}"))
+    if on_gpu:
+        found += [
+            Kind(of_all["one token"], IN_ONE, axes=both, name="one token"),
+            Kind(of_all["tight"], EXPANDED, axes=both, name="in two"),
+            Kind(of_all["aligned"], IN_ONE, num_sms=8, axes=both, name="aligned"),
+            Kind(of_all["wide"], IN_ONE, axes=both, name="wide"),
+        ]
     return tuple(found)
 
 
@@ -98,7 +103,8 @@ def program(backend: JaxBackend, name: str, num_calls: int, late: bool) -> Calla
     shape, axes = ((num_devices,), (AXIS,))
     if name == "mixed":
         shape, axes = mesh_shape(num_devices), (X, Y)
-    function = on_device.stress(kinds(name, num_devices), num_calls, late, axes)
+    of_kind = kinds(name, num_devices, backend.platform != "cpu")
+    function = on_device.stress(of_kind, num_calls, late, axes)
     mesh = Mesh(np.array(backend.devices()).reshape(shape), axes)
 
     def shard(first_call: jax.Array) -> Any:
@@ -130,7 +136,7 @@ def test_random_calls(
     backend = device_backend
     if name == "mixed" and not late and backend.platform == "cpu":
         pytest.skip("on CPU calls do not queue: with late ranks it is the same")
-    of_kind = kinds(name, backend.num_devices)
+    of_kind = kinds(name, backend.num_devices, backend.platform != "cpu")
     wanted = -(-NUM_CALLS // _num_chosen(request))
     at_once = min(wanted, CALLS_AT_ONCE)
     calls_from = program(backend, name, at_once, late)
@@ -227,3 +233,27 @@ def test_race(
     record_property(
         f"calls, race, K = {top_k}{', in one' if in_one else ''}", num_calls * num_programs
     )
+
+
+@pytest.mark.once
+def test_nobody_runs_ahead(
+    device_backend: JaxBackend, record_property: Callable[[str, object], None]
+) -> None:
+    """A rank that sends and receives nothing waits for those who have yet to read."""
+    backend, num_ranks = device_backend, device_backend.num_devices
+    if num_ranks == 1:
+        pytest.skip("one rank is never ahead")
+    on_gpu = backend.platform != "cpu"
+    sizes = Race(256, 1024, 1) if on_gpu else Race(24, 64, 1)
+    num_calls = 1600 if on_gpu else 16 * num_ranks
+    x, function = (
+        on_device.race_rows(num_ranks, sizes),
+        on_device.ahead(num_ranks, sizes, num_calls),
+    )
+    x, wrong = backend.run(num_ranks, function, x, np.zeros(num_ranks, np.int32))
+    assert not wrong.any(), f"wrong rows, by rank: {wrong}"
+    x = x.copy()
+    x[-1] += 1  # what the last rank's rows of the next time are
+    _, wrong = backend.run(num_ranks, function, x, np.full(num_ranks, num_calls, np.int32))
+    assert wrong.all(), f"a wrong row was not seen: {wrong}"
+    record_property("calls to a late rank that gives nothing back", num_calls)
