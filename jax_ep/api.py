@@ -77,11 +77,10 @@ def make_layout(
 
     Args:
         topk_idx: int32 [T, K], expert ids. -1 routes nowhere; any other id outside [0, E) routes
-            nowhere and is counted in ``num_invalid``, which is 0 in a sound program; on CPU a
-            process says so once on stderr. The same expert twice in a token makes two rows. Ids
-            that are the same on all ranks (tokens replicated over the EP axes, which every rank
-            then sends and computes) give a UserWarning, where ``shard_map`` has
-            ``check_vma=True``.
+            nowhere and is counted in ``num_invalid``, which is 0 in a sound program; a process
+            says so once on stderr. The same expert twice in a token makes two rows. Ids that are
+            the same on all ranks (tokens replicated over the EP axes, which every rank then sends
+            and computes) give a UserWarning, where ``shard_map`` has ``check_vma=True``.
         num_experts: E, the width of the router: a multiple of R and at least K. Where the router's
             width is not, the experts are padded: the error says by how many.
         axis_name: the mesh axis of the EP group, or a tuple of axes (row-major).

@@ -1,4 +1,4 @@
-"""Errors that CUDA kernels record: raised by `check`, printed by a watcher."""
+"""What CUDA kernels record: errors are raised by `check`, all is printed by a watcher."""
 
 import contextlib
 import sys
@@ -42,10 +42,10 @@ def check() -> None:
 class Watcher:
     """Looks after kernels that wait, and prints what they record.
 
-    When another process of the job has died it ends the waits for it. It prints that, and the first
-    error that a kernel records, once each; the error again when its text has changed, since more
-    has been recorded. All this is in host memory that the kernels share: there
-    is no call into CUDA.
+    When another process of the job has died it ends the waits for it. It prints that, the first
+    error that a kernel records, and that a layout has had ids without an expert, once each; the
+    error again when its text has changed, since more has been recorded. All this is in host memory
+    that the kernels share: there is no call into CUDA.
     """
 
     def __init__(self) -> None:

@@ -191,11 +191,17 @@ for _ in range(2):
 
 
 @pytest.mark.once
-def test_without_the_check_one_line_tells() -> None:
-    """On CPU, where programs are first run; whatever the verb, and never of ids that are -1."""
+def test_without_the_check_one_line_tells(device_backend: JaxBackend) -> None:
+    """Whatever the verb, and never of ids that are -1."""
+    device_backend.mesh(2)  # are there as many?
+    environment = {
+        "JAX_PLATFORMS": device_backend.platform,
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process may have most of a GPU's memory
+        **cpu_devices(2),
+    }
     done = subprocess.run(
         [sys.executable, "-c", _UNCHECKED],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **cpu_devices(2)},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=120,

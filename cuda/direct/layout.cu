@@ -1,6 +1,7 @@
 // layout: every rank reads all ranks' expert ids and computes its own tables from them.
 // After:    send_row, recv_src, recv_order, recv_offsets, group_sizes, expert_counts, expert_load
-//           and counters are as jax_ep/reference.py defines them, for this rank.
+//           and counters are as jax_ep/reference.py defines them, for this rank. Of ids without an
+//           expert the host is told (notice.cuh).
 // Roles:    num_blocks blocks of 512 threads, all resident. Block b owns the flat ids
 //           [b * ids_per_block, ..), flat = (src * T + t) * K + k; its warp w owns a run of those.
 //           Few ids have one block, which needs neither layout_counts nor [B].
@@ -33,6 +34,7 @@
 #include "cuda/direct/kernels.cuh"
 #include "cuda/sync/give_up.cuh"
 #include "cuda/sync/grid.cuh"
+#include "cuda/sync/notice.cuh"
 #include "cuda/sync/start_end.cuh"
 #include "cuda/sync/timeline.cuh"
 
@@ -420,6 +422,7 @@ class TableBuilder {
     a_.counters[0] = shared_.num_received;
     a_.counters[1] = shared_.num_routed - shared_.num_received;
     a_.counters[2] = num_invalid;
+    tell_of_invalid_ids(g_, plan_.num_experts, num_invalid);
   }
 
   const GroupView& g_;

@@ -170,6 +170,26 @@ struct Waiting {
 };
 inline constexpr uint64_t kLongWaitNs = uint64_t{1000} * 1000 * 1000;
 
+// "The ids of this rank have held so many that are without an expert, of so many": never 0.
+JAX_EP_HOST_DEVICE constexpr uint64_t invalid_ids_of(int32_t rank, int32_t num_experts,
+                                                     int32_t num_invalid) {
+  return static_cast<uint64_t>(rank) << 48 | static_cast<uint64_t>(num_experts) << 32 |
+         static_cast<uint64_t>(num_invalid);
+}
+JAX_EP_HOST_DEVICE constexpr int32_t rank_of_invalid_ids(uint64_t word) {
+  return static_cast<int32_t>(word >> 48);
+}
+JAX_EP_HOST_DEVICE constexpr int32_t num_experts_of_invalid_ids(uint64_t word) {
+  return static_cast<int32_t>(word >> 32 & 0xffff);
+}
+JAX_EP_HOST_DEVICE constexpr int32_t num_invalid_of(uint64_t word) {
+  return static_cast<int32_t>(word & 0xffffffff);
+}
+static_assert(rank_of_invalid_ids(invalid_ids_of(71, kMaxExperts, INT32_MAX)) == 71 &&
+              num_experts_of_invalid_ids(invalid_ids_of(71, kMaxExperts, INT32_MAX)) ==
+                  kMaxExperts &&
+              num_invalid_of(invalid_ids_of(71, kMaxExperts, INT32_MAX)) == INT32_MAX);
+
 // A bit for each slot.
 inline constexpr int kSlotWords = (kMaxPeers + 63) / 64;
 JAX_EP_HOST_DEVICE constexpr int word_of(int slot) { return slot / 64; }
@@ -177,7 +197,7 @@ JAX_EP_HOST_DEVICE constexpr uint64_t bit_of(int slot) { return uint64_t{1} << (
 static_assert(word_of(kMaxPeers - 1) == kSlotWords - 1);
 
 // What a device and its host tell each other: lies in host-mapped memory. The device writes why it
-// has given up, once; the host writes how long to wait, and that a wait has to end, which holds for
+// has given up, once, and what is no error; the host writes how long to wait, and that a wait has to end, which holds for
 // replayed command buffers too. Devices are named by slot: an error may come from another group.
 // A word has one writer, who stores it: a device's atomic operations on host memory are none over
 // PCIe.
@@ -192,6 +212,7 @@ struct ErrorRecord {
   uint64_t seen_epoch;
   uint64_t not_left[kMaxPeers];  // by slot: 1 if it may still write to this device's arrays
   Waiting waiting;
+  uint64_t invalid_ids;  // 0, or invalid_ids_of(..) the last layout that had any: no error
   // Written by the host.
   uint64_t arrival_timeout_ns;   // for a peer to come
   uint64_t progress_timeout_ns;  // for a peer to go on, once it has come

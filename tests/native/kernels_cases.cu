@@ -39,6 +39,19 @@ void PrintCase(const Data& d, const char* what, int num_sms) {
       d.weighted ? "weighted" : "plain", d.zero_tail ? "zero tail" : "any tail", num_sms);
 }
 
+namespace {
+
+// Of the round's layouts: what the host is told of this rank's ids.
+void CompareNotice(const Group& group, const Data& d, int rank) {
+  const int32_t num_invalid = d.counters[rank][2];
+  const uint64_t expected =
+      num_invalid == 0 ? 0 : invalid_ids_of(rank, static_cast<int32_t>(d.num_experts), num_invalid);
+  Compare("invalid_ids", rank, std::vector<uint64_t>{group.error(rank).invalid_ids}, {expected});
+  group.error(rank).invalid_ids = 0;
+}
+
+}  // namespace
+
 void CompareCase(const Data& d, int rank, const Buffers& b) {
   Compare("send_row", rank, b.send_row.Read(), d.send_row[rank]);
   Compare("recv_src", rank, b.recv_src.Read(), d.recv_src[rank]);
@@ -97,6 +110,7 @@ void RunCase(const Group& group, const Data& d, int num_sms, uint64_t seed) {
   RequireNoError(group, num_ranks);
   for (int r = 0; r < num_ranks; ++r) {
     CompareCase(d, r, *buffers[r]);
+    CompareNotice(group, d, r);
     if (HasGradient(d)) {
       const Buffers& b = *buffers[r];
       Compare("d_y", r, b.d_y.Read(), d.d_y[r], NumSpecified(d, r) * d.row_bytes);

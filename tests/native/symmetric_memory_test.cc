@@ -465,6 +465,28 @@ void LongWait() {
   Memory().Release(true);
 }
 
+// Ids without an expert are told of once in a process, whichever device's layouts have them.
+void InvalidIds() {
+  Memory().Setup(0, 1, {4, 5}, {0, 1}, 0, false);
+  CHECK(Memory().Watch().empty());
+  View({4, 5}, 0).error->invalid_ids = gpu::invalid_ids_of(1, 256, 3);
+  const auto news = Memory().Watch();
+  CHECK(news.size() == 1 &&
+        news[0] ==
+            "topk_idx of rank 1 has 3 ids that are neither -1 nor in [0, num_experts = 256): they "
+            "are not routed. layout.num_invalid counts them, check_ids=True makes them an error. "
+            "This is said once.");
+  CHECK(!Memory().RecordedError());
+  View({4, 5}, 1).error->invalid_ids = gpu::invalid_ids_of(0, 8, 1);
+  CHECK(Memory().Watch().empty());
+  Memory().Release(true);
+  Memory().Setup(0, 1, {4, 5}, {0, 1}, 0, false);
+  CHECK(View({4, 5}, 0).error->invalid_ids == 0);
+  View({4, 5}, 0).error->invalid_ids = gpu::invalid_ids_of(1, 256, 3);
+  CHECK(Memory().Watch().empty());
+  Memory().Release(true);
+}
+
 }  // namespace
 }  // namespace jax_ep::test
 
@@ -478,6 +500,7 @@ int main() {
   Run("sharing", Sharing);
   Run("growth", GrowthWhileDevicesWork);
   Run("long wait", LongWait);
+  Run("invalid ids", InvalidIds);
   Run("staging", Staging);
   RunTestsOfTwoProcesses();
   return 0;

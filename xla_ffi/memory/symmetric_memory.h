@@ -104,7 +104,8 @@ class SymmetricMemory {
 
   // To be called now and then. Looks after the other processes: when one of them has died, kernels
   // that wait end at once; when one has left, those that wait for it. Returns what the user should
-  // hear of, in words, each once: a death, and who has waited for whom for 30 s.
+  // hear of, in words, each once: a death, who has waited for whom for 30 s, and that a layout has
+  // had ids without an expert.
   std::vector<std::string> Watch(
       std::chrono::steady_clock::time_point now = std::chrono::steady_clock::now());
 
@@ -161,6 +162,7 @@ class SymmetricMemory {
   size_t SlotBytes() const { return devices_.empty() ? 0 : devices_.front().slot_bytes; }
   std::string NameOfSlot(int slot) const;
   std::optional<std::string> LookAtWait(Device* device, std::chrono::steady_clock::time_point now);
+  std::optional<std::string> LookAtIds(const Device& device);
   const gpu::ErrorRecord* FirstRecord() const;
   bool HasLeft(int slot) const;
   int64_t ProcessOfSlot(int slot) const;
@@ -186,6 +188,7 @@ class SymmetricMemory {
   std::unique_ptr<Presence> presence_;                     // of this process; shown by Export
   std::map<int64_t, std::unique_ptr<PeerProcess>> peers_;  // by process, those with devices
   std::set<int64_t> told_dead_;                            // processes that Watch has told of
+  bool told_invalid_ids_ = false;                          // by Watch; once in a process
   std::set<MemberPair> without_atomics_;  // the first cannot use them on the second's memory
   std::map<int64_t, int> slot_;           // of every device, by member
   uint64_t num_calls_ = 0;                // that FillGroup has numbered

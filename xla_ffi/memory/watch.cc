@@ -2,6 +2,7 @@
 #include <sstream>
 
 #include "xla_ffi/groups.h"
+#include "xla_ffi/invalid_ids.h"
 #include "xla_ffi/memory/symmetric_memory.h"
 
 namespace jax_ep {
@@ -24,8 +25,17 @@ std::vector<std::string> SymmetricMemory::Watch(std::chrono::steady_clock::time_
   }
   for (Device& device : devices_) {
     if (auto text = LookAtWait(&device, now)) news.push_back(std::move(*text));
+    if (auto text = LookAtIds(device)) news.push_back(std::move(*text));
   }
   return news;
+}
+
+std::optional<std::string> SymmetricMemory::LookAtIds(const Device& device) {
+  const uint64_t word = __atomic_load_n(&device.error->invalid_ids, __ATOMIC_RELAXED);
+  if (word == 0 || told_invalid_ids_) return std::nullopt;
+  told_invalid_ids_ = true;
+  return InvalidIdsText(gpu::rank_of_invalid_ids(word), gpu::num_invalid_of(word),
+                        gpu::num_experts_of_invalid_ids(word));
 }
 
 std::optional<std::string> SymmetricMemory::LookAtWait(Device* device,

@@ -10,6 +10,7 @@
 #include "cuda/core/placement.h"
 #include "xla_ffi/cpu/meet/worker_pool.h"
 #include "xla_ffi/cpu/ops/ops.h"
+#include "xla_ffi/invalid_ids.h"
 
 namespace jax_ep::cpu {
 namespace {
@@ -74,18 +75,13 @@ class LayoutOp final : public CollectiveOp {
     });
   }
 
-  // Once in a process: such ids are legal, and hardly what somebody meant.
+  // Once in a process.
   void TellOfInvalidIds() const {
     static std::atomic<bool> told{false};
     for (int64_t rank = 0; rank < sizes_.num_ranks; ++rank) {
       if (!is_local(rank) || num_invalid_[rank] == 0 || told.exchange(true)) continue;
       const std::string line =
-          "jax_ep: topk_idx of rank " + std::to_string(rank) + " has " +
-          std::to_string(num_invalid_[rank]) +
-          " ids that are neither -1 nor in [0, num_experts = " +
-          std::to_string(sizes_.num_experts) +
-          "): they are not routed. layout.num_invalid counts them, check_ids=True makes them an "
-          "error. This is said once.\n";
+          "jax_ep: " + InvalidIdsText(rank, num_invalid_[rank], sizes_.num_experts) + "\n";
       std::fputs(line.c_str(), stderr);
     }
   }
