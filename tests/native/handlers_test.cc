@@ -374,6 +374,111 @@ void WrongCalls() {
   Memory().Release(true);
 }
 
+// ---- operands and results of no bytes ----------------------------------------------------------
+
+// A layout, a dispatch on it, and combine's gradient, of 4 tokens with 2 experts each.
+Call LayoutCallOf() {
+  Call call(OpKind::kLayout, Poisoned<kLayoutCuda>, 4, 2, 8);
+  call.attributes["expert_alignment"] = int64_t{1};
+  call.attributes["expert_capacity"] = int64_t{0};
+  call.operands = {call.At(ffi::S32, {4, 2})};
+  call.AddTables(4, 2, 8, &call.results);
+  for (int64_t size : {kExperts / kRanks, kExperts, int64_t{3}}) {
+    call.results.push_back(call.At(ffi::S32, {size}));
+  }
+  return call;
+}
+
+// Rows with given scales have them as an operand and as a result.
+Call DispatchCallOf(bool has_scales) {
+  Call call(OpKind::kDispatch, Poisoned<kDispatchCuda>, 4, 2, 8);
+  call.attributes["has_weights"] = int64_t{1};
+  call.attributes["zero_tail"] = int64_t{1};
+  call.attributes["quantization"] = int64_t{has_scales ? 3 : 0};
+  call.attributes["dequantize"] = int64_t{0};
+  call.attributes["expand"] = int64_t{1};
+  const ffi::DataType type = has_scales ? ffi::F8E4M3FN : ffi::F32;
+  call.operands = {call.At(type, {4, 16}), call.At(ffi::S32, {4, 2})};
+  call.AddTables(4, 2, 8, &call.operands);
+  if (has_scales) call.operands.push_back(call.At(ffi::F32, {4, 2}));
+  call.operands.push_back(call.At(ffi::F32, {4, 2}));
+  call.results = {call.At(type, {8, 16})};
+  if (has_scales) call.results.push_back(call.At(ffi::F32, {8, 2}));
+  call.results.push_back(call.At(ffi::F32, {8}));
+  return call;
+}
+
+Call CombineGradientCallOf() {
+  Call call(OpKind::kCombineGradient, Poisoned<kCombineGradientCuda>, 4, 2, 8);
+  call.attributes["zero_tail"] = int64_t{1};
+  call.operands = {call.At(ffi::F32, {4, kChannels}), call.At(ffi::S32, {4, 2})};
+  call.AddTables(4, 2, 8, &call.operands);
+  call.operands.push_back(call.At(ffi::F32, {8, kChannels}));
+  call.operands.push_back(call.At(ffi::F32, {8}));
+  call.results = {call.At(ffi::F32, {8, kChannels}), call.At(ffi::F32, {8})};
+  return call;
+}
+
+// XLA has no memory for an array of no bytes: its address is null.
+void Empty(size_t dimension, Array* array) {
+  array->shape[dimension] = 0;
+  array->data = nullptr;
+}
+
+// Every operand and every result, in each of its dimensions; then all rows of a call at once, whose
+// shapes agree. Each is an error that says what is wrong, before anything is launched.
+void NoBytes() {
+  SetPoisonOutputs(true);
+  SetUp(0);
+  Call both = LayoutAndDispatchCallOf(4, 2), combine = CombineCallOf(4, 2);
+  both.handler = Poisoned<kLayoutAndDispatchCuda>;
+  combine.handler = Poisoned<kCombineCuda>;
+  Call calls[] = {LayoutCallOf(), DispatchCallOf(false),  DispatchCallOf(true), both,
+                  combine,        CombineGradientCallOf()};
+  for (Call& call : calls) {
+    const std::string op = std::string(call.site.op) + ": ";
+    CHECK(!call.Kernels().empty());
+    g_launched.clear();
+    for (std::vector<Array>* arrays : {&call.operands, &call.results}) {
+      for (Array& array : *arrays) {
+        for (size_t d = 0; d < array.shape.size(); ++d) {
+          const Array saved = array;
+          Empty(d, &array);
+          const std::string failure = call.Run(0);
+          CHECK(failure.rfind(op, 0) == 0 && g_launched.empty());
+          const bool is_of_scales = failure.find("x_scales must have one") != failure.npos;
+          CHECK(is_of_scales || Contains(failure, " has shape ["));
+          array = saved;
+        }
+      }
+    }
+    for (const char* size : {"num_tokens", "top_k", "num_experts", "capacity"}) {
+      const auto saved = call.attributes[size];
+      call.attributes[size] = int64_t{0};
+      CHECK(call.Run(0).rfind(op, 0) == 0 && g_launched.empty());
+      call.attributes[size] = saved;
+    }
+  }
+  const auto without_channels = [](Call* call, std::initializer_list<Array*> rows) {
+    for (Array* array : rows) Empty(array->shape.size() - 1, array);
+    return call->Run(0);
+  };
+  const std::string channels = " must have channels";
+  Call& dispatch = calls[1];
+  CHECK(without_channels(&dispatch, {&dispatch.operands[0], &dispatch.results[0]}) ==
+        "jax_ep_dispatch: x" + channels);
+  CHECK(without_channels(&both, {&both.operands[0], &both.results[8]}) ==
+        "jax_ep_layout_and_dispatch: x" + channels);
+  CHECK(without_channels(&combine, {&combine.operands[0], &combine.results[0],
+                                    &combine.results[2]}) == "jax_ep_combine: y" + channels);
+  Call& gradient = calls[5];
+  CHECK(without_channels(&gradient,
+                         {&gradient.operands[0], &gradient.operands[7], &gradient.results[0]}) ==
+        "jax_ep_combine_gradient: g" + channels);
+  CHECK(g_launched.empty());
+  Memory().Release(true);
+}
+
 // In slots too a launch that fails is an error, and a broken group's call is refused and told of.
 void Failures() {
   SetUp(kSlotBytes);
@@ -407,6 +512,7 @@ int main() {
   Run("combine", Combine);
   Run("layout and dispatch", LayoutAndDispatch);
   Run("wrong calls", WrongCalls);
+  Run("no bytes", NoBytes);
   Run("failures", Failures);
   return 0;
 }

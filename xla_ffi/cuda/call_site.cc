@@ -173,6 +173,7 @@ XLA_FFI_Error* PoisonResults(XLA_FFI_CallFrame* call) {
     const auto* result = static_cast<const XLA_FFI_Buffer*>(call->rets.rets[i]);
     size_t bytes = ffi::ByteWidth(static_cast<ffi::DataType>(result->dtype));
     for (int64_t d = 0; d < result->rank; ++d) bytes *= static_cast<size_t>(result->dims[d]);
+    if (bytes == 0) continue;  // there is no memory: its address is null
     // A failure shows in the launch that follows.
     (void)cudaMemsetAsync(result->data, kPoison, bytes, static_cast<cudaStream_t>(stream.stream));
   }

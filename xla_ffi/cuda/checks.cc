@@ -20,6 +20,7 @@ void CheckAddress(const char* name, const Memory& memory, Checks* checks) {
 }
 
 void CheckRows(const char* name, const Rows& rows, Checks* checks) {
+  checks->Require(rows.num_channels > 0, std::string(name) + " must have channels");
   checks->Require(rows.row_bytes() % kRowAlignment == 0,
                   "a row of " + std::string(name) + " must be a multiple of " +
                       std::to_string(kRowAlignment) + " bytes");
