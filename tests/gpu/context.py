@@ -109,6 +109,7 @@ class Context:
     quick: bool
     keyword: str | None
     broken_package: pathlib.Path | None
+    broken_slots: pathlib.Path | None
     calls: int
     seconds: float
     examples: float

@@ -42,7 +42,7 @@ from context import (
     SkippedError,
     package_folder,
 )
-from tiers import TIERS, Tier, pytest_tier
+from tiers import TIERS, Tier, pytest_tier, slot_breaks
 
 
 def why_not(ctx: Context) -> str | None:
@@ -101,6 +101,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("-k", dest="keyword", help="only tests that match, as in pytest")
     add("--package", type=pathlib.Path, help="the folder that holds the package jax_ep")
     add("--broken-package", type=pathlib.Path, help="one that was built with JAX_EP_BREAK_ORDER")
+    add(
+        "--broken-slots",
+        type=pathlib.Path,
+        help="a folder of those built with JAX_EP_BREAK_SLOTS, each by the name of its SlotBreak",
+    )
     add("--calls", type=int, help="random calls of a tier, by all its tests of them (100,000)")
     add("--seconds", type=float, default=STRESS_SECONDS, help="a stress test ends after (6)")
     add("--examples", type=float, help="part of hypothesis' examples (0.15; with --quick 0.05)")
@@ -132,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
             quick=args.quick,
             keyword=args.keyword,
             broken_package=args.broken_package.resolve() if args.broken_package else None,
+            broken_slots=args.broken_slots.resolve() if args.broken_slots else None,
             calls=args.calls or (2_000 if args.quick else 100_000),
             seconds=args.seconds,
             examples=args.examples or (0.05 if args.quick else 0.15),
@@ -170,6 +176,9 @@ def start_builds(ctx: Context, tiers: list[Tier]) -> None:
         ctx.builds.start("native", "kernels_test", "-DJAX_EP_TESTS=ON")
     if "broken" in wanted and ctx.broken_package is None:
         ctx.builds.start("broken", "_cuda", "-DJAX_EP_BREAK_ORDER=ON")
+    if "broken-slots" in wanted and ctx.broken_slots is None:
+        for name, number in slot_breaks().items():
+            ctx.builds.start(name, "_cuda", f"-DJAX_EP_BREAK_SLOTS={number}")
 
 
 def run_all(ctx: Context, tiers: list[Tier]) -> tuple[list[Line], list[str]]:

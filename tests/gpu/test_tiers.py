@@ -10,8 +10,9 @@ import types
 
 import launcher
 import pytest
-from context import Builds, Context
-from tiers import RACECHECKED_KERNEL, native, run_file
+import tiers
+from context import Builds, Context, Job
+from tiers import RACECHECKED_KERNEL, native, run_file, slot_breaks, slots_race_control
 
 pytestmark = pytest.mark.once
 
@@ -89,6 +90,7 @@ def _context(out: pathlib.Path, seconds_left: float = 1e9, platform: str = "cpu"
         quick=True,
         keyword=None,
         broken_package=None,
+        broken_slots=out,
         calls=8,
         seconds=6.0,
         examples=0.05,
@@ -166,3 +168,27 @@ def test_what_racecheck_looks_at_exists() -> None:
     found = [name for text in sources for name in re.findall(r"void (\w+_kernel)\(", text)]
     assert len(found) >= 3
     assert [name for name in found if RACECHECKED_KERNEL in name] == [RACECHECKED_KERNEL]
+
+
+def test_a_break_of_slots_that_nothing_sees_is_a_failure(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all that slots may lack, each with a package of its own."""
+    names = list(slot_breaks())
+    assert len(names) > 2
+    assert list(slot_breaks().values()) == list(range(1, len(names) + 1))
+    ran = []
+
+    def run_broken(ctx: Context, name: str, package: pathlib.Path, _: str) -> object:
+        ran.append(package)
+        seen = [] if name.endswith(names[1]) else ["E   AssertionError: stale or early rows"]
+        return Job([], None, 1.0), seen
+
+    monkeypatch.setattr(tiers, "run_broken", run_broken)
+    result = slots_race_control(_context(tmp_path, seconds_left=9, platform="cuda"))
+    assert ran == [tmp_path / name for name in names]
+    assert [(line.what, line.failed) for line in result.lines] == [
+        (name, int(name == names[1])) for name in names
+    ]
+    assert result.problems == [f"{names[1]}: no test has failed"]
+    assert result.lines[0].notes == ["AssertionError: stale or early rows"]

@@ -16,6 +16,7 @@ from context import (
     ROOT,
     TESTS,
     Context,
+    Job,
     Line,
     Result,
     Shape,
@@ -143,27 +144,12 @@ def race_control(ctx: Context) -> Result:
     addresses of earlier calls, and the end of a layout leaves its ids alone too long to be caught.
     """
     ctx.skip_without_gpu()
-    shape = Shape(1) if ctx.num_gpus > 1 else Shape(2, 2)
     package = ctx.broken_package
     if package is None:
         package = copy_package(
             ctx, ctx.builds.wait("broken", ctx.deadline), ctx.out / "package_broken"
         )
-    backend = "processes" if shape.num_processes > 1 else ctx.platform
-    folder, job = run_job(
-        ctx,
-        "race-control",
-        shape,
-        ("run_pytest", str(TESTS / STRESS), "-k", f"test_race and {backend}", "--tb=short"),
-        90,
-        file=IN_STEP,
-        package=package,
-        expected=dict.fromkeys(range(shape.num_processes), 1),
-        JAX_EP_TIMEOUT="5",
-    )
-    if job.cut is not None:
-        raise SkippedError(job.cut)
-    _, failures = read_report(folder / "report_0.json", "race-control", None)
+    job, failures = run_broken(ctx, "race-control", package, "test_race")
     # The error itself; the report shows the line of code before it.
     found_stale = [
         re.search(r"Error: (stale or early rows, by rank: .*)", text) for text in failures
@@ -176,6 +162,59 @@ def race_control(ctx: Context) -> Result:
     line = Line("race-control", "race test without the wait for rows", notes=stale)
     problems = job.judge(line)
     return Result([line], [*problems, *failures] if problems else [])
+
+
+def slot_breaks() -> dict[str, int]:
+    """What slots may be built without, by name: the number for JAX_EP_BREAK_SLOTS."""
+    source = (ROOT / "cuda" / "sync" / "slots.cuh").read_text()
+    names = re.search(r"enum SlotBreak \{ *kNoBreak, *([^}]*?),? *\}", source)
+    assert names is not None
+    return {name.strip(): i for i, name in enumerate(names.group(1).split(","), 1)}
+
+
+def slots_race_control(ctx: Context) -> Result:
+    """Slots that lack one of what orders them: races of calls in slots must see it, each time."""
+    ctx.skip_without_gpu()
+    ctx = dataclasses.replace(ctx, has_slots=True)
+    lines, problems = [], []
+    for name in slot_breaks():
+        if ctx.broken_slots is not None:
+            package = ctx.broken_slots / name
+        else:
+            build = ctx.builds.wait(name, ctx.deadline)
+            package = copy_package(ctx, build, ctx.out / f"package_{name}")
+        keyword = "(test_race and in_one) or test_nobody_runs_ahead"
+        job, failures = run_broken(ctx, f"slots-race-control-{name}", package, keyword)
+        if not failures:
+            job.problems.append(f"{name}: no test has failed")
+        line = Line("slots-race-control", name)
+        errors = [re.search(r"^E +([\w.]*Error: .*)", text, re.MULTILINE) for text in failures]
+        line.notes = [error.group(1) for error in errors if error]
+        problems += job.judge(line)
+        lines.append(line)
+    return Result(lines, problems)
+
+
+def run_broken(
+    ctx: Context, name: str, package: pathlib.Path, keyword: str
+) -> tuple[Job, list[str]]:
+    """Runs tests of races on a package that is wrong on purpose, and expects that some fail."""
+    shape = Shape(1) if ctx.num_gpus > 1 else Shape(2, 2)
+    backend = "processes" if shape.num_processes > 1 else ctx.platform
+    folder, job = run_job(
+        ctx,
+        name,
+        shape,
+        ("run_pytest", str(TESTS / STRESS), "-k", f"({keyword}) and {backend}", "--tb=short"),
+        90,
+        file=IN_STEP,
+        package=package,
+        expected=dict.fromkeys(range(shape.num_processes), 1),
+        JAX_EP_TIMEOUT="5",
+    )
+    if job.cut is not None:
+        raise SkippedError(job.cut)
+    return job, read_report(folder / "report_0.json", name, None)[1]
 
 
 def copy_package(ctx: Context, build: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
@@ -435,4 +474,5 @@ TIERS = (
     Tier("slots-multi-process", with_slots(multi_process), quick=False),
     Tier("slots-failures", with_slots(failures), quick=False),
     Tier("slots-command-buffers", with_slots(command_buffers), quick=False),
+    Tier("slots-race-control", slots_race_control, quick=False, needs=("broken-slots",)),
 )
