@@ -15,7 +15,8 @@
 //           memory. Then block 0 sends [E1]; one block alone does as soon as it has them.
 //           4. Each block sums all lines: totals give offsets, lines before its own give its first
 //           row per expert, and how many more the expert keeps. A warp places a rank's experts.
-//           5. Warps walk their ids in order; equal ids in a step of 32 are ranked by match_any.
+//           5. Warps walk their ids in order; equal ids in a step of 32 are ranked by ballots on
+//           their bits, which together take less than match_any.
 //           6. Block 0 waits for [E2], which has come long ago. If blocks had to read ids again, the
 //           last block sends [E1] only now, and waits.
 // Reuse:    layout_counts is rewritten before [B] of the next call, whose [S2] follows [E2] of
@@ -45,6 +46,8 @@ constexpr int kNumThreads = 512;
 constexpr int kNumWarps = kNumThreads / 32;
 constexpr uint32_t kAllLanes = 0xffffffff;
 constexpr int32_t kMaxCached = 32768;  // ids of a block that are kept in shared memory
+constexpr int kExpertBits = 10;        // of an id
+static_assert(kMaxExperts <= 1 << kExpertBits);
 // Of a thread, on their way at once.
 constexpr int kIdsAtOnce = 4;
 constexpr int kLinesAtOnce = 8;
@@ -364,7 +367,13 @@ class TableBuilder {
       int32_t id = kNotRouted;
       if (flat < end_) id = in_block < plan_.num_cached ? cached_[in_block] : id_at(flat);
       const bool routed = is_routed(id, plan_.num_experts);
-      const uint32_t same = __match_any_sync(kAllLanes, routed ? id : -1);
+      uint32_t same = __ballot_sync(kAllLanes, routed);  // the lanes with the same expert
+#pragma unroll
+      for (int b = 0; b < kExpertBits; ++b) {
+        const bool bit = (id >> b & 1) != 0;
+        const uint32_t set = __ballot_sync(kAllLanes, bit);
+        same &= bit ? set : ~set;
+      }
       int32_t row = kNoRow;
       if (routed) {
         const int32_t i = count[id] + __popc(same & lower);

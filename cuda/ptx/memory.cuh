@@ -88,6 +88,14 @@ __device__ inline uint64_t atom_add_acq_rel_gpu(uint64_t* address, uint64_t valu
                : "memory");
   return old;
 }
+__device__ inline uint64_t atom_add_relaxed_gpu(uint64_t* address, uint64_t value) {
+  uint64_t old;
+  asm volatile("atom.add.relaxed.gpu.global.u64 %0, [%1], %2;"
+               : "=l"(old)
+               : "l"(address), "l"(value)
+               : "memory");
+  return old;
+}
 __device__ inline void red_add_relaxed_gpu(uint64_t* address, uint64_t value) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }

@@ -99,7 +99,10 @@ __device__ inline Finish finish_block(const GroupView& g, OpKind kind, bool is_c
     finish = Finish::kRefused;
   } else if (threadIdx.x == kClaimer) {
     const uint64_t one = kOneDone + (all_ok ? 0 : kOneFailed);
-    const uint64_t running = atom_add_acq_rel_gpu(&g.control->local.running, one) + one;
+    uint64_t* word = &g.control->local.running;
+    // A block alone has nobody's writes to learn of, and no one who learns of its.
+    const uint64_t running =
+        one + (gridDim.x == 1 ? atom_add_relaxed_gpu(word, one) : atom_add_acq_rel_gpu(word, one));
     finish = num_done(running) != gridDim.x ? Finish::kNotLast
              : has_failed(running)          ? Finish::kFail
                                             : Finish::kEnd;

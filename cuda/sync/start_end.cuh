@@ -42,24 +42,25 @@ __device__ __noinline__ inline void refuse_start(const GroupView& g) {
   }
 }
 
-// [S1], by all threads of one block. `is_claimed` is what claim_call said. That, the epochs and the
-// look whether the group is broken are under way at once.
+// [S1], by all threads of one block. `is_claimed` is what claim_call said. That, the epochs, the
+// look whether the group is broken, and the fence that makes the mails release what stands before
+// the kernel on the stream, are under way at once.
 __device__ inline void send_start(const GroupView& g, OpKind kind, bool is_claimed,
                                   const uint64_t (&address)[kNumAddresses]) {
   const int num_mails = g.num_ranks * kNumShown;
   auto i = static_cast<int>(threadIdx.x);
+  if (i < num_mails) fence_acq_rel_sys();
   uint64_t epoch = i < num_mails ? next_epoch(g, i / kNumShown) : 0;
   bool may_start = is_claimed;
   if (threadIdx.x == kLooker) may_start = !is_broken(g, kind);
   if (__syncthreads_and(may_start) == 0) return refuse_start(g);
-  // Not by the first warp, whose mails would wait for it.
   if (threadIdx.x == kLooker) g.control->local.has_shown = 1;
   while (i < num_mails) {
     const int r = i / kNumShown, what = i % kNumShown;
     if (r != g.rank) {
       const PeerView& peer = g.peer[r];
       const uint64_t value = what == kNumAddresses ? g.operation : shown_address(g, address[what]);
-      st_release_sys_b128(&peer.control->start[peer.slot_there].shown[what], value, epoch);  // [S1]
+      st_relaxed_sys_b128(&peer.control->start[peer.slot_there].shown[what], value, epoch);  // [S1]
     }
     i += static_cast<int>(blockDim.x);
     if (i < num_mails) epoch = next_epoch(g, i / kNumShown);
