@@ -11,7 +11,7 @@
 //           With kWeighted, which is the gradient of combine: tokens[row] = round(row_weights[row] *
 //           x of src [t]), dots[row] = sum over channels of y[row] * x of src [t], 0 if it holds no
 //           row; all in f32.
-// Roles:    one block an SM, 6 warps, 12 with fp8, 8 with kScaled, 18 with kWeighted. The first
+// Roles:    one block an SM, or fewer, if they have nothing to do; 6 warps, 12 with fp8, 8 with kScaled, 18 with kWeighted. The first
 //           ones, senders and then receivers, run a ring of stages each; with kWeighted each has
 //           helpers, which share the channels of its rows and form products and sums. Senders load
 //           (or quantise) each of the rank's own tokens once and store it to its rows here, and to
@@ -55,6 +55,7 @@
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses; longer ones than a stage go in
 //           pieces; at most kMaxUnitsPerBlock units a block; with fp8 at most kMaxFp8Channels, with
 //           kScaled and kWeighted at most kMaxScaledRowBytes and kMaxWeightedRowBytes, and no pieces.
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/core/placement.h"
@@ -125,7 +126,7 @@ __device__ void zero_rest(const DispatchArguments& a, Shared<Rows>& shared) {
     uint32_t taken = 0;
     if (lane == 0) taken = atomicAdd(&shared.num_batches, 1);
     taken = __shfl_sync(0xffffffffu, taken, 0);
-    const int64_t batch = (int64_t{taken} * gridDim.x + blockIdx.x) * 32;
+    const int64_t batch = (int64_t{taken} * gridDim.x + blockIdx.x) * kRowsAtOnce;
     if (batch >= num_looked_at) break;
     const int64_t row = batch + lane;
     const bool is_empty = row < last && a.recv_src[row] == kNoSource;
@@ -225,8 +226,11 @@ cudaError_t Launch(const GroupView& group, const DispatchArguments& a, int num_s
                     a.landing != nullptr};
   Plan plan;
   if (!MakePlan(Rows::kFormat, sizes, &plan)) return cudaErrorInvalidValue;
+  const int32_t num_blocks =
+      NumBlocks(a.num_tokens * plan.num_pieces, std::max(a.capacity, a.num_rows), num_sms);
   dispatch_kernel<Rows>
-      <<<static_cast<unsigned>(num_sms), kNumThreads<Rows>, kRingBytes, stream>>>(group, a, plan);
+      <<<static_cast<unsigned>(num_blocks), kNumThreads<Rows>, kRingBytes, stream>>>(group, a,
+                                                                                     plan);
   return cudaGetLastError();
 }
 

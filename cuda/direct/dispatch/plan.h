@@ -15,7 +15,8 @@ constexpr int64_t kRingBytes = 204 * 1024;  // of shared memory, for all rings
 constexpr int kMaxStages = 32;              // of a block
 constexpr int kMinStages = 2;               // of a ring
 constexpr int64_t kMaxPieceBytes = 16384;
-constexpr int kFewUnits = 64;  // of a block
+constexpr int kFewUnits = 64;    // of a block
+constexpr int kRowsAtOnce = 32;  // that a warp looks at, for those to be zeroed
 // Rows of y are fetched into the L2 cache ahead of the helpers on so many SMs at most, for what they
 // wait for there is latency (on more it is memory, and this made it worse); and if that much stays
 // in the cache until it is used.
@@ -85,6 +86,15 @@ constexpr bool MakePlan(const RowFormat& format, const Sizes& sizes, Plan* plan)
           kMaxFetchedBytes;
   return true;
 }
+
+// Of the grid: one an SM, if each has units, or some of the `num_rows` to look at.
+constexpr int32_t NumBlocks(int64_t num_units, int64_t num_rows, int32_t num_sms) {
+  const int64_t to_look = (num_rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int64_t wanted = num_units > to_look ? num_units : to_look;
+  return static_cast<int32_t>(wanted < num_sms ? wanted : num_sms);
+}
+static_assert(NumBlocks(1, 32, 132) == 1 && NumBlocks(1, 33, 132) == 2 &&
+              NumBlocks(4096, 33, 132) == 132 && NumBlocks(1, 16384, 132) == 132);
 
 }  // namespace jax_ep::gpu::dispatch
 
