@@ -11,7 +11,8 @@
 //           [B]  grid barrier: all blocks are here, by one counter; a grid of one block has none.
 //           [C2] a block that is done counts itself, and whether it has failed. Who is the last
 //                knows what all have written, and that the call has failed if a block has, if it is
-//                marked, or if the group is broken by now.
+//                marked, or if the group is broken by now. A block alone counts itself while some
+//                of its threads still wait for the peers: nobody learns anything from that.
 //           [C3] the last block of a call that went well sets the counters to 0, the epochs one
 //                further, and then `running` to 0. One of a call that has failed sees the peers out
 //                (leave.cuh), fills the outputs, and closes the device: the calls after it are
@@ -86,23 +87,24 @@ enum class Finish {
 };
 
 // [C2], by all threads of each block, after the block's work, which has gone well if `ok` on all of
-// them. `is_claimed` is what claim_call said.
+// them. `is_claimed` is what claim_call said. In a grid of one block it is under way while threads
+// still come.
 __device__ inline Finish finish_block(const GroupView& g, OpKind kind, bool is_claimed, bool ok) {
   __shared__ Finish finish;
-  const bool all_ok = __syncthreads_and(ok) != 0;
-  if (!all_ok) {
+  const bool is_alone = gridDim.x == 1;
+  if (!is_alone && __syncthreads_and(ok) == 0) {
+    ok = false;
     fence_acq_rel_sys();  // [L1] releases what has been written at peers; else [P1] has done so
     __syncthreads();
   }
-  bool is_good = true;
   if (threadIdx.x == kClaimer && !is_claimed) {
     finish = Finish::kRefused;
   } else if (threadIdx.x == kClaimer) {
-    const uint64_t one = kOneDone + (all_ok ? 0 : kOneFailed);
+    const uint64_t one = kOneDone + (ok ? 0 : kOneFailed);
     uint64_t* word = &g.control->local.running;
     // A block alone has nobody's writes to learn of, and no one who learns of its.
     const uint64_t running =
-        one + (gridDim.x == 1 ? atom_add_relaxed_gpu(word, one) : atom_add_acq_rel_gpu(word, one));
+        one + (is_alone ? atom_add_relaxed_gpu(word, one) : atom_add_acq_rel_gpu(word, one));
     finish = num_done(running) != gridDim.x ? Finish::kNotLast
              : has_failed(running)          ? Finish::kFail
                                             : Finish::kEnd;
@@ -110,9 +112,13 @@ __device__ inline Finish finish_block(const GroupView& g, OpKind kind, bool is_c
       break_group(g, kind, slot_of(g, g.rank), kTwoAtOnce, 0, 0);
     }
   } else if (threadIdx.x == kLooker) {
-    is_good = !is_broken(g, kind);  // meanwhile
+    ok = ok && !is_broken(g, kind);  // meanwhile
   }
-  is_good = __syncthreads_and(is_good) != 0;
+  const bool is_good = __syncthreads_and(ok) != 0;
+  if (is_alone && !is_good) {
+    fence_acq_rel_sys();  // likewise
+    __syncthreads();
+  }
   return finish == Finish::kEnd && !is_good ? Finish::kFail : finish;
 }
 
