@@ -74,7 +74,7 @@ def one_process(ctx: Context) -> Result:
 def one_process_errors(ctx: Context) -> Result:
     """All GPUs in one process: what the handlers refuse, bad ids, and a rank that never comes."""
     files = ["test_handlers.py", "test_id_check.py", "test_runtime_errors.py"]
-    return run_suite(ctx, "one-process-errors", Shape(1), files, limit=90)
+    return run_suite(ctx, "one-process-errors", Shape(1), files, limit=180)
 
 
 def process_per_gpu(ctx: Context) -> Result:
