@@ -1,5 +1,6 @@
 """Set-up of the whole suite: eight CPU devices, and the backends that can run here."""
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -70,6 +71,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return _SLOW.index(item.path.stem) if item.path.stem in _SLOW else len(_SLOW)
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays, so the collector need not look at it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

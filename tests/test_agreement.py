@@ -49,7 +49,7 @@ def test_cpu_and_cuda(pair: tuple[JaxBackend, JaxBackend], case: Case, dtype: DT
     results, magnitude = [], None
     for backend in pair:
         layout = backend.make_layout(case, ids)
-        found = {name: layout.arrays[name] for name in LAYOUT_ARRAYS}
+        found = {name: getattr(layout, name) for name in LAYOUT_ARRAYS}
         received = backend.dispatch(x, layout, topk_weights)
         y = received.tokens
         found |= {"tokens": y, "weights": received.weights}

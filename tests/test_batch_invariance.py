@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 import jax_ep
 
-pytestmark = pytest.mark.once
-
 R, H, K, E = 4, 32, 3, 8
 
 Expert = Callable[[jax.Array], jax.Array]

@@ -23,8 +23,6 @@ import jax_ep
 from jax_ep.bench import cli, decode, link, measure, operations, report, traffic
 from jax_ep.bench.traffic import Movement, Point
 
-pytestmark = pytest.mark.once
-
 EXPERTS, ALIGNMENT = 8, 4
 
 VERBS = [

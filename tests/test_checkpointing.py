@@ -15,7 +15,6 @@ from sharded_layers import (
     assert_equal,
     calls_in,
     check_values_and_gradients,
-    checks_vma,
     in_specs,
     make_problem,
     save_only,
@@ -42,37 +41,49 @@ CALLS_PER_LAYER: dict[str | None, tuple[int, int, int]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def two_layers() -> tuple[Stack, Any]:
+    """Two layers, with the loss and the gradients that they must give."""
+    stack = Stack.make(EP, 2)
+    return stack, stack.expected()
+
+
 @pytest.mark.parametrize(
-    ("policy", "scan", "in_one"),
+    ("policy", "in_one"),
     [
-        *((policy, scan, True) for policy in CALLS_PER_LAYER for scan in (False, True)),
-        ("none", True, False),
-        ("layout", True, False),
+        *((policy, True) for policy in CALLS_PER_LAYER if policy not in ("layout", "dispatch")),
+        pytest.param("layout", True, marks=pytest.mark.versions),
+        pytest.param("dispatch", True, marks=pytest.mark.versions),
+        ("none", False),
+        ("layout", False),
     ],
 )
-def test_checkpoint(policy: str | None, scan: bool, in_one: bool) -> None:
-    """Right gradients, and exactly the calls that the policy asks for.
+def test_checkpoint(two_layers: tuple[Stack, Any], policy: str | None, in_one: bool) -> None:
+    """Right gradients, and exactly the calls that the policy asks for, traced and compiled.
 
     Where the layout is saved, rows that came with it are recomputed by a dispatch alone; where the
     rows are, the layout by itself.
-
-    What is traced is exact. XLA on CPU may merge a recomputation with what it repeats, but not
-    across the bodies of loops, so there the compiled program is counted as well.
     """
-    mesh, stack = EP.mesh(), Stack.make(EP, 2)
-    f, arrays = stack_loss(stack, EP, mesh, policy=policy, scan=scan, in_one=in_one)
+    mesh, (stack, expected) = EP.mesh(), two_layers
+    f, arrays = stack_loss(stack, EP, mesh, policy=policy, scan=True, in_one=in_one)
     compiled = jax.jit(f).lower(*arrays).compile()
-    assert_equal(compiled(*arrays), stack.expected())
-    per_layer = CALLS_PER_LAYER[policy]
-    if scan:
-        assert traced_calls(f, *arrays) == per_layer
-        assert calls_in(compiled) == per_layer
-    else:
-        assert traced_calls(f, *arrays) == tuple(2 * n for n in per_layer)
+    assert_equal(compiled(*arrays), expected)
+    assert traced_calls(f, *arrays) == CALLS_PER_LAYER[policy]
+    assert calls_in(compiled) == CALLS_PER_LAYER[policy]
 
 
-@pytest.mark.parametrize("name", ["dp_ep", "dp_ep_tp"])
-@checks_vma
+def test_checkpoint_without_a_loop(two_layers: tuple[Stack, Any]) -> None:
+    """The same, but for what is compiled: XLA may merge a recomputation with what it repeats."""
+    mesh, (stack, expected) = EP.mesh(), two_layers
+    for policy, per_layer in CALLS_PER_LAYER.items():
+        f, arrays = stack_loss(stack, EP, mesh, policy=policy, scan=False)
+        assert traced_calls(f, *arrays) == tuple(2 * n for n in per_layer), policy
+        # What is recomputed: everything, rows by a dispatch alone, a layout by itself.
+        if policy in ("none", "layout", "dispatch"):
+            assert_equal(jax.jit(f)(*arrays), expected)
+
+
+@pytest.mark.parametrize(("name", "check_vma"), [("dp_ep", False), ("dp_ep_tp", True)])
 def test_scan_over_checkpointed_layers(name: str, check_vma: bool) -> None:
     """The usual model: scan, checkpoint with the layout policy, parameters split over EP only."""
     placement = PLACEMENTS[name]
@@ -89,12 +100,13 @@ def test_scan_without_gradient() -> None:
     assert calls_in(loss) == (1, 1, 1)
 
 
+@pytest.mark.versions
 def test_checkpoint_outside_shard_map() -> None:
     """jax.checkpoint around a function that contains the shard_map, with the layout policy."""
     mesh, case = EP.mesh(), sizes(EP)
     problem = make_problem(EP, case)
     layer = sharded_layer(EP, mesh, case)
-    for policy in ("none", "layout", "all"):
+    for policy in ("none", "layout"):
         remat = jax.checkpoint(layer, policy=POLICIES[policy])
         check_values_and_gradients(problem, EP, mesh, jax.jit(remat))
 

@@ -59,6 +59,7 @@ def as_example_rows(values: Any, dtype: DTypeLike) -> NDArray[Any]:
     return np.stack([first, -first] * 4, axis=-1)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("capacity", EXAMPLE_DATA)
 def test_example(backend: Backend, capacity: int, dtype: DTypeLike) -> None:
@@ -117,8 +118,7 @@ def test_rounding(backend: Backend, dtype: str, top_k: int, weighted: bool) -> N
             raise AssertionError(f"{name}: {error}") from None
 
 
-@pytest.mark.once
-@routings.examples(50)
+@routings.examples(35)
 @given(
     routed=routed_cases(),
     dtype=st.sampled_from([BF16, F16, F32]),
@@ -144,7 +144,6 @@ def test_any_routing(
         assert not np.isnan(out.astype(F32)).any()
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_subnormal_range(device_backend: JaxBackend, dtype: DTypeLike, weighted: bool) -> None:
@@ -162,7 +161,6 @@ def test_subnormal_range(device_backend: JaxBackend, dtype: DTypeLike, weighted:
     assert subnormal.mean() > 0.25, "the data misses the point"
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_overflow_range(device_backend: JaxBackend, dtype: DTypeLike) -> None:
     # Sums near the largest number: some reach infinity on a rank, some at the end, some are NaN
@@ -218,7 +216,6 @@ def test_weights_are_cast_to_float32(device_backend: JaxBackend, dtype: DTypeLik
     assert_same_bits(out, oracle)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("hidden", [4, 12, 260, 4100])
 def test_any_row_of_whole_16_bytes(device_backend: JaxBackend, hidden: int) -> None:
     case, rng = Case(2, 5, 2, 4, hidden=8), np.random.default_rng(hidden)
@@ -228,7 +225,6 @@ def test_any_row_of_whole_16_bytes(device_backend: JaxBackend, hidden: int) -> N
     check_combine(device_backend, case, ids, random_y(rng, layout, hidden, F32), weights)
 
 
-@pytest.mark.once
 def test_every_rank_count(device_backend: JaxBackend) -> None:
     rng = np.random.default_rng(14)
     for num_ranks in range(1, min(device_backend.num_devices, 8) + 1):
@@ -255,7 +251,6 @@ def test_stale_state(device_backend: JaxBackend) -> None:
     assert seen[0] == seen[1], "not reproducible"
 
 
-@pytest.mark.once
 def test_repeated_runs_are_bitwise_equal(device_backend: JaxBackend) -> None:
     case, rng = Case(8, 32, 8, 64, hidden=64), np.random.default_rng(17)
     ids = routings.topk_ids(rng, case, "zipf")

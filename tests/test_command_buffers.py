@@ -69,6 +69,7 @@ print(json.dumps(recordable))
 """
 
 
+@pytest.mark.versions
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_ep._cuda") is None, reason="jax_ep is built without CUDA"
 )
@@ -95,6 +96,7 @@ def test_what_is_registered(flags: str, expected: bool, tmp_path: pathlib.Path) 
     assert json.loads(done.stdout) == dict.fromkeys(targets, expected)
 
 
+@pytest.mark.versions
 def test_flags_that_come_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is registered cannot be changed, so the call says what to do."""
     monkeypatch.setattr(compat, "has_live_client", lambda _: True)

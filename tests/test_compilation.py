@@ -51,9 +51,16 @@ axis_types = pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=["auto",
 # jit and eager ------------------------------------------------------------------------------------
 
 
-@checks_vma
-@axis_types
-@pytest.mark.parametrize("name", ["ep", "dp_ep_tp"])
+@pytest.mark.versions
+@pytest.mark.parametrize(
+    ("name", "axis_type", "check_vma"),
+    [
+        ("ep", AUTO, True),
+        ("ep", EXPLICIT, False),
+        ("dp_ep_tp", AUTO, False),
+        ("dp_ep_tp", EXPLICIT, True),
+    ],
+)
 def test_jit(name: str, axis_type: AxisType, check_vma: bool) -> None:
     placement = PLACEMENTS[name]
     mesh, case = placement.mesh(axis_type), sizes(placement)
@@ -64,7 +71,10 @@ def test_jit(name: str, axis_type: AxisType, check_vma: bool) -> None:
 
 @pytest.mark.parametrize(
     ("name", "axis_type", "check_vma"),
-    [("ep", EXPLICIT, True), ("dp_ep_tp", AUTO, False)],
+    [
+        pytest.param("ep", EXPLICIT, True, marks=pytest.mark.versions),
+        ("dp_ep_tp", AUTO, False),
+    ],
     ids=["ep-explicit-vma", "dp_ep_tp-auto-no_vma"],
 )
 def test_eager(name: str, axis_type: AxisType, check_vma: bool) -> None:
@@ -76,7 +86,6 @@ def test_eager(name: str, axis_type: AxisType, check_vma: bool) -> None:
     assert_equal(f(*place(mesh, in_specs(placement), problem.inputs)), problem.out())
 
 
-@pytest.mark.once
 def test_eager_value_and_grad() -> None:
     mesh, case = DP_EP.mesh(), sizes(DP_EP)
     problem = make_problem(DP_EP, case)
@@ -169,6 +178,7 @@ def test_one_jitted_layer_called_on_independent_data(where: str) -> None:
     assert calls_in(run) == (num_calls,) * 3
 
 
+@pytest.mark.versions
 def test_unused_results_are_removed() -> None:
     mesh, case = EP.mesh(), sizes(EP)
     problem = make_problem(EP, case)
@@ -198,6 +208,7 @@ def test_unused_results_are_removed() -> None:
     assert_equal(jax.jit(dispatched_only)(*arrays), rows.reshape(-1, case.hidden))
 
 
+@pytest.mark.versions
 def test_equal_calls_are_merged() -> None:
     """The same layer written twice is computed once."""
     mesh, case = EP.mesh(), sizes(EP)
@@ -212,6 +223,7 @@ def test_equal_calls_are_merged() -> None:
 # Donation, AOT, shapes ----------------------------------------------------------------------------
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("donated", [(0,), (0, 1, 2, 3)], ids=["x", "all"])
 def test_donated_inputs(donated: tuple[int, ...]) -> None:
     """A donated x is gone and its memory is reused; the result does not change."""
@@ -252,6 +264,7 @@ def test_donated_carry_of_a_training_loop() -> None:
         assert_equal(scale, problem.scale + i * gradient)
 
 
+@pytest.mark.versions
 @axis_types
 def test_ahead_of_time(axis_type: AxisType) -> None:
     """Lowered and compiled from shapes alone, then called; compiled twice from one lowering."""
@@ -273,6 +286,7 @@ def test_ahead_of_time(axis_type: AxisType) -> None:
         assert_equal(grads, problem.gradients())
 
 
+@pytest.mark.versions
 @checks_vma
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
@@ -344,6 +358,7 @@ def test_shapes(fp8: Any, dequantize: bool, dtype: str, check_vma: bool) -> None
 # Names in programs --------------------------------------------------------------------------------
 
 
+@pytest.mark.versions
 def test_named_scopes() -> None:
     """Profiles and dumps name the verbs, forward and backward."""
     mesh, case = EP.mesh(), sizes(EP)

@@ -16,6 +16,7 @@ def forget():
     _native.cpu.set_advice("")
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("version", ["0.10.2", "0.11.2"])
 def test_warns_once(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     num_devices = len(jax.local_devices(backend="cpu"))
@@ -29,6 +30,7 @@ def test_warns_once(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
         runtime._look_for_few_threads()
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(("version", "factor"), [("0.11.2", 2), ("0.12.0.1", 1), ("1.0.0", 1)])
 @pytest.mark.filterwarnings("error")
 def test_is_silent_with_enough_threads(

@@ -57,6 +57,7 @@ def check_dispatch(
     )
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("capacity", EXAMPLE_DATA)
 def test_example(backend: Backend, capacity: int, dtype: DTypeLike) -> None:
@@ -74,8 +75,7 @@ def test_example(backend: Backend, capacity: int, dtype: DTypeLike) -> None:
     assert backend.dispatch(x, layout).weights is None
 
 
-@pytest.mark.once
-@routings.examples(40)
+@routings.examples(28)
 @given(routed=routed_cases(), dtype=st.sampled_from([BF16, F16, F32]), weighted=st.booleans())
 def test_any_routing(
     device_backend: JaxBackend, routed: RoutedCase, dtype: DTypeLike, weighted: bool
@@ -101,6 +101,7 @@ def test_integer_rows(device_backend: JaxBackend, dtype: DTypeLike, weighted: bo
     check_dispatch(device_backend, case, ids, x, weights)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64])
 def test_wide_integer_rows(device_backend: JaxBackend, dtype: DTypeLike) -> None:
     case, rng = Case(3, 7, 3, 6, hidden=6), np.random.default_rng(4)
@@ -124,7 +125,6 @@ def test_rows_are_copies_of_any_bits(device_backend: JaxBackend, dtype: DTypeLik
     np.testing.assert_array_equal(tokens.view(bits.dtype), expected)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("hidden", [8, 24, 40, 136, 1000, 4104])
 def test_any_row_of_whole_16_bytes(device_backend: JaxBackend, hidden: int) -> None:
     case, rng = Case(2, 5, 2, 4, hidden=hidden), np.random.default_rng(hidden)
@@ -133,6 +133,7 @@ def test_any_row_of_whole_16_bytes(device_backend: JaxBackend, hidden: int) -> N
     check_dispatch(device_backend, case, ids, x, routings.random_weights(rng, case))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_weights_are_cast(device_backend: JaxBackend, dtype: DTypeLike) -> None:
     case, rng = Case(2, 5, 2, 4, hidden=8), np.random.default_rng(6)
@@ -176,7 +177,6 @@ def test_poison_is_seen(device_backend: JaxBackend) -> None:
             assert np.isnan(result[0, 1:].astype(F32)).all()
 
 
-@pytest.mark.once
 def test_every_rank_count(device_backend: JaxBackend) -> None:
     rng = np.random.default_rng(7)
     for num_ranks in range(1, min(device_backend.num_devices, 8) + 1):
@@ -221,8 +221,7 @@ def fp8_sizes() -> list[Case]:
     ]
 
 
-@pytest.mark.once
-@routings.examples(30)
+@routings.examples(20)
 @given(
     routed=routed_cases(fp8_sizes()),
     dtype=st.sampled_from([BF16, F16, F32]),
@@ -253,12 +252,12 @@ def test_fp8(
     check_dispatch(device_backend, case, routed.topk_idx, x, weights, **options)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("dequantize", [False, True])
 @pytest.mark.parametrize("hidden", [4224, 2880])
 def test_fp8_with_many_long_rows(device_backend: JaxBackend, hidden: int, dequantize: bool) -> None:
     """More tokens than a GPU's blocks take at a time, and rows longer than their buffers."""
-    case, rng = Case(2, 700, 4, 8, hidden=hidden, expert_alignment=8), np.random.default_rng(7)
+    tokens = 90 if device_backend.platform == "cpu" else 700
+    case, rng = Case(2, tokens, 4, 8, hidden=hidden, expert_alignment=8), np.random.default_rng(7)
     ids = routings.topk_ids(rng, case, "uniform")
     x = routings.random_rows(rng, rows_shape(case), BF16, specials=False)
     weights = routings.random_weights(rng, case)

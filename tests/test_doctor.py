@@ -82,6 +82,7 @@ def _lines(state: str, text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(state)]
 
 
+@pytest.mark.versions
 def test_as_a_command(tmp_path: Path) -> None:
     """Without any GPU it says so, tests eight CPU devices and succeeds."""
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
@@ -129,6 +130,7 @@ def test_each_piece_that_a_gpu_needs_has_its_command(
         assert command in lines[at + 1], lines[at + 1]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("python", "version", "command"),
     [
@@ -156,6 +158,7 @@ def test_plugin_is_one_that_this_python_can_have(
     assert told == [] or "need Python 3.12 or newer" in told[0]
 
 
+@pytest.mark.versions
 def test_least_jax_is_that_of_the_extra() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     (cuda,) = project["project"]["optional-dependencies"]["cuda13"]

@@ -14,7 +14,6 @@ PROGRAMS = [  # recipes.md has a test of its own, which compares what they compu
 ]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.name)
 def test_examples_run(page: pathlib.Path) -> None:
     documents.check_examples(page, FAST_COMPILATION)

@@ -565,6 +565,7 @@ OTHER_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
 TRACE_ERRORS = [*LAYOUT_ERRORS, *DISPATCH_ERRORS, *COMBINE_ERRORS, *MOE_ERRORS, *OTHER_ERRORS]
 
 
+@pytest.mark.versions
 def test_axis_name_of_another_type(device_backend: JaxBackend) -> None:
     for bad in (None, 3, ("ep", 1)):
         message = (
@@ -577,6 +578,7 @@ def test_axis_name_of_another_type(device_backend: JaxBackend) -> None:
             )
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [entry[1:] for entry in TRACE_ERRORS],
@@ -599,6 +601,7 @@ def test_trace_errors(
     assert str(caught.value).startswith("jax_ep.")
 
 
+@pytest.mark.versions
 def test_int64_ids(device_backend: JaxBackend) -> None:
     message = re.escape(
         "topk_idx must be int32; got int64: cast it with topk_idx.astype(jnp.int32)"
@@ -613,6 +616,7 @@ def test_int64_ids_from_numpy(device_backend: JaxBackend) -> None:
         device_backend.run(2, lambda ids: make(np.full((4, 2), 2**32)), IDS)
 
 
+@pytest.mark.versions
 def test_float64_rows(device_backend: JaxBackend, layout: BackendLayout) -> None:
     x, y = np.zeros((2, 4, 8)), np.zeros((2, 8, 8))
     with jax.enable_x64(True):
@@ -622,6 +626,7 @@ def test_float64_rows(device_backend: JaxBackend, layout: BackendLayout) -> None
             device_backend.run(2, lambda y, lay: jax_ep.combine(y, lay), y, layout.handle)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("verb", ["make_layout", "dispatch", "combine", "moe"])
 def test_outside_shard_map(device_backend: JaxBackend, layout: BackendLayout, verb: str) -> None:
     calls: dict[str, Callable[[], Any]] = {
@@ -647,6 +652,7 @@ def test_outside_shard_map(device_backend: JaxBackend, layout: BackendLayout, ve
             call()
 
 
+@pytest.mark.versions
 def test_layout_of_another_group(device_backend: JaxBackend, layout: BackendLayout) -> None:
     # Made on 2 ranks, used on 4.
     doubled = jax.tree.map(lambda a: jnp.concatenate([a, a]), jax.device_get(layout.handle))
@@ -660,6 +666,7 @@ def test_layout_of_another_group(device_backend: JaxBackend, layout: BackendLayo
         device_backend.run(4, lambda lay: jax_ep.combine(zeros(8, 8), lay), doubled)
 
 
+@pytest.mark.versions
 def test_layout_of_other_axes(device_backend: JaxBackend, layout: BackendLayout) -> None:
     """Named by the layout's axis, which this mesh does not have."""
     other = dataclasses.replace(layout.handle, axis_name=("dp", "expert"))
@@ -674,6 +681,7 @@ def test_layout_of_other_axes(device_backend: JaxBackend, layout: BackendLayout)
         device_backend.run(2, lambda lay: jax_ep.combine(zeros(8, 8), lay), other)
 
 
+@pytest.mark.versions
 def test_two_layouts_in_one_shard_map(device_backend: JaxBackend) -> None:
     """Rows of one in combine with the other: the message says what the layout is."""
     devices = np.array(device_backend.mesh(4).devices).reshape(2, 2)

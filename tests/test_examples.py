@@ -127,6 +127,7 @@ def runs(whole_run: pathlib.Path) -> pathlib.Path:
     return whole_run
 
 
+@pytest.mark.versions
 def test_learns_and_leaves_its_results(whole_run: pathlib.Path) -> None:
     """The loss falls, and summary, sample and plot are there: under every version of JAX."""
     summary = _summary(whole_run / "whole")
@@ -143,7 +144,6 @@ def test_learns_and_leaves_its_results(whole_run: pathlib.Path) -> None:
     assert (whole_run / "whole/training.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.once
 def test_resumed_run_is_bitwise_the_uninterrupted_one(runs: pathlib.Path) -> None:
     """Losses, evaluation, sample and parameters are equal to the bit."""
     whole, resumed = _summary(runs / "whole"), _summary(runs / "resumed")
@@ -155,7 +155,6 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(runs: pathlib.Path) -> Non
         np.testing.assert_array_equal(whole[name].view(np.uint32), resumed[name].view(np.uint32))
 
 
-@pytest.mark.once
 def test_loss_curve_equals_the_dense_one_without_drops(runs: pathlib.Path) -> None:
     """jax_ep, rematerialised, trains as the plain reference does; drops would be seen."""
     no_drops, dense = _summary(runs / "no_drops"), _summary(runs / "dense")
@@ -172,7 +171,6 @@ def test_loss_curve_equals_the_dense_one_without_drops(runs: pathlib.Path) -> No
     assert np.max(np.abs(np.divide(whole["losses"], dense["losses"]) - 1)) > 1e-3
 
 
-@pytest.mark.once
 def test_exported_checkpoint_is_what_was_trained_and_can_be_trained_on(
     runs: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +188,6 @@ def test_exported_checkpoint_is_what_was_trained_and_can_be_trained_on(
     assert imported["losses"][0] < whole["losses"][0] - 0.5
 
 
-@pytest.mark.once
 def test_several_processes_train_as_one_does(runs: pathlib.Path) -> None:
     """Also that they read the same sources, which each of them checks at the start."""
     _run_together(runs, "--out=together")
@@ -200,6 +197,7 @@ def test_several_processes_train_as_one_does(runs: pathlib.Path) -> None:
     np.testing.assert_allclose(together["losses"], whole["losses"], rtol=1e-4)
 
 
+@pytest.mark.versions
 def test_processes_can_compare_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """They do so in JAX, which has no integers above 2**31 - 1 by default."""
     for name in ("XLA_FLAGS", "NPROC"):  # the example sets them; then they are put back

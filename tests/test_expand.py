@@ -71,6 +71,7 @@ def check_dispatch(
     assert_same_bits(received.tokens[rank, ours.row_token][by_expert], expanded.tokens[by_expert])
 
 
+@pytest.mark.versions
 def test_example(backend: Backend) -> None:
     # Without the oracle. Two ranks, two experts each, two tokens a rank; expert 1 is cut after two
     # rows, so rank 1's second token loses the only row that it has on rank 0.
@@ -94,7 +95,6 @@ def test_example(backend: Backend) -> None:
     assert_same_bits(d_topk, np.array([[[0, 2, 1], [4, 6, 0]], [[3, 0, 5], [0, 7, 0]]], F32))
 
 
-@pytest.mark.once
 def test_padding_points_to_zeros(backend: Backend) -> None:
     # One token, so 15 rows of padding and a tail. With zero_tail=False the last row is zero all
     # the same.
@@ -115,7 +115,6 @@ def test_padding_points_to_zeros(backend: Backend) -> None:
             assert not received.tokens[1].any()
 
 
-@pytest.mark.once
 def test_poison_is_seen(device_backend: JaxBackend) -> None:
     # What zero_tail=False leaves unspecified is the poison here.
     case = Case(1, 3, 1, 1, hidden=128, zero_tail=False)
@@ -127,8 +126,7 @@ def test_poison_is_seen(device_backend: JaxBackend) -> None:
             np.testing.assert_array_equal(seen, [True, False, True, False])
 
 
-@pytest.mark.once
-@routings.examples(20)
+@routings.examples(14)
 @given(routed=routed_cases(), dtype=st.sampled_from([BF16, F16, F32]), weighted=st.booleans())
 def test_any_routing(
     device_backend: JaxBackend, routed: RoutedCase, dtype: DTypeLike, weighted: bool
@@ -141,8 +139,7 @@ def test_any_routing(
     check_dispatch(device_backend, case, routed.topk_idx, x, weights)
 
 
-@pytest.mark.once
-@routings.examples(20)
+@routings.examples(14)
 @given(
     routed=routed_cases(fp8_sizes()),
     fp8=st.sampled_from(FP8_SCALES),
@@ -159,7 +156,6 @@ def test_fp8(
     check_dispatch(device_backend, case, routed.topk_idx, x, weights, **options)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("num_scales", [None, 1, 3])
 def test_float8_rows(device_backend: JaxBackend, num_scales: int | None) -> None:
     case, rng = Case(3, 7, 3, 6, hidden=384, capacity=20), np.random.default_rng(4)
@@ -171,7 +167,6 @@ def test_float8_rows(device_backend: JaxBackend, num_scales: int | None) -> None
     check_dispatch(device_backend, case, ids, x, routings.random_weights(rng, case), scales=scales)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32])
 def test_integer_rows(device_backend: JaxBackend, dtype: DTypeLike) -> None:
     case, rng = Case(3, 7, 3, 6, hidden=32, capacity=20), np.random.default_rng(3)
@@ -180,7 +175,6 @@ def test_integer_rows(device_backend: JaxBackend, dtype: DTypeLike) -> None:
     check_dispatch(device_backend, case, ids, x, routings.random_weights(rng, case))
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     "options", [{}, {"fp8": "float32"}, {"fp8": "float32", "dequantize": True}]
 )
@@ -201,7 +195,6 @@ def test_many_and_long_rows(
     assert_same_bits(d_x, ORACLE.dispatch_vjp(oracle, d_tokens, expand=False)[0])
 
 
-@pytest.mark.once
 def test_every_rank_count(device_backend: JaxBackend) -> None:
     rng = np.random.default_rng(8)
     for num_ranks in range(1, min(device_backend.num_devices, 8) + 1):
@@ -214,8 +207,7 @@ def test_every_rank_count(device_backend: JaxBackend) -> None:
 # Gradients ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.once
-@routings.examples(20)
+@routings.examples(14)
 @given(routed=routed_cases(), dtype=st.sampled_from([BF16, F16, F32]), weighted=st.booleans())
 def test_vjp(
     device_backend: JaxBackend, routed: RoutedCase, dtype: DTypeLike, weighted: bool
@@ -300,6 +292,7 @@ def test_grouped_gemm_that_gathers(
         assert_same_bits(mine, yours)
 
 
+@pytest.mark.versions
 def test_checkpoint_policies() -> None:
     """As many calls as with expert rows, whatever is saved: tokens carry the same name."""
     case = sizes(EP)

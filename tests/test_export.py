@@ -187,6 +187,7 @@ PROGRAMS = (
 )
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_loaded_in_a_fresh_process(results: Any, name: str, order: str) -> None:
@@ -201,6 +202,7 @@ def test_loaded_in_a_fresh_process(results: Any, name: str, order: str) -> None:
             np.testing.assert_array_equal(a, e)
 
 
+@pytest.mark.versions
 def test_only_our_checks_need_to_be_disabled() -> None:
     """Each is needed and together they are enough: on CPU three, its gradients have no other."""
     mesh, case = EP.mesh(), sizes(EP)
@@ -216,6 +218,7 @@ def test_only_our_checks_need_to_be_disabled() -> None:
     assert exported.nr_devices == 8
 
 
+@pytest.mark.versions
 def test_gradients_for_both_platforms() -> None:
     """One program for CPU and CUDA runs on CPU, where the gradient of combine is another."""
     mesh, case = EP.mesh(), sizes(EP)
@@ -232,6 +235,7 @@ def test_gradients_for_both_platforms() -> None:
         np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.versions
 def test_called_inside_a_larger_program() -> None:
     """In this process: an exported layer between other operations, and twice in one program."""
     mesh, case = EP.mesh(), sizes(EP)
@@ -250,6 +254,7 @@ def test_called_inside_a_larger_program() -> None:
     np.testing.assert_array_equal(second, problems[1].out() * 2)
 
 
+@pytest.mark.versions
 def test_wrong_number_of_devices_is_refused() -> None:
     mesh, case = EP.mesh(), sizes(EP)
     problem = make_problem(EP, case)

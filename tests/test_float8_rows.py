@@ -58,26 +58,20 @@ def check_bits(
         np.testing.assert_array_equal(bits(got)[specified], bits(right)[specified], name)
 
 
-@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize(("dtype", "zero_tail"), [(E4M3, True), (E5M2, False)])
 @pytest.mark.parametrize(
     ("hidden", "num_scales"),
     [
+        (16, 1),
+        (256, 1),
         (256, 2),
-        *(
-            pytest.param(*sizes, marks=pytest.mark.once)
-            for sizes in (
-                (16, 1),
-                (256, 1),
-                (256, 4),
-                (256, 256),
-                (2880, 1),
-                (2880, 23),
-                (2880, 180),
-            )
-        ),
+        (256, 4),
+        (256, 256),
+        (2880, 1),
+        (2880, 23),
+        (2880, 180),
     ],
 )
-@pytest.mark.parametrize("zero_tail", [True, False])
 def test_rows_with_scales_are_passed_on(
     device_backend: JaxBackend, hidden: int, num_scales: int, dtype: DTypeLike, zero_tail: bool
 ) -> None:
@@ -86,20 +80,18 @@ def test_rows_with_scales_are_passed_on(
     check_bits(device_backend, case, dtype, num_scales)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("hidden", "num_scales"), [(2880, 23), (7168, 56)])
 def test_many_rows_with_scales(device_backend: JaxBackend, hidden: int, num_scales: int) -> None:
     """More tokens than a GPU's blocks take at a time."""
-    check_bits(device_backend, Case(2, 700, 4, 8, hidden), E4M3, num_scales, weighted=False)
+    tokens = 90 if device_backend.platform == "cpu" else 700
+    check_bits(device_backend, Case(2, tokens, 4, 8, hidden), E4M3, num_scales, weighted=False)
 
 
-@pytest.mark.once
 def test_every_rank_count(device_backend: JaxBackend) -> None:
     for num_ranks in range(1, min(device_backend.num_devices, 8) + 1):
         check_bits(device_backend, Case(num_ranks, 5, 2, 2 * num_ranks, hidden=384), E4M3, 3)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_rows_without_scales_are_copies(
@@ -141,6 +133,7 @@ def rows_of(form: str, x: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
     return x.astype(jnp.int8 if form == "integer" else jnp.float8_e4m3fn), scales
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("transform", ["grad", "jvp", "remat", "scan"])
 @pytest.mark.parametrize("form", ["quantised", "scaled", "plain"])
@@ -170,6 +163,7 @@ def test_differentiating_float8_rows(
         device_backend.run(2, differentiate, layout.handle)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("given", ["x", "scales"])
 def test_differentiating_one_of_rows_and_scales(
     device_backend: JaxBackend, layout: BackendLayout, given: str
@@ -222,6 +216,7 @@ def test_gradient_of_the_weights_beside(
 # The guide's recipe -------------------------------------------------------------------------------
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "float4_e2m1fn"])
 def test_the_guides_recipe_for_narrower_rows(device_backend: JaxBackend, dtype: str) -> None:
     section = GUIDE.read_text().split("## Narrow rows")[1].split("\n## ")[0]

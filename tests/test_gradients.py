@@ -65,8 +65,7 @@ def test_example(backend: Backend, capacity: int, dtype: DTypeLike) -> None:
 # dispatch -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.once
-@routings.examples(30)
+@routings.examples(20)
 @given(
     routed=routed_cases(),
     dtype=st.sampled_from([BF16, F16, F32]),
@@ -94,6 +93,7 @@ def test_dispatch_vjp(
         assert_same_bits(d_topk, expected_d_topk)
 
 
+@pytest.mark.versions
 def test_weights_alone(device_backend: JaxBackend) -> None:
     # Integer rows have no gradient; the weights that travel with them do. Both ways to ask.
     case, rng = Case(3, 4, 2, 6, hidden=8, capacity=6), np.random.default_rng(20)
@@ -167,8 +167,7 @@ def assert_weight_gradient(actual: Any, expected: Any, y: Any, g_rows: Any, vali
     assert (error <= bound).all(), f"error / bound is up to {np.nanmax(error / bound)}"
 
 
-@pytest.mark.once
-@routings.examples(30)
+@routings.examples(20)
 @given(
     routed=routed_cases(),
     dtype=st.sampled_from([BF16, F16, F32]),
@@ -200,7 +199,6 @@ def test_combine_vjp(
         assert_weight_gradient(d_weights, expected_d_weights, y, g_rows, valid)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("zero_tail", [True, False], ids=["zero_tail", "any_tail"])
 @pytest.mark.parametrize(("dtype", "hidden"), [(BF16, 20480), (BF16, 20488), (F32, 10240)])
 def test_combine_vjp_of_long_rows(
@@ -281,6 +279,7 @@ def test_dropped_rows_get_no_gradient(backend: Backend) -> None:
     assert_same_bits(d_weights, np.array([[0], [8 * 3 * 7]], F32))
 
 
+@pytest.mark.versions
 def test_a_layout_has_no_gradient(device_backend: JaxBackend) -> None:
     # Differentiating with respect to it gives float0, not an error and not numbers.
     case = Case(2, 2, 1, 2, hidden=8)
@@ -298,7 +297,6 @@ def test_a_layout_has_no_gradient(device_backend: JaxBackend) -> None:
     assert_same_bits(d_x, np.ones((2, 2, 8), F32))
 
 
-@pytest.mark.once
 def test_repeated_runs_are_bitwise_equal(device_backend: JaxBackend) -> None:
     case, rng = Case(8, 32, 8, 64, hidden=64), np.random.default_rng(24)
     layout = device_backend.make_layout(case, routings.topk_ids(rng, case, "zipf"))
@@ -380,6 +378,7 @@ def test_first_and_second_derivatives_are_exact(
             np.testing.assert_array_equal(ours, theirs, f"order {order + 1}, {name}")
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("verb", ["dispatch", "layout_and_dispatch", "combine", "combine_weighted"])
 def test_forward_mode(device_backend: JaxBackend, verb: str) -> None:
     """JAX's own words about custom_vjp."""

@@ -148,6 +148,7 @@ def run_target(backend: JaxBackend, target: str, changes: dict[str, dict[str, An
     return results
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("target", GOOD_CALLS)
 def test_target_by_itself(device_backend: JaxBackend, target: str) -> None:
     # The calls that the next tests change are good ones: nothing is routed, so all of a layout is
@@ -415,7 +416,6 @@ def cases(which: list[Case]) -> Callable[..., Any]:
     )
 
 
-@pytest.mark.once
 @cases(ERRORS)
 def test_errors(
     device_backend: JaxBackend, target: str, changes: dict[str, dict[str, Any]], message: str
@@ -423,7 +423,6 @@ def test_errors(
     check_refused(device_backend, target, changes, message)
 
 
-@pytest.mark.once
 @cases(CPU_ERRORS)
 def test_errors_on_cpu(
     device_backend: JaxBackend, target: str, changes: dict[str, dict[str, Any]], message: str
@@ -433,7 +432,6 @@ def test_errors_on_cpu(
     check_refused(device_backend, target, changes, message)
 
 
-@pytest.mark.once
 @cases(CUDA_ERRORS)
 def test_errors_on_cuda(
     device_backend: JaxBackend, target: str, changes: dict[str, dict[str, Any]], message: str
@@ -443,6 +441,7 @@ def test_errors_on_cuda(
     check_refused(device_backend, target, changes, message)
 
 
+@pytest.mark.versions
 def test_usable_after_errors(device_backend: JaxBackend) -> None:
     changes = {"operands": {"recv_order": int32(9)}}
     check_refused(device_backend, "jax_ep_dispatch", changes, "recv_order has shape")

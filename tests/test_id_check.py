@@ -62,6 +62,7 @@ def test_good_ids_change_nothing(device_backend: JaxBackend) -> None:
     assert not np.any(num_invalid)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -100,6 +101,7 @@ def test_many_ranks_are_counted(device_backend: JaxBackend) -> None:
     assert "rank 4" not in text
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
 def test_groups_fail_together(device_backend: JaxBackend, check_vma: bool) -> None:
     """Also the groups whose ids are good, so that no later collective waits for the others."""
@@ -123,6 +125,7 @@ def test_groups_fail_together(device_backend: JaxBackend, check_vma: bool) -> No
     assert float(f(good, x)) == wanted
 
 
+@pytest.mark.versions
 def test_under_transformations(device_backend: JaxBackend) -> None:
     """Gradients, checkpoints and scans: the same numbers, and the same error."""
 
@@ -190,7 +193,6 @@ for _ in range(2):
 """
 
 
-@pytest.mark.once
 def test_without_the_check_one_line_tells(device_backend: JaxBackend) -> None:
     """Whatever the verb, and never of ids that are -1."""
     device_backend.mesh(2)  # are there as many?
@@ -215,6 +217,7 @@ def test_without_the_check_one_line_tells(device_backend: JaxBackend) -> None:
     ]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
 def test_replicated_tokens_are_told_of(device_backend: JaxBackend, check_vma: bool) -> None:
     """Where JAX follows what varies; not for axes of one device, nor for tokens of each rank."""

@@ -22,8 +22,6 @@ from routings import Case, assert_same_bits
 import jax_ep
 from jax_ep import limits, reference
 
-pytestmark = pytest.mark.once
-
 MAX_ROWS = 2**31 - 2**20
 MOST_RANKS = 72
 

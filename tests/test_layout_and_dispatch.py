@@ -41,8 +41,7 @@ FORMS: dict[str, tuple[dict[str, Any], tuple[DTypeLike, ...]]] = {
 SIZES = [case for case in (*STATIC_SIZES, *fp8_sizes()) if case.hidden % 16 == 0]
 
 
-@pytest.mark.once
-@routings.examples(20)
+@routings.examples(14)
 @given(
     routed=routed_cases(SIZES),
     form=st.sampled_from(list(FORMS)),
@@ -87,6 +86,7 @@ GRADIENTS: tuple[tuple[str, dict[str, Any], bool], ...] = (
 )
 
 
+@pytest.mark.versions
 def test_gradients_are_those_of_dispatch(device_backend: JaxBackend) -> None:
     """To the bit, in every form that has one."""
     case = Case(4, 9, 3, 8, hidden=128, capacity=16, expert_alignment=4)
@@ -122,7 +122,6 @@ def test_gradients_are_those_of_dispatch(device_backend: JaxBackend) -> None:
         assert_same_bits(a, b)
 
 
-@pytest.mark.once
 def test_rows_without_a_gradient() -> None:
     """The error names this verb."""
 
@@ -140,7 +139,6 @@ def test_rows_without_a_gradient() -> None:
         jax.eval_shape(run, *arguments)
 
 
-@pytest.mark.once
 def test_a_rank_may_have_no_tokens(device_backend: JaxBackend) -> None:
     """And the next step others, in the same program."""
     case, rng = Case(3, 5, 2, 6, hidden=8, capacity=12), np.random.default_rng(41)
@@ -155,7 +153,6 @@ def test_a_rank_may_have_no_tokens(device_backend: JaxBackend) -> None:
         assert_same_received(received, expected, reference.specified_rows(theirs.handle))
 
 
-@pytest.mark.once
 def test_steps_in_a_loop(device_backend: JaxBackend) -> None:
     """A loop of calls on rows that the call before gave, two in a step, as in decoding."""
     case, num_steps = Case(4, 6, 2, 8, hidden=16), 12
@@ -183,6 +180,7 @@ def test_steps_in_a_loop(device_backend: JaxBackend) -> None:
     assert_same_bits(device_backend.run(4, decode, ids, x), expected.astype(F32))
 
 
+@pytest.mark.versions
 def test_what_is_recomputed() -> None:
     """Calls of layout, dispatch and combine in the gradient of a layer whose router is frozen."""
     mesh, case = EP.mesh(), sizes(EP)
@@ -224,6 +222,7 @@ def test_what_is_recomputed() -> None:
         assert calls((0, 3), None, expand) == (2, 3, 2)
 
 
+@pytest.mark.versions
 def test_a_layout_varies_as_its_ids_do() -> None:
     """Rows may be split over further axes: the layout is the same on these, and may leave so."""
     names = ("ep", "tp")
@@ -252,6 +251,7 @@ def test_a_layout_varies_as_its_ids_do() -> None:
     np.testing.assert_array_equal(d_x, 4 * x)
 
 
+@pytest.mark.versions
 def test_ids_that_are_not_mapped_have_one_layout() -> None:
     """Under vmap of the rows alone, as with the two calls: it may leave as one."""
 
@@ -272,7 +272,6 @@ def test_ids_that_are_not_mapped_have_one_layout() -> None:
     np.testing.assert_array_equal(stats["num_recv"].sum(), ids.size)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -308,7 +307,6 @@ def test_errors_name_the_verb(
         ).lower(lowering_platforms=("cuda",))
 
 
-@pytest.mark.once
 def test_ids_are_checked(device_backend: JaxBackend) -> None:
     def layer(ids: Any, x: Any) -> Any:
         options = {"num_experts": 8, "axis_name": AXIS, "check_ids": True}

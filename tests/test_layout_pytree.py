@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from backends import LAYOUT_ARRAYS
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -56,6 +57,7 @@ STATIC = (
 )
 
 
+@pytest.mark.versions
 def test_layout_round_trip() -> None:
     """Leaves may be anything; static sizes are part of the structure."""
     mesh, case = EP.mesh(), sizes(EP, zero_tail=False)
@@ -83,6 +85,7 @@ def test_layout_round_trip() -> None:
     assert paths[:2] == [".topk_idx", ".send_row"]
 
 
+@pytest.mark.versions
 def test_layout_is_argument_and_result_of_jit_and_shard_map() -> None:
     """A layout leaves one program and serves another, forward and backward."""
     mesh, case = EP.mesh(), sizes(EP)
@@ -115,6 +118,7 @@ def test_layout_is_argument_and_result_of_jit_and_shard_map() -> None:
     assert compiled_calls(f, x, weights, scale, same)[0] == 0
 
 
+@pytest.mark.versions
 @checks_vma
 def test_layout_in_loops_and_branches(check_vma: bool) -> None:
     """As the carry of scan and while_loop, as xs of scan, and out of cond."""

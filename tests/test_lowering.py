@@ -143,6 +143,7 @@ def header_attributes() -> dict[str, dict[str, type]]:
     }
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("platform", "ops"), [("cpu", (*OPS, "layout_and_dispatch")), ("cuda", CUDA_OPS)]
 )
@@ -219,6 +220,7 @@ TABLES = ("6x2xi32", "10xi32", "10xi32", "49xi32", "2xi32")
 ON_LAYOUT = ("6x2xi32", *TABLES)  # topk_idx and the tables
 
 
+@pytest.mark.versions
 def test_exact_calls_of_a_layer_for_cuda() -> None:
     """Forward: one call of each, with these attributes, operands and results."""
     case = sizes(EP)
@@ -244,7 +246,6 @@ def test_exact_calls_of_a_layer_for_cuda() -> None:
     ]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("num_tokens", "options", "ops"),
     [
@@ -276,6 +277,7 @@ def test_one_call_for_cuda_where_slots_may_take_it(
         assert [as_on_cpu(call) for call in found] == lowered("cpu", False)
 
 
+@pytest.mark.versions
 def test_exact_calls_of_the_backward_pass_for_cuda() -> None:
     """Dispatch's gradient is a combine with values, combine's is a call of its own."""
     case = sizes(EP)
@@ -297,6 +299,7 @@ def test_exact_calls_of_the_backward_pass_for_cuda() -> None:
     )
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", ["ep", "dp_ep_permuted", "tuple_reversed", "tp_ep_dp"])
 def test_no_partition_id_for_cuda(name: str) -> None:
     """A GPU's place in its group follows from its number: a program need not compute it."""
@@ -328,6 +331,7 @@ def test_tables_are_those_of_the_header() -> None:
     assert (*ffi.OPERAND_TABLES, *results) == ffi.LayoutTables._fields
 
 
+@pytest.mark.versions
 def test_second_derivatives_for_cuda() -> None:
     """The gradient's gradient is made of dispatch and combine: it has one on CUDA too."""
     case = sizes(EP)
@@ -364,6 +368,7 @@ def gradient_of_combine(dtype: str, hidden: int, *, zero_tail: bool = True) -> l
     return [call.op for call in found]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("zero_tail", [True, False], ids=["zero_tail", "any_tail"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_rows_that_the_gradient_of_combine_takes(dtype: str, zero_tail: bool) -> None:
@@ -388,6 +393,7 @@ def test_members(name: str, platform: str) -> None:
         assert call.attributes["num_ranks"] == placement.num_ranks
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("in_one", [True, False], ids=["in_one", "by_verbs"])
 @pytest.mark.parametrize("name", ["ep", "dp_ep_permuted", "tuple_reversed", "tp_ep_dp"])
 def test_cpu_and_cuda_lower_alike(name: str, in_one: bool) -> None:
@@ -449,6 +455,7 @@ def test_options_of_dispatch(
     assert call.results == (*results, *(["10xf32"] if weights else []))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "no_weights"])
 def test_scales_that_rows_come_with(dtype: str, weights: bool) -> None:
@@ -474,6 +481,7 @@ def test_scales_that_rows_come_with(dtype: str, weights: bool) -> None:
     assert call.results == (f"10x2880x{rows}", "10x23xf32", *(["10xf32"] if weights else []))
 
 
+@pytest.mark.versions
 def test_num_sms_reaches_every_call_of_a_layout() -> None:
     """Backward passes too; dataclasses.replace changes it for what follows."""
 
@@ -502,6 +510,7 @@ def test_num_sms_reaches_every_call_of_a_layout() -> None:
     ]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("dtype", "name"),
     [
@@ -528,6 +537,7 @@ def test_payload_types(dtype: str, name: str) -> None:
 # No other communication ---------------------------------------------------------------------------
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_no_collective_but_ours(platform: str, check_vma: bool) -> None:
@@ -541,6 +551,7 @@ def test_no_collective_but_ours(platform: str, check_vma: bool) -> None:
         assert collectives(lower(gradients(f), inputs, platform)) == backward
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_no_collective_in_the_compiled_program(axis_type: AxisType) -> None:
     """Neither does XLA's partitioner add one."""
@@ -552,6 +563,7 @@ def test_no_collective_in_the_compiled_program(axis_type: AxisType) -> None:
     assert re.findall(rf"\b({_COLLECTIVES.replace('_', '-')})\(", text) == []
 
 
+@pytest.mark.versions
 def test_collectives_are_found_where_there_are_some() -> None:
     """The control of the two tests above."""
     mesh = EP.mesh()
@@ -593,6 +605,7 @@ def _abstract(placement: Placement, axis_type: AxisType) -> tuple[Callable, list
     return sharded_layer(placement, mesh, case), args
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("name", BIG)
 def test_abstract_mesh(name: str, axis_type: AxisType) -> None:
@@ -648,6 +661,7 @@ def test_text_does_not_grow_with_the_pod(platform: str, shape: str) -> None:
     assert len(texts) == 1
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("transform", [lambda f: f, gradients], ids=["forward", "backward"])
 def test_one_program_for_both_platforms(transform: Callable) -> None:
     """Lowered and exported for CPU and CUDA at once: each has its own copy of every call."""
@@ -666,6 +680,7 @@ def test_one_program_for_both_platforms(transform: Callable) -> None:
         assert [as_on_cpu(call) for call in found[1::2]] == alone
 
 
+@pytest.mark.versions
 def test_export_for_cuda_equals_lowering() -> None:
     placement = PLACEMENTS["dp_ep_permuted"]
     case = sizes(placement)

@@ -24,8 +24,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 
 
-@pytest.mark.once
-@routings.examples(20)
+@routings.examples(14)
 @given(
     routed=routed_cases(capacity_kinds=("exact", "default")),
     dtype=st.sampled_from([BF16, F16, F32]),
@@ -205,6 +204,7 @@ def test_layer_gradients(device_backend: JaxBackend, experts: str, case: Case, d
     assert_same_bits(actual[1][~layout.kept], np.zeros(np.sum(~layout.kept), F32))
 
 
+@pytest.mark.versions
 def test_moe_is_the_three_verbs(device_backend: JaxBackend) -> None:
     # Bitwise, with options that all matter: drops, alignment, an unspecified tail, y of another
     # width and dtype than x.
@@ -250,6 +250,7 @@ def test_moe_is_the_three_verbs(device_backend: JaxBackend) -> None:
     assert_same_bits(out, reference.combine(y, oracle, weights))
 
 
+@pytest.mark.versions
 def test_what_experts_raise_tells_what_they_were_given(device_backend: JaxBackend) -> None:
     """The usual mistake: weights of all experts on every rank."""
     whole = np.zeros((6, 8, 8), F32)
@@ -271,6 +272,7 @@ def test_what_experts_raise_tells_what_they_were_given(device_backend: JaxBacken
     )
 
 
+@pytest.mark.versions
 def test_moe_passes_its_options_on(device_backend: JaxBackend) -> None:
     """num_sms reaches the layout, fp8 the dispatch: what is sent comes out dequantised."""
     case, rng = Case(2, 7, 3, 6, hidden=128), np.random.default_rng(11)

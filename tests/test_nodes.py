@@ -24,7 +24,6 @@ import jax_ep
 from jax_ep import environment, nodes
 
 pytestmark = [
-    pytest.mark.once,
     pytest.mark.usefixtures("poison"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, on NaN and overflow
 ]

@@ -15,7 +15,6 @@ from sharded_layers import (
     Placement,
     assert_equal,
     calls_in,
-    checks_vma,
     in_specs,
     make_problem,
     place,
@@ -37,8 +36,11 @@ def _manual(placement: Placement) -> set[str]:
     return {name for name, _ in placement.axes} - {"tp"}
 
 
-@checks_vma
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.versions
+@pytest.mark.parametrize(
+    ("name", "check_vma"),
+    [("tp_ep", True), ("tp_ep", False), ("ep_tp", False), ("dp_ep_tp", True)],
+)
 def test_experts_that_the_compiler_splits(name: str, check_vma: bool) -> None:
     """Two matrices per expert, split along their inner size; results and gradients are exact."""
     placement = MESHES[name]
@@ -96,6 +98,7 @@ def test_experts_that_the_compiler_splits(name: str, check_vma: bool) -> None:
     )
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("what", "verb", "kind"),
     [
@@ -140,6 +143,7 @@ def test_what_the_compiler_splits_is_refused(what: str, verb: str, kind: str) ->
     assert_equal(run(True), problem.out())
 
 
+@pytest.mark.versions
 def test_gradients_that_the_compiler_splits_are_refused() -> None:
     placement = MESHES["ep_tp"]
     mesh, case = placement.mesh(), sizes(placement)
@@ -173,6 +177,7 @@ def test_gradients_that_the_compiler_splits_are_refused() -> None:
     assert_equal(gradient(True), problem.gradients()[0])
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("axis_type", "check_ids", "message"),
     [

@@ -1,12 +1,10 @@
 """README.md: its example runs as it stands and prints what stands below it, and it stays short."""
 
 import documents
-import pytest
 
 README = documents.ROOT / "README.md"
 
 
-@pytest.mark.once
 def test_example_prints_what_readme_says() -> None:
     (example,) = documents.read_examples(README.read_text())
     assert "rows dropped" in example.expected

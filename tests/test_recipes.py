@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-pytestmark = pytest.mark.once
-
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "recipes.md").read_text()
 PREAMBLE, *PARTS = re.split(r"^## (.*)\n", TEXT, flags=re.MULTILINE)
 RECIPES = dict(zip(PARTS[::2], PARTS[1::2], strict=True))

@@ -19,8 +19,6 @@ from sharded_layers import AUTO, EXPLICIT, PLACEMENTS, checks_vma
 
 import jax_ep
 
-pytestmark = pytest.mark.once
-
 BF16, F32 = ml_dtypes.bfloat16, np.float32
 
 # keep_heaviest ------------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ import routings
 from hypothesis import given
 from routings import RoutedCase, assert_same_bits, oracle_examples, routed_cases
 
-pytestmark = pytest.mark.once
-
 BF16 = ml_dtypes.bfloat16
 
 

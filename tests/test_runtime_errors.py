@@ -75,6 +75,7 @@ ABSENT_FUNCTIONS: dict[str, Verb] = {
 }
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("verb", ["layout", "dispatch", "combine"])
 @pytest.mark.parametrize("absent", [(0,), (1,), (0, 2)])
 def test_absent_rank(device_backend: JaxBackend, verb: str, absent: tuple[int, ...]) -> None:
@@ -147,6 +148,7 @@ def test_late_rank(device_backend: JaxBackend) -> None:
 # The timeout itself -------------------------------------------------------------------------------
 
 
+@pytest.mark.versions
 def test_set_timeout() -> None:
     for seconds in (0.25, 7, 3600.0):
         with timeout(seconds):
@@ -160,6 +162,7 @@ def test_set_timeout() -> None:
             assert jax_ep.get_timeout() == (seconds, seconds)  # a refused one changes nothing
 
 
+@pytest.mark.versions
 def test_set_one_timeout() -> None:
     with timeout(7):
         jax_ep.set_timeout(arrival=100)
@@ -180,7 +183,6 @@ def clear_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"JAX_EP_{name}", raising=False)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("values", "expected"),
     [({}, "600.0 30.0"), ({"PROGRESS_TIMEOUT": "5", "TIMEOUT": "8"}, "8.0 5.0")],
@@ -202,7 +204,6 @@ def test_import_takes_timeouts_from_the_environment(
     assert done.stdout.strip() == expected
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -224,7 +225,6 @@ def test_timeouts_from_the_environment(
         assert jax_ep.get_timeout() == expected
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", ["TIMEOUT", "ARRIVAL_TIMEOUT", "PROGRESS_TIMEOUT"])
 @pytest.mark.parametrize("value", ["soon", "-3", "nan"])
 def test_bad_timeout_in_the_environment(

@@ -142,6 +142,7 @@ def test_watcher_goes_on_without_stderr(
     assert watcher._thread.is_alive()
 
 
+@pytest.mark.versions
 def test_a_forked_child_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else its exit would tell the peers that the parent has left, whose memory it shares."""
     left: list[bool] = []
@@ -181,11 +182,16 @@ class WaitingCuda(FakeCuda):
 
 
 @pytest.fixture
-def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> WaitingCuda:
+def waiting(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[WaitingCuda]:
     fake = WaitingCuda(request.param)
     monkeypatch.setattr(_native, "cuda", fake)
     monkeypatch.setattr(runtime, "_watcher", Watcher())
-    return fake
+    # A shell starts what runs in its background with SIGINT ignored, which Python leaves as it is.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield fake
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -240,7 +246,8 @@ def test_an_interrupt_of_the_watchers_end(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 LEAVE_AT_EXIT = """
-import atexit, sys
+import atexit, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from test_set_up import Watcher, WaitingCuda, jax_ep, runtime
 jax_ep._native.cuda = cuda = WaitingCuda(int(sys.argv[1]))
 runtime._watcher = Watcher()
@@ -249,6 +256,7 @@ runtime._finalize_at_exit()
 """
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("num_interrupts", "left"),
     [(1, "1 [True]"), (2, "1 [False]")],
@@ -288,6 +296,7 @@ def test_set_timeout_reaches_cuda_at_once(cuda: FakeCuda) -> None:
         jax_ep.set_timeout(**before._asdict())
 
 
+@pytest.mark.versions
 def test_initialize_alone() -> None:
     for staging_bytes in (0, 4096):
         jax_ep.initialize(staging_bytes=staging_bytes)
@@ -316,7 +325,6 @@ def test_bad_sizes(name: str, value: object, error: type[Exception], message: st
         jax_ep.initialize(**{name: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("default", [0, limits.DEFAULT_SLOT_BYTES])
 def test_slots_of_one_process(
     cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, default: int
@@ -350,7 +358,6 @@ def test_slots_of_one_process(
     assert cuda.slot_bytes == [default, default, 1 << 21, 1 << 21, 1 << 21, 0, default]
 
 
-@pytest.mark.once
 def test_path_and_slots_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAX_EP_SLOTS", raising=False)
     assert not environment.has_slots()

@@ -15,8 +15,6 @@ from jax_ep.simulate.model import Design, Machine, directly, memory_bytes, two_h
 from jax_ep.simulate.published import BF16, H200, POINTS, Point
 from jax_ep.simulate.routed import Problem, count, route
 
-pytestmark = pytest.mark.once
-
 INF = float("inf")
 EP16 = Problem(16, tokens=256)
 FREE_SMS = dataclasses.replace(H200, sm_push=INF, sm_store=INF)

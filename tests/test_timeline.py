@@ -9,8 +9,6 @@ from bench_point import POINT, RANKS
 from jax_ep import _native
 from jax_ep.bench import cli, timeline
 
-pytestmark = pytest.mark.once
-
 
 class NotingCuda:
     """A timeline build, on two devices whose clocks are a second apart.

@@ -1,5 +1,6 @@
 """vmap of the verbs: one call after the other, or one on each device of a mesh axis."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,7 +39,7 @@ STAGES = {
         (("stage", 2), ("ep", 4)), replicated=("stage",), order=(5, 0, 3, 6, 1, 7, 4, 2)
     ),
 }
-ARGUMENTS = ("x", "topk_idx", "topk_weights", "scale")
+ARGUMENTS = ("x", "topk_idx", "topk_weights", "scale")  # of the layer, fields of a problem
 
 
 def _stack(problems: Sequence[Problem], mapped: Sequence[bool]) -> list[Any]:
@@ -50,33 +51,49 @@ def _stack(problems: Sequence[Problem], mapped: Sequence[bool]) -> list[Any]:
 def _vmapped_layer_is_right(
     placement: Placement, batch: int, mapped: Sequence[bool], *, check_vma: bool, **vmap: Any
 ) -> None:
-    """Result and gradients are those of a loop over the batch on all tokens at once."""
+    """Result and gradients are those of each element by itself, on all tokens at once."""
     mesh, case = placement.mesh(), sizes(placement, capacity=None)
     problems = [make_problem(placement, case, seed=i) for i in range(batch)]
     arguments = _stack(problems, mapped)
     target = np.stack([p.target for p in problems])
-    in_axes = tuple(0 if m else None for m in mapped)
     layer = sharded_layer(placement, mesh, case, check_vma=check_vma)
+    run = jax.vmap(layer, in_axes=tuple(0 if m else None for m in mapped), **vmap)
 
-    def dense(x: Any, ids: Any, weights: Any, scale: Any) -> jax.Array:
-        return dense_layer(True, x, ids, weights, scale, ids >= 0)
+    def loss(x: Any, ids: Any, weights: Any, scale: Any) -> Any:
+        out = run(x, ids, weights, scale)
+        return jnp.sum(out * target), out
 
-    def value_and_grad(f: Callable) -> Any:
-        def loss(x: Any, ids: Any, weights: Any, scale: Any) -> Any:
-            out = f(x, ids, weights, scale)
-            return jnp.sum(out * target), out
+    f = jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3), has_aux=True))
+    (value, out), gradients = f(*arguments)
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3), has_aux=True))(*arguments)
+    fields = list(itertools.compress(ARGUMENTS, mapped))
+    if "topk_idx" in fields:
+        fields.append("layouts")
+    elements = [
+        dataclasses.replace(problems[0], target=p.target, **{n: getattr(p, n) for n in fields})
+        for p in problems
+    ]
+    assert float(value) == sum(e.loss for e in elements)
+    assert_equal(out, np.stack([e.out() for e in elements]))
+    of_elements = zip(*(e.gradients() for e in elements), strict=True)
+    for gradient, parts, m in zip(gradients, of_elements, np.delete(mapped, 1), strict=True):
+        expected = np.stack(parts) if m else sum(parts)
+        assert np.any(expected)
+        assert_equal(gradient, expected)
 
-    actual = value_and_grad(jax.vmap(layer, in_axes=in_axes, **vmap))
-    expected = value_and_grad(jax.vmap(dense, in_axes=in_axes))
-    assert all(np.any(g) for g in jax.tree.leaves(expected))
-    assert_equal(actual, expected)
 
-
-@checks_vma
-@pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("per_device", [1, 2])
+@pytest.mark.versions
+@pytest.mark.parametrize(
+    ("name", "per_device", "check_vma"),
+    [
+        ("2x4", 1, True),
+        ("2x4", 2, False),
+        ("ep_outside", 1, False),
+        ("ep_outside", 2, True),
+        ("permuted", 1, True),
+        ("permuted", 2, False),
+    ],
+)
 def test_vmap_over_a_mesh_axis(name: str, per_device: int, check_vma: bool) -> None:
     """A device has one element of the batch, or two, which it maps one after the other."""
     placement = STAGES[name]
@@ -87,22 +104,34 @@ def test_vmap_over_a_mesh_axis(name: str, per_device: int, check_vma: bool) -> N
 
 
 @pytest.mark.parametrize(
-    ("spmd_axis_name", "check_vma"), [("stage", True), ("stage", False), (None, True)]
-)
-@pytest.mark.parametrize(
-    "mapped",
-    [m for m in itertools.product((True, False), repeat=4) if sum(m) in (1, 3)],
-    ids=lambda mapped: "-".join(itertools.compress(ARGUMENTS, mapped)),
+    ("mapped", "spmd_axis_name", "check_vma"),
+    [
+        pytest.param("x", "stage", True, marks=pytest.mark.versions),
+        ("topk_idx", "stage", True),
+        ("topk_weights", "stage", True),
+        ("scale", "stage", True),
+        ("x topk_idx topk_weights", "stage", True),
+        ("x topk_idx scale", "stage", True),
+        ("x topk_weights scale", "stage", True),
+        pytest.param("topk_idx topk_weights scale", "stage", True, marks=pytest.mark.versions),
+        ("x topk_idx scale", "stage", False),
+        ("topk_idx topk_weights scale", "stage", False),
+        pytest.param("x", None, True, marks=pytest.mark.versions),
+        ("topk_idx topk_weights scale", None, True),
+    ],
 )
 def test_what_is_not_mapped_is_shared(
-    mapped: tuple[bool, ...], spmd_axis_name: str | None, check_vma: bool
+    mapped: str, spmd_axis_name: str | None, check_vma: bool
 ) -> None:
     """Its gradient is the sum over the batch, also over the devices that have its elements."""
+    names = mapped.split()
+    of_arguments = [name in names for name in ARGUMENTS]
     _vmapped_layer_is_right(
-        STAGES["2x2"], 2, mapped, check_vma=check_vma, spmd_axis_name=spmd_axis_name
+        STAGES["2x2"], 2, of_arguments, check_vma=check_vma, spmd_axis_name=spmd_axis_name
     )
 
 
+@pytest.mark.versions
 @checks_vma
 def test_one_call_for_each_stage(check_vma: bool) -> None:
     """No loop: a device's one element is squeezed, forward and backward."""
@@ -172,6 +201,7 @@ def test_pipeline(check_vma: bool) -> None:
     assert_equal(actual, expected)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 def test_checkpoint_and_scan(inside: bool) -> None:
     """Outside of shard_map with check_vma; inside it without, with which JAX itself fails."""
@@ -247,6 +277,7 @@ def test_vmap_inside_shard_map(check_vma: bool) -> None:
     assert_equal(num_dropped, dropped)
 
 
+@pytest.mark.versions
 def test_vmap_of_vmap() -> None:
     """The outer one over the stages, the inner one over a batch.
 
@@ -305,6 +336,7 @@ def test_fp8_and_integer_rows(check_vma: bool) -> None:
     assert_equal(jax.jit(jax.vmap(run))(x, ids), expected)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("spmd_axis_name", ["stage", None])
 def test_checked_ids(spmd_axis_name: str | None) -> None:
     """check_ids looks at every element of the batch."""

@@ -14,8 +14,6 @@ import tiers
 from context import Builds, Context, Job
 from tiers import RACECHECKED_KERNEL, native, run_file, slot_breaks, slots_race_control
 
-pytestmark = pytest.mark.once
-
 _HERE = pathlib.Path(__file__).parent
 _ROOT = _HERE.parents[1]
 

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from jax_ep import group
 
-pytestmark = pytest.mark.once
-
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SOURCES = ("calls.cc", "cuda/checks.cc", "groups.cc")
 

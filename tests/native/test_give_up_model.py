@@ -6,8 +6,6 @@ import subprocess
 
 import pytest
 
-pytestmark = pytest.mark.once
-
 _MODEL = pathlib.Path(__file__).with_name("give_up_model.cc")
 _ROOT = _MODEL.parents[2]
 

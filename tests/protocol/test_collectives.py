@@ -58,6 +58,7 @@ def program(cases: tuple[Case, ...]) -> Any:
     return function
 
 
+@pytest.mark.versions
 def test_layers_between_collectives(device_backend: JaxBackend) -> None:
     backend, num_ranks = device_backend, device_backend.num_devices
     if reason := backend.no_collectives:

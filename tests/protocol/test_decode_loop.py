@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
-import pytest
 from backends import JaxBackend
 from decode_loop import (
     assert_right,
@@ -15,8 +14,6 @@ from decode_loop import (
     scan_of_steps,
     while_of_steps,
 )
-
-pytestmark = pytest.mark.once
 
 
 def _steps(backend: JaxBackend) -> int:

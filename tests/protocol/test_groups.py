@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from backends import JaxBackend
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -81,6 +82,7 @@ def expected(layer: int, data: Any, num_devices: int) -> Any:
     ]
 
 
+@pytest.mark.versions
 def test_groups(device_backend: JaxBackend) -> None:
     """Layers over one axis, the other, and both swapped, in programs of three meshes by turns."""
     backend, num_devices = device_backend, device_backend.num_devices

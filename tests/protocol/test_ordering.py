@@ -37,6 +37,7 @@ def _stress(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.versions
 def test_every_result_is_right() -> None:
     """Each scenario in turn; most of what they take is compilation."""
     run = _stress("--calls=60")
@@ -45,13 +46,11 @@ def test_every_result_is_right() -> None:
     assert tuple(said) == _SCENARIOS
 
 
-@pytest.mark.once
 def test_thirty_two_devices() -> None:
     run = _stress("--devices=32", "--scenario=eight_layers", "--calls=16")
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("scenario", "control", "ranks"),
     [("eight_layers", "cross", [0]), ("one_layer_twice", "swap", [0, 1, 2, 3, 4, 5, 6, 7])],

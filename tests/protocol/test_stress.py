@@ -122,7 +122,6 @@ def program(backend: JaxBackend, name: str, num_calls: int, late: bool) -> Calla
     return calls_from
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "late"), STRESS, ids=[f"{n}_{'late' if late else 'queued'}" for n, late in STRESS]
 )
@@ -136,6 +135,8 @@ def test_random_calls(
     backend = device_backend
     if name == "mixed" and not late and backend.platform == "cpu":
         pytest.skip("on CPU calls do not queue: with late ranks it is the same")
+    if name == "aligned" and backend.platform == "cpu":
+        pytest.skip("on CPU no call has a number of SMs, and padding is not treated in its own way")
     of_kind = kinds(name, backend.num_devices, backend.platform != "cpu")
     wanted = -(-NUM_CALLS // _num_chosen(request))
     at_once = min(wanted, CALLS_AT_ONCE)
@@ -173,7 +174,6 @@ def _num_chosen(request: pytest.FixtureRequest) -> int:
     )
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("form", [EXPANDED, NOT_EXPANDED, TWO_SCALES], ids=str)
 def test_a_wrong_call_would_be_seen(device_backend: JaxBackend, form: Form) -> None:
     """The last rank is told of other calls than the rest: whatever depends on others is wrong."""
@@ -192,7 +192,6 @@ def test_a_wrong_call_would_be_seen(device_backend: JaxBackend, form: Form) -> N
     assert (wrong["out"] > 0).all(), wrong
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("top_k", "in_one"), [(1, False), (2, False), (2, True)], ids=["1", "2", "2_in_one"]
 )
@@ -235,7 +234,6 @@ def test_race(
     )
 
 
-@pytest.mark.once
 def test_nobody_runs_ahead(
     device_backend: JaxBackend, record_property: Callable[[str, object], None]
 ) -> None:

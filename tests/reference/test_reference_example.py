@@ -17,8 +17,6 @@ from worked_example import (
 
 from jax_ep import reference
 
-pytestmark = pytest.mark.once
-
 BF16, F16, F32, F64 = ml_dtypes.bfloat16, np.float16, np.float32, np.float64
 
 

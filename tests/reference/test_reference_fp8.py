@@ -16,8 +16,6 @@ from routings import assert_same_bits, oracle_examples
 
 from jax_ep import reference
 
-pytestmark = pytest.mark.once
-
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 FP8 = ml_dtypes.float8_e4m3fn
 

@@ -5,15 +5,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import pytest
 from hypothesis import given
 from numpy.typing import NDArray
 from routings import RoutedCase, assert_same_bits, expert_rows, oracle_examples, routed_cases
 from worked_example import EXAMPLE_IDS, example_layout
 
 from jax_ep import reference
-
-pytestmark = pytest.mark.once
 
 BF16 = ml_dtypes.bfloat16
 

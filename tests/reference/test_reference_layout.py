@@ -10,8 +10,6 @@ from worked_example import EXAMPLE_IDS, example_layout
 
 from jax_ep import reference
 
-pytestmark = pytest.mark.once
-
 
 @oracle_examples
 @given(routed_cases())

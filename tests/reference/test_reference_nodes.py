@@ -15,10 +15,7 @@ from routings import RoutedCase, assert_same_bits, oracle_examples, routed_cases
 
 from jax_ep import reference
 
-pytestmark = [
-    pytest.mark.once,
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, on NaN and overflow
-]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, on NaN and overflow
 
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 

@@ -15,8 +15,6 @@ from worked_example import EXAMPLE_DATA, EXAMPLE_IDS, EXAMPLE_WEIGHTS, EXAMPLE_X
 
 from jax_ep import reference
 
-pytestmark = pytest.mark.once
-
 BF16, F16, F32, F64 = ml_dtypes.bfloat16, np.float16, np.float32, np.float64
 FP8 = ml_dtypes.float8_e4m3fn
 

@@ -13,12 +13,6 @@ import checkpoint
 import tiny_checkpoint
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.parent == pathlib.Path(__file__).parent:
-            item.add_marker(pytest.mark.once)
-
-
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     """The tiny checkpoints by name."""

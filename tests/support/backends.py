@@ -46,6 +46,9 @@ LAYOUT_ARRAYS = (
 )
 """Names of a layout's arrays, in the oracle and in `jax_ep.Layout`."""
 
+DERIVED_ARRAYS = ("kept", "row_valid", "row_token")
+"""Those that are made of the others when they are asked for."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BackendLayout:
@@ -53,15 +56,20 @@ class BackendLayout:
 
     Attributes:
         case: the sizes.
-        arrays: by the names in LAYOUT_ARRAYS, each with a leading axis over the ranks.
+        arrays: by the names in LAYOUT_ARRAYS, each with a leading axis over the ranks. They are
+            attributes as well.
         handle: what the backend's own operations take.
+        derive: gives DERIVED_ARRAYS, which most tests have no use for, where `arrays` has them not.
     """
 
     case: Case
     arrays: dict[str, Array]
     handle: Any
+    derive: Callable[[], dict[str, Array]] = dict
 
     def __getattr__(self, name: str) -> Array:
+        if name in DERIVED_ARRAYS and name not in self.arrays:
+            self.arrays.update(self.derive())
         try:
             return self.arrays[name]
         except KeyError:
@@ -286,11 +294,12 @@ class JaxBackend(Backend):
         return self.fetch(num_ranks, self.call(num_ranks, function, *args))
 
     def make_layout(self, case: Case, topk_idx: NDArray[np.int32]) -> BackendLayout:
-        return self._layout(case, *self.call(case.num_ranks, _layout_function(case), topk_idx))
+        return self._layout(case, self.call(case.num_ranks, _layout_function(case), topk_idx))
 
-    def _layout(self, case: Case, layout: Any, derived: dict[str, Any]) -> BackendLayout:
-        arrays = {n: getattr(layout, n) for n in LAYOUT_ARRAYS if n not in derived} | derived
-        return BackendLayout(case, self.fetch(case.num_ranks, arrays), layout)
+    def _layout(self, case: Case, layout: Any) -> BackendLayout:
+        arrays = {n: getattr(layout, n) for n in LAYOUT_ARRAYS if n not in DERIVED_ARRAYS}
+        derive = functools.partial(self.run, case.num_ranks, _derived, layout)
+        return BackendLayout(case, self.fetch(case.num_ranks, arrays), layout, derive)
 
     def dispatch(
         self,
@@ -319,7 +328,7 @@ class JaxBackend(Backend):
     ) -> tuple[BackendLayout, Received]:
         function = _layout_and_dispatch_function(case, tuple(form.items()))
         layout, received = self.call(case.num_ranks, function, topk_idx, x, topk_weights, scales)
-        return self._layout(case, *layout), Received(self.fetch(case.num_ranks, received))
+        return self._layout(case, layout), Received(self.fetch(case.num_ranks, received))
 
     def combine(self, y: Array, layout: BackendLayout, weights: Array | None = None) -> Array:
         out: Array = self.run(layout.case.num_ranks, _combine, layout.handle, y, weights)
@@ -438,13 +447,13 @@ def layout_options(case: Case) -> dict[str, Any]:
     }
 
 
-def _with_derived(layout: Any) -> tuple[Any, dict[str, jax.Array]]:
-    return layout, {name: getattr(layout, name) for name in ("kept", "row_valid", "row_token")}
+def _derived(layout: Any) -> dict[str, jax.Array]:
+    return {name: getattr(layout, name) for name in DERIVED_ARRAYS}
 
 
 @functools.cache
 def _layout_function(case: Case) -> Callable[..., Any]:
-    return lambda topk_idx: _with_derived(jax_ep.make_layout(topk_idx, **layout_options(case)))
+    return lambda topk_idx: jax_ep.make_layout(topk_idx, **layout_options(case))
 
 
 @functools.cache
@@ -455,7 +464,7 @@ def _layout_and_dispatch_function(
         layout, received = jax_ep.layout_and_dispatch(
             x, ids, topk_weights, scales=scales, **layout_options(case), **dict(form)
         )
-        return _with_derived(layout), (received.tokens, received.weights, received.scales)
+        return layout, (received.tokens, received.weights, received.scales)
 
     return function
 

@@ -3,10 +3,7 @@
 import pathlib
 import threading
 
-import pytest
 from exchange import OutOfStepError, SocketExchange
-
-pytestmark = pytest.mark.once
 
 
 def _exchange(socket: pathlib.Path, values: list[list[int]]) -> list[object]:

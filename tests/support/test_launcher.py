@@ -6,9 +6,6 @@ import sys
 import time
 
 import launcher
-import pytest
-
-pytestmark = pytest.mark.once
 
 
 def test_a_job_that_hangs_is_ended_with_all_its_children(tmp_path: pathlib.Path) -> None:

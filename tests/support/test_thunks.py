@@ -5,8 +5,6 @@ import pathlib
 import pytest
 from thunks import recorded_thunks
 
-pytestmark = pytest.mark.once
-
 
 @pytest.mark.parametrize(
     ("text", "expected"),

@@ -22,12 +22,7 @@ import jax_ep
 
 
 def killed() -> None:
-    """The last process is killed in a loop; the others must learn it from us, and soon.
-
-    With recoverability JAX lets the others exit with code 0, as long as the coordinator, process 0,
-    leaves last.
-    """
-    jax.config.update("jax_enable_recoverability", True)
+    """The last process is killed in a loop; the others must learn it from us, and soon."""
     join()
     jax_ep.initialize()
     jax_ep.set_timeout(60)

@@ -138,8 +138,6 @@ def tear_down(how: str) -> None:
     elif how == "some_at_exit":
         if PROCESS == 0:
             jax_ep.finalize()
-    elif how == "at_exit":
-        pass
     elif how == "unblocked":
         f(*data)  # nobody waits for the last one
     else:
