@@ -62,14 +62,14 @@ def kinds(name: str, num_devices: int, on_gpu: bool) -> tuple[Kind, ...]:
     both = (X, Y)
     found = [
         Kind(of_all["tight"], IN_ONE, axes=both, name="in one"),
-        Kind(of_all["many tokens"], IN_ONE, axes=both, name="many tokens"),
         Kind(of_all["own room"], Form(expand=False, in_one=True), axes=both, name="own room"),
-        Kind(of_all["tight"], Form(num_scales=2, in_one=True), axes=both, name="float8"),
     ]
     for axis, num_ranks in zip(both, mesh_shape(num_devices), strict=True):
         found.append(Kind(sizes(num_ranks)["tight"], IN_ONE, axes=(axis,), name=f"along {axis}"))
     if on_gpu:
         found += [
+            Kind(of_all["many tokens"], IN_ONE, axes=both, name="many tokens"),
+            Kind(of_all["tight"], Form(num_scales=2, in_one=True), axes=both, name="float8"),
             Kind(of_all["one token"], IN_ONE, axes=both, name="one token"),
             Kind(of_all["tight"], EXPANDED, axes=both, name="in two"),
             Kind(of_all["aligned"], IN_ONE, num_sms=8, axes=both, name="aligned"),
