@@ -98,16 +98,19 @@ struct CombineArguments : TableView {
   bool expand;  // as in DispatchArguments, of y; without it there are no weights
 };
 
-// Layout and dispatch in one, rows as they are. num_rows, expand: as in DispatchArguments.
+// Layout and dispatch in one. What DispatchArguments has too is as there; mode is not kWeighted.
 struct LayoutAndDispatchArguments : LayoutArguments {
   const void* x;
   const float* topk_weights;  // null without
+  const float* x_scales;
   void* tokens;
+  float* scales;
   float* weights;  // with topk_weights, else null
-  int64_t row_bytes, num_rows;
+  int64_t num_channels, row_bytes, num_rows, num_scales;
   bool expand;
-  bool zero_tail;
-  bool is_integer;  // x's type
+  DispatchMode mode;
+  FloatType type;
+  bool power_of_two_scales, zero_tail, is_integer;
 };
 
 cudaError_t LaunchLayout(const GroupView& group, const LayoutArguments& arguments, int num_sms,
@@ -116,7 +119,7 @@ cudaError_t LaunchDispatch(const GroupView& group, const DispatchArguments& argu
                            cudaStream_t stream);
 cudaError_t LaunchCombine(const GroupView& group, const CombineArguments& arguments, int num_sms,
                           cudaStream_t stream);
-// In slots, for calls that fit (fits_slots, cuda/memory/slots.h); results are those of the above.
+// In slots, for calls that fit (fits_slots, cuda/slots/units.h); results are those of the above.
 // CombineArguments::partial is not used.
 cudaError_t LaunchLayoutAndDispatchInSlots(const GroupView& group,
                                            const LayoutAndDispatchArguments& arguments, int num_sms,

@@ -220,8 +220,8 @@ def layout_and_dispatch(
     """``make_layout`` and ``dispatch`` in one call: ids and rows cross together.
 
     What comes is what the two give in a row, to the bit. Where a rank has few tokens, as in
-    decoding, calls cost what it takes to meet the other ranks: on CPU they meet once here, not
-    twice. On GPUs this is the two calls, unless there are slots (``initialize(slot_bytes=...)``).
+    decoding, calls cost what it takes to meet the other ranks: here they meet once, not twice. On
+    GPUs that is so where the call fits slots (``initialize``); else it is the two calls.
 
     Gradients are those of ``dispatch``, and need no exchange but rows. Works under jit, grad (of
     any order), scan and checkpoint; the arrays carry the names that they have from the two calls,

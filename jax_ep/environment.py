@@ -49,7 +49,7 @@ def path() -> str:
 
 def has_slots() -> bool:
     """Whether GPUs have slots for small calls, where ``initialize`` does not say."""
-    text = os.environ.get(_SLOTS, "0")
+    text = os.environ.get(_SLOTS, "1")
     if text not in ("0", "1"):
         raise ValueError(f"environment variable {_SLOTS} must be 0 or 1; got {text!r}")
     return text == "1"

@@ -357,8 +357,7 @@ def _in_slots(params: dict[str, Any]) -> bool:
     Its handler still makes two calls of it where the slots are too small for it.
     """
     sizes = {name: params[name] for name in ("num_ranks", "num_tokens", "top_k")}
-    has_plain_rows = params["quantization"] == NO_QUANTIZATION
-    return runtime.has_slots() and has_plain_rows and limits.may_fit_slots(**sizes)
+    return runtime.has_slots() and limits.may_fit_slots(**sizes)
 
 
 def _layout_and_dispatch_on_cuda(ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:

@@ -15,7 +15,7 @@ SLOT_BYTES_PER_DEVICE = _LIMITS["cuda_slot_bytes_per_device"]  # of the job; wit
 
 
 def may_fit_slots(*, num_ranks: int, num_tokens: int, top_k: int) -> bool:
-    """Whether slots, if they are large enough, take a call of plain rows for CUDA."""
+    """Whether slots, if they are large enough, take a call for CUDA."""
     num_ids = num_tokens * top_k
     return (
         num_tokens <= _LIMITS["cuda_slot_tokens"]

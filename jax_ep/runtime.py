@@ -58,13 +58,12 @@ def initialize(
     + 1) * S`` more. Each part is rounded up to 256 bytes. If that is not there the call fails with
     the number. With the environment variable ``JAX_EP_PATH=staged`` all buffers take this way.
 
-    Small calls on CUDA, as in decoding, can go through slots: memory of each device that its peers
-    write rows, ids and flags to, so that ranks need not shake hands first. Such calls need no
-    staging region. There are none unless ``slot_bytes`` or the environment variable
-    ``JAX_EP_SLOTS=1`` asks for them: no program has run with them on a GPU yet. A device has
-    ``slot_bytes / (2 * devices of the job)`` for a call of each peer, which fits if T <= 512, T * K
-    <= 4096, R * T * K <= 16384 and ``64 KiB + T * row bytes + 4 * T * K`` are not above that; other
-    calls, and those with ``fp8=`` or ``scales=``, are as without slots.
+    Small calls on CUDA, as in decoding, go through slots: memory of each device that its peers
+    write rows and ids to, so that ranks need not shake hands first. Such calls need no staging
+    region. A device has ``slot_bytes / (2 * devices of the job)`` for a call of each peer, which
+    fits if T <= 512, T * K <= 4096, R * T * K <= 16384 and some ``64 KiB + 4 / 3 * T * row bytes``
+    are not above that; rows with ``scales=`` do if S is a multiple of 4. Other calls, and all
+    without slots, are general ones.
 
     If it fails, in one process or in all, it leaves nothing behind: once the cause is gone every
     process may call it again (one in which it succeeded calls ``finalize()`` before).
@@ -74,8 +73,8 @@ def initialize(
         staging_bytes: size of the staging region of each of this process's CUDA devices; 0 for
             none. A process that has one from before keeps it if it is larger.
         slot_bytes: size of the slots of each CUDA device, the same in all processes; 0 for none. By
-            default 64 MiB with ``JAX_EP_SLOTS=1``, else 0; in one process whose devices are set up
-            already, what they have.
+            default 64 MiB, or none with the environment variable ``JAX_EP_SLOTS=0``; in one process
+            whose devices are set up already, what they have.
         ranks_per_node: how many ranks of a group, one after the other, count as one node in the
             order of ``combine``'s sums (see there), wherever they are: to test that order on one
             host. It divides the ranks of every group that has more. The same in all processes;

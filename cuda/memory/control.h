@@ -70,9 +70,9 @@ static_assert(who_gave_up(given_up_of(0, 71)) == 0 && waited_for(given_up_of(0, 
 // In Local::broken in place of that: the host has left the group, peers are no longer mapped.
 inline constexpr uint64_t kHostHasLeft = ~uint64_t{0};
 
-// "In the call epoch, what this block of mine sends you lies in your slots", with the operation, as in
-// a start mail. Written by the slot's device, its block of the flag's number (cuda/sync/slots.cuh).
-struct alignas(16) SlotFlag {
+// "I have come to the call epoch", with the operation, as in a start mail. Written by the slot's
+// device in calls in slots (cuda/sync/slots.cuh).
+struct alignas(kLine) SlotFlag {
   uint64_t operation;
   uint64_t epoch;
 };
@@ -121,8 +121,9 @@ static_assert(has_failed(running_of(7) + kOneFailed) && !has_failed(running_of(7
 
 // Written by this device's kernels only; `broken` also by its host, between them.
 struct alignas(kLine) Local {
-  uint64_t epoch[kMaxPeers];  // calls finished with each slot, its own included
-  uint64_t running;           // see running_of
+  uint64_t epoch[kMaxPeers];     // calls finished with each slot, its own included
+  uint32_t swept[2][kMaxPeers];  // pieces of each area, of even and of odd epochs (memory/slots.h)
+  uint64_t running;              // see running_of
   uint64_t broken;      // 0, or the given_up that this device tells others: later calls end at once
   uint32_t barrier;     // arrivals at the grid barrier of the running kernel; 0 between
   uint32_t num_taken;   // of the running dispatch's shared units; 0 between
@@ -135,8 +136,8 @@ struct ControlBlock {
   StartMail start[kMaxPeers];
   Entry entry[kMaxPeers];
   EndMail end[kMaxPeers];
-  uint64_t progress[kMaxPeers][kMaxBlocks];   // by the peer's block, which writes it
-  SlotFlag slot_flag[kMaxPeers][kMaxBlocks];  // likewise
+  uint64_t progress[kMaxPeers][kMaxBlocks];  // by the peer's block, which writes it
+  SlotFlag slot_flag[kMaxPeers];
   Local local;
   // Of the running layout: per block of ids its rows to each expert, then its invalid ids.
   alignas(16) int32_t layout_counts[kMaxLayoutBlocks][kMaxExperts + 4];

@@ -139,6 +139,14 @@ __device__ inline int32_t ld_acquire_cta_shared(const int32_t* address) {
                : "memory");
   return value;
 }
+// Sixteen bytes into shared memory, past the first-level cache; for the thread itself.
+__device__ inline void copy_async_16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+__device__ inline void wait_copies_async() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 __device__ inline uint64_t globaltimer_ns() {
   uint64_t now;

@@ -1,30 +1,31 @@
 // combine in slots: each rank sums its rows of every peer's token into the slots of the token's rank,
 //           which adds the sums.
 // After:    out and collected as cuda/direct/combine leaves them, to the bit.
-// Roles:    blocks of 16 warps with equal shares of units (units.h), all threads together in each
-//           step; block b has the same units of all ranks.
-// Buffers:  name         | lives on       | written by               | read by
-//           y, weights,  | XLA, own       | before the call          | own blocks
+// Roles:    blocks of 16 warps, of which the first ones send and the others receive, and in them teams
+//           of warps that have a unit each at a time (units.h).
+// Buffers:  name          | lives on       | written by               | read by
+//           y, weights,   | XLA, own       | before the call          | own blocks
 //             values
-//           rows, values | slots, each    | peers' blocks, till [R1] | own blocks, [R2]..end
-//                        | rank, area(e)  |                          |
-//           out,         | XLA, own       | own blocks               | later kernels
+//           atoms, entries| slots, each    | peers' blocks, [I1]      | own blocks, [I2]
+//                         | rank, area(e)  |                          |
+//           out,          | XLA, own       | own blocks               | later kernels
 //             collected
-//           sums         | shared memory  | warps, for a batch of    | all threads
-//                        |                | units at a time          |
-// Protocol: 1. A block sums its rows of the peers' tokens, its units of them, and stores the sums at
-//           the token's rank where there are any, then a flag to all, [R1].
-//           2. It sums the rows that this rank has of its own tokens.
-//           3. [R2] All peers' sums of its units are here: it adds them up, ranks ascending.
+//           rows          | shared memory  | warps, for a batch of    | all threads
+//                         |                | units at a time          |
+//           stages        | shared memory  | each thread, by cp.async | that thread
+// Protocol: 1. Blocks sum this rank's rows of the peers' tokens, and send the sums to the token's rank as
+//           atoms where there are any, values as entries, [I1].
+//           2. The others sum the rows that this rank has of its own tokens,
+//           3. and add to them the peers' sums as they come, [I2], ranks ascending.
 // Reuse, Progress, Failure: cuda/sync/slots.cuh. A call that fails leaves NaN.
-// Limits:   fits_slots (cuda/memory/slots.h); rows at 16-byte addresses; compiled without -ftz,
-//           -fmad=false.
+// Limits:   fits_slots (units.h); rows at 16-byte addresses; compiled without -ftz, -fmad=false.
 #include <algorithm>
 
 #include "cuda/core/placement.h"
 #include "cuda/direct/kernels.cuh"
+#include "cuda/ptx/memory.cuh"
 #include "cuda/rows/row_types.cuh"
-#include "cuda/slots/block_units.cuh"
+#include "cuda/slots/teams.cuh"
 #include "cuda/sync/grid.cuh"
 #include "cuda/sync/slots.cuh"
 #include "cuda/sync/timeline.cuh"
@@ -36,45 +37,64 @@ using namespace slots;
 
 constexpr OpKind kKind = OpKind::kCombine;
 constexpr int kRowsAtOnce = 4;  // of a sum, on their way
-constexpr int kSumsAtOnce = 2;  // vectors of a thread, likewise
-constexpr int64_t kMaxSharedBytes = 160 * 1024;
+// Of shared memory: a thread's vectors of those rows.
+constexpr int64_t kStageBytes = int64_t{kRowsAtOnce} * kVectorsEach * kNumThreads * 16;
+constexpr int64_t kMaxBatchBytes = 64 * 1024;
 
-// Of shared memory, for each unit of a batch: of each rank, how many rows are to be summed, which,
-// and their weights; and the peers that send a sum.
-constexpr int64_t bytes_each(int64_t num_ranks, int64_t top_k) {
-  return num_ranks * (1 + 2 * top_k) * int64_t{4} + int64_t{sizeof(Ranks)};
+// Of shared memory, for each unit of a batch: how many rows are to be summed, which, and their
+// weights; and the peers that send a sum.
+constexpr int64_t bytes_each(int64_t top_k) {
+  return (1 + 2 * top_k) * int64_t{4} + int64_t{sizeof(Ranks)};
 }
-static_assert(bytes_each(kMaxPeers, kMaxTopK) <= kMaxSharedBytes);
 
+// What the host works out.
+struct Steps {
+  Divider num_local_experts;
+  int32_t batch_units;
+};
+
+// A block as one that sends, or as one that receives.
 template <typename Vector>
 class Combiner {
   static constexpr int kCount = Vector::kCount;
 
  public:
   __device__ Combiner(const GroupView& g, const CombineArguments& a, const Units& units,
-                      int32_t batch_units, char* memory, const SlotAreas& areas)
+                      const Steps& steps, char* memory, SlotAreas& areas, bool sends, int32_t block,
+                      int32_t num_blocks)
       : g_(g),
         a_(a),
+        units_(units),
+        steps_(steps),
         row_bytes_(a.num_channels * (16 / kCount)),
-        units_(units, row_bytes_),
+        team_(units),
         areas_(areas),
-        batch_units_(batch_units),
+        sends_(sends),
+        block_(block),
+        num_blocks_(num_blocks),
+        num_units_(num_steps((sends ? g.num_ranks - 1 : 1) * units.count,
+                             static_cast<uint32_t>(block), static_cast<uint32_t>(num_blocks))),
         warp_(static_cast<int32_t>(threadIdx.x) / 32),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
         top_k_(static_cast<int32_t>(a.top_k)),
-        count_(reinterpret_cast<int32_t*>(memory)),
-        row_(count_ + batch_units * g.num_ranks),
-        weight_(reinterpret_cast<float*>(row_ + batch_units * g.num_ranks * top_k_)),
-        peers_(reinterpret_cast<Ranks*>(weight_ + batch_units * g.num_ranks * top_k_)) {}
+        stage_(reinterpret_cast<uint4*>(memory) + threadIdx.x),
+        count_(reinterpret_cast<int32_t*>(memory + kStageBytes)),
+        row_(count_ + steps.batch_units),
+        weight_(reinterpret_cast<float*>(row_ + steps.batch_units * top_k_)),
+        peers_(reinterpret_cast<Ranks*>(weight_ + steps.batch_units * top_k_)) {}
 
-  // What is to be added for the units of a batch: by a warp for each of a unit and a rank.
+  // What is to be added for the block's units of a batch, from its unit `first` on: by a warp for
+  // each. From the last warp on: the first ones ask for the call's leave.
   __device__ void find_rows(int32_t first) {
-    const int32_t num_units = end_of(first) - first;
-    const auto num_tokens = static_cast<int32_t>(a_.num_tokens);
-    for (int32_t i = lookup_turn(); i < num_units * g_.num_ranks; i += kNumWarps) {
-      const int32_t unit = i / g_.num_ranks, r = i - unit * g_.num_ranks;
-      const int32_t token = units_.token_of(first + unit);
-      const int32_t flat_token = r * num_tokens + token;
+#pragma unroll 1
+    for (int32_t i = kNumWarps - 1 - warp_; i < batch_of(first); i += kNumWarps) {
+      const Unit unit = unit_of(first + i);
+      const int32_t token = token_of(units_, unit.number);
+      const int32_t flat_token = unit.rank * static_cast<int32_t>(a_.num_tokens) + token;
+      const bool is_own = !sends_ && lane_ < top_k_;
+      const int32_t at = token * top_k_ + lane_;
+      const bool is_kept = is_own && a_.send_row[at] != kNoRow;
+      const int32_t id = is_own ? a_.topk_idx[at] : 0;
       const Run rows = rows_of(flat_token);
       const int32_t count = a_.expand ? rows.count : min(rows.count, 1);
       if (lane_ < count) {
@@ -83,67 +103,60 @@ class Combiner {
         weight_[i * top_k_ + lane_] = a_.weights != nullptr ? a_.weights[row] : 1.0f;
       }
       if (lane_ == 0) count_[i] = count;
-      if (r != g_.rank) continue;
-      const int32_t at = token * top_k_ + lane_;
-      const bool is_kept = lane_ < top_k_ && a_.send_row[at] != kNoRow;
-      const int32_t num_local = static_cast<int32_t>(a_.num_local_experts);
-      const Ranks peers = ranks_of_warp(is_kept ? a_.topk_idx[at] / num_local : -1);
-      if (lane_ == 0) peers_[unit] = peers;
+      if (sends_) continue;
+      const Ranks peers = ranks_of_warp(is_kept ? quotient(id, steps_.num_local_experts) : -1);
+      if (lane_ == 0) peers_[i] = peers;
     }
   }
 
-  __device__ void send() {
-    if (g_.num_ranks == 1) return;
-    for (int32_t first = 0; first < units_.count(); first += batch_units_) {
-      if (first > 0) find_again(first);
-      if (a_.values != nullptr) send_values(first);
-      const int32_t end = end_of(first), num_steps = units_.num_steps_of(first, end);
-      for (int i = 1; i < g_.num_ranks; ++i) {
-        const int r = g_.rank + i < g_.num_ranks ? g_.rank + i : g_.rank + i - g_.num_ranks;
-        for (int32_t step = 0; step < num_steps; step += kSumsAtOnce) {
-          Place place[kSumsAtOnce];
-          uint4 sum[kSumsAtOnce];
-          find_places(step, num_steps, first, place);
-          sum_rows(place, first, r, sum);
-#pragma unroll
-          for (int j = 0; j < kSumsAtOnce; ++j) {
-            if (place[j].unit < 0 || count_[index(place[j].unit - first, r)] == 0) continue;
-            *reinterpret_cast<uint4*>(areas_.there[r] + place_in_area(place[j])) = sum[j];
-          }
+  // The sums of all its units, with the rows of the first batch found. False if the group is broken;
+  // not the same on all threads.
+  __device__ bool run(SlotWait& wait) {
+    bool ok = true;
+#pragma unroll 1
+    for (int32_t first = 0; first < num_units_; first += steps_.batch_units) {
+      if (first > 0) {
+        __syncthreads();
+        find_rows(first);
+        __syncthreads();
+      }
+#pragma unroll 1
+      for (int32_t i = team_.is_none() ? INT32_MAX : team_.number(); i < batch_of(first) && ok;
+           i += team_.count()) {
+        if (sends_ && count_[i] == 0) continue;
+        const Unit unit = unit_of(first + i);
+        const Place place = team_.place(unit.number);
+        Words word;
+        sum_rows(place, i, word);
+        if (sends_) {
+          send_words<PlainAtoms>(areas_.there[unit.rank], slot_tag(areas_.epoch[unit.rank]), place,
+                                 units_.stride, word);
+        } else {
+          ok = add_ranks(place, i, word, wait);
         }
       }
+      if (a_.values != nullptr && ok) ok = move_values(*this, first, wait);
     }
-    send_slot_flags(g_, areas_);  // [R1]
-  }
-
-  // False if the group is broken; the same on all threads.
-  __device__ bool add_up() {
-    bool has_waited = false;
-    for (int32_t first = 0; first < units_.count(); first += batch_units_) {
-      if (batch_units_ < units_.count()) find_again(first);
-      const int32_t end = end_of(first), num_steps = units_.num_steps_of(first, end);
-      for (int32_t step = 0; step < num_steps; step += kSumsAtOnce) {
-        Place place[kSumsAtOnce];
-        uint4 own[kSumsAtOnce];
-        find_places(step, num_steps, first, place);
-        sum_rows(place, first, g_.rank, own);
-        if (!has_waited) {
-          if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kStore);
-          if (!wait(first)) return false;
-          if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kP2);
-        }
-        has_waited = true;
-#pragma unroll
-        for (int j = 0; j < kSumsAtOnce; ++j) {
-          if (place[j].unit >= 0) add_ranks(place[j], first, own[j]);
-        }
-      }
-      if (a_.values != nullptr) collect(first);
+    if (!sends_ && block_ == 0 && warp_ == kNumWarps - 1 && ok) {
+      ok = receive_slot_flags(g_, kKind, areas_, wait);  // [W2]
     }
-    return true;
+    return ok;
   }
 
  private:
+  struct Unit {
+    int rank;  // whose token it is of
+    int32_t number;
+  };
+  // The block's i-th; of the peers, this rank's successor first.
+  __device__ Unit unit_of(int32_t i) const {
+    const Turn turn(units_.count, block_ + i * num_blocks_);
+    return {sends_ ? successor(g_, 1 + turn.rank_index) : g_.rank, turn.unit};
+  }
+  __device__ int32_t batch_of(int32_t first) const {
+    return min(steps_.batch_units, num_units_ - first);
+  }
+
   // The expert rows that this rank has of a token, in recv_order.
   struct Run {
     int32_t begin, count;
@@ -154,61 +167,35 @@ class Combiner {
     return {begin, max(0, min(a_.recv_offsets[flat_token + 1] - begin, top_k_))};
   }
 
-  __device__ int32_t end_of(int32_t first) const {
-    return min(first + batch_units_, units_.count());
-  }
-  __device__ int32_t index(int32_t in_batch, int rank) const {
-    return in_batch * g_.num_ranks + rank;
-  }
-  __device__ uint64_t place_in_area(const Place& place) const {
-    return kSlotRowsOffset + place.token * row_bytes_ + place.offset;
-  }
-  __device__ void find_places(int32_t step, int32_t num_steps, int32_t first,
-                              Place (&place)[kSumsAtOnce]) const {
+  // Of this rank's rows of the unit, rounded. Rows come by way of shared memory, so that there is one
+  // copy of the code that adds.
+  __device__ void sum_rows(const Place& place, int32_t i, Words& rounded) const {
+    const int32_t count = count_[i];
+    float sum[kVectorsEach][kCount] = {};
+#pragma unroll 1
+    for (int32_t begin = 0; begin < count; begin += kRowsAtOnce) {
+      const int32_t size = min(kRowsAtOnce, count - begin);
+#pragma unroll 1
+      for (int32_t k = 0; k < size; ++k) {
+        const auto* row =
+            reinterpret_cast<const uint4*>(static_cast<const char*>(a_.y) +
+                                           row_[i * top_k_ + begin + k] * row_bytes_) +
+            place.first;
 #pragma unroll
-    for (int j = 0; j < kSumsAtOnce; ++j) {
-      place[j] = units_.place(step + j, first, step + j < num_steps ? end_of(first) : 0);
-    }
-  }
-
-  __device__ void find_again(int32_t first) {
-    __syncthreads();
-    find_rows(first);
-    __syncthreads();
-  }
-
-  // Of this rank's rows of rank `src`'s token at each place, rounded.
-  __device__ void sum_rows(const Place (&place)[kSumsAtOnce], int32_t first, int src,
-                           uint4 (&rounded)[kSumsAtOnce]) const {
-    int32_t count[kSumsAtOnce], at[kSumsAtOnce], most = 0;
-    float sum[kSumsAtOnce][kCount] = {};
-#pragma unroll
-    for (int j = 0; j < kSumsAtOnce; ++j) {
-      const int32_t i = place[j].unit < 0 ? 0 : index(place[j].unit - first, src);
-      count[j] = place[j].unit < 0 ? 0 : count_[i];
-      at[j] = i * top_k_;
-      most = max(most, count[j]);
-    }
-    for (int32_t begin = 0; begin < most; begin += kRowsAtOnce) {
-      uint4 vector[kSumsAtOnce][kRowsAtOnce];
-#pragma unroll
-      for (int j = 0; j < kSumsAtOnce; ++j) {
-#pragma unroll
-        for (int i = 0; i < kRowsAtOnce; ++i) {
-          if (begin + i >= count[j]) continue;
-          const int64_t row = row_[at[j] + begin + i];
-          vector[j][i] = __ldcs(reinterpret_cast<const uint4*>(static_cast<const char*>(a_.y) +
-                                                               row * row_bytes_ + place[j].offset));
+        for (int j = 0; j < kVectorsEach; ++j) {
+          if (j < place.count) {
+            copy_async_16(stage_ + (k * kVectorsEach + j) * kNumThreads, row + j * units_.stride);
+          }
         }
       }
+      wait_copies_async();
+#pragma unroll 1
+      for (int32_t k = 0; k < size; ++k) {
+        const float weight = weight_[i * top_k_ + begin + k];
 #pragma unroll
-      for (int j = 0; j < kSumsAtOnce; ++j) {
-#pragma unroll
-        for (int i = 0; i < kRowsAtOnce; ++i) {
-          if (begin + i >= count[j]) continue;
-          const float weight = weight_[at[j] + begin + i];
+        for (int j = 0; j < kVectorsEach; ++j) {
           float x[kCount];
-          Vector::load(vector[j][i], x);
+          Vector::load(stage_[(k * kVectorsEach + j) * kNumThreads], x);
 #pragma unroll
           for (int c = 0; c < kCount; ++c) {
             sum[j][c] = __fadd_rn(sum[j][c], __fmul_rn(weight, x[c]));
@@ -217,134 +204,184 @@ class Combiner {
       }
     }
 #pragma unroll
-    for (int j = 0; j < kSumsAtOnce; ++j) rounded[j] = Vector::store(sum[j]);
+    for (int j = 0; j < kVectorsEach; ++j) set_vector(rounded, j, Vector::store(sum[j]));
   }
 
-  // Of one vector: `own` is this rank's sum.
-  __device__ void add_ranks(const Place& place, int32_t first, uint4 own) const {
-    const Ranks peers = peers_[place.unit - first];
-    const bool has_own = count_[index(place.unit - first, g_.rank)] != 0;
-    float total[kCount] = {};
-    for (int begin = 0; begin < g_.num_ranks; begin += kRowsAtOnce) {
-      uint4 vector[kRowsAtOnce];
+  // All ranks' sums of a unit, of which this one's are `own`. False if the group is broken.
+  __device__ bool add_ranks(const Place& place, int32_t i, const Words& own, SlotWait& wait) const {
+    const Ranks peers = peers_[i];
+    const bool has_own = count_[i] != 0;
+    float total[kVectorsEach][kCount] = {};
+#pragma unroll 1
+    for (int r = 0; r < g_.num_ranks; ++r) {
+      Words word;
+      if (r == g_.rank) {
+        if (!has_own) continue;
 #pragma unroll
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-        const int r = begin + i;
-        if (r >= g_.num_ranks || r == g_.rank || !peers.has(r)) continue;
-        vector[i] = __ldcg(reinterpret_cast<const uint4*>(areas_.here[r] + place_in_area(place)));
+        for (int w = 0; w < kMaxAtoms * 3; ++w) word[w] = own[w];
+      } else {
+        if (!peers.has(r)) continue;
+        if (!receive_words<PlainAtoms>(wait, r, areas_.here[r], areas_.epoch[r], place,
+                                       units_.stride, word)) {
+          return false;
+        }
       }
 #pragma unroll
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-        const int r = begin + i;
-        if (r >= g_.num_ranks || !(r == g_.rank ? has_own : peers.has(r))) continue;
+      for (int j = 0; j < kVectorsEach; ++j) {
         float x[kCount];
-        Vector::load(r == g_.rank ? own : vector[i], x);
+        Vector::load(vector_of(word, j), x);
 #pragma unroll
-        for (int c = 0; c < kCount; ++c) total[c] = __fadd_rn(total[c], x[c]);
+        for (int c = 0; c < kCount; ++c) total[j][c] = __fadd_rn(total[j][c], x[c]);
       }
     }
-    *reinterpret_cast<uint4*>(static_cast<char*>(a_.out) + place.token * row_bytes_ +
-                              place.offset) = Vector::store(total);
-  }
-
-  __device__ bool wait(int32_t first) const {
-    return receive_slot_flags(g_, kKind, areas_, [&](int r) {  // [R2]
-      bool is_any = false;
-      for (int32_t unit = 0; r < g_.num_ranks && unit < end_of(first) - first; ++unit) {
-        is_any |= peers_[unit].has(r);
-      }
-      return is_any;
-    });
-  }
-
-  __device__ uint64_t values_offset(int32_t at) const {
-    return slot_values_offset(a_.num_tokens, row_bytes_) + at * sizeof(float);
-  }
-
-  // Those of a peer's token, where its row has them.
-  __device__ void send_values(int32_t first) const {
-    const int32_t num_units = end_of(first) - first;
-    const auto num_tokens = static_cast<int32_t>(a_.num_tokens);
-    for (int32_t i = warp_; i < num_units * g_.num_ranks; i += kNumWarps) {
-      const int32_t unit = i / g_.num_ranks, r = i - unit * g_.num_ranks;
-      if (r == g_.rank || !units_.begins_token(first + unit)) continue;
-      const Run rows = rows_of(r * num_tokens + units_.token_of(first + unit));
-      if (lane_ >= rows.count) continue;
-      const int32_t row = a_.recv_order[rows.begin + lane_];
-      const int32_t at = a_.recv_src[row] - r * num_tokens * top_k_;
-      *reinterpret_cast<float*>(areas_.there[r] + values_offset(at)) = a_.values[row];
+    auto* to = reinterpret_cast<uint4*>(static_cast<char*>(a_.out) + place.token * row_bytes_) +
+               place.first;
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      if (j < place.count) to[j * units_.stride] = Vector::store(total[j]);
     }
+    return true;
   }
-  __device__ void collect(int32_t first) const {
-    const auto num_local = static_cast<int32_t>(a_.num_local_experts);
-    for (int32_t unit = first + warp_; unit < end_of(first); unit += kNumWarps) {
-      if (!units_.begins_token(unit) || lane_ >= top_k_) continue;
-      const int32_t at = units_.token_of(unit) * top_k_ + lane_, row = a_.send_row[at];
-      float value = 0.0f;
-      if (row != kNoRow) {
-        const int32_t r = a_.topk_idx[at] / num_local;
-        value = r == g_.rank
-                    ? a_.values[row]
-                    : __ldcg(reinterpret_cast<const float*>(areas_.here[r] + values_offset(at)));
+
+  // The values of the tokens that begin with a unit of the batch. What only some calls need is called.
+  // (By a copy: so that this one need not lie in memory.) False if the group is broken.
+  __device__ __noinline__ static bool move_values(Combiner block, int32_t first, SlotWait& wait) {
+    bool ok = true;
+    for (int32_t i = block.warp_; i < block.batch_of(first); i += kNumWarps) {
+      const Unit unit = block.unit_of(first + i);
+      if (!begins_token(block.units_, unit.number)) continue;
+      const int32_t token = token_of(block.units_, unit.number);
+      if (block.sends_) {
+        block.send_values(unit.rank, token);
+      } else {
+        ok = ok && block.collect(token, wait);
       }
-      a_.collected[at] = value;
+    }
+    return ok;
+  }
+  // Where this rank has a row of the peer's token.
+  __device__ void send_values(int rank, int32_t token) const {
+    const int32_t flat_token = rank * static_cast<int32_t>(a_.num_tokens) + token;
+    const Run rows = rows_of(flat_token);
+    if (lane_ >= rows.count) return;
+    const int32_t row = a_.recv_order[rows.begin + lane_];
+    const int32_t k = a_.recv_src[row] - flat_token * top_k_;
+    send_entry(areas_, rank, token * top_k_ + k, 0, a_.values[row]);  // [I1]
+  }
+  __device__ bool collect(int32_t token, SlotWait& wait) const {
+    if (lane_ >= top_k_) return true;
+    const int32_t at = token * top_k_ + lane_, row = a_.send_row[at];
+    float value = 0.0f;
+    if (row != kNoRow) {
+      const int32_t r = quotient(a_.topk_idx[at], steps_.num_local_experts);
+      if (r == g_.rank) {
+        value = a_.values[row];
+      } else if (!receive_value(r, at, wait, value)) {
+        return false;
+      }
+    }
+    a_.collected[at] = value;
+    return true;
+  }
+  __device__ bool receive_value(int rank, int32_t at, SlotWait& wait, float& value) const {
+    const uint64_t expected = areas_.epoch[rank];
+    for (uint32_t n = 1;; ++n) {
+      uint64_t entry, epoch;
+      ld_relaxed_sys_b128(entries_of(areas_.here[rank]) + at, entry, epoch);
+      value = __uint_as_float(static_cast<uint32_t>(entry >> 32));
+      if (epoch == expected) return true;  // [I2]
+      if (!wait.may_go_on(n, rank, expected)) return false;
     }
   }
 
   const GroupView& g_;
   const CombineArguments& a_;
+  const Units& units_;
+  const Steps& steps_;
   const int64_t row_bytes_;
-  const BlockUnits units_;
-  const SlotAreas& areas_;
-  const int32_t batch_units_, warp_, lane_, top_k_;
-  // In shared memory, of the units of a batch.
-  int32_t* const count_;  // [unit][R]
-  int32_t* const row_;    // [unit][R][K]
-  float* const weight_;   // [unit][R][K]
+  const Team team_;
+  SlotAreas& areas_;
+  const bool sends_;
+  const int32_t block_, num_blocks_;  // of those that do so
+  const int32_t num_units_;           // of the block
+  const int32_t warp_, lane_, top_k_;
+  // In shared memory; the last ones of the units of a batch.
+  uint4* const stage_;    // [kRowsAtOnce][kVectorsEach], kNumThreads apart
+  int32_t* const count_;  // [unit]
+  int32_t* const row_;    // [unit][K]
+  float* const weight_;   // [unit][K]
   Ranks* const peers_;    // [unit], that have rows of this rank's token
 };
 
 template <typename Vector>
-__global__ __launch_bounds__(kNumThreads, 1) void combine_in_slots_kernel(
-    const __grid_constant__ GroupView g, const __grid_constant__ CombineArguments a,
-    const __grid_constant__ Units units, int32_t batch_units) {
-  extern __shared__ __align__(16) char memory[];
-  __shared__ SlotAreas areas;
-  timeline::begin();
-  Combiner<Vector> block(g, a, units, batch_units, memory, areas);
-  const bool is_claimed = claim_call(g, kKind);
-  const bool may_send = begin_slots(g, kKind, is_claimed, areas);
-  block.find_rows(0);
-  bool ok = may_send_slots(g, may_send);
-  if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kBarrier);
-  if (ok) {
-    block.send();
-    if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS1);
-    ok = block.add_up();
-  }
-  timeline::end(g, kKind);
-  const Finish finish = finish_block(g, kKind, is_claimed, ok);
-  if (finish == Finish::kNotLast) return;
-  if (finish == Finish::kEnd) return end_call(g);
+__device__ __noinline__ void fail(const GroupView& g, const CombineArguments& a, Finish finish) {
   const Share share = fail_call(g, finish, [](uint32_t) { return 1; });
   fill(a.out, a.num_tokens * a.num_channels * (16 / Vector::kCount), kNan, share);
   if (a.values != nullptr) fill(a.collected, a.num_tokens * a.top_k * 4, kNan, share);
 }
 
 template <typename Vector>
+__global__ __launch_bounds__(kNumThreads, 1) void combine_in_slots_kernel(
+    const __grid_constant__ GroupView g, const __grid_constant__ CombineArguments a,
+    const __grid_constant__ Units units, const __grid_constant__ Blocks blocks,
+    const __grid_constant__ Steps steps) {
+  extern __shared__ __align__(16) char memory[];
+  __shared__ SlotAreas areas;
+  timeline::begin();
+  const auto index = static_cast<int32_t>(blockIdx.x);
+  bool sends = index < blocks.num_senders;
+  const bool does_both = sends && index >= blocks.first_receiver;
+  const bool is_claimed = claim_call(g, kKind);
+  const bool may_send = begin_slots(g, kKind, is_claimed, areas);
+  SlotWait wait(g, kKind);
+  uint32_t swept = 0;
+  bool ok = true;
+#pragma unroll 1
+  for (bool is_first = true;; is_first = sends = false) {
+    Combiner<Vector> block(g, a, units, steps, memory, areas, sends,
+                           sends ? index : index - blocks.first_receiver,
+                           sends ? blocks.num_senders : blocks.count - blocks.first_receiver);
+    block.find_rows(0);
+    if (is_first) {
+      ok = may_send_slots(g, may_send, areas);
+      if (ok) swept = load_swept(g, areas);
+      if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kBarrier);
+    } else {
+      __syncthreads();
+    }
+    if (ok) ok = block.run(wait);
+    if (threadIdx.x == 0) timeline::mark(Role::kBlock, sends ? Event::kS1 : Event::kP2);
+    if (!does_both || !sends) break;
+    ok = __syncthreads_and(ok) != 0;
+  }
+  timeline::end(g, kKind);
+  const Finish finish = finish_block(g, kKind, is_claimed, ok);
+  if (finish == Finish::kNotLast) return;
+  if (finish != Finish::kEnd) return fail<Vector>(g, a, finish);
+  sweep_slots(g, areas, swept);
+  end_call(g);
+}
+
+template <typename Vector>
 cudaError_t Launch(const GroupView& group, const CombineArguments& a, int num_sms,
                    cudaStream_t stream) {
   const int64_t row_bytes = a.num_channels * (16 / Vector::kCount);
-  const SlotSizes sizes{group.num_ranks, a.num_tokens, a.top_k,
-                        a.num_local_experts * group.num_ranks, row_bytes};
+  const auto num_local = static_cast<int32_t>(a.num_local_experts);
+  const SlotSizes sizes{
+      group.num_ranks, a.num_tokens, a.top_k, int64_t{num_local} * group.num_ranks, {row_bytes}};
   if (!fits_slots(sizes, group.slot_area_bytes)) return cudaErrorInvalidValue;
-  const Units units = DivideRows(a.num_tokens, row_bytes, num_sms);
-  const int64_t each = bytes_each(group.num_ranks, a.top_k);
-  const int64_t units_each = (units.count + units.num_blocks - 1) / units.num_blocks;
-  const auto batch_units = static_cast<int32_t>(std::min(units_each, kMaxSharedBytes / each));
-  combine_in_slots_kernel<Vector>
-      <<<static_cast<unsigned>(units.num_blocks), kNumThreads, batch_units * each, stream>>>(
-          group, a, units, batch_units);
+  const Units units = DivideRows(a.num_tokens, row_bytes / kRowAlignment, num_sms, 1);
+  const int64_t num_sent = int64_t{group.num_ranks - 1} * units.count;
+  const Blocks blocks = DivideBlocks(num_sent, units.count, num_sms);
+  const int64_t num_receivers = blocks.count - blocks.first_receiver;
+  const int64_t most_units = std::max(
+      blocks.num_senders > 0 ? (num_sent + blocks.num_senders - 1) / blocks.num_senders : 0,
+      (units.count + num_receivers - 1) / num_receivers);
+  const auto batch_units =
+      static_cast<int32_t>(std::min(most_units, kMaxBatchBytes / bytes_each(a.top_k)));
+  combine_in_slots_kernel<Vector><<<static_cast<unsigned>(blocks.count), kNumThreads,
+                                    kStageBytes + batch_units * bytes_each(a.top_k), stream>>>(
+      group, a, units, blocks, Steps{DividerBy(num_local), batch_units});
   return cudaGetLastError();
 }
 
@@ -366,7 +403,9 @@ cudaError_t LaunchCombineInSlots(const GroupView& group, const CombineArguments&
 cudaError_t PrepareCombineInSlots() {
   for (auto* kernel : {combine_in_slots_kernel<F32Vector>, combine_in_slots_kernel<F16Vector>,
                        combine_in_slots_kernel<Bf16Vector>}) {
-    if (cudaError_t e = PrepareKernel(kernel, kMaxSharedBytes); e != cudaSuccess) return e;
+    if (cudaError_t e = PrepareKernel(kernel, kStageBytes + kMaxBatchBytes); e != cudaSuccess) {
+      return e;
+    }
   }
   return cudaSuccess;
 }

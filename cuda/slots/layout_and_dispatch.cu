@@ -3,27 +3,29 @@
 // After:    the tables, counts and counters of cuda/direct/layout.cu, and the tokens and weights of
 //           cuda/direct/dispatch, to the bit: tokens[row] = x of rank src [t] for every kept row,
 //           (src, t, k) = recv_src[row]; padding is zero, the tail too if zero_tail. Without
-//           `expand`, likewise, tokens as cuda/direct/dispatch leaves them then.
-// Roles:    blocks of 16 warps with equal shares of units (units.h), all threads together in each
-//           step; block b has the same units of all ranks. Each block has all ids, and computes all
-//           of the tables for itself; what it writes of them is its share.
-// Buffers:  name         | lives on       | written by               | read by
-//           x, topk_*    | XLA, own       | before the call          | own blocks
-//           entries, rows| slots, each    | peers' blocks, [I1], till| own blocks, [I2], [R2]..end
-//                        | rank, area(e)  | [R1]                     |
-//           tables,      | XLA, own       | own blocks               | later kernels
+//           `expand`, in float8 or with scales, likewise, tokens and scales as cuda/direct/dispatch
+//           leaves them then.
+// Roles:    blocks of 16 warps, of which the first ones send and the others receive, and in them teams
+//           of warps that have a unit each at a time (units.h). Each block that receives has all ids,
+//           and computes all of the tables for itself; what it writes of them is its share.
+// Buffers:  name          | lives on       | written by               | read by
+//           x, topk_*     | XLA, own       | before the call          | own blocks
+//           entries, atoms| slots, each    | peers' blocks, [I1]      | own blocks, [I2]
+//                         | rank, area(e)  |                          |
+//           tables,       | XLA, own       | own blocks               | later kernels
 //             tokens, weights
-// Protocol: 1. A block sends its tokens' ids and weights as entries to all peers, [I1], then its units'
-//           rows to the peers with an expert of the token, then a flag to all, [R1].
-//           2. [I2] It takes all ranks' ids as they come, and computes the tables.
-//           3. It copies this rank's rows of its units, and zeros what holds no row.
-//           4. [R2] All peers' rows of its units are here: it copies them.
+// Protocol: 1. Blocks send the tokens' ids and weights to all peers as entries, then the units of rows
+//           to the peers with an expert of the token as atoms, [I1].
+//           2. The others take all ranks' ids as they come, [I2], and compute the tables.
+//           3. They copy this rank's rows, and zero what holds no row.
+//           4. They copy the peers' rows as they come, [I2].
 // Reuse, Progress, Failure: cuda/sync/slots.cuh. A call that fails leaves -1 and 0 in the tables, NaN
 //           in float tokens and in weights, 0 in integers.
-// Limits:   fits_slots (cuda/memory/slots.h); rows at 16-byte addresses.
+// Limits:   fits_slots (units.h); rows at 16-byte addresses.
 #include "cuda/direct/kernels.cuh"
-#include "cuda/slots/block_units.cuh"
+#include "cuda/slots/row_forms.cuh"
 #include "cuda/slots/tables.cuh"
+#include "cuda/slots/teams.cuh"
 #include "cuda/sync/grid.cuh"
 #include "cuda/sync/slots.cuh"
 #include "cuda/sync/timeline.cuh"
@@ -40,280 +42,299 @@ struct Shared {
   TablesShared tables;
 };
 
-// Of tokens that are not expanded: copies the block's units of rank `src`, whose rows lie at `rows`,
-// and zeros them where none is here. `rows_here`: of each of its ids, BlockTables' row. Called and not
-// inlined, for the code of other calls to stay small.
-__device__ __noinline__ void copy_not_expanded(const LayoutAndDispatchArguments& a,
-                                               BlockUnits units, const char* rows,
-                                               const int32_t* rows_here, int src) {
-  const auto top_k = static_cast<int32_t>(a.top_k);
-  const int32_t num_steps = units.num_steps_of(0, units.count());
-  for (int32_t step = 0; step < num_steps; step += kAtOnce) {
-    Place place[kAtOnce];
-    uint4 vector[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      place[j] = units.place(step + j, 0, step + j < num_steps ? units.count() : 0);
-      if (place[j].unit < 0) continue;
-      vector[j] = __ldcg(
-          reinterpret_cast<const uint4*>(rows + place[j].token * a.row_bytes + place[j].offset));
-    }
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (place[j].unit < 0) continue;
-      bool is_here = false;
-      for (int32_t k = 0; k < top_k; ++k) {
-        is_here |= rows_here[place[j].token * top_k + k] != kNoRow;
-      }
-      if (!is_here && !a.zero_tail) continue;
-      const int64_t row = src * a.num_tokens + place[j].token;
-      *reinterpret_cast<uint4*>(static_cast<char*>(a.tokens) + row * a.row_bytes +
-                                place[j].offset) = is_here ? vector[j] : uint4{0, 0, 0, 0};
-    }
-  }
-}
-
-// What a block does, in this order.
+template <typename Rows>
 class Dispatcher {
  public:
   __device__ Dispatcher(const GroupView& g, const LayoutAndDispatchArguments& a, const Units& units,
-                        Shared& shared, BlockTables& tables, Ranks* ranks)
+                        const TableSteps& steps, SlotAreas& areas)
       : g_(g),
         a_(a),
-        units_(units, a.row_bytes),
-        areas_(shared.areas),
-        tables_(tables),
-        ranks_(ranks),
-        num_steps_(units_.num_steps_of(0, units_.count())),
-        warp_(static_cast<int32_t>(threadIdx.x) / 32),
+        units_(units),
+        steps_(steps),
+        areas_(areas),
+        team_(units),
+        rows_(a, units.stride),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
         top_k_(static_cast<int32_t>(a.top_k)) {}
 
-  // Begins to load the first rows and ids.
-  __device__ void load_first() {
-    find_places(0);
-    load_x();
-    first_id_ = id_of(lookup_turn());
+  // Begins to load what is needed first, by a block that sends or receives: blocks take a unit for
+  // each of their teams in turn.
+  __device__ void load_first(int32_t block, int32_t num_blocks, bool sends) {
+    if (sends) load_entry(block * steps_.ids_per_sender + static_cast<int32_t>(threadIdx.x));
+    const int32_t unit = first_of(block, num_blocks);
+    if (!team_.is_none() && unit < units_.count) load(unit);
   }
 
-  // Which peers want which unit.
-  __device__ void find_ranks() {
-    const auto num_local = static_cast<int32_t>(a_.num_experts) / g_.num_ranks;
-    for (int32_t unit = lookup_turn(); unit < units_.count(); unit += kNumWarps) {
-      const int32_t id = unit == lookup_turn() ? first_id_ : id_of(unit);
-      const bool routed = is_routed(id, a_.num_experts);
-      const Ranks ranks = ranks_of_warp(routed ? id / num_local : -1);
-      if (lane_ == 0) ranks_[unit] = ranks;
-    }
-  }
-
-  __device__ void send() {
-    if (g_.num_ranks == 1) return;
-    send_entries();
-    for (int32_t step = 0; step < num_steps_; step += kAtOnce) {
-      if (step > 0) {
-        find_places(step);
-        load_x();
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const Place& place = place_[j];
-        if (place.unit < 0) continue;
-        const Ranks ranks = ranks_[place.unit];
-        const uint64_t at = kSlotRowsOffset + place.token * a_.row_bytes + place.offset;
-        for (int i = 1; i < g_.num_ranks; ++i) {
-          const int r = g_.rank + i < g_.num_ranks ? g_.rank + i : g_.rank + i - g_.num_ranks;
-          if (ranks.has(r)) *reinterpret_cast<uint4*>(areas_.there[r] + at) = x_[j];
-        }
-      }
-    }
-    send_slot_flags(g_, areas_);  // [R1]
-  }
-
-  // Copies the rows that one rank has sent, or this one's own.
-  __device__ void copy_rows_of(int src) {
-    const char* rows =
-        src == g_.rank ? static_cast<const char*>(a_.x) : areas_.here[src] + kSlotRowsOffset;
-    const int32_t first_flat = src * static_cast<int32_t>(a_.num_tokens) * top_k_;
-    if (!a_.expand) return copy_not_expanded(a_, units_, rows, tables_.rows(first_flat), src);
-    for (int32_t step = 0; step < num_steps_; step += kAtOnce) {
-      uint4 vector[kAtOnce];
-      find_places(step);
-      // A row that has not been sent is read all the same, and stored nowhere.
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (place_[j].unit >= 0) {
-          vector[j] = __ldcg(reinterpret_cast<const uint4*>(rows + place_[j].token * a_.row_bytes +
-                                                            place_[j].offset));
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (place_[j].unit < 0) continue;
-        const int32_t flat = first_flat + place_[j].token * top_k_;
-        char* to = static_cast<char*>(a_.tokens) + place_[j].offset;
-        for (int32_t k = 0; k < top_k_; ++k) {
-          const int32_t row = tables_.row(flat + k);
-          if (row != kNoRow) *reinterpret_cast<uint4*>(to + row * a_.row_bytes) = vector[j];
-        }
+  // To the peers. The ids go first: all of a peer's blocks wait for all of them.
+  __device__ void send(int32_t block, int32_t num_blocks) {
+    send_entries(block * steps_.ids_per_sender);
+    if (team_.is_none()) return;
+    const int32_t step = num_blocks * team_.count();
+#pragma unroll 1
+    for (int32_t unit = first_of(block, num_blocks); unit < units_.count; unit += step) {
+      if (unit != loaded_) load(unit);
+      const Ranks ranks = ranks_of_warp(
+          is_routed(id_, a_.num_experts) ? quotient(id_, steps_.experts_per_rank) : -1);
+#pragma unroll 1
+      for (int n = 1; n < g_.num_ranks; ++n) {
+        const int r = successor(g_, n);
+        if (!ranks.has(r)) continue;
+        send_words<Rows>(areas_.there[r], slot_tag(areas_.epoch[r]), place_, units_.stride, word_);
       }
     }
   }
-  // Of the peers, this rank's successor first: each link has its turn.
-  __device__ void copy_rows_of_peers() {
-    for (int i = 1; i < g_.num_ranks; ++i) {
-      copy_rows_of(g_.rank + i < g_.num_ranks ? g_.rank + i : g_.rank + i - g_.num_ranks);
-    }
-  }
 
-  // Whether a peer has sent rows for the block's units.
-  __device__ bool has_rows_of(int src) const {
-    for (int32_t unit = 0; unit < units_.count(); ++unit) {
-      if (is_any_here((src * static_cast<int32_t>(a_.num_tokens) + units_.token_of(unit)) *
-                      top_k_)) {
-        return true;
+  // This rank's own rows, then the peers' as they come. False if the group is broken; the same on all
+  // lanes.
+  __device__ bool receive(int32_t block, int32_t num_blocks, const BlockTables& tables,
+                          SlotWait& wait) {
+    if (team_.is_none()) return fill_rest(block, num_blocks, tables);
+    const int32_t step = num_blocks * team_.count();
+    Turn turn(units_.count, first_of(block, num_blocks));
+#pragma unroll 1
+    for (bool has_own = false, has_filled = false;; turn.next(step)) {
+      const bool is_end = turn.rank_index >= g_.num_ranks;
+      // While the peers' rows are on their way; or else after them.
+      if ((is_end || (has_own && turn.rank_index > 0)) && !has_filled) {
+        has_filled = fill_rest(block, num_blocks, tables);
       }
+      if (is_end) return true;
+      has_own |= turn.rank_index == 0;
+      const int r = successor(g_, turn.rank_index);
+      const int32_t flat =
+          (r * static_cast<int32_t>(a_.num_tokens) + token_of(units_, turn.unit)) * top_k_ + lane_;
+      const int32_t row = lane_ < top_k_ ? tables.row(flat) : kNoRow;  // lane k's
+      const uint32_t kept = __ballot_sync(0xffffffffu, row != kNoRow);
+      if (kept == 0 && (a_.expand || !a_.zero_tail)) continue;
+      if (r != g_.rank) {
+        place_ = team_.place(turn.unit);
+        const bool ok = kept == 0 || receive_words<Rows>(wait, r, areas_.here[r], areas_.epoch[r],
+                                                         place_, units_.stride, word_);
+        if (__all_sync(0xffffffffu, ok) == 0) return false;
+      } else if (turn.unit != loaded_) {
+        load(turn.unit);
+      }
+      loaded_ = -1;
+      rows_.decode(place_, word_);
+      store(r, row, kept);
     }
-    return false;
-  }
-
-  __device__ void zero_rest() const {
-    tables_.for_each_empty_row(a_.zero_tail, [&](int32_t row) {
-      if (a_.expand) zero_row(row);
-      if (lane_ == 0 && a_.weights != nullptr) a_.weights[row] = 0.0f;
-    });
-    const bool has_last_row = !a_.expand && blockIdx.x == gridDim.x - 1;
-    if (has_last_row && warp_ == 0) zero_row(a_.num_rows - 1);
   }
 
  private:
-  // The lane's, of the unit's token.
-  __device__ int32_t id_of(int32_t unit) const {
-    if (unit >= units_.count() || lane_ >= top_k_) return kNotRouted;
-    return a_.topk_idx[units_.token_of(unit) * top_k_ + lane_];
+  __device__ int32_t first_of(int32_t block, int32_t num_blocks) const {
+    return block + num_blocks * team_.number();
   }
 
-  // Which vectors the thread has from a step on. Most calls have few steps, so this is done once.
-  __device__ void find_places(int32_t step) {
-    if (step == places_step_) return;
-    places_step_ = step;
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      place_[j] = units_.place(step + j, 0, step + j < num_steps_ ? units_.count() : 0);
-    }
+  __device__ void load(int32_t unit) {
+    loaded_ = unit;
+    place_ = team_.place(unit);
+    rows_.load(place_, word_);
+    id_ = lane_ < top_k_ ? a_.topk_idx[place_.token * top_k_ + lane_] : kNotRouted;
   }
 
-  __device__ void load_x() {
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (place_[j].unit < 0) continue;
-      x_[j] = *reinterpret_cast<const uint4*>(static_cast<const char*>(a_.x) +
-                                              place_[j].token * a_.row_bytes + place_[j].offset);
-    }
+  // Each block that sends has a run of the ids.
+  __device__ int32_t num_entries() const { return static_cast<int32_t>(a_.num_tokens) * top_k_; }
+  __device__ void load_entry(int32_t i) {
+    if (i >= num_entries()) return;
+    entry_id_ = a_.topk_idx[i];
+    entry_weight_ = a_.weights != nullptr ? a_.topk_weights[i] : 0.0f;
   }
-
-  __device__ void send_entries() const {
-    for (int32_t unit = warp_; unit < units_.count(); unit += kNumWarps) {
-      if (!units_.begins_token(unit) || lane_ >= top_k_) continue;
-      const int32_t i = units_.token_of(unit) * top_k_ + lane_;
-      const int32_t id = a_.topk_idx[i];
-      const float weight = a_.weights != nullptr ? a_.topk_weights[i] : 0.0f;
+  __device__ void send_entries(int32_t begin) {
+    const int32_t end = min(begin + steps_.ids_per_sender, num_entries());
+    const int32_t first = begin + static_cast<int32_t>(threadIdx.x);
+#pragma unroll 1
+    for (int32_t i = first; i < end; i += kNumThreads) {
+      if (i != first) load_entry(i);
+#pragma unroll 1
       for (int r = 0; r < g_.num_ranks; ++r) {
-        if (r != g_.rank) send_entry(areas_, r, i, id, weight);  // [I1]
+        if (r != g_.rank) send_entry(areas_, r, i, entry_id_, entry_weight_);  // [I1]
       }
     }
   }
 
-  // By a warp.
-  __device__ void zero_row(int64_t row) const {
-    auto* at = reinterpret_cast<uint4*>(static_cast<char*>(a_.tokens) + row * a_.row_bytes);
-    for (int64_t i = lane_; i < a_.row_bytes / 16; i += 32) at[i] = uint4{0, 0, 0, 0};
+  // A unit of rank `src`, to the rows of the lanes in `kept`.
+  __device__ void store(int src, int32_t row, uint32_t kept) {
+    if (!a_.expand) {
+      if (kept == 0) {
+#pragma unroll
+        for (uint32_t& word : word_) word = 0;
+      }
+      return rows_.store(src * a_.num_tokens + place_.token, place_, word_);
+    }
+#pragma unroll 1
+    for (; kept != 0; kept &= kept - 1) {
+      rows_.store(__shfl_sync(0xffffffffu, row, __ffs(static_cast<int>(kept)) - 1), place_, word_);
+    }
   }
 
-  __device__ bool is_any_here(int32_t flat) const {
-    bool is_any = false;
-    for (int32_t k = 0; k < top_k_; ++k) is_any |= tables_.row(flat + k) != kNoRow;
-    return is_any;
+  // What holds no row: the block's share. By each warp, once; true.
+  __device__ bool fill_rest(int32_t block, int32_t num_blocks, const BlockTables& tables) const {
+    tables.fill_rest();
+    // The warps of all blocks share the rows, neighbours among different blocks.
+    const int32_t warp = block + static_cast<int32_t>(threadIdx.x) / 32 * num_blocks;
+    const int32_t num_warps = num_blocks * kNumWarps;
+    if (tables.has_padding()) zero_padding(a_, tables, rows_, warp, num_warps);
+    if (!a_.expand && warp == 0) rows_.zero(a_.num_rows - 1);
+    if (!a_.zero_tail) return true;
+    const auto capacity = static_cast<int32_t>(a_.room.capacity);
+#pragma unroll 1
+    for (int32_t i = tables.num_used() + warp; i < capacity; i += num_warps) zero_row(a_, rows_, i);
+    return true;
+  }
+  __device__ static void zero_row(const LayoutAndDispatchArguments& a, const Rows& rows,
+                                  int32_t row) {
+    if (a.expand) rows.zero(row);
+    if (threadIdx.x % 32 == 0 && a.weights != nullptr) a.weights[row] = 0.0f;
+  }
+  // Of this rank's experts, and its sources. Only some calls need it, so it is called. (By copies: so
+  // that the tables need not lie in memory.)
+  __device__ __noinline__ static void zero_padding(const LayoutAndDispatchArguments& a,
+                                                   BlockTables tables, Rows rows, int32_t warp,
+                                                   int32_t num_warps) {
+    for (int32_t local = warp; local < tables.num_local(); local += num_warps) {
+      const BlockTables::Padding padding = tables.padding_of(tables.first_local() + local);
+      for (int32_t i = padding.begin; i < padding.end; ++i) {
+        zero_row(a, rows, i);
+        if (threadIdx.x % 32 == 0) a.recv_src[i] = kNoSource;
+      }
+    }
   }
 
   const GroupView& g_;
   const LayoutAndDispatchArguments& a_;
-  const BlockUnits units_;
-  const SlotAreas& areas_;
-  BlockTables& tables_;
-  Ranks* const ranks_;  // of each unit, in shared memory: those that have an expert of the token
-  const int32_t num_steps_, warp_, lane_, top_k_;
-  int32_t first_id_;  // of the warp's first unit
-  int32_t places_step_ = -1;
-  Place place_[kAtOnce];  // from that step on
-  uint4 x_[kAtOnce];      // likewise
+  const Units& units_;
+  const TableSteps& steps_;
+  SlotAreas& areas_;
+  const Team team_;
+  const Rows rows_;
+  const int32_t lane_, top_k_;
+  int32_t loaded_ = -1;  // the unit of this rank's x that place_ and word_ have
+  Place place_;
+  Words word_;
+  int32_t id_;        // lane k's, of that unit's token
+  int32_t entry_id_;  // of the thread's newest entry
+  float entry_weight_;
 };
 
+__device__ __noinline__ void fail(const GroupView& g, const LayoutAndDispatchArguments& a,
+                                  Finish finish) {
+  const Share share = fail_call(g, finish, [](uint32_t) { return 1; });
+  fill_without_rows(a, g.num_ranks, share);
+  const bool is_wide = a.mode == DispatchMode::kCopy || a.mode == DispatchMode::kDequantize;
+  fill(a.tokens, a.num_rows * (is_wide ? a.row_bytes : a.num_channels), a.is_integer ? 0 : kNan,
+       share);
+  if (a.scales != nullptr) fill(a.scales, a.num_rows * a.num_scales * 4, kNan, share);
+  if (a.weights != nullptr) fill(a.weights, a.room.capacity * 4, kNan, share);
+}
+
+template <typename Rows>
 __global__ __launch_bounds__(kNumThreads, 1) void layout_and_dispatch_kernel(
     const __grid_constant__ GroupView g, const __grid_constant__ LayoutAndDispatchArguments a,
-    const __grid_constant__ Units units, int32_t tables_bytes) {
+    const __grid_constant__ Units units, const __grid_constant__ Blocks blocks,
+    const __grid_constant__ TableSteps steps) {
   extern __shared__ int32_t memory[];
   __shared__ Shared shared;
   timeline::begin();
-  BlockTables tables(g, a, shared.areas, memory, shared.tables);
-  Dispatcher block(g, a, units, shared, tables,
-                   reinterpret_cast<Ranks*>(memory + tables_bytes / 4));
-  block.load_first();
+  const auto index = static_cast<int32_t>(blockIdx.x);
+  const bool sends = index < blocks.num_senders, receives = index >= blocks.first_receiver;
+  const int32_t receiver = index - blocks.first_receiver;
+  const int32_t num_receivers = blocks.count - blocks.first_receiver;
+  BlockTables tables(g, a, steps, shared.areas, memory, shared.tables, receiver, num_receivers);
+  Dispatcher<Rows> block(g, a, units, steps, shared.areas);
+  block.load_first(sends ? index : receiver, sends ? blocks.num_senders : num_receivers, sends);
   const bool is_claimed = claim_call(g, kKind);
   const bool may_send = begin_slots(g, kKind, is_claimed, shared.areas);
-  block.find_ranks();
-  tables.clear();
-  bool ok = may_send_slots(g, may_send);
+  if (receives) tables.clear();
+  SlotWait wait(g, kKind);
+  bool ok = may_send_slots(g, may_send, shared.areas);
+  const uint32_t swept = ok ? load_swept(g, shared.areas) : 0;
   if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kBarrier);
-  if (ok) {
-    block.send();
+  if (ok && sends) {
+    block.send(index, blocks.num_senders);
     if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS1);
-    ok = tables.make();  // [I2]
   }
-  if (ok) {
+  if (ok && receives) {
+    ok = tables.make(wait);
     if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kS2);
-    tables.fill_rest();
-    block.copy_rows_of(g.rank);
-    block.zero_rest();
-    if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kStore);
-    ok = receive_slot_flags(g, kKind, shared.areas,
-                            [&](int src) { return src < g.num_ranks && block.has_rows_of(src); });
-  }
-  if (ok) {
+    ok = ok && block.receive(receiver, num_receivers, tables, wait);
     if (threadIdx.x == 0) timeline::mark(Role::kBlock, Event::kP2);
-    block.copy_rows_of_peers();
   }
   timeline::end(g, kKind);
   const Finish finish = finish_block(g, kKind, is_claimed, ok);
   if (finish == Finish::kNotLast) return;
-  if (finish == Finish::kEnd) return end_call(g);
-  const Share share = fail_call(g, finish, [](uint32_t) { return 1; });
-  fill_without_rows(a, g.num_ranks, share);
-  fill(a.tokens, a.num_rows * a.row_bytes, a.is_integer ? 0 : kNan, share);
-  if (a.weights != nullptr) fill(a.weights, a.room.capacity * 4, kNan, share);
+  if (finish != Finish::kEnd) return fail(g, a, finish);
+  sweep_slots(g, shared.areas, swept);
+  end_call(g);
 }
 
-constexpr int64_t kMaxSharedBytes =
-    tables_bytes(kMaxSlotGroupIds, kMaxExperts) + kMaxSlotTokens * int64_t{sizeof(Ranks)};
+constexpr int64_t kMaxSharedBytes = tables_bytes(kMaxSlotGroupIds, kMaxExperts);
+
+// Calls body(kernel) for that of the rows.
+template <typename Body>
+cudaError_t WithKernel(DispatchMode mode, FloatType type, const Body& body) {
+  const auto with_type = [&](auto f32, auto f16, auto bf16) {
+    switch (type) {
+      case FloatType::kF32:
+        return body(f32);
+      case FloatType::kF16:
+        return body(f16);
+      case FloatType::kBF16:
+        return body(bf16);
+    }
+    return cudaErrorInvalidValue;
+  };
+  switch (mode) {
+    case DispatchMode::kCopy:
+      return body(layout_and_dispatch_kernel<CopiedRows>);
+    case DispatchMode::kScaled:
+      return body(layout_and_dispatch_kernel<ScaledRows>);
+    case DispatchMode::kQuantize:
+      return with_type(layout_and_dispatch_kernel<QuantizedRows<F32Vector>>,
+                       layout_and_dispatch_kernel<QuantizedRows<F16Vector>>,
+                       layout_and_dispatch_kernel<QuantizedRows<Bf16Vector>>);
+    case DispatchMode::kDequantize:
+      return with_type(layout_and_dispatch_kernel<DequantizedRows<F32Vector>>,
+                       layout_and_dispatch_kernel<DequantizedRows<F16Vector>>,
+                       layout_and_dispatch_kernel<DequantizedRows<Bf16Vector>>);
+    case DispatchMode::kWeighted:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
 
 }  // namespace
 
 cudaError_t LaunchLayoutAndDispatchInSlots(const GroupView& group,
                                            const LayoutAndDispatchArguments& a, int num_sms,
                                            cudaStream_t stream) {
-  const SlotSizes sizes{group.num_ranks, a.num_tokens, a.top_k, a.num_experts, a.row_bytes};
+  const SlotRow row = slot_row(a.mode, a.type, a.row_bytes, a.num_scales);
+  const SlotSizes sizes{group.num_ranks, a.num_tokens, a.top_k, a.num_experts, row};
   if (!fits_slots(sizes, group.slot_area_bytes)) return cudaErrorInvalidValue;
-  const Units units = DivideRows(a.num_tokens, a.row_bytes, num_sms);
-  const int64_t for_tables = tables_bytes(group.num_ranks * a.num_tokens * a.top_k, a.num_experts);
-  const int64_t units_each = (units.count + units.num_blocks - 1) / units.num_blocks;
-  const int64_t bytes = for_tables + units_each * int64_t{sizeof(Ranks)};
-  layout_and_dispatch_kernel<<<static_cast<unsigned>(units.num_blocks), kNumThreads, bytes,
-                               stream>>>(group, a, units, static_cast<int32_t>(for_tables));
-  return cudaGetLastError();
+  const Units units = DivideRows(a.num_tokens, row.bytes / kRowAlignment, num_sms, row.multiple);
+  const bool has_peers = group.num_ranks > 1;
+  // One more, so that some block has no unit, and time for what only one of them does.
+  const int64_t num_received = int64_t{group.num_ranks} * units.count + 1;
+  const Blocks blocks = DivideBlocks(has_peers ? units.count : 0, num_received, num_sms);
+  const TableSteps steps =
+      TableStepsOf(group.num_ranks, a.num_tokens, a.top_k, a.num_experts, blocks.num_senders);
+  const int64_t shared_bytes =
+      tables_bytes(group.num_ranks * a.num_tokens * a.top_k, a.num_experts);
+  return WithKernel(a.mode, a.type, [&](auto* kernel) {
+    kernel<<<static_cast<unsigned>(blocks.count), kNumThreads, shared_bytes, stream>>>(
+        group, a, units, blocks, steps);
+    return cudaGetLastError();
+  });
 }
 
 cudaError_t PrepareLayoutAndDispatchInSlots() {
-  return PrepareKernel(layout_and_dispatch_kernel, kMaxSharedBytes);
+  const auto prepare = [](auto* kernel) { return PrepareKernel(kernel, kMaxSharedBytes); };
+  for (const DispatchMode mode : {DispatchMode::kCopy, DispatchMode::kScaled,
+                                  DispatchMode::kQuantize, DispatchMode::kDequantize}) {
+    for (const FloatType type : {FloatType::kF32, FloatType::kF16, FloatType::kBF16}) {
+      if (cudaError_t e = WithKernel(mode, type, prepare); e != cudaSuccess) return e;
+    }
+  }
+  return cudaSuccess;
 }
 
 }  // namespace jax_ep::gpu

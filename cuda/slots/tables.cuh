@@ -1,23 +1,24 @@
-// The tables of a layout, computed by each block for itself from all ranks' ids as they come. It
+// The tables of a layout, computed by each block that receives, from all ranks' ids as they come. It
 // keeps where each of this rank's rows goes, and writes its share of the tables to memory: what
 // cuda/direct/layout.cu writes, to the bit. layout_and_dispatch.cu states the protocol.
+//
+// In calls of a few microseconds each instruction runs once, and has to be fetched first: so loops
+// are not unrolled where few loads wait for each other, and what only some calls need is called.
 #ifndef JAX_EP_CUDA_SLOTS_TABLES_CUH_
 #define JAX_EP_CUDA_SLOTS_TABLES_CUH_
 
-#include <cub/block/block_scan.cuh>
-
 #include "cuda/core/placement.h"
 #include "cuda/direct/kernels.cuh"
+#include "cuda/slots/teams.cuh"
 #include "cuda/slots/units.h"
+#include "cuda/sync/notice.cuh"
 #include "cuda/sync/slots.cuh"
 
 namespace jax_ep::gpu::slots {
 
-inline constexpr int kExpertsPerThread = kMaxExperts / kNumThreads;
-using BlockScan = cub::BlockScan<int32_t, kNumThreads, cub::BLOCK_SCAN_WARP_SCANS>;
-
 struct TablesShared {
-  typename BlockScan::TempStorage scan;
+  int32_t warp_rows[kNumWarps];      // that the experts of each warp's threads occupy
+  int32_t warp_here[kNumWarps];      // ids of each warp that are of this rank's experts
   int32_t num_invalid;               // of this rank's ids
   int32_t num_received, num_routed;  // of all experts of this rank
 };
@@ -29,334 +30,390 @@ JAX_EP_HOST_DEVICE constexpr int32_t ids_per_warp(int64_t num_ids) {
 JAX_EP_HOST_DEVICE constexpr int32_t num_counting_warps(int64_t num_ids) {
   return static_cast<int32_t>((num_ids + ids_per_warp(num_ids) - 1) / ids_per_warp(num_ids));
 }
+
+// What the host works out for the tables.
+struct TableSteps {
+  int32_t ids_per_warp, num_warps;  // that count
+  int32_t ids_per_sender;           // of this rank's
+  Divider ids_per_rank, experts_per_rank, top_k;
+};
+constexpr TableSteps TableStepsOf(int64_t num_ranks, int64_t num_tokens, int64_t top_k,
+                                  int64_t num_experts, int32_t num_senders) {
+  const int64_t num_ids = num_ranks * num_tokens * top_k;
+  const int64_t senders = num_senders > 0 ? num_senders : 1;
+  return {ids_per_warp(num_ids),
+          num_counting_warps(num_ids),
+          static_cast<int32_t>((num_tokens * top_k + senders - 1) / senders),
+          DividerBy(static_cast<int32_t>(num_tokens * top_k)),
+          DividerBy(static_cast<int32_t>(num_experts / num_ranks)),
+          DividerBy(static_cast<int32_t>(top_k))};
+}
 // Of shared memory.
 constexpr int64_t tables_bytes(int64_t num_ids, int64_t num_experts) {
-  return (2 * num_ids + (num_counting_warps(num_ids) + 4) * num_experts) * int64_t{4};
+  return (2 * num_ids + (num_counting_warps(num_ids) + 2) * num_experts) * int64_t{4};
 }
 
 class BlockTables {
-  static constexpr int kIdsAtOnce = 8;  // of a lane, on their way
+  static constexpr int kIdsAtOnce = 4;  // of a lane, on their way
+  static constexpr int kExpertsPerThread = kMaxExperts / kNumThreads;
+  static_assert(kExpertsPerThread == 2);
   // What is kept of a routed id: the expert, and its place among the warp's ids of that expert.
   static constexpr int kExpertBits = 10;
   static_assert(kMaxExperts <= 1 << kExpertBits);
   static_assert(kMaxSlotGroupIds < 1 << (31 - kExpertBits));
 
  public:
+  // For block `block` of `num_blocks` that have a share of what is written.
   __device__ BlockTables(const GroupView& g, const LayoutAndDispatchArguments& a,
-                         const SlotAreas& areas, int32_t* memory, TablesShared& shared)
+                         const TableSteps& steps, SlotAreas& areas, int32_t* memory,
+                         TablesShared& shared, int32_t block, int32_t num_blocks)
       : g_(g),
         a_(a),
+        steps_(steps),
         areas_(areas),
         shared_(shared),
         num_experts_(static_cast<int32_t>(a.num_experts)),
-        num_local_(num_experts_ / g.num_ranks),
-        first_local_(g.rank * num_local_),
-        ids_per_rank_(static_cast<int32_t>(a.num_tokens * a.top_k)),
-        num_ids_(ids_per_rank_ * g.num_ranks),
-        num_warps_(num_counting_warps(num_ids_)),
+        first_local_(g.rank * steps.experts_per_rank.divisor),
+        num_ids_(steps.ids_per_rank.divisor * g.num_ranks),
         warp_(static_cast<int32_t>(threadIdx.x) / 32),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
-        begin_(min(num_ids_, warp_ * ids_per_warp(num_ids_))),
-        end_(min(num_ids_, begin_ + ids_per_warp(num_ids_))),
+        block_(block),
+        num_blocks_(num_blocks),
+        begin_(min(num_ids_, warp_ * steps.ids_per_warp)),
+        end_(min(num_ids_, begin_ + steps.ids_per_warp)),
         row_(memory),
         weight_(reinterpret_cast<float*>(memory + num_ids_)),
-        warp_count_(memory + 2 * num_ids_),
-        total_(warp_count_ + num_warps_ * num_experts_),
+        total_(memory + 2 * num_ids_),
         scan_(total_ + num_experts_),
-        offset_(scan_ + num_experts_),
-        most_(offset_ + num_experts_) {}
+        warp_count_(scan_ + num_experts_) {}
 
   // Needs no id; before the block's next barrier.
   __device__ void clear() {
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < num_warps_ * num_experts_;
+#pragma unroll 1
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < steps_.num_warps * num_experts_;
          i += kNumThreads) {
       warp_count_[i] = 0;
     }
-    if (threadIdx.x == 0) shared_.num_invalid = shared_.num_received = shared_.num_routed = 0;
+    if (threadIdx.x == 0) shared_.num_invalid = 0;
   }
 
   // By all threads of the block. False if the group is broken; the same on all threads. Then all of
   // the block know where rows go.
-  __device__ bool make() {
-    if (__syncthreads_and(count_ids()) == 0) return false;
-    sum_warps();
+  __device__ bool make(SlotWait& wait) {
+    bool ok = get_ids(wait);
+    if (block_ == 0 && warp_ == kNumWarps - 1) {
+      ok &= receive_slot_flags(g_, OpKind::kLayoutAndDispatch, areas_, wait);  // [W2]
+    }
+    __syncwarp();
+    count_ids();
+    if (__syncthreads_and(ok) == 0) return false;
     place_experts();
     place_rows();
     __syncthreads();
     return true;
   }
 
-  // The row here of (source rank, token, k) by flat number; kNoRow: none.
+  // The rows here of (source rank, token, k), by flat number; kNoRow: none.
   __device__ int32_t row(int32_t flat) const { return row_[flat]; }
-  // Likewise, from there on.
-  __device__ const int32_t* rows(int32_t flat) const { return row_ + flat; }
+
   // Where the rows of this rank's experts end, padding included.
   __device__ int32_t num_used() const {
-    const int32_t last = first_local_ + num_local_ - 1;
-    return min(offset_[last] + group_size(last), capacity());
+    const int32_t last = first_local_ + num_local() - 1;
+    return min(offset_of(last) + group_size(last), capacity());
+  }
+  __device__ bool has_padding() const {
+    return a_.room.expert_alignment != 1 || a_.room.expert_capacity != 0;
+  }
+  __device__ const Divider& experts_per_rank() const { return steps_.experts_per_rank; }
+  __device__ int32_t first_local() const { return first_local_; }
+  __device__ int32_t num_local() const { return steps_.experts_per_rank.divisor; }
+  // Of an expert of this rank: the rows that are padding.
+  struct Padding {
+    int32_t begin, end;
+  };
+  __device__ Padding padding_of(int32_t e) const {
+    const int32_t offset = offset_of(e);
+    return {offset + rows_kept(e), offset + group_size(e)};
   }
 
-  // Calls zero(row), by a warp, for the block's share of the rows of a kind that hold none: padding
-  // of the experts, and the tail.
-  template <typename Zero>
-  __device__ void for_each_empty_row(bool is_tail_too, const Zero& zero) const {
-    const auto stride = static_cast<int32_t>(gridDim.x);
-    const auto from = [&](int32_t row) {
-      return row + (static_cast<int32_t>(blockIdx.x) + stride - row % stride) % stride;
-    };
-    for (int32_t e = first_local_ + warp_; e < first_local_ + num_local_; e += kNumWarps) {
-      const int32_t begin = offset_[e] + rows_kept(e), end = offset_[e] + group_size(e);
-      if (begin >= end) continue;
-      for (int32_t i = from(begin); i < end; i += stride) zero(i);
-    }
-    if (!is_tail_too || num_used() >= capacity()) return;
-    for (int32_t i = from(num_used()) + warp_ * stride; i < capacity(); i += kNumWarps * stride) {
-      zero(i);
-    }
-  }
-
-  // What holds no row, and all numbers of rows.
+  // What holds no row, but for padding, and all numbers of rows: the block's share.
   __device__ void fill_rest() const {
-    const auto block = static_cast<int32_t>(blockIdx.x), stride = static_cast<int32_t>(gridDim.x);
     const auto thread = static_cast<int32_t>(threadIdx.x);
-    for (int32_t e = first_local_ + thread; e < first_local_ + num_local_; e += kNumThreads) {
-      const int32_t size = group_size(e);
-      if (block == stride - 1) {
-        a_.group_sizes[e - first_local_] = size;
-        a_.expert_counts[e - first_local_] = total_[e];
-      }
-    }
-    // The warps of all blocks share the padding.
-    for (int32_t e = first_local_ + block * kNumWarps + warp_; e < first_local_ + num_local_;
-         e += stride * kNumWarps) {
-      const int32_t end = offset_[e] + group_size(e);
-      for (int32_t i = offset_[e] + rows_kept(e) + lane_; i < end; i += 32) {
-        a_.recv_src[i] = kNoSource;
-      }
-    }
-    const int32_t first = block * kNumThreads + thread;
-    for (int32_t i = num_used() + first; i < capacity(); i += stride * kNumThreads) {
+    const int32_t first = block_ * kNumThreads + thread;
+#pragma unroll 1
+    for (int32_t i = num_used() + first; i < capacity(); i += num_blocks_ * kNumThreads) {
       a_.recv_src[i] = kNoSource;
     }
-    for (int32_t i = shared_.num_received + first; i < capacity(); i += stride * kNumThreads) {
+#pragma unroll 1
+    for (int32_t i = shared_.num_received + first; i < capacity(); i += num_blocks_ * kNumThreads) {
       a_.recv_order[i] = kNoSource;
     }
-    if (block != stride - 1) return;
-    for (int32_t e = thread; e < num_experts_; e += kNumThreads) a_.expert_load[e] = total_[e];
+    if (block_ != num_blocks_ - 1) return;
+#pragma unroll 1
+    for (int32_t e = thread; e < num_experts_; e += kNumThreads) {
+      const int32_t total = total_[e], local = e - first_local_;
+      a_.expert_load[e] = total;
+      if (local < 0 || local >= num_local()) continue;
+      a_.group_sizes[local] = group_size(e);
+      a_.expert_counts[local] = total;
+    }
     if (thread != 0) return;
     a_.recv_offsets[g_.num_ranks * a_.num_tokens] = shared_.num_received;
     a_.counters[0] = shared_.num_received;
     a_.counters[1] = shared_.num_routed - shared_.num_received;
     a_.counters[2] = shared_.num_invalid;
+    tell_of_invalid_ids(g_, num_experts_, shared_.num_invalid);
   }
 
  private:
   __device__ int32_t capacity() const { return static_cast<int32_t>(a_.room.capacity); }
-  // Of an expert, padding included.
+  // Rows that an expert occupies; the sum over all ranks may wrap, that over one cannot.
+  __device__ int32_t occupied(int32_t num_rows) const {
+    const auto alignment = static_cast<uint32_t>(a_.room.expert_alignment);
+    if (alignment == 1) return num_rows;
+    return static_cast<int32_t>((static_cast<uint32_t>(num_rows) + alignment - 1) / alignment *
+                                alignment);
+  }
+  // Where an expert begins on its rank.
+  __device__ int32_t offset_of(int32_t e) const {
+    const int32_t first = quotient(e, steps_.experts_per_rank) * num_local();
+    const auto own = static_cast<int32_t>(a_.room.expert_capacity);
+    return own > 0 ? (e - first) * own : scan_[e] - scan_[first];
+  }
+  // Rows that it may keep.
+  __device__ int32_t most_rows(int32_t offset) const {
+    const auto own = static_cast<int32_t>(a_.room.expert_capacity);
+    return own > 0 ? own : max(0, capacity() - offset);
+  }
+  __device__ int32_t rows_kept(int32_t e) const { return min(total_[e], most_rows(offset_of(e))); }
+  // Padding included.
   __device__ int32_t group_size(int32_t e) const {
-    return static_cast<int32_t>(a_.room.group_size(offset_[e], total_[e]));
-  }
-  __device__ int32_t rows_kept(int32_t e) const { return min(total_[e], most_[e]); }
-
-  // By a warp, its ids, which nobody else looks at until the counts are summed. False if the group
-  // is broken.
-  __device__ bool count_ids() {
-    bool ok = true;
-    for (int32_t step = begin_; step < end_ && ok; step += 32 * kIdsAtOnce) {
-      int32_t id[kIdsAtOnce];
-      float weight[kIdsAtOnce];
-      ok = __all_sync(0xffffffffu, get_ids(step + lane_, id, weight)) != 0;
-#pragma unroll
-      for (int j = 0; j < kIdsAtOnce; ++j) {
-        if (step + 32 * j < end_) count_step(step + 32 * j + lane_, id[j], weight[j]);
-      }
-    }
-    return ok;
+    const auto own = static_cast<int32_t>(a_.room.expert_capacity);
+    return own > 0 ? own : min(occupied(total_[e]), most_rows(offset_of(e)));
   }
 
-  // The lane's ids: this rank's own, and what peers have sent, for which it waits.
-  __device__ bool get_ids(int32_t first, int32_t (&id)[kIdsAtOnce], float (&weight)[kIdsAtOnce]) {
-    const SlotEntry* entry[kIdsAtOnce];
-    int32_t src[kIdsAtOnce];
-    uint32_t missing = 0;
-#pragma unroll
-    for (int j = 0; j < kIdsAtOnce; ++j) {
-      const int32_t flat = first + 32 * j;
-      src[j] = flat / ids_per_rank_;
-      const int32_t i = flat - src[j] * ids_per_rank_;
-      id[j] = kNotRouted;
-      weight[j] = 0.0f;
-      entry[j] = nullptr;
-      if (flat >= end_) continue;
-      if (src[j] != g_.rank) {
-        entry[j] = entries_of(areas_.here[src[j]]) + i;
-        missing |= 1u << j;
-      } else {
-        id[j] = a_.topk_idx[i];
-        if (a_.weights != nullptr) weight[j] = a_.topk_weights[i];
-      }
-    }
-    SlotWait wait(g_, OpKind::kLayoutAndDispatch);
-    for (uint32_t n = 1; missing != 0; ++n) {
-      bool asks = (n & 255u) == 0;  // for the first that is missing: the wait has one clock
-      uint64_t value[kIdsAtOnce], epoch[kIdsAtOnce];
+  // By a warp, its ids: this rank's own, and what peers have sent, for which it waits. False on a
+  // lane that finds the group broken.
+  __device__ bool get_ids(SlotWait& wait) {
+#pragma unroll 1
+    for (int32_t step = begin_; step < end_; step += 32 * kIdsAtOnce) {
+      const SlotEntry* entry[kIdsAtOnce];
+      int32_t src[kIdsAtOnce];
+      uint32_t missing = 0;
 #pragma unroll
       for (int j = 0; j < kIdsAtOnce; ++j) {
-        if ((missing >> j & 1) != 0) ld_relaxed_sys_b128(entry[j], value[j], epoch[j]);
-      }
-#pragma unroll
-      for (int j = 0; j < kIdsAtOnce; ++j) {
-        if ((missing >> j & 1) == 0) continue;
-        const uint64_t expected = areas_.epoch[src[j]];
-        if (epoch[j] == expected) {  // [I2]
-          id[j] = static_cast<int32_t>(value[j]);
-          weight[j] = __uint_as_float(static_cast<uint32_t>(value[j] >> 32));
-          missing &= ~(1u << j);
-        } else if (asks) {
-          asks = false;
-          if (!wait.may_go_on(src[j], expected, epoch[j])) return false;
+        const int32_t flat = step + 32 * j + lane_;
+        if (flat >= end_) continue;
+        src[j] = quotient(flat, steps_.ids_per_rank);
+        const int32_t i = flat - src[j] * steps_.ids_per_rank.divisor;
+        if (src[j] == g_.rank) {
+          row_[flat] = a_.topk_idx[i];
+          weight_[flat] = a_.weights != nullptr ? a_.topk_weights[i] : 0.0f;
+        } else {
+          entry[j] = entries_of(areas_.here[src[j]]) + i;
+          missing |= 1u << j;
         }
+      }
+      uint32_t looks_at = missing;  // all blocks look: at as little as will do
+      for (uint32_t n = 1; missing != 0; ++n) {
+        uint64_t value[kIdsAtOnce], epoch[kIdsAtOnce];
+#pragma unroll
+        for (int j = 0; j < kIdsAtOnce; ++j) {
+          if ((looks_at >> j & 1) != 0) ld_relaxed_sys_b128(entry[j], value[j], epoch[j]);
+        }
+        int32_t late = -1;  // a rank whose id is missing
+        const uint32_t before = missing;
+#pragma unroll
+        for (int j = 0; j < kIdsAtOnce; ++j) {
+          if ((looks_at >> j & 1) == 0) continue;
+          if (epoch[j] == areas_.epoch[src[j]]) {  // [I2]
+            const int32_t flat = step + 32 * j + lane_;
+            row_[flat] = static_cast<int32_t>(value[j]);
+            weight_[flat] = __uint_as_float(static_cast<uint32_t>(value[j] >> 32));
+            missing &= ~(1u << j);
+          } else {
+            late = src[j];
+          }
+        }
+        looks_at = missing != before ? missing : missing & (0u - missing);
+        if (late >= 0 && !wait.may_go_on(n, late, areas_.epoch[late])) return false;
       }
     }
     return true;
   }
 
-  __device__ void count_step(int32_t flat, int32_t id, float weight) {
-    const bool routed = is_routed(id, num_experts_);
-    const bool is_own = static_cast<uint32_t>(flat - g_.rank * ids_per_rank_) <
-                        static_cast<uint32_t>(ids_per_rank_);
-    const bool invalid = flat < end_ && is_own && is_invalid(id, num_experts_);
-    const uint32_t all_invalid = __ballot_sync(0xffffffffu, invalid);
-    const uint32_t same = __match_any_sync(0xffffffffu, routed ? id : -1);
-    const uint32_t lower = same & ((1u << lane_) - 1);
-    int32_t* count = &warp_count_[warp_ * num_experts_ + (routed ? id : 0)];
-    const int32_t before = *count;
-    __syncwarp();
-    if (routed && lower == 0) *count = before + __popc(same);
-    __syncwarp();
-    if (lane_ == 0 && all_invalid != 0) atomicAdd(&shared_.num_invalid, __popc(all_invalid));
-    if (flat >= end_) return;
-    row_[flat] = routed ? id | (before + __popc(lower)) << kExpertBits : -1;
-    weight_[flat] = weight;
-  }
-
-  // By expert: total, and what warp_count has become: the counts of the warps before.
-  __device__ void sum_warps() {
-    for (int32_t e = static_cast<int32_t>(threadIdx.x); e < num_experts_; e += kNumThreads) {
-      int32_t sum = 0;
-#pragma unroll 8
-      for (int32_t w = 0; w < num_warps_; ++w) {
-        const int32_t count = warp_count_[w * num_experts_ + e];
-        warp_count_[w * num_experts_ + e] = sum;
-        sum += count;
+  // Likewise; nobody else looks at its counts until they are summed.
+  __device__ void count_ids() {
+    int32_t* const count = warp_count_ + warp_ * num_experts_;
+    int32_t num_invalid = 0, num_here = 0;
+#pragma unroll 1
+    for (int32_t step = begin_; step < end_; step += 32) {
+      const int32_t flat = step + lane_;
+      const int32_t id = flat < end_ ? row_[flat] : kNotRouted;
+      const bool routed = is_routed(id, num_experts_);
+      if (!routed && id != kNotRouted && is_own(flat)) ++num_invalid;
+      num_here += is_here(id);
+      // The lanes with the same expert, bit by bit.
+      uint32_t same = __ballot_sync(0xffffffffu, routed);
+#pragma unroll
+      for (int b = 0; b < kExpertBits; ++b) {
+        const bool bit = (id >> b & 1) != 0;
+        const uint32_t set = __ballot_sync(0xffffffffu, bit);
+        same &= bit ? set : ~set;
       }
-      total_[e] = sum;
+      const uint32_t lower = same & ((1u << lane_) - 1);
+      const int32_t before = routed ? count[id] : 0;
+      __syncwarp();
+      if (routed && lower == 0) count[id] = before + __popc(same);
+      __syncwarp();
+      if (flat < end_) row_[flat] = routed ? id | (before + __popc(lower)) << kExpertBits : -1;
     }
-    __syncthreads();
+    num_here = __reduce_add_sync(0xffffffffu, num_here);
+    if (lane_ == 0) shared_.warp_here[warp_] = num_here;
+    if (num_invalid != 0) atomicAdd(&shared_.num_invalid, num_invalid);
   }
 
-  // Where each expert begins on its rank, and how many rows it may keep.
+  // By thread, for two experts: total, what warp_count has become (the counts of the warps before),
+  // and where they would begin if all were on one rank.
   __device__ void place_experts() {
-    int32_t occupied[kExpertsPerThread];
-    const int32_t first = static_cast<int32_t>(threadIdx.x) * kExpertsPerThread;
-    if (a_.room.expert_capacity == 0) {  // else a scan over all ranks' experts could leave int32
-#pragma unroll
-      for (int i = 0; i < kExpertsPerThread; ++i) {
-        occupied[i] = first + i < num_experts_
-                          ? static_cast<int32_t>(a_.room.occupied_rows(total_[first + i]))
-                          : 0;
-      }
-      BlockScan(shared_.scan).ExclusiveSum(occupied, occupied);
-#pragma unroll
-      for (int i = 0; i < kExpertsPerThread; ++i) {
-        if (first + i < num_experts_) scan_[first + i] = occupied[i];
-      }
-    }
-    __syncthreads();
-    int32_t received = 0, routed = 0;
+    const int32_t first = kExpertsPerThread * static_cast<int32_t>(threadIdx.x);
+    int32_t rows[kExpertsPerThread] = {};
 #pragma unroll
     for (int i = 0; i < kExpertsPerThread; ++i) {
-      const int32_t e = first + i;
-      if (e >= num_experts_) break;
-      const int32_t first_of_rank = e / num_local_ * num_local_;
-      offset_[e] = a_.room.expert_capacity > 0
-                       ? (e - first_of_rank) * static_cast<int32_t>(a_.room.expert_capacity)
-                       : occupied[i] - scan_[first_of_rank];
-      most_[e] = static_cast<int32_t>(a_.room.most_rows(offset_[e]));
-      if (e < first_local_ || e >= first_local_ + num_local_) continue;
-      received += rows_kept(e);
-      routed += total_[e];
+      if (first + i < num_experts_) rows[i] = sum_warps(first + i);
     }
-    if (routed != 0) {
-      atomicAdd(&shared_.num_received, received);
-      atomicAdd(&shared_.num_routed, routed);
+    int32_t before = rows[0] + rows[1];  // becomes that of the lanes up to this one
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int32_t other = __shfl_up_sync(0xffffffffu, before, d);
+      if (lane_ >= d) before += other;
+    }
+    if (lane_ == 31) shared_.warp_rows[warp_] = before;
+    before -= rows[0] + rows[1];
+    __syncthreads();
+    before += __reduce_add_sync(0xffffffffu, lane_ < warp_ ? shared_.warp_rows[lane_] : 0);
+#pragma unroll
+    for (int i = 0; i < kExpertsPerThread; ++i) {
+      if (first + i < num_experts_) scan_[first + i] = before;
+      before += rows[i];
     }
     __syncthreads();
   }
+  // Of an expert; the rows that it occupies.
+  __device__ int32_t sum_warps(int32_t e) {
+    constexpr int kAtOnce = 4;
+    int32_t sum = 0;
+#pragma unroll 1
+    for (int32_t w = 0; w < steps_.num_warps; w += kAtOnce) {
+      int32_t* const count = warp_count_ + w * num_experts_ + e;
+      int32_t of_warp[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        of_warp[i] = w + i < steps_.num_warps ? count[i * num_experts_] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (w + i < steps_.num_warps) count[i * num_experts_] = sum;
+        sum += of_warp[i];
+      }
+    }
+    total_[e] = sum;
+    return occupied(sum);
+  }
 
-  // Kept rows of this rank's experts that come before the warp's ids. The kept rows of an expert
-  // are contiguous, so they are counted without looking at ids.
-  __device__ int32_t first_in_order() const {
-    int32_t before = 0;
-    for (int32_t e = first_local_ + lane_; e < first_local_ + num_local_; e += 32) {
-      before += min(warp_count_[warp_ * num_experts_ + e], most_[e]);
+  // By a warp: kept rows of this rank's experts that come before the warp's ids. The last warp also
+  // counts all of them.
+  __device__ int32_t rows_before() {
+    const int32_t last = first_local_ + num_local() - 1;
+    int32_t before = 0, received = 0, routed = 0;
+    if (a_.room.expert_capacity == 0 && offset_of(last) + total_[last] <= capacity()) {
+      const int32_t here = lane_ < kNumWarps ? shared_.warp_here[lane_] : 0;  // all are kept
+      before = lane_ < warp_ ? here : 0;
+      received = routed = here;
+    } else {  // the rows of an expert are contiguous
+#pragma unroll 1
+      for (int32_t e = first_local_ + lane_; e <= last; e += 32) {
+        const int32_t most = most_rows(offset_of(e));
+        if (begin_ < end_) before += min(warp_count_[warp_ * num_experts_ + e], most);
+        received += min(total_[e], most);
+        routed += total_[e];
+      }
+    }
+    if (warp_ == kNumWarps - 1) {
+      received = __reduce_add_sync(0xffffffffu, received);
+      routed = __reduce_add_sync(0xffffffffu, routed);
+      if (lane_ == 0) {
+        shared_.num_received = received;
+        shared_.num_routed = routed;
+      }
     }
     return __reduce_add_sync(0xffffffffu, before);
   }
 
   // By a warp, its ids in order. The blocks share the steps of 32 among them.
   __device__ void place_rows() {
+    int32_t next = rows_before();
     if (begin_ >= end_) return;
-    int32_t next = first_in_order();
-    auto owner = static_cast<uint32_t>(begin_ / 32) % gridDim.x;
+    int32_t owner = begin_ / 32 % num_blocks_;
+#pragma unroll 1
     for (int32_t step = begin_; step < end_; step += 32) {
       const int32_t flat = step + lane_;
       const int32_t kept_of_id = flat < end_ ? row_[flat] : -1;
-      const int32_t id = kept_of_id < 0 ? kNotRouted : kept_of_id & ((1 << kExpertBits) - 1);
       int32_t row = kNoRow;
-      if (id != kNotRouted) {
+      bool here = false;
+      if (kept_of_id >= 0) {
+        const int32_t id = kept_of_id & ((1 << kExpertBits) - 1);
         const int32_t i = warp_count_[warp_ * num_experts_ + id] + (kept_of_id >> kExpertBits);
-        if (i < most_[id]) row = offset_[id] + i;
+        const int32_t offset = offset_of(id);
+        if (i < most_rows(offset)) row = offset + i;
+        here = row != kNoRow && is_here(id);
       }
-      const bool here = row != kNoRow && id >= first_local_ && id < first_local_ + num_local_;
       const uint32_t kept = __ballot_sync(0xffffffffu, here);
-      if (owner == blockIdx.x && flat < end_) {
+      if (owner == block_ && flat < end_) {
         write_step(flat, row, here, next + __popc(kept & ((1u << lane_) - 1)));
       }
       if (flat < end_) row_[flat] = here ? row : kNoRow;
       next += __popc(kept);
-      if (++owner == gridDim.x) owner = 0;
+      if (++owner == num_blocks_) owner = 0;
     }
   }
 
+  // Of this rank's experts.
+  __device__ bool is_here(int32_t id) const {
+    return static_cast<uint32_t>(id - first_local_) < static_cast<uint32_t>(num_local());
+  }
+  // Of this rank's tokens.
+  __device__ int32_t own_of(int32_t flat) const {
+    return flat - g_.rank * steps_.ids_per_rank.divisor;
+  }
+  __device__ bool is_own(int32_t flat) const {
+    return static_cast<uint32_t>(own_of(flat)) < static_cast<uint32_t>(steps_.ids_per_rank.divisor);
+  }
+
   __device__ void write_step(int32_t flat, int32_t row, bool here, int32_t place) const {
-    const auto top_k = static_cast<int32_t>(a_.top_k);
-    const int32_t own = flat - g_.rank * ids_per_rank_;
-    if (own >= 0 && own < ids_per_rank_) a_.send_row[own] = row;
+    if (is_own(flat)) a_.send_row[own_of(flat)] = row;
     if (here) {
       a_.recv_src[row] = flat;
       a_.recv_order[place] = row;
       if (a_.weights != nullptr) a_.weights[row] = weight_[flat];
     }
-    const int32_t token = flat / top_k;
-    if (flat == token * top_k) a_.recv_offsets[token] = place;
+    const int32_t token = quotient(flat, steps_.top_k);
+    if (flat == token * steps_.top_k.divisor) a_.recv_offsets[token] = place;
   }
 
   const GroupView& g_;
   const LayoutAndDispatchArguments& a_;
-  const SlotAreas& areas_;
+  const TableSteps& steps_;
+  SlotAreas& areas_;
   TablesShared& shared_;
-  const int32_t num_experts_, num_local_, first_local_, ids_per_rank_, num_ids_, num_warps_, warp_,
-      lane_;
+  const int32_t num_experts_, first_local_, num_ids_, warp_, lane_, block_, num_blocks_;
   const int32_t begin_, end_;  // the warp's ids
   // In shared memory.
-  int32_t* const row_;         // [R * T * K], first what is kept of an id
+  int32_t* const row_;         // [R * T * K], first the ids, then what is kept of them
   float* const weight_;        // [R * T * K]
-  int32_t* const warp_count_;  // [num_warps][E]: the warp's ids; then those of the warps before
   int32_t* const total_;       // [E], ids of all ranks
   int32_t* const scan_;        // [E], where the expert would begin if there were one rank
-  int32_t* const offset_;      // [E], where it begins on its rank
-  int32_t* const most_;        // [E], rows that it may keep
+  int32_t* const warp_count_;  // [num_warps][E]: the warp's ids; then those of the warps before
 };
 
 }  // namespace jax_ep::gpu::slots

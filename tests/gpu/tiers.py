@@ -412,7 +412,7 @@ def multi_process(ctx: Context) -> Result:
 
 
 def with_slots(run: Callable[[Context], Result]) -> Callable[[Context], Result]:
-    """A tier again, where small calls on GPUs go through slots."""
+    """A tier again with small calls on GPUs in slots, where they are unless told otherwise."""
 
     def tier(ctx: Context) -> Result:
         ctx.skip_without_gpu()
@@ -468,11 +468,11 @@ TIERS = (
     Tier("race-control", race_control, needs=("broken",)),
     Tier("native", native, needs=("native",)),
     Tier("example", example, quick=False),
-    Tier("slots-one-process", with_slots(one_process), quick=False),
+    Tier("slots-one-process", with_slots(one_process)),
     Tier("slots-process-per-gpu", with_slots(process_per_gpu), quick=False),
     Tier("slots-ep8", with_slots(several_on_a_gpu(8)), quick=False),
     Tier("slots-multi-process", with_slots(multi_process), quick=False),
-    Tier("slots-failures", with_slots(failures), quick=False),
+    Tier("slots-failures", with_slots(failures)),
     Tier("slots-command-buffers", with_slots(command_buffers), quick=False),
     Tier("slots-race-control", slots_race_control, quick=False, needs=("broken-slots",)),
 )

@@ -54,9 +54,11 @@ LayoutAndDispatchArguments LayoutAndDispatchOf(const CallSizes& sizes, const Cal
   a.tokens = b.tokens;
   a.topk_weights = weighted ? b.topk_weights : nullptr;
   a.weights = weighted ? b.weights : nullptr;
+  a.num_channels = sizes.num_channels;
   a.row_bytes = sizes.row_bytes;
   a.num_rows = sizes.capacity;
   a.expand = true;
+  a.type = sizes.type;
   a.zero_tail = sizes.zero_tail;
   return a;
 }

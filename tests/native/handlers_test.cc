@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
-#include "cuda/memory/slots.h"
+#include "cuda/slots/units.h"
 #include "tests/native/fake_ffi.h"
 #include "tests/native/symmetric_memory_support.h"
 
@@ -224,7 +224,7 @@ void Combine() {
 
 struct Form {
   ffi::DataType type = ffi::F32;
-  int64_t quantization = 0, dequantize = 0, expand = 1, has_weights = 1;
+  int64_t quantization = 0, dequantize = 0, expand = 1, has_weights = 1, num_scales = 1;
 };
 
 Call LayoutAndDispatchCallOf(int64_t num_tokens, int64_t top_k, Form form = {}) {
@@ -243,7 +243,7 @@ Call LayoutAndDispatchCallOf(int64_t num_tokens, int64_t top_k, Form form = {}) 
   call.attributes["expand"] = form.expand;
   call.operands = {call.At(form.type, {num_tokens, num_channels}),
                    call.At(ffi::S32, {num_tokens, top_k})};
-  if (has_x_scales) call.operands.push_back(call.At(ffi::F32, {num_tokens, 1}));
+  if (has_x_scales) call.operands.push_back(call.At(ffi::F32, {num_tokens, form.num_scales}));
   if (form.has_weights != 0) call.operands.push_back(call.At(ffi::F32, {num_tokens, top_k}));
   call.AddTables(num_tokens, top_k, capacity, &call.results);
   for (int64_t size : {kExperts / kRanks, kExperts, int64_t{3}}) {
@@ -253,7 +253,9 @@ Call LayoutAndDispatchCallOf(int64_t num_tokens, int64_t top_k, Form form = {}) 
   const bool becomes_fp8 = is_quantised && form.dequantize == 0;
   call.results.push_back(
       call.At(becomes_fp8 ? ffi::F8E4M3FN : form.type, {num_rows, num_channels}));
-  if (becomes_fp8 || has_x_scales) call.results.push_back(call.At(ffi::F32, {num_rows, 1}));
+  if (becomes_fp8 || has_x_scales) {
+    call.results.push_back(call.At(ffi::F32, {num_rows, form.num_scales}));
+  }
   if (form.has_weights != 0) call.results.push_back(call.At(ffi::F32, {capacity}));
   return call;
 }
@@ -311,13 +313,24 @@ void LayoutAndDispatch() {
   CHECK(LayoutAndDispatchCallOf(4, 2, {ffi::S32, 0, 0, 1, 0}).Kernels() ==
         "layout and dispatch in slots");
   CHECK(g_both.is_integer && g_both.topk_weights == nullptr && g_both.weights == nullptr);
-  // What a slot does not take.
+  // Float8, in each form.
+  using gpu::DispatchMode;
+  const auto in_slots = [](const Form& form) {
+    return LayoutAndDispatchCallOf(4, 2, form).Kernels() == "layout and dispatch in slots";
+  };
+  CHECK(in_slots({ffi::F32, 1}) && g_both.mode == DispatchMode::kQuantize);
+  CHECK(!g_both.power_of_two_scales && g_both.scales != nullptr && g_both.num_scales == 1);
+  CHECK(g_both.num_channels == 16 && g_both.row_bytes == 64 && g_both.type == FloatType::kF32);
+  CHECK(in_slots({ffi::BF16, 2, 1}) && g_both.mode == DispatchMode::kDequantize);
+  CHECK(g_both.power_of_two_scales && g_both.scales == nullptr && g_both.row_bytes == 32);
+  CHECK(g_both.type == FloatType::kBF16);
+  CHECK(in_slots({ffi::F8E4M3FN, 3, 0, 1, 1, 4}) && g_both.mode == DispatchMode::kScaled);
+  CHECK(g_both.x_scales != nullptr && g_both.scales != nullptr && g_both.num_scales == 4);
+  CHECK(g_both.row_bytes == 16);
+  // What a slot does not take: too many tokens, scales that are no whole vectors.
   CHECK(LayoutAndDispatchCallOf(512, 2).Kernels() == "layout and dispatch in slots");
   CHECK(LayoutAndDispatchCallOf(513, 2).Kernels() == "layout, dispatch");
-  for (const Form& form : {Form{ffi::F32, 1}, {ffi::F32, 2, 1}, {ffi::F8E4M3FN, 3}}) {
-    CHECK(LayoutAndDispatchCallOf(4, 2, form).Kernels() == "layout, dispatch");
-    CHECK((g_dispatch.scales != nullptr) == (form.dequantize == 0));
-  }
+  CHECK(!in_slots({ffi::F8E4M3FN, 3}) && g_dispatch.scales != nullptr);
   // The general kernels' operation does not depend on whether there are slots.
   Memory().Release(true);
   SetUp(gpu::min_slot_bytes(2));

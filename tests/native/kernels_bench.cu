@@ -14,7 +14,7 @@
 // numbers, go into poisoned buffers: rows, weights, sums, collected values and the counts of a layout
 // are compared on the devices, bit for bit; tables are taken for right, fp8 is not compared, nor are
 // a gradient's sums over channels. In a build with JAX_EP_TIMELINE each operation is followed by when
-// its kernels' blocks of rank 0 came where, in the last call. "of wire" is the time over that of the wire bytes, at the rate at
+// its kernels' blocks of rank 0 came where, in the last call of the graph. "of wire" is the time over that of the wire bytes, at the rate at
 // which all ranks at once push rows to the next, measured first.
 //
 // Exit codes: 0 all right, 3 a result was wrong, 1 anything else.
@@ -35,8 +35,8 @@
 #include <vector>
 
 #include "cuda/launch.h"
-#include "cuda/memory/slots.h"
 #include "cuda/probe/link_probe.h"
+#include "cuda/slots/units.h"
 #include "tests/native/call_arguments.h"
 #include "tests/native/check_cuda.h"
 
@@ -60,8 +60,10 @@ const char* const kOps[] = {"layout",
                             "not-expanded-fp8",
                             "not-expanded-gradient",
                             "slots-dispatch",
+                            "slots-fp8",
                             "slots-combine",
                             "slots-round-trip",
+                            "slots-round-trip-fp8",
                             "round-trip"};
 
 struct Sizes {
@@ -443,7 +445,7 @@ class Bench {
   // With a row for each (token, rank).
   int64_t num_rows() const { return int64_t{o_.ranks} * o_.tokens + 1; }
   bool FitsSlots() const {
-    return fits_slots({o_.ranks, o_.tokens, o_.top_k, o_.experts, int64_t{o_.hidden} * 2},
+    return fits_slots({o_.ranks, o_.tokens, o_.top_k, o_.experts, {int64_t{o_.hidden} * 2}},
                       slot_area_bytes(kSlotBytes, o_.ranks));
   }
 
@@ -481,7 +483,15 @@ class Bench {
           View(rank, "slots-dispatch", num_sms),
           test::LayoutAndDispatchOf(call_sizes(), b, /*weighted=*/true), num_sms, b.stream));
     }
-    if (IsOneOf(op, {"slots-combine", "slots-round-trip"})) {
+    if (IsOneOf(op, {"slots-fp8", "slots-round-trip-fp8"})) {
+      LayoutAndDispatchArguments a = test::LayoutAndDispatchOf(call_sizes(), b, /*weighted=*/true);
+      a.mode = DispatchMode::kQuantize;
+      a.num_scales = jax_ep::num_block_scales(o_.hidden);
+      a.scales = b.scales;
+      CHECK_CUDA(
+          LaunchLayoutAndDispatchInSlots(View(rank, "slots-fp8", num_sms), a, num_sms, b.stream));
+    }
+    if (IsOneOf(op, {"slots-combine", "slots-round-trip", "slots-round-trip-fp8"})) {
       CHECK_CUDA(LaunchCombineInSlots(View(rank, "slots-combine", num_sms), Combine(b, true),
                                       num_sms, b.stream));
     }
@@ -555,6 +565,9 @@ class Bench {
     Synchronize();
     std::sort(times.begin(), times.end());
     const double median = times[times.size() / 2];
+#ifdef JAX_EP_TIMELINE
+    const auto timeline = ReadTimeline();
+#endif
     const bool is_fp8 = op.find("fp8") != std::string::npos;
     unsigned long long wrong = 0;
     for (int i = 0; i < o_.checks && !is_fp8; ++i) wrong += CountWrong(op, num_sms, i);
@@ -567,24 +580,30 @@ class Bench {
     }
     std::printf(" %7s\n", is_fp8 ? "-" : std::to_string(wrong).c_str());
 #ifdef JAX_EP_TIMELINE
-    PrintTimeline();
+    PrintTimeline(*timeline);
 #endif
     std::fflush(stdout);
     return wrong == 0;
   }
 
 #ifdef JAX_EP_TIMELINE
-  // Of the newest call of each kernel since the last time, on rank 0: for each event of a role when
-  // blocks came there first, by the median and as the last of them, in us since the first block began.
-  void PrintTimeline() const {
+  // Rank 0's, of the newest call of each kernel since the last time.
+  using Timeline = std::array<CallTimeline<kMaxBlocks>, jax_ep::kNumOps>;
+  std::unique_ptr<Timeline> ReadTimeline() const {
     CHECK_CUDA(cudaSetDevice(0));
-    const auto copy = std::make_unique<std::array<CallTimeline<kMaxBlocks>, jax_ep::kNumOps>>();
+    auto copy = std::make_unique<Timeline>();
     auto* timeline = &all_.rank[0].control->timeline;
     static_assert(sizeof *copy == sizeof *timeline);
     CHECK_CUDA(cudaMemcpy(copy.get(), timeline, sizeof *timeline, cudaMemcpyDeviceToHost));
     CHECK_CUDA(cudaMemset(timeline, 0, sizeof *timeline));
+    return copy;
+  }
+
+  // For each event of a role when blocks came there first: the first, the median and the last of
+  // them, in us since the first block began.
+  void PrintTimeline(const Timeline& timeline) const {
     for (uint32_t kind = 0; kind < jax_ep::kNumOps; ++kind) {
-      const CallTimeline<kMaxBlocks>& call = (*copy)[kind];
+      const CallTimeline<kMaxBlocks>& call = timeline[kind];
       if (call.num_blocks == 0) continue;
       uint64_t start = UINT64_MAX;
       for (uint32_t b = 0; b < call.num_blocks; ++b)

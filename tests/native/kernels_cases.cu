@@ -39,9 +39,6 @@ void PrintCase(const Data& d, const char* what, int num_sms) {
       d.weighted ? "weighted" : "plain", d.zero_tail ? "zero tail" : "any tail", num_sms);
 }
 
-namespace {
-
-// Of the round's layouts: what the host is told of this rank's ids.
 void CompareNotice(const Group& group, const Data& d, int rank) {
   const int32_t num_invalid = d.counters[rank][2];
   const uint64_t expected =
@@ -49,8 +46,6 @@ void CompareNotice(const Group& group, const Data& d, int rank) {
   Compare("invalid_ids", rank, std::vector<uint64_t>{group.error(rank).invalid_ids}, {expected});
   group.error(rank).invalid_ids = 0;
 }
-
-}  // namespace
 
 void CompareCase(const Data& d, int rank, const Buffers& b) {
   Compare("send_row", rank, b.send_row.Read(), d.send_row[rank]);

@@ -11,7 +11,7 @@
 #include <random>
 #include <vector>
 
-#include "cuda/memory/slots.h"
+#include "cuda/slots/units.h"
 #include "tests/native/check_cuda.h"
 #include "tests/native/fp8_oracle.h"
 #include "tests/native/kernels_compare.h"
@@ -128,7 +128,7 @@ std::vector<std::unique_ptr<RankBuffers>> Dispatch(const Group& group, const Dat
 }
 
 bool FitsSlots(const Data& d) {
-  return fits_slots({d.num_ranks, d.num_tokens, d.top_k, d.num_experts, d.row_bytes},
+  return fits_slots({d.num_ranks, d.num_tokens, d.top_k, d.num_experts, {d.row_bytes}},
                     kSlotAreaBytes);
 }
 
@@ -157,6 +157,7 @@ void RunCopyInSlots(const Group& group, const Data& d, const Ranks& buffers, int
   CHECK_CUDA(cudaDeviceSynchronize());
   RequireNoError(group, d.num_ranks);
   for (int r = 0; r < d.num_ranks; ++r) {
+    CompareNotice(group, d, r);
     Compare("tokens in slots, not expanded", r,
             Specified(d, r, results[r]->rows.Read(), d.row_bytes),
             NotExpanded(d, r, d.tokens[r], d.row_bytes));

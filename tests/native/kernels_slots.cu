@@ -57,8 +57,11 @@ Case DrawCase(std::mt19937_64& rng, int num_ranks) {
 }
 
 bool Fits(const Case& c, int num_ranks) {
-  return fits_slots({num_ranks, c.num_tokens, c.top_k, c.experts_per_rank * num_ranks,
-                     c.num_channels * TypeBytes(c.type)},
+  return fits_slots({num_ranks,
+                     c.num_tokens,
+                     c.top_k,
+                     c.experts_per_rank * num_ranks,
+                     {c.num_channels * TypeBytes(c.type)}},
                     kSlotAreaBytes);
 }
 
@@ -135,10 +138,10 @@ void SendEntries(const Group& group, const std::vector<SlotEntry>& entries) {
   CHECK_CUDA(
       cudaMemcpy(area, entries.data(), entries.size() * sizeof(SlotEntry), cudaMemcpyHostToDevice));
 }
-void SendFlags(const Group& group, int num_blocks, uint64_t operation) {
-  const std::vector<SlotFlag> flags(num_blocks, SlotFlag{operation, 1});
-  CHECK_CUDA(cudaMemcpy(group.control(0)->slot_flag[1], flags.data(),
-                        flags.size() * sizeof(SlotFlag), cudaMemcpyHostToDevice));
+void SendFlag(const Group& group, uint64_t operation) {
+  const SlotFlag flag{operation, 1};
+  CHECK_CUDA(
+      cudaMemcpy(&group.control(0)->slot_flag[1], &flag, sizeof flag, cudaMemcpyHostToDevice));
 }
 
 void RequireFailed(const Group& group, OpKind op, uint32_t phase, const Buffers& b, const Data& d) {
@@ -289,10 +292,10 @@ void TestSlotFailures() {
       LaunchAlone(group, op, b, d, kOperation, kLong, kLong);
       RequireFailed(group, op, kStart, b, d);
     }
-    {  // It has come: its ids are here, and the flag of its first block.
+    {  // It has come: its ids are here, and its flag.
       const Group group;
       SendEntries(group, entries);
-      SendFlags(group, 1, kOperation);
+      SendFlag(group, kOperation);
       LaunchAlone(group, op, b, d, kOperation, kLong, kShort);
       RequireFailed(group, op, kEnd, b, d);
     }
@@ -300,7 +303,7 @@ void TestSlotFailures() {
       const Group group;
       SendEntries(group, entries);
       if (is_in_slots) {
-        SendFlags(group, kMaxBlocks, kOperation + 1);
+        SendFlag(group, kOperation + 1);
       } else {
         const Shown shown{kOperation + 1, 1};
         CHECK_CUDA(cudaMemcpy(&group.control(0)->start[1].shown[kNumAddresses], &shown,

@@ -16,6 +16,9 @@ std::vector<Case> Cases(bool small);
 // Layout, dispatch, combine and combine's gradient of one case, against the oracle.
 void RunCase(const Group& group, const Data& d, int num_sms, uint64_t seed);
 
+// What a rank's host was told of its ids since the last time.
+void CompareNotice(const Group& group, const Data& d, int rank);
+
 // What layout, dispatch and combine have left in one rank's buffers.
 void CompareCase(const Data& d, int rank, const Buffers& b);
 

@@ -20,7 +20,7 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
           EnterGroup(*state, ordinal, stream,
                      {{"partial", call.partial.data, call.partial.bytes, Use::kScratch},
                       {"collected", call.collected.data, call.collected.bytes, Use::kOutput}},
-                     &group, SlotSizesOf(call.sizes, call.y.row_bytes()));
+                     &group, SlotSizesOf(call.sizes, {call.y.row_bytes()}));
       e.failure()) {
     return e;
   }

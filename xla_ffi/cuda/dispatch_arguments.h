@@ -22,6 +22,22 @@ inline bool IsInteger(xla::ffi::DataType type) {
   }
 }
 
+// How the rows of a dispatch cross.
+inline gpu::DispatchMode ModeOf(const DispatchCall& call) {
+  switch (call.quantization) {
+    case QuantizationKind::kNone:
+      return gpu::DispatchMode::kCopy;
+    case QuantizationKind::kGivenScales:
+      return gpu::DispatchMode::kScaled;
+    case QuantizationKind::kFloat32Scales:
+    case QuantizationKind::kPowerOfTwoScales:
+      break;
+  }
+  return call.dequantize ? gpu::DispatchMode::kDequantize : gpu::DispatchMode::kQuantize;
+}
+// Where it says nothing, no number is looked at.
+inline FloatType FloatTypeOf(const Rows& x) { return x.float_type().value_or(FloatType::kF32); }
+
 // Of the call of one rank, whose rows x [T, H] become tokens: [C, H], or, not expanded,
 // [R * T + 1, H].
 inline gpu::DispatchArguments DispatchArgumentsOf(const OnLayout& layout, const Rows& x,

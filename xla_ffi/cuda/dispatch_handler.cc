@@ -9,23 +9,6 @@ namespace jax_ep {
 
 namespace ffi = xla::ffi;
 
-namespace {
-
-gpu::DispatchMode ModeOf(const DispatchCall& call) {
-  switch (call.quantization) {
-    case QuantizationKind::kNone:
-      return gpu::DispatchMode::kCopy;
-    case QuantizationKind::kGivenScales:
-      return gpu::DispatchMode::kScaled;
-    case QuantizationKind::kFloat32Scales:
-    case QuantizationKind::kPowerOfTwoScales:
-      break;
-  }
-  return call.dequantize ? gpu::DispatchMode::kDequantize : gpu::DispatchMode::kQuantize;
-}
-
-}  // namespace
-
 ffi::Error LaunchDispatch(const CudaSiteState& state, int32_t ordinal, cudaStream_t stream,
                           const DispatchCall& call, int64_t num_sms) {
   GroupCall group;
@@ -47,7 +30,7 @@ ffi::Error LaunchDispatch(const CudaSiteState& state, int32_t ordinal, cudaStrea
   arguments.mode = ModeOf(call);
   arguments.num_scales = call.num_scales;
   arguments.x_scales = call.x_scales.as<const float>();
-  arguments.type = call.x.float_type().value_or(FloatType::kF32);
+  arguments.type = FloatTypeOf(call.x);
   arguments.power_of_two_scales = call.quantization == QuantizationKind::kPowerOfTwoScales;
   arguments.zero_tail = call.zero_tail;
   arguments.is_integer = IsInteger(call.x.type);

@@ -7,15 +7,14 @@
 #include <cstdint>
 
 #include "cuda/launch.h"
-#include "cuda/memory/slots.h"
+#include "cuda/slots/units.h"
 #include "xla_ffi/calls.h"
 #include "xla_ffi/cuda/call_site.h"
 
 namespace jax_ep {
 
-// Of a call whose rows have so many bytes, as they cross.
-inline gpu::SlotSizes SlotSizesOf(const TableSizes& sizes, int64_t row_bytes) {
-  return {sizes.num_ranks, sizes.num_tokens, sizes.top_k, sizes.num_experts, row_bytes};
+inline gpu::SlotSizes SlotSizesOf(const TableSizes& sizes, const gpu::SlotRow& row) {
+  return {sizes.num_ranks, sizes.num_tokens, sizes.top_k, sizes.num_experts, row};
 }
 
 // On the buffers that the call has.

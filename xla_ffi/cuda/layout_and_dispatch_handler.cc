@@ -17,11 +17,18 @@ cudaError_t LaunchInSlots(const GroupCall& group, const LayoutAndDispatchCall& c
   static_cast<gpu::LayoutArguments&>(arguments) = LayoutArgumentsOf(call.layout);
   arguments.x = dispatch.x.data;
   arguments.topk_weights = dispatch.topk_weights.as<const float>();
+  arguments.x_scales = dispatch.x_scales.as<const float>();
   arguments.tokens = dispatch.tokens.data;
+  arguments.scales = dispatch.scales.as<float>();
   arguments.weights = dispatch.weights.as<float>();
+  arguments.num_channels = dispatch.x.num_channels;
   arguments.row_bytes = dispatch.x.row_bytes();
   arguments.num_rows = dispatch.sizes.num_rows(dispatch.expand);
+  arguments.num_scales = dispatch.num_scales;
   arguments.expand = dispatch.expand;
+  arguments.mode = ModeOf(dispatch);
+  arguments.type = FloatTypeOf(dispatch.x);
+  arguments.power_of_two_scales = dispatch.quantization == QuantizationKind::kPowerOfTwoScales;
   arguments.zero_tail = dispatch.zero_tail;
   arguments.is_integer = IsInteger(dispatch.x.type);
   return gpu::LaunchLayoutAndDispatchInSlots(group, arguments, num_sms, stream);
@@ -35,18 +42,19 @@ ffi::Error LayoutAndDispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState
   const LayoutAndDispatchCall call = DecodeCall(a, operands, results, &checks);
   if (checks.ok()) CheckForKernel(call, &checks);
   if (!checks.ok()) return checks.error();
-  const Rows& x = call.dispatch.x;
-  if (call.dispatch.quantization == QuantizationKind::kNone) {  // in slots rows cross as they are
-    GroupCall group;
-    if (ffi::Error e = EnterGroup(*state, ordinal, stream, {}, &group,
-                                  SlotSizesOf(call.layout.sizes, x.row_bytes()));
-        e.failure()) {
-      return e;
-    }
-    if (group.in_slots()) {
-      group.Distinguish({x.num_channels, static_cast<int64_t>(x.type)});
-      return CudaStatus(a.kOp, LaunchInSlots(group, call, NumSms(ordinal, a.num_sms), stream));
-    }
+  const DispatchCall& dispatch = call.dispatch;
+  const gpu::SlotRow row = gpu::slot_row(ModeOf(dispatch), FloatTypeOf(dispatch.x),
+                                         dispatch.x.row_bytes(), dispatch.num_scales);
+  GroupCall group;
+  if (ffi::Error e =
+          EnterGroup(*state, ordinal, stream, {}, &group, SlotSizesOf(call.layout.sizes, row));
+      e.failure()) {
+    return e;
+  }
+  if (group.in_slots()) {
+    group.Distinguish(
+        {dispatch.x.num_channels, static_cast<int64_t>(dispatch.x.type), dispatch.num_scales});
+    return CudaStatus(a.kOp, LaunchInSlots(group, call, NumSms(ordinal, a.num_sms), stream));
   }
   if (ffi::Error e = LaunchLayout(*state, ordinal, stream, call.layout, a.num_sms); e.failure()) {
     return e;

@@ -1,0 +1,246 @@
+// The forms that rows have in slots: what a thread's vectors of x are as words that cross, and as
+// tokens. A form is a class with
+//   kAtoms, has_atom(place, j)  which atoms a thread has (teams.cuh)
+//   load(place, word)           of x, as words that cross
+//   decode(place, word)         what has crossed, as words of tokens
+//   store(row, place, word)     those, to a row of tokens
+//   zero(row)                   a row of tokens, by a warp
+// Whole warps call them. Rows are what cuda/rows makes of them, to the bit.
+#ifndef JAX_EP_CUDA_SLOTS_ROW_FORMS_CUH_
+#define JAX_EP_CUDA_SLOTS_ROW_FORMS_CUH_
+
+#include "cuda/launch.h"
+#include "cuda/rows/fp8_rows.cuh"
+#include "cuda/rows/row_types.cuh"
+#include "cuda/slots/teams.cuh"
+
+namespace jax_ep::gpu::slots {
+
+// By a warp: a row of tokens and one of scales.
+__device__ inline void zero_row(char* tokens, int64_t num_bytes, float* scales,
+                                int64_t num_scales) {
+#pragma unroll 1
+  for (int64_t i = threadIdx.x % 32; i < num_bytes / 16; i += 32) {
+    reinterpret_cast<uint4*>(tokens)[i] = uint4{0, 0, 0, 0};
+  }
+#pragma unroll 1
+  for (int64_t i = threadIdx.x % 32; i < num_scales; i += 32) scales[i] = 0.0f;
+}
+
+// Rows that cross, and stay, as they are.
+class CopiedRows : public PlainAtoms {
+ public:
+  __device__ CopiedRows(const LayoutAndDispatchArguments& a, int32_t stride)
+      : a_(a), stride_(stride) {}
+
+  __device__ void load(const Place& place, Words& word) const {
+    const auto* x = reinterpret_cast<const uint4*>(static_cast<const char*>(a_.x) +
+                                                   place.token * a_.row_bytes) +
+                    place.first;
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      if (j < place.count) set_vector(word, j, x[j * stride_]);
+    }
+  }
+  __device__ void decode(const Place&, Words&) const {}
+  __device__ void store(int64_t row, const Place& place, const Words& word) const {
+    auto* to =
+        reinterpret_cast<uint4*>(static_cast<char*>(a_.tokens) + row * a_.row_bytes) + place.first;
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      if (j < place.count) to[j * stride_] = vector_of(word, j);
+    }
+  }
+  __device__ void zero(int64_t row) const {
+    zero_row(static_cast<char*>(a_.tokens) + row * a_.row_bytes, a_.row_bytes, nullptr, 0);
+  }
+
+ private:
+  const LayoutAndDispatchArguments& a_;
+  const int32_t stride_;
+};
+
+// Likewise with the scales that x comes with: they follow a row's vectors, as vectors.
+class ScaledRows : public PlainAtoms {
+ public:
+  __device__ ScaledRows(const LayoutAndDispatchArguments& a, int32_t stride)
+      : a_(a), stride_(stride), num_vectors_(static_cast<int32_t>(a.row_bytes / 16)) {}
+
+  __device__ void load(const Place& place, Words& word) const {
+    const char* x = static_cast<const char*>(a_.x) + place.token * a_.row_bytes;
+    const auto* scales = reinterpret_cast<const char*>(a_.x_scales + place.token * a_.num_scales);
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      if (j >= place.count) continue;
+      set_vector(word, j, *reinterpret_cast<const uint4*>(at(x, scales, place, j)));
+    }
+  }
+  __device__ void decode(const Place&, Words&) const {}
+  __device__ void store(int64_t row, const Place& place, const Words& word) const {
+    char* tokens = static_cast<char*>(a_.tokens) + row * a_.row_bytes;
+    char* scales = reinterpret_cast<char*>(a_.scales + row * a_.num_scales);
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      if (j >= place.count) continue;
+      *reinterpret_cast<uint4*>(at(tokens, scales, place, j)) = vector_of(word, j);
+    }
+  }
+  __device__ void zero(int64_t row) const {
+    zero_row(static_cast<char*>(a_.tokens) + row * a_.row_bytes, a_.row_bytes,
+             a_.scales + row * a_.num_scales, a_.num_scales);
+  }
+
+ private:
+  // The thread's j-th vector.
+  template <typename Char>
+  __device__ Char* at(Char* row, Char* scales, const Place& place, int j) const {
+    const int32_t vector = place.first + j * stride_;
+    return vector < num_vectors_ ? row + vector * 16 : scales + (vector - num_vectors_) * 16;
+  }
+
+  const LayoutAndDispatchArguments& a_;
+  const int32_t stride_, num_vectors_;  // of a row without scales
+};
+
+// Rows that cross as float8_e4m3fn. A vector of x becomes kWords words; the first of the threads that
+// share a scale has one atom more, for the scales of their vectors.
+template <typename Vector>
+class Float8Rows {
+ protected:
+  static constexpr int kWords = Vector::kCount / 4;
+  static constexpr int kDataAtoms = kWords;
+  static constexpr int kScales = 3 * kDataAtoms;               // the first of their words
+  static constexpr int kLanes = kScaleBlock / Vector::kCount;  // that share a scale
+
+ public:
+  static constexpr int kAtoms = kDataAtoms + 1;
+  __device__ static bool has_atom(const Place& place, int j) {
+    if (j < kDataAtoms) return place.count > j;
+    return place.count > 0 && leads();
+  }
+
+  __device__ Float8Rows(const LayoutAndDispatchArguments& a, int32_t stride)
+      : a_(a), stride_(stride) {}
+
+  __device__ void load(const Place& place, Words& word) const {
+    const auto* x = reinterpret_cast<const uint4*>(static_cast<const char*>(a_.x) +
+                                                   place.token * a_.row_bytes) +
+                    place.first;
+    uint4 vector[kVectorsEach];
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      vector[j] = j < place.count ? x[j * stride_] : uint4{0, 0, 0, 0};
+    }
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      float value[Vector::kCount];
+      Vector::load(vector[j], value);
+      float amax = 0x1p-100f;
+#pragma unroll
+      for (int c = 0; c < Vector::kCount; ++c) amax = fmaxf(amax, fabsf(value[c]));  // without NaN
+#pragma unroll
+      for (int m = 1; m < kLanes; m *= 2) {
+        amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, m));
+      }
+      const float2 scale = scale_and_inverse(amax, a_.power_of_two_scales);
+      word[kScales + j] = __float_as_uint(scale.x);
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        word[j * kWords + w] = static_cast<uint32_t>(two(value + 4 * w, scale.y)) |
+                               static_cast<uint32_t>(two(value + 4 * w + 2, scale.y)) << 16;
+      }
+    }
+  }
+
+ protected:
+  __device__ static bool leads() { return threadIdx.x % kLanes == 0; }
+  __device__ static __nv_fp8x2_storage_t two(const float* value, float inverse) {
+    // The conversion clamps to the largest number and keeps NaN.
+    return __nv_cvt_float2_to_fp8x2({__fmul_rn(value[0], inverse), __fmul_rn(value[1], inverse)},
+                                    __NV_SATFINITE, __NV_E4M3);
+  }
+
+  const LayoutAndDispatchArguments& a_;
+  const int32_t stride_;
+};
+
+// Tokens and scales hold them as they cross.
+template <typename Vector>
+class QuantizedRows : public Float8Rows<Vector> {
+  using Base = Float8Rows<Vector>;
+  using Base::a_, Base::stride_, Base::kWords, Base::kScales;
+
+ public:
+  using Base::Base;
+
+  __device__ void decode(const Place&, Words&) const {}
+  __device__ void store(int64_t row, const Place& place, const Words& word) const {
+    struct alignas(4 * kWords) Quantized {
+      uint32_t word[kWords];
+    };
+    auto* to = reinterpret_cast<Quantized*>(static_cast<char*>(a_.tokens) + row * a_.num_channels);
+    float* scales = a_.scales + row * a_.num_scales;
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      if (j >= place.count) continue;
+      const int32_t vector = place.first + j * stride_;
+      Quantized quantized;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) quantized.word[w] = word[j * kWords + w];
+      to[vector] = quantized;
+      if (Base::leads()) scales[vector / Base::kLanes] = __uint_as_float(word[kScales + j]);
+    }
+  }
+  __device__ void zero(int64_t row) const {
+    zero_row(static_cast<char*>(a_.tokens) + row * a_.num_channels, a_.num_channels,
+             a_.scales + row * a_.num_scales, a_.num_scales);
+  }
+};
+
+// Tokens hold their products with the scales.
+template <typename Vector>
+class DequantizedRows : public Float8Rows<Vector> {
+  using Base = Float8Rows<Vector>;
+  using Base::a_, Base::stride_, Base::kWords, Base::kScales;
+
+ public:
+  using Base::Base;
+
+  __device__ void decode(const Place&, Words& word) const {
+    uint4 product[kVectorsEach];
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      const int leader = static_cast<int>(threadIdx.x) % 32 / Base::kLanes * Base::kLanes;
+      const float scale = __uint_as_float(__shfl_sync(0xffffffffu, word[kScales + j], leader));
+      float value[Vector::kCount];
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        __nv_fp8x4_e4m3 four;
+        four.__x = word[j * kWords + w];
+        const auto f = static_cast<float4>(four);
+        value[4 * w] = __fmul_rn(f.x, scale);
+        value[4 * w + 1] = __fmul_rn(f.y, scale);
+        value[4 * w + 2] = __fmul_rn(f.z, scale);
+        value[4 * w + 3] = __fmul_rn(f.w, scale);
+      }
+      product[j] = Vector::store(value);
+    }
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) set_vector(word, j, product[j]);
+  }
+  __device__ void store(int64_t row, const Place& place, const Words& word) const {
+    auto* to =
+        reinterpret_cast<uint4*>(static_cast<char*>(a_.tokens) + row * a_.row_bytes) + place.first;
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      if (j < place.count) to[j * stride_] = vector_of(word, j);
+    }
+  }
+  __device__ void zero(int64_t row) const {
+    zero_row(static_cast<char*>(a_.tokens) + row * a_.row_bytes, a_.row_bytes, nullptr, 0);
+  }
+};
+
+}  // namespace jax_ep::gpu::slots
+
+#endif  // JAX_EP_CUDA_SLOTS_ROW_FORMS_CUH_
