@@ -104,7 +104,7 @@ class Combiner {
       }
       if (lane_ == 0) count_[i] = count;
       if (sends_) continue;
-      const Ranks peers = ranks_of_warp(is_kept ? quotient(id, steps_.num_local_experts) : -1);
+      const Ranks peers = ranks_of_warp(is_kept ? steps_.num_local_experts.quotient(id) : -1);
       if (lane_ == 0) peers_[i] = peers;
     }
   }
@@ -273,7 +273,7 @@ class Combiner {
     const int32_t at = token * top_k_ + lane_, row = a_.send_row[at];
     float value = 0.0f;
     if (row != kNoRow) {
-      const int32_t r = quotient(a_.topk_idx[at], steps_.num_local_experts);
+      const int32_t r = steps_.num_local_experts.quotient(a_.topk_idx[at]);
       if (r == g_.rank) {
         value = a_.values[row];
       } else if (!receive_value(r, at, wait, value)) {
@@ -381,7 +381,7 @@ cudaError_t Launch(const GroupView& group, const CombineArguments& a, int num_sm
       static_cast<int32_t>(std::min(most_units, kMaxBatchBytes / bytes_each(a.top_k)));
   combine_in_slots_kernel<Vector><<<static_cast<unsigned>(blocks.count), kNumThreads,
                                     kStageBytes + batch_units * bytes_each(a.top_k), stream>>>(
-      group, a, units, blocks, Steps{DividerBy(num_local), batch_units});
+      group, a, units, blocks, Steps{Divider(num_local), batch_units});
   return cudaGetLastError();
 }
 

@@ -74,7 +74,7 @@ class Dispatcher {
     for (int32_t unit = first_of(block, num_blocks); unit < units_.count; unit += step) {
       if (unit != loaded_) load(unit);
       const Ranks ranks = ranks_of_warp(
-          is_routed(id_, a_.num_experts) ? quotient(id_, steps_.experts_per_rank) : -1);
+          is_routed(id_, a_.num_experts) ? steps_.experts_per_rank.quotient(id_) : -1);
 #pragma unroll 1
       for (int n = 1; n < g_.num_ranks; ++n) {
         const int r = successor(g_, n);

@@ -44,9 +44,9 @@ constexpr TableSteps TableStepsOf(int64_t num_ranks, int64_t num_tokens, int64_t
   return {ids_per_warp(num_ids),
           num_counting_warps(num_ids),
           static_cast<int32_t>((num_tokens * top_k + senders - 1) / senders),
-          DividerBy(static_cast<int32_t>(num_tokens * top_k)),
-          DividerBy(static_cast<int32_t>(num_experts / num_ranks)),
-          DividerBy(static_cast<int32_t>(top_k))};
+          Divider(static_cast<int32_t>(num_tokens * top_k)),
+          Divider(static_cast<int32_t>(num_experts / num_ranks)),
+          Divider(static_cast<int32_t>(top_k))};
 }
 // Of shared memory.
 constexpr int64_t tables_bytes(int64_t num_ids, int64_t num_experts) {
@@ -73,8 +73,8 @@ class BlockTables {
         areas_(areas),
         shared_(shared),
         num_experts_(static_cast<int32_t>(a.num_experts)),
-        first_local_(g.rank * steps.experts_per_rank.divisor),
-        num_ids_(steps.ids_per_rank.divisor * g.num_ranks),
+        first_local_(g.rank * steps.experts_per_rank.divisor()),
+        num_ids_(steps.ids_per_rank.divisor() * g.num_ranks),
         warp_(static_cast<int32_t>(threadIdx.x) / 32),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
         block_(block),
@@ -124,9 +124,8 @@ class BlockTables {
   __device__ bool has_padding() const {
     return a_.room.expert_alignment != 1 || a_.room.expert_capacity != 0;
   }
-  __device__ const Divider& experts_per_rank() const { return steps_.experts_per_rank; }
   __device__ int32_t first_local() const { return first_local_; }
-  __device__ int32_t num_local() const { return steps_.experts_per_rank.divisor; }
+  __device__ int32_t num_local() const { return steps_.experts_per_rank.divisor(); }
   // Of an expert of this rank: the rows that are padding.
   struct Padding {
     int32_t begin, end;
@@ -176,7 +175,7 @@ class BlockTables {
   }
   // Where an expert begins on its rank.
   __device__ int32_t offset_of(int32_t e) const {
-    const int32_t first = quotient(e, steps_.experts_per_rank) * num_local();
+    const int32_t first = steps_.experts_per_rank.quotient(e) * num_local();
     const auto own = static_cast<int32_t>(a_.room.expert_capacity);
     return own > 0 ? (e - first) * own : scan_[e] - scan_[first];
   }
@@ -204,8 +203,8 @@ class BlockTables {
       for (int j = 0; j < kIdsAtOnce; ++j) {
         const int32_t flat = step + 32 * j + lane_;
         if (flat >= end_) continue;
-        src[j] = quotient(flat, steps_.ids_per_rank);
-        const int32_t i = flat - src[j] * steps_.ids_per_rank.divisor;
+        src[j] = steps_.ids_per_rank.quotient(flat);
+        const int32_t i = flat - src[j] * steps_.ids_per_rank.divisor();
         if (src[j] == g_.rank) {
           row_[flat] = a_.topk_idx[i];
           weight_[flat] = a_.weights != nullptr ? a_.topk_weights[i] : 0.0f;
@@ -384,10 +383,11 @@ class BlockTables {
   }
   // Of this rank's tokens.
   __device__ int32_t own_of(int32_t flat) const {
-    return flat - g_.rank * steps_.ids_per_rank.divisor;
+    return flat - g_.rank * steps_.ids_per_rank.divisor();
   }
   __device__ bool is_own(int32_t flat) const {
-    return static_cast<uint32_t>(own_of(flat)) < static_cast<uint32_t>(steps_.ids_per_rank.divisor);
+    return static_cast<uint32_t>(own_of(flat)) <
+           static_cast<uint32_t>(steps_.ids_per_rank.divisor());
   }
 
   __device__ void write_step(int32_t flat, int32_t row, bool here, int32_t place) const {
@@ -397,8 +397,8 @@ class BlockTables {
       a_.recv_order[place] = row;
       if (a_.weights != nullptr) a_.weights[row] = weight_[flat];
     }
-    const int32_t token = quotient(flat, steps_.top_k);
-    if (flat == token * steps_.top_k.divisor) a_.recv_offsets[token] = place;
+    const int32_t token = steps_.top_k.quotient(flat);
+    if (flat == token * steps_.top_k.divisor()) a_.recv_offsets[token] = place;
   }
 
   const GroupView& g_;

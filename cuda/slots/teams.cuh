@@ -2,29 +2,13 @@
 #ifndef JAX_EP_CUDA_SLOTS_TEAMS_CUH_
 #define JAX_EP_CUDA_SLOTS_TEAMS_CUH_
 
+#include "cuda/core/divider.h"
 #include "cuda/core/placement.h"
 #include "cuda/direct/kernels.cuh"
 #include "cuda/slots/units.h"
 #include "cuda/sync/slots.cuh"
 
 namespace jax_ep::gpu::slots {
-
-// Divides without a division.
-struct Divider {
-  int32_t divisor;
-  uint32_t factor;  // 2^31 / divisor, rounded up
-};
-constexpr Divider DividerBy(int32_t divisor) {
-  return {divisor,
-          static_cast<uint32_t>(((uint64_t{1} << 31) + static_cast<uint64_t>(divisor) - 1) /
-                                static_cast<uint64_t>(divisor))};
-}
-// Exact for n >= 0 and n * divisor < 2^31: the rounding adds less than n / 2^31.
-JAX_EP_HOST_DEVICE constexpr int32_t quotient(int32_t n, const Divider& by) {
-  return static_cast<int32_t>((static_cast<uint64_t>(n) * by.factor) >> 31);
-}
-static_assert(quotient(16383, DividerBy(1)) == 16383 && quotient(4095, DividerBy(4096)) == 0 &&
-              quotient(16383, DividerBy(4095)) == 4 && quotient(1023, DividerBy(341)) == 3);
 
 // A thread's part of a unit.
 struct Place {
