@@ -36,7 +36,7 @@ _PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 _NVSHMEM = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
 
 _PIP = f"{shlex.quote(sys.executable)} -m pip install"
-_BUILD_COMMAND = f"{_PIP} . -C cmake.define.JAX_EP_CUDA=ON"
+_BUILD_COMMAND = f"{_PIP} -e . -C cmake.define.JAX_EP_CUDA=ON"
 # As in the extra cuda13: no older jax has run on GPUs. This one needs Python 3.12.
 _LEAST_CUDA_JAX = (0, 11, 2)
 _LEAST_CUDA_PYTHON = (3, 12)
@@ -108,7 +108,7 @@ def _plugin_command() -> str:
     """What installs JAX's CUDA plugin, which must match jaxlib."""
     if sys.version_info < _LEAST_CUDA_PYTHON:
         python = f"python{_dotted(_LEAST_CUDA_PYTHON)}"
-        return f"{python} -m venv .venv && .venv/bin/pip install '.[cuda13]'"
+        return f"{python} -m venv .venv && .venv/bin/pip install -e '.[cuda13]'"
     if jax.__version_info__ < _LEAST_CUDA_JAX:
         return f"{_PIP} --upgrade 'jax[cuda13]>={_dotted(_LEAST_CUDA_JAX)}'"
     return f"{_PIP} 'jax[cuda13]=={jax.__version__}'"

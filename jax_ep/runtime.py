@@ -236,7 +236,7 @@ def require_cuda(target: str) -> None:
     if _native.cuda is None:
         raise RuntimeError(
             f"{target}: this installation of jax_ep has no CUDA kernels. Install the CUDA toolkit "
-            "(nvcc 13.0 or newer) and build again: pip install . -C cmake.define.JAX_EP_CUDA=ON"
+            "(nvcc 13.0 or newer) and build again: pip install -e . -C cmake.define.JAX_EP_CUDA=ON"
         )
     if _recordable and not environment.command_buffers_keep_order(environment.xla_flags()):
         raise RuntimeError(

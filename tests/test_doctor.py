@@ -121,7 +121,7 @@ def test_each_piece_that_a_gpu_needs_has_its_command(
     assert "GPU 1: NVIDIA H200, compute capability 9.0" in text
     for piece, command in (
         ("JAX's CUDA plugin: not installed", "pip install "),
-        ("CUDA part (_cuda, _probe): not built", "pip install . -C cmake.define.JAX_EP_CUDA=ON"),
+        ("CUDA part (_cuda, _probe): not built", "pip install -e . -C cmake.define.JAX_EP_CUDA=ON"),
         ("nvcc: not found", "apt-get install cuda-toolkit-13-0"),
     ):
         lines = text.splitlines()
@@ -136,7 +136,7 @@ def test_each_piece_that_a_gpu_needs_has_its_command(
     [
         ((3, 12), (0, 12, 0), f"{sys.executable} -m pip install 'jax[cuda13]=={jax.__version__}'"),
         ((3, 12), (0, 10, 2), f"{sys.executable} -m pip install --upgrade 'jax[cuda13]>=0.11.2'"),
-        ((3, 11), (0, 10, 2), "python3.12 -m venv .venv && .venv/bin/pip install '.[cuda13]'"),
+        ((3, 11), (0, 10, 2), "python3.12 -m venv .venv && .venv/bin/pip install -e '.[cuda13]'"),
     ],
 )
 def test_plugin_is_one_that_this_python_can_have(

@@ -268,3 +268,5 @@ def test_forward_mode_raises_jaxs_own_error() -> None:
         jax.jvp(lambda x: f(x, *rest), (x,), (x,))
     with pytest.raises(TypeError, match=r"forward-mode.*custom_vjp"):
         jax.jit(lambda x: jax.jvp(lambda x: f(x, *rest), (x,), (x,)))(x)
+    with pytest.raises(TypeError, match=r"forward-mode.*custom_vjp"):
+        jax.linear_transpose(lambda x: f(x, *rest), x)(x)

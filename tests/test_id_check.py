@@ -101,6 +101,21 @@ def test_many_ranks_are_counted(device_backend: JaxBackend) -> None:
     assert "rank 4" not in text
 
 
+def test_two_ranks(device_backend: JaxBackend) -> None:
+    """As above, for machines with two GPUs."""
+    x = X[:2]
+    ids = changed()[:2] // 2  # all of them have an expert
+    plain, _ = device_backend.run(2, lambda *args: layer(*args, check_ids=False), ids, x)
+    out, num_invalid = device_backend.run(2, layer, ids, x)
+    assert_same_bits(out, plain)
+    assert not np.any(num_invalid)
+    ids[1, 2, 0] = 8
+    with pytest.raises(JaxRuntimeError) as error:
+        device_backend.run(2, layer, ids, x)
+    assert "rank 1 has 1 of 12, its ids lie in [" in text_of(error)
+    assert "rank 0" not in text_of(error)
+
+
 @pytest.mark.versions
 @pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
 def test_groups_fail_together(device_backend: JaxBackend, check_vma: bool) -> None:

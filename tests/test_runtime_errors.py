@@ -20,7 +20,7 @@ from routings import Case, assert_same_bits
 from usable import check_usable
 
 import jax_ep
-from jax_ep import timeouts
+from jax_ep import _native, timeouts
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -103,6 +103,24 @@ def test_absent_rank(device_backend: JaxBackend, verb: str, absent: tuple[int, .
     again = device_backend.run(3, function, layout.handle, x, nobody)
     assert_same_bits(again, present)
     check_usable(device_backend)
+
+
+def test_what_may_keep_ranks_from_coming_is_said(device_backend: JaxBackend) -> None:
+    """As where XLA has fewer threads than devices: such a rank is absent for another reason."""
+    if device_backend.platform != "cpu":
+        pytest.skip("ranks that meet on the device time out otherwise")
+    layout, x = three_ranks(device_backend)
+    absent = np.zeros((3, 3), np.bool_)
+    absent[:, 1] = True
+    _native.cpu.set_advice("Set NPROC=16 before JAX starts")
+    try:
+        message = (
+            r"rank 1 of group 0 did not come .*how long is waited\. Set NPROC=16 before JAX starts"
+        )
+        with timeout(SHORT), pytest.raises(jax.errors.JaxRuntimeError, match=message):
+            device_backend.run(3, ABSENT_FUNCTIONS["dispatch"], layout.handle, x, absent)
+    finally:
+        _native.cpu.set_advice("")
 
 
 def sum_after_a_wait(layout: Any, x: Any, num_steps: Any) -> Any:

@@ -198,10 +198,10 @@ JAX_EP_HOST_DEVICE constexpr uint64_t bit_of(int slot) { return uint64_t{1} << (
 static_assert(word_of(kMaxPeers - 1) == kSlotWords - 1);
 
 // What a device and its host tell each other: lies in host-mapped memory. The device writes why it
-// has given up, once, and what is no error; the host writes how long to wait, and that a wait has to end, which holds for
-// replayed command buffers too. Devices are named by slot: an error may come from another group.
-// A word has one writer, who stores it: a device's atomic operations on host memory are none over
-// PCIe.
+// has given up, once, and what is no error; the host writes how long to wait, and that a wait has to
+// end, which holds for replayed command buffers too. Devices are named by slot: an error may come
+// from another group. A word has one writer, who stores it: a device's atomic operations on host
+// memory are none over PCIe.
 struct ErrorRecord {
   uint64_t valid;  // written last, but for not_left
   uint64_t operation;

@@ -37,8 +37,9 @@ struct alignas(16) SlotAtom {
   uint32_t tag;
 };
 
-// Never 0. It comes again after 2^31 epochs; by then no atom has kept it, for they are swept
-// (kSweptBytes).
+// Never 0. It comes again after 2^31 epochs; by then an atom has lost it, for calls in slots sweep
+// (kSweptBytes): unless nearly all of the pair's calls have been general ones, so that fewer of one
+// parity than an area has pieces were in slots.
 JAX_EP_HOST_DEVICE constexpr uint32_t slot_tag(uint64_t epoch) {
   return static_cast<uint32_t>(epoch) | 0x80000000u;
 }

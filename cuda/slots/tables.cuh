@@ -166,7 +166,7 @@ class BlockTables {
 
  private:
   __device__ int32_t capacity() const { return static_cast<int32_t>(a_.room.capacity); }
-  // Rows that an expert occupies; the sum over all ranks may wrap, that over one cannot.
+  // Rows that an expert occupies.
   __device__ int32_t occupied(int32_t num_rows) const {
     const auto alignment = static_cast<uint32_t>(a_.room.expert_alignment);
     if (alignment == 1) return num_rows;

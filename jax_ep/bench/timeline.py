@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax_ep.bench import measure
 from jax_ep.bench.operations import Operation
 
-BUILD_COMMAND = "pip install . -C cmake.define.JAX_EP_CUDA=ON -C cmake.define.JAX_EP_TIMELINE=ON"
+BUILD_COMMAND = "pip install -e . -C cmake.define.JAX_EP_CUDA=ON -C cmake.define.JAX_EP_TIMELINE=ON"
 _FENCE = ("fence begin", "fence end")
 _EVENT_COLOURS = [f"C{i}" for i in range(10)] + ["black", "gold", "navy", "deeppink"]
 _CALLS = 5  # in a chain, so that the newest one begins on all ranks at about the same time

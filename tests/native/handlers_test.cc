@@ -509,8 +509,7 @@ void Failures() {
   g_launched.clear();
   CHECK(Contains(call.Run(0),
                  "jax_ep_layout_and_dispatch: device 0 waited for device 1 to finish until the "
-                 "timeout (expected epoch 3, seen 2; if several processes share that GPU, pass a "
-                 "smaller num_sms to jax_ep.layout_and_dispatch); the group is broken"));
+                 "timeout (expected epoch 3, seen 2); the group is broken"));
   CHECK(g_launched.empty() && second.control->given_up == gpu::given_up_of(0, 1));
   Memory().Release(true);
   CHECK(Contains(call.Run(0), "jax_ep.finalize() has been called"));

@@ -82,14 +82,7 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
     default:
       out << own << " waited for " << peer << " to "
           << (record->phase == gpu::kStart ? "come" : "finish") << until << " (expected epoch "
-          << expected << ", seen " << seen;
-      // In slots each block waits for all of the peer's.
-      if (record->phase == gpu::kEnd &&
-          record->kind == static_cast<uint32_t>(OpKind::kLayoutAndDispatch)) {
-        out << "; if several processes share that GPU, pass a smaller num_sms to "
-               "jax_ep.layout_and_dispatch";
-      }
-      out << ")";
+          << expected << ", seen " << seen << ")";
   }
   for (const Device& device : devices_) {
     for (int slot = 0; slot < gpu::kMaxPeers; ++slot) {

@@ -11,20 +11,21 @@
 //           With kWeighted, which is the gradient of combine: tokens[row] = round(row_weights[row] *
 //           x of src [t]), dots[row] = sum over channels of y[row] * x of src [t], 0 if it holds no
 //           row; all in f32.
-// Roles:    one block an SM, or fewer, if they have nothing to do; 6 warps, 12 with fp8, 8 with kScaled, 18 with kWeighted. The first
-//           ones, senders and then receivers, run a ring of stages each; with kWeighted each has
-//           helpers, which share the channels of its rows and form products and sums. Senders load
-//           (or quantise) each of the rank's own tokens once and store it to its rows here, and to
-//           one row at each other rank that has any: the first of them, or a row of the landing
-//           area. From there a receiver of that rank fetches it and stores it to the token's other
-//           rows (to all, if they differ from what has crossed; there are no receivers where
-//           nothing is left to do, as with one row a token that has crossed to its place). Then
-//           come a warp that sends the weights and the messenger, which talks to the peers. All
-//           others, when they have nothing else to do, zero what holds no row. A unit is a piece of
-//           a token's row; sender m of n has the units m, m + n, .. of its block, receivers
-//           likewise. Block b has the same units on every rank, so it only ever meets the blocks b
-//           of the peers. Of shared units (kShared) a block sends what crosses; the rows that stay
-//           here are stored by whichever sender is free, which loads the token again.
+// Roles:    one block an SM, or fewer, if they have nothing to do; 6 warps, 12 with fp8, 8 with
+//           kScaled, 18 with kWeighted. The first ones, senders and then receivers, run a ring of
+//           stages each; with kWeighted each has helpers, which share the channels of its rows and
+//           form products and sums. Senders load (or quantise) each of the rank's own tokens once
+//           and store it to its rows here, and to one row at each other rank that has any: the
+//           first of them, or a row of the landing area. From there a receiver of that rank fetches
+//           it and stores it to the token's other rows (to all, if they differ from what has
+//           crossed; there are no receivers where nothing is left to do, as with one row a token
+//           that has crossed to its place). Then come a warp that sends the weights and the
+//           messenger, which talks to the peers. All others, when they have nothing else to do,
+//           zero what holds no row. A unit is a piece of a token's row; sender m of n has the units
+//           m, m + n, .. of its block, receivers likewise. Block b has the same units on every
+//           rank, so it only ever meets the blocks b of the peers. Of shared units (kShared) a
+//           block sends what crosses; the rows that stay here are stored by whichever sender is
+//           free, which loads the token again.
 // Buffers:  name            | lives on       | written by                     | read by
 //           x, x_scales,    | XLA, own       | before the call                | own senders
 //             topk_weights  |                |                                |
