@@ -430,12 +430,15 @@ def moe(
         try:
             y = expert_fn(tokens, group_sizes)
         except Exception as error:
+            split = (
+                f". Are the experts' weights split over {', '.join(layout.axis_name)}, so that a "
+                f"rank has those of {group_sizes.shape[0]} experts?"
+            )
+            is_about_sizes = any(word in str(error) for word in ("dimension", "shape", "size"))
             error.add_note(
                 f"{where}: expert_fn was given tokens {tokens.dtype}{list(tokens.shape)} and "
                 f"group_sizes {group_sizes.dtype}{list(group_sizes.shape)}, of a layout with "
-                f"{checks.describe(layout)}. Are the experts' weights split over "
-                f"{', '.join(layout.axis_name)}, so that a rank has those of "
-                f"{group_sizes.shape[0]} experts?"
+                f"{checks.describe(layout)}{split if is_about_sizes else ''}"
             )
             raise
     y = _experts_rows(where, "expert_fn's result", y, layout)

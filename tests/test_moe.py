@@ -271,6 +271,17 @@ def test_what_experts_raise_tells_what_they_were_given(device_backend: JaxBacken
         "split over ep, so that a rank has those of 3 experts?"
     )
 
+    def broken(ids: Any, weights: Any) -> Any:
+        def expert_fn(tokens: jax.Array, group_sizes: jax.Array) -> jax.Array:
+            raise RuntimeError("no such expert")
+
+        x, options = jnp.zeros((5, 8)), {"num_experts": 6, "axis_name": AXIS, "expert_capacity": 4}
+        return jax_ep.moe(x, ids, weights, expert_fn, **options)[0]
+
+    with pytest.raises(RuntimeError, match="no such expert") as caught:  # it asks nothing then
+        device_backend.run(2, broken, ids, weights)
+    assert caught.value.__notes__[0].endswith("with 4 rows each, 2 ranks along ('ep',)")
+
 
 @pytest.mark.versions
 def test_moe_passes_its_options_on(device_backend: JaxBackend) -> None:
