@@ -20,6 +20,25 @@ __device__ inline float2 scale_and_inverse(float amax, bool power_of_two) {
   return {scale, __fdiv_rn(1.0f, scale)};
 }
 
+// The largest magnitude of the lanes' values, of so many neighbours each; NaN is none. On all lanes.
+template <int kLanes, int kCount>
+__device__ inline float largest_of_lanes(const float (&value)[kCount]) {
+  float amax = 0x1p-100f;
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) amax = fmaxf(amax, fabsf(value[c]));  // without NaN
+#pragma unroll
+  for (int m = 1; m < kLanes; m *= 2) {
+    amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, m));
+  }
+  return amax;
+}
+
+// Two of them, quantised. The conversion clamps to the largest number and keeps NaN.
+__device__ inline __nv_fp8x2_storage_t quantize_two(float a, float b, float inverse) {
+  return __nv_cvt_float2_to_fp8x2({__fmul_rn(a, inverse), __fmul_rn(b, inverse)}, __NV_SATFINITE,
+                                  __NV_E4M3);
+}
+
 // Quantises a row of x into a row as it crosses, by a warp: kAtOnce vectors of each lane at a time.
 // Of a last block that is shorter the missing vectors are zeros, which change no amax.
 template <typename Vector>
@@ -49,13 +68,7 @@ __device__ void quantize_row(const DispatchArguments& a, const char* x, char* wi
     for (int j = 0; j < kAtOnce; ++j) {
       float value[Vector::kCount];
       Vector::load(vector[j], value);
-      float amax = 0x1p-100f;
-#pragma unroll
-      for (int c = 0; c < Vector::kCount; ++c) amax = fmaxf(amax, fabsf(value[c]));  // without NaN
-#pragma unroll
-      for (int m = 1; m < kLanes; m *= 2) {
-        amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, m));
-      }
+      const float amax = largest_of_lanes<kLanes>(value);
       const float of_group = __shfl_sync(0xffffffffu, amax, lane % kGroups * kLanes);
       if (lane / kGroups == j) largest = of_group;
     }
@@ -75,9 +88,7 @@ __device__ void quantize_row(const DispatchArguments& a, const char* x, char* wi
       } quantized;
 #pragma unroll
       for (int c = 0; c < Vector::kCount; c += 2) {
-        const float2 two{__fmul_rn(value[c], inverse), __fmul_rn(value[c + 1], inverse)};
-        // The conversion clamps to the largest number and keeps NaN.
-        quantized.pair[c / 2] = __nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3);
+        quantized.pair[c / 2] = quantize_two(value[c], value[c + 1], inverse);
       }
       if (i < num_vectors) {
         *reinterpret_cast<decltype(quantized)*>(wire + i * Vector::kCount) = quantized;

@@ -27,6 +27,17 @@ __device__ inline void zero_row(char* tokens, int64_t num_bytes, float* scales,
   for (int64_t i = threadIdx.x % 32; i < num_scales; i += 32) scales[i] = 0.0f;
 }
 
+// To a row of tokens of x's type.
+__device__ inline void store_vectors(const LayoutAndDispatchArguments& a, int64_t row,
+                                     const Place& place, int32_t stride, const Words& word) {
+  auto* to =
+      reinterpret_cast<uint4*>(static_cast<char*>(a.tokens) + row * a.row_bytes) + place.first;
+#pragma unroll
+  for (int j = 0; j < kVectorsEach; ++j) {
+    if (j < place.count) to[j * stride] = vector_of(word, j);
+  }
+}
+
 // Rows that cross, and stay, as they are.
 class CopiedRows : public PlainAtoms {
  public:
@@ -44,12 +55,7 @@ class CopiedRows : public PlainAtoms {
   }
   __device__ void decode(const Place&, Words&) const {}
   __device__ void store(int64_t row, const Place& place, const Words& word) const {
-    auto* to =
-        reinterpret_cast<uint4*>(static_cast<char*>(a_.tokens) + row * a_.row_bytes) + place.first;
-#pragma unroll
-    for (int j = 0; j < kVectorsEach; ++j) {
-      if (j < place.count) to[j * stride_] = vector_of(word, j);
-    }
+    store_vectors(a_, row, place, stride_, word);
   }
   __device__ void zero(int64_t row) const {
     zero_row(static_cast<char*>(a_.tokens) + row * a_.row_bytes, a_.row_bytes, nullptr, 0);
@@ -135,30 +141,20 @@ class Float8Rows {
     for (int j = 0; j < kVectorsEach; ++j) {
       float value[Vector::kCount];
       Vector::load(vector[j], value);
-      float amax = 0x1p-100f;
-#pragma unroll
-      for (int c = 0; c < Vector::kCount; ++c) amax = fmaxf(amax, fabsf(value[c]));  // without NaN
-#pragma unroll
-      for (int m = 1; m < kLanes; m *= 2) {
-        amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, m));
-      }
-      const float2 scale = scale_and_inverse(amax, a_.power_of_two_scales);
+      const float2 scale =
+          scale_and_inverse(largest_of_lanes<kLanes>(value), a_.power_of_two_scales);
       word[kScales + j] = __float_as_uint(scale.x);
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
-        word[j * kWords + w] = static_cast<uint32_t>(two(value + 4 * w, scale.y)) |
-                               static_cast<uint32_t>(two(value + 4 * w + 2, scale.y)) << 16;
+        const float* four = value + 4 * w;
+        const uint32_t low = quantize_two(four[0], four[1], scale.y);
+        word[j * kWords + w] = low | uint32_t{quantize_two(four[2], four[3], scale.y)} << 16;
       }
     }
   }
 
  protected:
   __device__ static bool leads() { return threadIdx.x % kLanes == 0; }
-  __device__ static __nv_fp8x2_storage_t two(const float* value, float inverse) {
-    // The conversion clamps to the largest number and keeps NaN.
-    return __nv_cvt_float2_to_fp8x2({__fmul_rn(value[0], inverse), __fmul_rn(value[1], inverse)},
-                                    __NV_SATFINITE, __NV_E4M3);
-  }
 
   const LayoutAndDispatchArguments& a_;
   const int32_t stride_;
@@ -229,12 +225,7 @@ class DequantizedRows : public Float8Rows<Vector> {
     for (int j = 0; j < kVectorsEach; ++j) set_vector(word, j, product[j]);
   }
   __device__ void store(int64_t row, const Place& place, const Words& word) const {
-    auto* to =
-        reinterpret_cast<uint4*>(static_cast<char*>(a_.tokens) + row * a_.row_bytes) + place.first;
-#pragma unroll
-    for (int j = 0; j < kVectorsEach; ++j) {
-      if (j < place.count) to[j * stride_] = vector_of(word, j);
-    }
+    store_vectors(a_, row, place, stride_, word);
   }
   __device__ void zero(int64_t row) const {
     zero_row(static_cast<char*>(a_.tokens) + row * a_.row_bytes, a_.row_bytes, nullptr, 0);
