@@ -214,7 +214,7 @@ class BlockTables {
         }
       }
       uint32_t looks_at = missing;  // all blocks look: at as little as will do
-      for (uint32_t n = 1; missing != 0; ++n) {
+      for (uint32_t n = 1; missing != 0;) {
         uint64_t value[kIdsAtOnce], epoch[kIdsAtOnce];
 #pragma unroll
         for (int j = 0; j < kIdsAtOnce; ++j) {
@@ -235,7 +235,7 @@ class BlockTables {
           }
         }
         looks_at = missing != before ? missing : missing & (0u - missing);
-        if (late >= 0 && !wait.may_go_on(n, late, areas_.epoch[late])) return false;
+        if (late >= 0 && !wait.may_go_on(n++, late, areas_.epoch[late])) return false;
       }
     }
     return true;

@@ -126,15 +126,26 @@ class SlotWait {
  public:
   __device__ SlotWait(const GroupView& g, OpKind kind) : g_(g), kind_(kind), wait_(g, kind) {}
 
-  // After the n-th poll, from 1 on, now and then: as Wait's.
+  // After each poll of a wait that has found nothing, the n-th from 1 on: as Wait's. The wait's time
+  // counts from the 256th one.
   __device__ bool may_go_on(uint32_t n, int rank, uint64_t expected) {
-    return (n & 255u) != 0 || look(n == 256, rank, expected);
+    return ((n & 255u) != 0 && n <= kManyPolls) || look(n, rank, expected);
   }
 
  private:
+  // Some hundred microseconds. From then on a thread leaves its SM, and the link, to others in between.
+  static constexpr uint32_t kManyPolls = 1024;
+  static constexpr uint32_t kSleepNs = 500;
+
   // Called and not inlined, as it is rarely of use.
-  __device__ __noinline__ bool look(bool is_first, int rank, uint64_t expected) {
-    if (is_first) wait_.restart();
+  __device__ __noinline__ bool look(uint32_t n, int rank, uint64_t expected) {
+    if ((n & 255u) != 0) {
+      __nanosleep(kSleepNs);
+      return true;
+    }
+    // A wait's first look; but n comes to 0, and to 256 again, in waits of more than an hour.
+    if (n == 256 && last_look_ != 0) wait_.restart();
+    last_look_ = n;
     const int slot = slot_of(g_, rank);
     uint64_t operation, seen;
     // The pair's call of this epoch is of the general kind, at the peer.
@@ -155,6 +166,7 @@ class SlotWait {
   const OpKind kind_;
   Wait wait_;
   uint32_t phase_ = kStart;
+  uint32_t last_look_ = 256;  // its n
 };
 
 // [W2], by a warp of one block. False on a lane that finds the group broken.
