@@ -60,11 +60,11 @@ class Watcher:
 
     def _look(self) -> None:
         for line in _native.cuda.watch():
-            _print(line)
+            say(line)
         error = _native.cuda.recorded_error()
         if error is not None and error != self._printed:
             self._printed = error
-            _print(error)
+            say(error)
 
     def stop(self) -> None:
         """Ends the thread, after a last look."""
@@ -73,6 +73,7 @@ class Watcher:
         self._look()
 
 
-def _print(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # stderr is closed; who watches goes on
+def say(line: str) -> None:
+    """Prints what the user should hear of, to stderr."""
+    with contextlib.suppress(OSError, ValueError):  # stderr is closed; all else goes on
         print(f"jax_ep: {line}", file=sys.stderr, flush=True)

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 
 from jax_ep import _native, compat, environment, limits, nodes, timeouts
 from jax_ep._checks import checked_bytes, checked_seconds
-from jax_ep.errors import Watcher
+from jax_ep.errors import Watcher, say
 from jax_ep.join import Attempt
 
 _path = environment.path()
 _default_slot_bytes = limits.DEFAULT_SLOT_BYTES if environment.has_slots() else 0
 _slot_bytes = _default_slot_bytes  # of each CUDA device that is set up, or will be
+_told_of_no_slots = False
 _recordable = True  # whether XLA may record calls in command buffers; fixed at registration
 _connected = False
 _process_id = os.getpid()  # of the process that has set up; a forked child shares its memory
@@ -74,7 +75,8 @@ def initialize(
             none. A process that has one from before keeps it if it is larger.
         slot_bytes: size of the slots of each CUDA device, the same in all processes; 0 for none. By
             default 64 MiB, or none with the environment variable ``JAX_EP_SLOTS=0``; in one process
-            whose devices are set up already, what they have.
+            whose devices are set up already, what they have. Where that default does not fit into
+            a device's free memory no device of the job gets slots, which a line on stderr says.
         ranks_per_node: how many ranks of a group, one after the other, count as one node in the
             order of ``combine``'s sums (see there), wherever they are: to test that order on one
             host. It divides the ranks of every group that has more. The same in all processes;
@@ -86,8 +88,8 @@ def initialize(
         RuntimeError: if a process is missing or late (it is named), runs on another host, may not
             be read, or has failed; if the processes are joined already, or do not agree in
             ``ranks_per_node``; if XLA's memory cannot be mapped by peers and ``staging_bytes`` is
-            0; if a device has no memory for its slots, or they are too small for the job's devices,
-            differ between processes, or have another size already.
+            0; if a device has no memory for the ``slot_bytes`` that are asked for, or they are too
+            small for the job's devices, differ between processes, or have another size already.
         TypeError: if ``timeout`` is not a number, or a size in bytes or ``ranks_per_node`` not an
             integer.
         ValueError: if ``timeout`` is not above 0 and at most 1e8, ``staging_bytes`` negative,
@@ -156,6 +158,7 @@ def _connect(
     exports = attempt.exchange(exported)
     if exported:
         _native.cuda.import_memory(exports)
+        _tell_of_no_slots()
     attempt.exchange("ready")
     if exported:
         _native.cuda.close_descriptors()
@@ -176,8 +179,8 @@ def finalize() -> None:
     Where XLA replays a program from a command buffer, no code of ours runs that could raise: there
     a call gives NaN after ``finalize()``, and in a job of several processes, or with slots of
     another size, after the next ``initialize()`` too, until the program is compiled again. For such
-    a replay control memory (2 MB a device), slots and the staging region stay allocated until the
-    process ends.
+    a replay control memory (2 MB a device) and the staging region stay allocated until the process
+    ends, in one process also the slots, for the next ``initialize()``.
     """
     atexit.unregister(finalize)
     if _process_id == os.getpid():
@@ -262,7 +265,10 @@ def register_cuda() -> None:
 
 
 def has_slots() -> bool:
-    """Whether this process's CUDA devices have slots, or will have them once they are set up."""
+    """Whether CUDA devices are to have slots: the same in all processes, on all devices.
+
+    Those of a device may turn out not to fit into its memory; its handlers see to that.
+    """
     return _slot_bytes > 0
 
 
@@ -271,6 +277,7 @@ def _set_up_cuda(staging_bytes: int = 0, slot_bytes: int | None = None) -> None:
     devices = jax.local_devices(backend="cuda")
     ids, ordinals = [d.id for d in devices], [d.local_hardware_id for d in devices]
     with _set_up_lock:
+        requires_slots = slot_bytes is not None
         slot_bytes = _slot_bytes if slot_bytes is None else slot_bytes
         _native.cuda.setup(
             compat.process_index(),
@@ -280,11 +287,26 @@ def _set_up_cuda(staging_bytes: int = 0, slot_bytes: int | None = None) -> None:
             staging_bytes,
             _path == "staged",
             slot_bytes,
+            requires_slots,
         )
         _slot_bytes = slot_bytes
+        _tell_of_no_slots()
         if _watcher is None:
             _watcher = Watcher()
             _finalize_at_exit()
+
+
+def _tell_of_no_slots() -> None:
+    global _told_of_no_slots
+    problem = _native.cuda.slots_problem()
+    if problem is None or _told_of_no_slots:
+        return
+    _told_of_no_slots = True
+    say(
+        f"small calls do not go through slots on GPUs, for there are none: {problem}. Leave them "
+        "memory by a smaller XLA_PYTHON_CLIENT_MEM_FRACTION, or set JAX_EP_SLOTS=0 to do without "
+        "in every process. This is said once."
+    )
 
 
 def _export_cuda() -> str:

@@ -26,6 +26,8 @@ class FakeCuda:
         self.news: list[str] = []
         self.timeouts: list[tuple[float, float]] = []
         self.slot_bytes: list[int] = []  # of each set-up
+        self.requires_slots: list[bool] = []
+        self.no_slots: str | None = None  # why
         self.problem: str | None = None  # of the next one
         self.looked = threading.Event()
 
@@ -43,9 +45,14 @@ class FakeCuda:
     def setup(self, *arguments: object) -> None:
         if self.problem is not None:
             raise RuntimeError(self.problem)
-        slot_bytes = arguments[-1]
+        *_, slot_bytes, requires_slots = arguments
         assert isinstance(slot_bytes, int)
+        assert isinstance(requires_slots, bool)
         self.slot_bytes.append(slot_bytes)
+        self.requires_slots.append(requires_slots)
+
+    def slots_problem(self) -> str | None:
+        return self.no_slots
 
     def synchronize(self, seconds: float) -> bool:
         return True
@@ -356,6 +363,29 @@ def test_slots_of_one_process(
     finally:
         jax_ep.finalize()
     assert cuda.slot_bytes == [default, default, 1 << 21, 1 << 21, 1 << 21, 0, default]
+    assert cuda.requires_slots == [False, False, True, False, False, True, False]
+
+
+def test_no_memory_for_slots(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is said once, and changes no program: other processes may have them."""
+    monkeypatch.setattr(compat, "has_live_client", lambda platform: True)
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [])
+    monkeypatch.setattr(runtime, "_slot_bytes", 1 << 26)
+    monkeypatch.setattr(runtime, "_told_of_no_slots", False)
+    cuda.no_slots = "slots of 67108864 bytes on CUDA device 0: out of memory"
+    try:
+        for _ in range(2):
+            runtime.require_cuda("a program")
+            jax_ep.initialize()
+            assert runtime.has_slots()
+    finally:
+        jax_ep.finalize()
+    line = capfd.readouterr().err
+    assert line.count("\n") == 1, line
+    assert f"for there are none: {cuda.no_slots}. Leave them memory" in line
+    assert "JAX_EP_SLOTS=0" in line
 
 
 def test_path_and_slots_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
-// The slots of a device: memory of its own that its peers write to, behind its control block in the
-// same allocation, so that who has mapped the one has the other.
+// The slots of a device: memory of its own that its peers write to. It is mapped behind the control
+// block, by everybody, so that who knows where the one is knows where the other is.
 //
 // Each device of the domain has two areas in it, one for calls of an even epoch of the pair, one for
 // odd ones (cuda/sync/slots.cuh says why two are enough). What is in an area says by itself which
@@ -49,8 +49,10 @@ static_assert(slot_tag(1) != slot_tag(2) && slot_tag(uint64_t{1} << 32) != 0);
 // after the other.
 inline constexpr uint64_t kSweptBytes = 64;
 
-// From the control block on.
-inline constexpr uint64_t kSlotsOffset = (sizeof(ControlBlock) + kLine - 1) / kLine * kLine;
+// From the control block on. The two are allocations of their own, which begin at multiples of this.
+inline constexpr uint64_t kMappingAlignment = uint64_t{2} << 20;
+inline constexpr uint64_t kSlotsOffset =
+    (sizeof(ControlBlock) + kMappingAlignment - 1) / kMappingAlignment * kMappingAlignment;
 
 // Of slots of so many bytes, of a domain of so many devices. All devices of a job agree on both.
 constexpr uint64_t slot_area_bytes(uint64_t slot_bytes, int32_t num_devices) {

@@ -44,7 +44,8 @@ inline std::map<CUdeviceptr, Mapped> mappings;
 inline CUmemGenericAllocationHandle next_handle = 1;
 inline unsigned long long next_id = 1;
 inline int num_driver_calls = 0;        // about addresses
-inline size_t most_bytes = ~size_t{0};  // that a device has for one allocation
+inline size_t most_bytes = ~size_t{0};  // that some devices have for one allocation:
+inline int first_small_device = 0;      // from this one on
 inline std::condition_variable changed;
 inline bool busy = false;                // devices have work that does not end
 inline int num_waiting = 0;              // threads that wait for it
@@ -88,6 +89,14 @@ inline bool Reaches(int ordinal, CUdeviceptr address, size_t bytes) {
   return true;
 }
 
+// Of all allocations that this process holds.
+inline size_t HeldBytes() {
+  std::lock_guard<std::mutex> lock(mutex);
+  size_t bytes = 0;
+  for (const auto& [handle, allocation] : allocations) bytes += allocation.bytes;
+  return bytes;
+}
+
 inline void Drop(CUmemGenericAllocationHandle handle) {
   Allocation& allocation = allocations.at(handle);
   if (--allocation.num_holders > 0) return;
@@ -128,10 +137,12 @@ inline CUresult MemGetAllocationGranularity(size_t* bytes, const CUmemAllocation
   return CUDA_SUCCESS;
 }
 inline CUresult MemCreate(CUmemGenericAllocationHandle* handle, size_t bytes,
-                          const CUmemAllocationProp*, unsigned long long) {
+                          const CUmemAllocationProp* prop, unsigned long long) {
   std::lock_guard<std::mutex> lock(mutex);
   if (bytes == 0 || bytes % kGranularity != 0) return CUDA_ERROR_INVALID_VALUE;
-  if (bytes > most_bytes) return CUDA_ERROR_OUT_OF_MEMORY;
+  if (bytes > most_bytes && prop->location.id >= first_small_device) {
+    return CUDA_ERROR_OUT_OF_MEMORY;
+  }
   const int fd = memfd_create("fake_cuda", MFD_CLOEXEC);
   if (fd < 0 || ftruncate(fd, static_cast<off_t>(bytes)) != 0) return CUDA_ERROR_OUT_OF_MEMORY;
   *handle = next_handle++;

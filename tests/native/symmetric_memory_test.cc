@@ -224,10 +224,12 @@ void Leaving() {
 
 // Slots lie behind control memory, of both devices for both, and are zeroed at each set-up.
 void Slots() {
-  constexpr size_t kBytes = 3 << 20;
+  constexpr size_t kBytes = 4 << 20;
   const auto set_up = [](size_t slot_bytes) {
     Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false, slot_bytes);
   };
+  constexpr size_t kControlBytes = fake_cuda::kGranularity;
+  CHECK(sizeof(ControlBlock) <= kControlBytes);
   set_up(0);
   CHECK(View({0, 1}, 0).slot_area_bytes == 0 && Contains(Memory().Describe(), "; no slots"));
   Memory().Release(true);
@@ -237,14 +239,15 @@ void Slots() {
   const uint64_t area_bytes = gpu::slot_area_bytes(kBytes, 2);
   CHECK(area_bytes > 0 && first.slot_area_bytes == area_bytes);
   CHECK(second.slot_area_bytes == area_bytes && View({0}, 0).slot_area_bytes == area_bytes);
-  CHECK(Contains(Memory().Describe(), "; slots of 3145728 bytes a device"));
+  CHECK(Contains(Memory().Describe(), "; slots of 4194304 bytes a device"));
   const auto at = [](const View& view, int slot, uint64_t epoch) {
     return reinterpret_cast<char*>(view.control) +
            gpu::slot_area_offset(view.slot_area_bytes, slot, epoch);
   };
   for (const View* view : {&first, &second}) {
     for (int ordinal : {0, 1}) {
-      CHECK(fake_cuda::Reaches(ordinal, Address(view->control), gpu::kSlotsOffset + kBytes));
+      CHECK(fake_cuda::Reaches(ordinal, Address(view->control), sizeof(ControlBlock)));
+      CHECK(fake_cuda::Reaches(ordinal, Address(view->control) + gpu::kSlotsOffset, kBytes));
     }
     CHECK(at(*view, 0, 0) >= reinterpret_cast<char*>(view->control + 1));
     CHECK(at(*view, 1, 1) + area_bytes <=
@@ -259,7 +262,7 @@ void Slots() {
   // Lowering sets up again and again; what kernels have written stays. Another size is refused.
   set_up(kBytes);
   CHECK(Contains(Thrown([&] { set_up(0); }),
-                 "devices are set up with slots of 3145728 bytes, which cannot become 0: call "
+                 "devices are set up with slots of 4194304 bytes, which cannot become 0: call "
                  "jax_ep.initialize(slot_bytes=...) before the first program is compiled"));
   CHECK(at(first, 1, 1)[area_bytes - 1] == 2 && View({0, 1}, 0).slot_area_bytes == area_bytes);
 
@@ -276,12 +279,15 @@ void Slots() {
     }
   }
 
-  // Slots of another size take new memory; what is replayed finds that the old one has been left.
+  // Slots of another size take new memory; what is replayed finds that the old one has been left, and
+  // touches no slots, so those are given back.
   Memory().Release(true);
+  const size_t held = fake_cuda::HeldBytes();
   set_up(2 * kBytes);
   const View larger({0, 1}, 0);
   CHECK(larger.control != first.control && first.control->local.broken == gpu::kHostHasLeft);
   CHECK(larger.slot_area_bytes == gpu::slot_area_bytes(2 * kBytes, 2));
+  CHECK(fake_cuda::HeldBytes() == held + 2 * (kControlBytes + kBytes));
   Memory().Release(true);
 
   const uint64_t least = gpu::min_slot_bytes(2);
@@ -290,15 +296,49 @@ void Slots() {
   CHECK(Memory().Member(0) == -1);
   set_up(least);
   Memory().Release(true);
+}
 
-  fake_cuda::most_bytes = kBytes;
-  CHECK(Contains(Thrown([&] { set_up(3 * kBytes); }),
-                 "control memory with slots of 9437184 bytes on CUDA device 0 "
-                 "(jax_ep.initialize(slot_bytes=...); 0 is none): a fake error"));
+// A device that has no memory left for slots, which the second one has not.
+void NoMemoryForSlots() {
+  constexpr size_t kBytes = 4 << 20;
+  const auto set_up = [](bool requires_slots) {
+    Memory().Setup(0, 1, {0, 1}, {0, 1}, 0, false, kBytes, requires_slots);
+  };
+  const std::string problem =
+      "slots of 4194304 bytes on CUDA device 1 (jax_ep.initialize(slot_bytes=...); 0 is none): a "
+      "fake error";
+  fake_cuda::most_bytes = kBytes - 1;
+  fake_cuda::first_small_device = 1;
+  CHECK(Contains(Thrown([&] { set_up(true); }), problem));
   CHECK(Memory().Member(0) == -1);
-  set_up(0);
-  CHECK(View({0, 1}, 0).slot_area_bytes == 0);
+  const size_t held = fake_cuda::HeldBytes();
+
+  // Where nobody has asked for them no device gets any.
+  set_up(false);
+  const View view({0, 1}, 0);
+  CHECK(view.slot_area_bytes == 0 && View({0, 1}, 1).slot_area_bytes == 0);
+  CHECK(fake_cuda::HeldBytes() == held + 2 * fake_cuda::kGranularity);  // control memory
+  CHECK(Memory().SlotsProblem() == problem);
+  CHECK(Contains(Memory().Describe(), "; no slots (" + problem + ")"));
+  set_up(false);  // at each lowering
+  CHECK(Contains(Thrown([&] { set_up(true); }),
+                 "devices are set up with slots of 0 bytes, which cannot become 4194304"));
+  // A new beginning tries again; and is at the same addresses if that fails again.
   Memory().Release(true);
+  set_up(false);
+  CHECK(View({0, 1}, 0).control == view.control && Memory().SlotsProblem() == problem);
+  Memory().Release(true);
+  fake_cuda::most_bytes = ~size_t{0};
+  set_up(false);
+  CHECK(View({0, 1}, 0).slot_area_bytes == gpu::slot_area_bytes(kBytes, 2));
+  CHECK(!Memory().SlotsProblem());
+  set_up(true);
+  Memory().Release(true);
+
+  // A device that has failed is no device without memory.
+  fake_cuda::broken = true;
+  CHECK(Contains(Thrown([&] { set_up(false); }), "on CUDA device 0"));
+  fake_cuda::broken = false;
 }
 
 // A group of two devices that have none is refused, on all of its devices; others are not.
@@ -496,6 +536,7 @@ int main() {
   Run("refusal while recorded", RefusalWhileRecorded);
   Run("leaving", Leaving);
   Run("slots", Slots);
+  Run("no memory for slots", NoMemoryForSlots);
   Run("no atomics", NoAtomics);
   Run("sharing", Sharing);
   Run("growth", GrowthWhileDevicesWork);

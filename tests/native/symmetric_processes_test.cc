@@ -66,8 +66,9 @@ const std::vector<int64_t> kMembers = {0, 1, int64_t{1} << 32, int64_t{1} << 32 
 
 // Two devices a process. `mine` and `theirs` are 64-bit words in each process's pool.
 void Connect(const Link& link, char* pool, size_t staging_bytes, bool staged_only,
-             size_t slot_bytes = 0) {
-  Memory().Setup(link.process, 2, {0, 1}, {0, 1}, staging_bytes, staged_only, slot_bytes);
+             size_t slot_bytes = 0, bool requires_slots = true) {
+  Memory().Setup(link.process, 2, {0, 1}, {0, 1}, staging_bytes, staged_only, slot_bytes,
+                 requires_slots);
   std::vector<uint64_t> pointers;
   if (!staged_only) pointers = {Address(pool), Address(pool) + 4096};
   const std::string mine = Memory().Export(pointers);
@@ -149,6 +150,7 @@ void TwoProcesses(const Link& link) {
 void SlotsOfTwoProcesses(const Link& link) {
   char* const pool = MakePool();
   constexpr size_t kBytes = 2 << 20;
+  const size_t held = fake_cuda::HeldBytes();
   for (int generation = 0; generation < 2; ++generation) {
     Connect(link, pool, 0, false, kBytes);
     const View view(kMembers, 0);
@@ -164,7 +166,16 @@ void SlotsOfTwoProcesses(const Link& link) {
     *word(peer.control, peer.slot_there) = 100 + link.process;
     link.Meet();
     CHECK(*word(view.control, peer.slot_here) == uint64_t(100 + 1 - link.process));
-    Memory().Release(true);
+    link.Meet();
+    if (link.process == 0) Memory().Release(true);
+    link.Meet();
+    if (link.process == 1) {
+      *word(peer.control, peer.slot_there) = 200;  // there as long as anybody has it mapped
+      Memory().Release(true);
+    }
+    link.Meet();
+    // For calls that are replayed control memory is kept, but not slots.
+    CHECK(fake_cuda::HeldBytes() == held + (generation + 1) * 2 * fake_cuda::kGranularity);
   }
 
   // Processes that disagree: each names the other, and may try again.
@@ -184,6 +195,37 @@ void SlotsOfTwoProcesses(const Link& link) {
   CHECK(Contains(refusal(gpu::min_slot_bytes(2)),
                  "slot_bytes must be 0 or, for 4 devices, at least 525312; got 262656"));
   Connect(link, pool, 0, false, gpu::min_slot_bytes(4));
+  link.Meet();
+  Memory().Release(true);
+}
+
+// One process has no memory for slots: if nobody has asked for them none has slots, and they are given
+// back where they were.
+void OneWithoutMemoryForSlots(const Link& link) {
+  char* const pool = MakePool();
+  constexpr size_t kBytes = 4 << 20;
+  if (link.process == 1) fake_cuda::most_bytes = kBytes - 1;
+  const size_t held = fake_cuda::HeldBytes();
+  Connect(link, pool, 0, false, kBytes, /*requires_slots=*/false);
+  for (int ordinal : {0, 1}) {
+    const View view(kMembers, ordinal);
+    CHECK(view.slot_area_bytes == 0);
+    view.peer[2 - 2 * link.process].control->local.epoch[70] = 1;
+  }
+  const std::string problem = Memory().SlotsProblem().value_or("");
+  CHECK(Contains(problem, link.process == 0
+                              ? "process 1 has no memory for slots of 4194304 bytes a device"
+                              : "slots of 4194304 bytes on CUDA device 0 "));
+  CHECK(Contains(Memory().Describe(), "; no slots (" + problem + ")"));
+  // Two devices here and two there have control memory; and this process has mapped the pool there.
+  CHECK(fake_cuda::HeldBytes() == held + 4 * fake_cuda::kGranularity + 2 * kPoolBytes);
+  Memory().Setup(link.process, 2, {0, 1}, {0, 1}, 0, false, kBytes, false);  // lowering
+  link.Meet();
+  Memory().Release(true);
+  CHECK(Contains(
+      Thrown([&] { Connect(link, pool, 0, false, kBytes, /*requires_slots=*/link.process == 0); }),
+      "process 1 has no memory for slots of 4194304 bytes a device, which process 0 asks for: pass "
+      "a smaller jax_ep.initialize(slot_bytes=...) in every process"));
   link.Meet();
   Memory().Release(true);
 }
@@ -319,18 +361,25 @@ void Import() {
   CHECK(Thrown([&] { Memory().Import({mine, ""}); }).empty());  // one without devices
   CHECK(Contains(Thrown([&] { Memory().Import({mine, "1 17 "}); }), "another version"));
   CHECK(Contains(Thrown([&] {
-                   Memory().Import({mine, "1 " + std::to_string(sizeof(ControlBlock)) + " 0 999"});
+                   Memory().Import(
+                       {mine, "1 " + std::to_string(sizeof(ControlBlock)) + " 999 0 0 0"});
                  }),
                  "pidfd_getfd from process 1"));
+  const std::string none = " -1 0 0 -1 0 0 -1 0 0";  // slots, a pool and staging
   // A process with a page to show: this one.
   const Presence page;
   const std::string begin = std::to_string(getpid()) + " " + std::to_string(sizeof(ControlBlock)) +
-                            " 0 " + std::to_string(page.fd());
-  CHECK(Contains(Thrown([&] { Memory().Import({mine, begin + " 4294967296 0000:09:00.0 5"}); }),
-                 "an incomplete message of process 1, device 0"));
-  CHECK(Contains(
-      Thrown([&] { Memory().Import({mine, begin + " 4294967296 0000:09:00.0 999 0 2097152"}); }),
-      "pidfd_getfd from process " + std::to_string(getpid())));
+                            " " + std::to_string(page.fd());
+  CHECK(Contains(Thrown([&] { Memory().Import({mine, begin + " 0 0"}); }),
+                 "an incomplete message of process 1"));
+  CHECK(
+      Contains(Thrown([&] { Memory().Import({mine, begin + " 0 0 0 4294967296 0000:09:00.0 5"}); }),
+               "an incomplete message of process 1, device 0"));
+  CHECK(Contains(Thrown([&] {
+                   Memory().Import(
+                       {mine, begin + " 0 0 0 4294967296 0000:09:00.0 999 0 2097152" + none});
+                 }),
+                 "pidfd_getfd from process " + std::to_string(getpid())));
   GroupView view{};
   StagingRegion staging;
   const auto error = Memory().FillGroup(kMembers.data(), 4, 0, &view, &staging);
@@ -359,6 +408,7 @@ void RunTestsOfTwoProcesses() {
   Run("two processes", [] { InTwoProcesses(TwoProcesses); });
   Run("no atomics between processes", [] { InTwoProcesses(NoAtomicsBetweenProcesses); });
   Run("slots of two processes", [] { InTwoProcesses(SlotsOfTwoProcesses); });
+  Run("no memory for slots of one process", [] { InTwoProcesses(OneWithoutMemoryForSlots); });
   Run("no export", [] { InTwoProcesses(NoExport); });
   Run("death", [] { WithOneThatDies(Death); });
   Run("a process dies", [] {

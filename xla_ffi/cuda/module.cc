@@ -61,13 +61,13 @@ NB_MODULE(_cuda, m) {
       "setup",
       [](int64_t process, int64_t num_processes, const std::vector<int>& ids,
          const std::vector<int>& ordinals, size_t staging_bytes, bool staged_only,
-         size_t slot_bytes) {
+         size_t slot_bytes, bool requires_slots) {
         SymmetricMemory::Get().Setup(process, num_processes, ids, ordinals, staging_bytes,
-                                     staged_only, slot_bytes);
+                                     staged_only, slot_bytes, requires_slots);
       },
       nb::arg("process"), nb::arg("num_processes"), nb::arg("ids"), nb::arg("ordinals"),
       nb::arg("staging_bytes"), nb::arg("staged_only"), nb::arg("slot_bytes"),
-      nb::call_guard<nb::gil_scoped_release>());
+      nb::arg("requires_slots"), nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "export_memory",
       [](const std::vector<uint64_t>& pointers) { return SymmetricMemory::Get().Export(pointers); },
@@ -97,6 +97,9 @@ NB_MODULE(_cuda, m) {
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "describe", [] { return SymmetricMemory::Get().Describe(); },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "slots_problem", [] { return SymmetricMemory::Get().SlotsProblem(); },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "set_timeout",

@@ -7,6 +7,7 @@
 #include <future>
 #include <sstream>
 #include <thread>
+#include <tuple>
 #include <utility>
 
 #include "cuda/memory/slots.h"
@@ -37,15 +38,18 @@ void WarmUpCopies(const Mapping& staging, const std::string& what) {
   Check(cudaStreamSynchronize(stream.get()), what);
 }
 
-std::shared_ptr<Mapping> AllocateControl(int ordinal, size_t slot_bytes,
-                                         const std::vector<int>& ordinals) {
-  const std::string on = OnDevice(ordinal);
-  if (slot_bytes == 0) {
-    return Allocate(ordinal, sizeof(gpu::ControlBlock), ordinals, "control memory" + on);
-  }
-  return Allocate(ordinal, gpu::kSlotsOffset + slot_bytes, ordinals,
-                  "control memory with slots of " + std::to_string(slot_bytes) + " bytes" + on +
-                      " (jax_ep.initialize(slot_bytes=...); 0 is none)");
+// Control memory, and slots behind it unless they have no bytes.
+std::pair<std::shared_ptr<Mapping>, std::shared_ptr<Mapping>> AllocateControl(
+    int ordinal, size_t slot_bytes, const std::vector<int>& ordinals) {
+  constexpr size_t kBytes = sizeof(gpu::ControlBlock);
+  const std::string control = "control memory" + OnDevice(ordinal);
+  if (slot_bytes == 0) return {Allocate(ordinal, kBytes, ordinals, control), nullptr};
+  const std::string slots = "slots of " + std::to_string(slot_bytes) + " bytes" +
+                            OnDevice(ordinal) + " (jax_ep.initialize(slot_bytes=...); 0 is none)";
+  const auto range = std::make_shared<AddressRange>(
+      gpu::kSlotsOffset + AllocatedBytes(ordinal, slot_bytes, slots), slots);
+  return {Allocate(ordinal, kBytes, ordinals, control, {range, 0}),
+          Allocate(ordinal, slot_bytes, ordinals, slots, {range, gpu::kSlotsOffset})};
 }
 
 // When these devices have no work left. There is no wait for a device with a timeout, so a thread
@@ -122,23 +126,24 @@ SymmetricMemory::Device SymmetricMemory::MakeDevice(int ordinal, int64_t member,
     }
   }
   Device device;
+  device.ordinal = ordinal;
+  device.member = member;
   if (const auto last = retired_.find(member); last != retired_.end()) {
     // Its former peers have ended their calls, and this device's come one after the other.
     device.staging = last->second.staging;
     device.staging_bytes = last->second.staging_bytes;
     if (last->second.reusable && last->second.slot_bytes == slot_bytes) {
       device.control = last->second.control;
+      device.slots = last->second.slots;
       device.error = last->second.error;
     }
   }
   if (device.control == nullptr) {
-    device.control = AllocateControl(ordinal, slot_bytes, ordinals);
+    std::tie(device.control, device.slots) = AllocateControl(ordinal, slot_bytes, ordinals);
     gpu::ErrorRecord* record = nullptr;
     Check(cudaHostAlloc(&record, sizeof *record, cudaHostAllocMapped), "error record" + on);
     device.error = {record, [](gpu::ErrorRecord* r) { cudaFreeHost(r); }};
   }
-  device.ordinal = ordinal;
-  device.member = member;
   device.slot_bytes = slot_bytes;
   device.shared = std::make_shared<SharedAllocations>(ordinals);
   Check(cudaHostGetDevicePointer(&device.error_on_device, device.error.get(), 0),
@@ -148,9 +153,21 @@ SymmetricMemory::Device SymmetricMemory::MakeDevice(int ordinal, int64_t member,
   return device;
 }
 
+std::vector<SymmetricMemory::Device> SymmetricMemory::MakeDevices(int64_t process,
+                                                                  const std::vector<int>& ids,
+                                                                  const std::vector<int>& ordinals,
+                                                                  size_t slot_bytes) {
+  std::vector<Device> devices;
+  for (size_t i = 0; i < ordinals.size(); ++i) {
+    const int64_t member = MemberCode(process, ids.at(i));
+    devices.push_back(MakeDevice(ordinals[i], member, ordinals, slot_bytes));
+  }
+  return devices;
+}
+
 void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::vector<int>& ids,
                             const std::vector<int>& ordinals, size_t staging_bytes,
-                            bool staged_only, size_t slot_bytes) {
+                            bool staged_only, size_t slot_bytes, bool requires_slots) {
   std::lock_guard<std::mutex> set_up_lock(set_up_mutex_);
   std::vector<Device> devices;
   {
@@ -160,7 +177,12 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
   const bool is_new = devices.empty();
   bool changed = is_new;
   std::set<MemberPair> without_atomics;
-  if (!is_new && slot_bytes != devices.front().slot_bytes) {
+  std::optional<std::string> slots_problem;
+  const auto are_there = [&] {
+    return slot_bytes == slot_bytes_wanted_ &&
+           (!requires_slots || slot_bytes == devices.front().slot_bytes);
+  };
+  if (!is_new && !are_there()) {
     Throw("devices are set up with slots of " + std::to_string(devices.front().slot_bytes) +
           " bytes, which cannot become " + std::to_string(slot_bytes) +
           ": call jax_ep.initialize(slot_bytes=...) before the first program is compiled, or after "
@@ -168,9 +190,12 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
   }
   if (is_new) {
     CheckSlots(slot_bytes, static_cast<int>(ordinals.size()));
-    for (size_t i = 0; i < ordinals.size(); ++i) {
-      const int64_t member = MemberCode(process, ids.at(i));
-      devices.push_back(MakeDevice(ordinals[i], member, ordinals, slot_bytes));
+    try {
+      devices = MakeDevices(process, ids, ordinals, slot_bytes);
+    } catch (const OutOfMemory& error) {
+      if (slot_bytes == 0 || requires_slots) throw;
+      devices = MakeDevices(process, ids, ordinals, 0);
+      slots_problem = error.what() + sizeof kPrefix - 1;
     }
     for (const Device& a : devices) {
       for (const Device& b : devices) {
@@ -197,7 +222,10 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
       const DeviceScope scope(device.ordinal);
       const std::string what = "control memory" + OnDevice(device.ordinal);
       std::memset(device.error.get(), 0, sizeof(gpu::ErrorRecord));
-      Check(cudaMemset(device.control_block(), 0, device.control->bytes()), what);
+      for (const Mapping* memory : {device.control.get(), device.slots.get()}) {
+        if (memory == nullptr) continue;
+        Check(cudaMemset(reinterpret_cast<void*>(memory->begin()), 0, memory->bytes()), what);
+      }
       Check(cudaDeviceSynchronize(), what);
     }
   }
@@ -212,7 +240,12 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
   num_processes_ = num_processes;
   devices_ = std::move(devices);
   slot_ = std::move(slots);
-  if (is_new) without_atomics_ = std::move(without_atomics);
+  if (is_new) {
+    without_atomics_ = std::move(without_atomics);
+    slot_bytes_wanted_ = slot_bytes;
+    requires_slots_ = requires_slots;
+    slots_problem_ = std::move(slots_problem);
+  }
   for (const Device& device : devices_) WriteTimeouts(TimeoutsInForce(), device.error.get());
 }
 
@@ -277,15 +310,19 @@ void SymmetricMemory::Release(bool devices_have_ended) {
     }
     cudaGetLastError();
     Driver::Get().cuCtxSetCurrent(saved);
+  }
+  for (Device& device : devices) {
     // A job of several processes numbers its devices anew, and maps its peers at other addresses.
     device.reusable = devices_have_ended && num_processes_ == 1;
     device.shared = nullptr;
     device.pool_begin = device.pool_end = 0;
+    if (!devices_have_ended) kept_.insert(device.slots);
+    if (!device.reusable) device.slots = nullptr;
     retired_[device.member] = std::move(device);
   }
   if (devices_have_ended) return;
   for (const auto& [member, peer] : remote) {
-    kept_.insert({peer.control, peer.pool, peer.staging});
+    kept_.insert({peer.control, peer.slots, peer.pool, peer.staging});
   }
 }
 
@@ -374,12 +411,19 @@ std::string SymmetricMemory::Describe() {
     out << "direct path: peers read and write XLA's memory";
   }
   out << "; staging region of " << devices_.front().staging_bytes << " bytes a device; ";
-  if (SlotBytes() == 0) {
+  if (slots_problem_) {
+    out << "no slots (" << *slots_problem_ << ")";
+  } else if (SlotBytes() == 0) {
     out << "no slots";
   } else {
     out << "slots of " << SlotBytes() << " bytes a device";
   }
   return out.str();
+}
+
+std::optional<std::string> SymmetricMemory::SlotsProblem() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return slots_problem_;
 }
 
 }  // namespace jax_ep

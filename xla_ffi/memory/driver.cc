@@ -3,15 +3,25 @@
 #include <stdexcept>
 
 namespace jax_ep {
+namespace {
+
+[[noreturn]] void Fail(bool is_out_of_memory, const std::string& what) {
+  if (is_out_of_memory) throw OutOfMemory(kPrefix + what);
+  Throw(what);
+}
+
+}  // namespace
 
 void Throw(const std::string& what) { throw std::runtime_error(kPrefix + what); }
 
 void Check(cudaError_t status, const std::string& what) {
-  if (status != cudaSuccess) Throw(what + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  Fail(status == cudaErrorMemoryAllocation, what + ": " + cudaGetErrorString(status));
 }
 
 void Check(CUresult status, const std::string& what) {
-  if (status != CUDA_SUCCESS) Throw(what + ": " + Driver::Get().Text(status));
+  if (status == CUDA_SUCCESS) return;
+  Fail(status == CUDA_ERROR_OUT_OF_MEMORY, what + ": " + Driver::Get().Text(status));
 }
 
 std::string OnDevice(int ordinal) { return " on CUDA device " + std::to_string(ordinal); }

@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include <new>
+#include <stdexcept>
 #include <string>
 
 namespace jax_ep {
@@ -13,8 +14,15 @@ namespace jax_ep {
 // Of every error.
 inline constexpr char kPrefix[] = "jax_ep: ";
 
+// Of a device.
+class OutOfMemory : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 // Throws std::runtime_error.
 [[noreturn]] void Throw(const std::string& what);
+// Likewise, OutOfMemory if that is the status.
 void Check(cudaError_t status, const std::string& what);
 void Check(CUresult status, const std::string& what);
 

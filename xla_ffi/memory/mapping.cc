@@ -26,6 +26,16 @@ class AllocationHandle {
   CUmemGenericAllocationHandle handle_;
 };
 
+// Of memory of a device that others, and other processes, map.
+CUmemAllocationProp PropertiesOn(int ordinal) {
+  CUmemAllocationProp prop{};
+  prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  prop.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  prop.location.id = ordinal;
+  prop.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  return prop;
+}
+
 }  // namespace
 
 Descriptor OpenProcess(int64_t pid) {
@@ -51,27 +61,30 @@ Descriptor::~Descriptor() {
   if (fd_ >= 0) close(fd_);
 }
 
-Mapping::Mapping(uint64_t allocation_handle, size_t bytes, const std::vector<int>& ordinals,
-                 const std::string& what)
-    : bytes_(bytes) {
-  const Driver& driver = Driver::Get();
+AddressRange::AddressRange(size_t bytes, const std::string& what) : bytes_(bytes) {
   CUdeviceptr at = 0;
-  Check(driver.cuMemAddressReserve(&at, bytes, 0, 0, 0), "address space for " + what);
-  CUresult status = driver.cuMemMap(at, bytes, 0, allocation_handle, 0);
-  if (status == CUDA_SUCCESS) {
-    const std::vector<CUmemAccessDesc> access = AccessFor(ordinals);
-    status = driver.cuMemSetAccess(at, bytes, access.data(), access.size());
-    if (status != CUDA_SUCCESS) driver.cuMemUnmap(at, bytes);
-  }
-  if (status != CUDA_SUCCESS) driver.cuMemAddressFree(at, bytes);
-  Check(status, "mapping " + what);
+  Check(Driver::Get().cuMemAddressReserve(&at, bytes, 0, 0, 0), "address space for " + what);
   begin_ = at;
 }
 
-Mapping::~Mapping() {
-  Driver::Get().cuMemUnmap(begin_, bytes_);
-  Driver::Get().cuMemAddressFree(begin_, bytes_);
+AddressRange::~AddressRange() { Driver::Get().cuMemAddressFree(begin_, bytes_); }
+
+Mapping::Mapping(uint64_t allocation_handle, size_t bytes, const std::vector<int>& ordinals,
+                 const std::string& what, const Place& place)
+    : range_(place.range != nullptr ? place.range : std::make_shared<AddressRange>(bytes, what)),
+      begin_(range_->begin() + place.offset),
+      bytes_(bytes) {
+  const Driver& driver = Driver::Get();
+  CUresult status = driver.cuMemMap(begin_, bytes, 0, allocation_handle, 0);
+  if (status == CUDA_SUCCESS) {
+    const std::vector<CUmemAccessDesc> access = AccessFor(ordinals);
+    status = driver.cuMemSetAccess(begin_, bytes, access.data(), access.size());
+    if (status != CUDA_SUCCESS) driver.cuMemUnmap(begin_, bytes);
+  }
+  Check(status, "mapping " + what);
 }
+
+Mapping::~Mapping() { Driver::Get().cuMemUnmap(begin_, bytes_); }
 
 std::vector<CUmemAccessDesc> AccessFor(const std::vector<int>& ordinals) {
   std::vector<CUmemAccessDesc> all;
@@ -85,24 +98,26 @@ std::vector<CUmemAccessDesc> AccessFor(const std::vector<int>& ordinals) {
   return all;
 }
 
-std::shared_ptr<Mapping> Allocate(int ordinal, size_t bytes, const std::vector<int>& ordinals,
-                                  const std::string& what) {
-  const Driver& driver = Driver::Get();
-  CUmemAllocationProp prop{};
-  prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-  prop.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
-  prop.location.id = ordinal;
-  prop.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+size_t AllocatedBytes(int ordinal, size_t bytes, const std::string& what) {
+  const CUmemAllocationProp prop = PropertiesOn(ordinal);
   size_t granularity = 0;
-  Check(driver.cuMemGetAllocationGranularity(&granularity, &prop, CU_MEM_ALLOC_GRANULARITY_MINIMUM),
+  Check(Driver::Get().cuMemGetAllocationGranularity(&granularity, &prop,
+                                                    CU_MEM_ALLOC_GRANULARITY_MINIMUM),
         what);
-  const size_t rounded = (bytes + granularity - 1) / granularity * granularity;
+  return (bytes + granularity - 1) / granularity * granularity;
+}
+
+std::shared_ptr<Mapping> Allocate(int ordinal, size_t bytes, const std::vector<int>& ordinals,
+                                  const std::string& what, const Place& place) {
+  const CUmemAllocationProp prop = PropertiesOn(ordinal);
+  const size_t allocated = AllocatedBytes(ordinal, bytes, what);
   CUmemGenericAllocationHandle created;
-  Check(driver.cuMemCreate(&created, rounded, &prop, 0), what);
+  Check(Driver::Get().cuMemCreate(&created, allocated, &prop, 0), what);
   const AllocationHandle handle(created);
-  auto mapping = std::make_shared<Mapping>(handle.get(), rounded, ordinals, what);
+  auto mapping = std::make_shared<Mapping>(handle.get(), allocated, ordinals, what, place);
   const OwnStream stream(what);
-  Check(cudaMemsetAsync(reinterpret_cast<void*>(mapping->begin()), 0, rounded, stream.get()), what);
+  Check(cudaMemsetAsync(reinterpret_cast<void*>(mapping->begin()), 0, allocated, stream.get()),
+        what);
   Check(cudaStreamSynchronize(stream.get()), what);
   return mapping;
 }
@@ -120,7 +135,8 @@ Descriptor ExportAllocation(uint64_t begin, const std::string& what) {
 }
 
 std::shared_ptr<Mapping> MapPeer(int64_t pid, int fd, size_t bytes,
-                                 const std::vector<int>& ordinals, const std::string& what) {
+                                 const std::vector<int>& ordinals, const std::string& what,
+                                 const Place& place) {
   const Descriptor mine = TakeDescriptor(pid, fd);
   CUmemGenericAllocationHandle imported;
   Check(Driver::Get().cuMemImportFromShareableHandle(
@@ -128,7 +144,7 @@ std::shared_ptr<Mapping> MapPeer(int64_t pid, int fd, size_t bytes,
             CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
         "importing " + what);
   const AllocationHandle handle(imported);
-  return std::make_shared<Mapping>(handle.get(), bytes, ordinals, what);
+  return std::make_shared<Mapping>(handle.get(), bytes, ordinals, what, place);
 }
 
 }  // namespace jax_ep

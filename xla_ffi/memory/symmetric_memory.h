@@ -1,7 +1,7 @@
 // The only part that knows how one GPU's memory becomes another's: peer access and VMM handles.
 //
-// A device has two allocations of its own, which every peer maps: control memory, with slots behind
-// it (cuda/memory/slots.h) where they are asked for, and a staging region, likewise. Payload needs
+// A device has allocations of its own, which every peer maps: control memory, and, where they are asked
+// for, slots, at the addresses behind it (cuda/memory/slots.h), and a staging region. Payload needs
 // no copy where peers reach XLA's buffers: in one process an address is valid on every device once
 // access is set for its allocation; between processes each exports XLA's pool and the others map it,
 // and an address of the owner is then valid here after adding a constant. A buffer that peers cannot
@@ -9,9 +9,11 @@
 // and shows that to the peers.
 //
 // Lifetimes: memory that is shared between processes lives until the last of them has unmapped it,
-// so nobody who leaves, or dies, pulls it from under another's kernels. A device's own allocations
-// are kept until the process ends: a captured command buffer holds their addresses, and may be
-// replayed after Release without a call of ours on the host.
+// so nobody who leaves, or dies, pulls it from under another's kernels. Of a device's own allocations
+// control memory and the staging region are kept until the process ends: a captured command buffer
+// holds their addresses, and may be replayed after Release without a call of ours on the host. Such
+// a call finds in control memory that it may not touch slots; they are kept only where calls may
+// use them again, for the next Setup of a process that is alone.
 #ifndef JAX_EP_XLA_FFI_MEMORY_SYMMETRIC_MEMORY_H_
 #define JAX_EP_XLA_FFI_MEMORY_SYMMETRIC_MEMORY_H_
 
@@ -50,12 +52,13 @@ class SymmetricMemory {
   // all kernels. `process` is this process's number of `num_processes`, `ids` are JAX's numbers of
   // the devices. If they are set up already only the staging regions grow to `staging_bytes`, where
   // they are smaller; calls may be on their way to the devices. With `staged_only` all buffers that
-  // peers touch are staged. `slot_bytes`: of the slots of each device; 0 for none. Throws
-  // std::runtime_error naming the device and the call that failed, or if slots of another size are
-  // there already; nothing has changed then.
+  // peers touch are staged. `slot_bytes`: of the slots of each device; 0 for none. If a device has not
+  // so much memory left no device gets slots, unless `requires_slots`. Throws std::runtime_error
+  // naming the device and the call that failed, or if slots of another size are there already;
+  // nothing has changed then.
   void Setup(int64_t process, int64_t num_processes, const std::vector<int>& ids,
              const std::vector<int>& ordinals, size_t staging_bytes, bool staged_only,
-             size_t slot_bytes = 0);
+             size_t slot_bytes = 0, bool requires_slots = true);
 
   // What other processes need to reach this one's devices: a text, good until CloseDescriptors.
   // `pool_pointers[i]` is an address inside XLA's memory pool on the i-th device of Setup, and has
@@ -63,7 +66,8 @@ class SymmetricMemory {
   // region: without one std::runtime_error says what to do.
   std::string Export(const std::vector<uint64_t>& pool_pointers);
 
-  // Maps the devices of all other processes; `exports` by process, empty from one without devices.
+  // Maps the devices of all other processes; `exports` by process, empty from one without devices. If
+  // one of them has no memory for slots none has slots afterwards, unless one requires them.
   void Import(const std::vector<std::string>& exports);
 
   // Everybody has imported.
@@ -120,11 +124,15 @@ class SymmetricMemory {
   // How peers reach this process's buffers, in words.
   std::string Describe();
 
+  // Why there are no slots, in words, where they were asked for.
+  std::optional<std::string> SlotsProblem();
+
  private:
   struct Device {
     int ordinal = -1;
-    int64_t member = -1;               // process << 32 | id
-    std::shared_ptr<Mapping> control;  // and slots
+    int64_t member = -1;  // process << 32 | id
+    std::shared_ptr<Mapping> control;
+    std::shared_ptr<Mapping> slots;  // null without
     size_t slot_bytes = 0;
     std::shared_ptr<Mapping> staging;  // null without
     size_t staging_bytes = 0;
@@ -145,13 +153,25 @@ class SymmetricMemory {
   };
   using MemberPair = std::pair<int64_t, int64_t>;
   struct RemoteDevice {
-    std::shared_ptr<Mapping> control, pool, staging;  // null: there is none
-    int64_t shift = 0;                                // from its pool's address there to ours
+    std::shared_ptr<Mapping> control, slots, pool, staging;  // null: there is none
+    int64_t shift = 0;  // from its pool's address there to ours
+  };
+
+  // A process's export, from its begin to its first device.
+  struct ExportHeader {
+    int64_t pid = 0;
+    int presence_fd = -1;
+    size_t slot_bytes_wanted = 0, slot_bytes = 0;  // as of this class's members
+    bool requires_slots = false;
   };
 
   Device* FindLocal(int ordinal);
   Device MakeDevice(int ordinal, int64_t member, const std::vector<int>& ordinals,
                     size_t slot_bytes);
+  std::vector<Device> MakeDevices(int64_t process, const std::vector<int>& ids,
+                                  const std::vector<int>& ordinals, size_t slot_bytes);
+  // Throws unless the processes agree on slots. Why none may have them, or nothing.
+  std::optional<std::string> AgreeOnSlots(const std::map<int64_t, ExportHeader>& headers) const;
   Timeouts TimeoutsInForce() const;
   // Throws unless there are none, or some call fits.
   static void CheckSlots(size_t slot_bytes, int num_devices);
@@ -178,7 +198,10 @@ class SymmetricMemory {
   int64_t process_ = 0;
   int64_t num_processes_ = 1;
   bool staged_only_ = false;
-  std::string pool_problem_;  // why other processes cannot map XLA's memory; empty if they do
+  std::string pool_problem_;      // why other processes cannot map XLA's memory; empty if they do
+  size_t slot_bytes_wanted_ = 0;  // of Setup; the devices have these slots or none
+  bool requires_slots_ = false;   // of Setup
+  std::optional<std::string> slots_problem_;  // why they have none in spite of that
   Timeouts timeouts_;
   bool own_waits_end_ = false;
   bool was_broken_ = false;               // before that
