@@ -1,4 +1,4 @@
-"""Scenarios of the tiers: a rank that dies or stalls, command buffers.
+"""Scenarios of the tiers: a rank that dies or stalls, command buffers, vmap and partly manual maps.
 
 Lines that begin with "NOTE: " end up in run_tiers.py's table.
 """
@@ -24,6 +24,7 @@ from decode_loop import (
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from job import NUM_PROCESSES, PLATFORM, PROCESS, connect, mark, wait_for_marks
+from sharded_layers import Placement, in_specs, make_problem, shard_layer, sharded_layer, sizes
 from thunks import recorded_thunks
 
 import jax_ep
@@ -299,5 +300,76 @@ def decode_loops(num_steps: int = 1000) -> None:
         f"{outside} and {loops_outside}"
     )
     assert inside >= 2 * len(loops), "calls of a loop are not in command buffers"
+    if NUM_PROCESSES > 1:
+        jax_ep.finalize()
+
+
+# Transformations --------------------------------------------------------------------------------
+
+
+def transformations() -> None:
+    """Transforms: vmap over a mesh axis and over none, a shard_map that is manual over "ep" alone.
+
+    Two groups of half the devices. Results and gradients are exact, and no collective of XLA is in
+    the programs: ranks may share a GPU. test_vmap.py and test_partly_manual.py have the rest.
+    """
+    if NUM_PROCESSES > 1:
+        connect(timeout=60)
+    devices = jax.devices(PLATFORM)
+    num_ranks = max(1, len(devices) // 2)
+    axes = (("stage", len(devices) // num_ranks), ("ep", num_ranks))
+    placement = Placement(axes, replicated=("stage",))
+    mesh = Mesh(np.array(devices).reshape([size for _, size in axes]), [name for name, _ in axes])
+    case = sizes(placement, capacity=None)
+
+    def check(name: str, layer: Any, problems: list[Any], specs: list[P]) -> None:
+        """Of arguments that are the problems', stacked where there are several."""
+        several = len(problems) > 1
+
+        def stacked(parts: list[Any]) -> Any:
+            return np.stack(parts) if several else parts[0]
+
+        def place(array: Any, spec: P) -> jax.Array:
+            sharding = NamedSharding(mesh, spec)
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+        x, ids, weights, scale = (
+            stacked(list(a)) for a in zip(*(p.inputs for p in problems), strict=True)
+        )
+        target = stacked([p.target for p in problems])
+        placed = [place(a, s) for a, s in zip((x, ids, weights, scale), specs, strict=True)]
+
+        def out_and_gradients(x: Any, ids: Any, weights: Any, scale: Any, target: Any) -> Any:
+            out, pull = jax.vjp(lambda x, w, s: layer(x, ids, w, s), x, weights, scale)
+            return out, *pull(target)
+
+        compiled = jax.jit(out_and_gradients).lower(*placed, place(target, specs[0])).compile()
+        assert "all-reduce" not in compiled.as_text(), name
+        found = jax.block_until_ready(compiled(*placed, place(target, specs[0])))
+        expected = [stacked([p.out() for p in problems])]
+        expected += [stacked(list(g)) for g in zip(*(p.gradients() for p in problems), strict=True)]
+        names = ("out", "d x", "d weights", "d scale")
+        for what, array, right in zip(names, found, expected, strict=True):
+            assert np.any(right)
+            for shard in array.addressable_shards:
+                np.testing.assert_array_equal(
+                    np.asarray(shard.data), right[shard.index], f"{name}: {what}"
+                )
+        print(f"NOTE: {name}, {axes[0][1]} groups of {num_ranks} ranks: right, with gradients")
+
+    two = [make_problem(placement, case, seed=i) for i in range(axes[0][1])]
+    layer = sharded_layer(placement, mesh, case)
+    over_stages = [P("stage", *spec) for spec in in_specs(placement)]
+    check("vmap over a mesh axis", jax.vmap(layer, spmd_axis_name="stage"), two, over_stages)
+    over_none = [P(None, *spec) for spec in in_specs(placement)]
+    check("vmap, one call after the other", jax.vmap(layer), two, over_none)
+    partly = jax.shard_map(
+        lambda *args: shard_layer(case, "ep")(*args)[0],
+        mesh=mesh,
+        in_specs=in_specs(placement),
+        out_specs=placement.tokens,
+        axis_names={"ep"},
+    )
+    check("partly manual", partly, two[:1], list(in_specs(placement)))
     if NUM_PROCESSES > 1:
         jax_ep.finalize()

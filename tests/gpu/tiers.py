@@ -333,6 +333,13 @@ def command_buffers(ctx: Context) -> Result:
     return scenarios_tier("command-buffers", ctx, runs)
 
 
+def transformations(ctx: Context) -> Result:
+    """Four ranks in two groups: vmap over a mesh axis and over none, a partly manual shard_map."""
+    shape = Shape(4, -(-4 // max(1, ctx.num_gpus)))
+    run = ("transformations", shape, ("transformations",), {}, "", "60")
+    return scenarios_tier("transformations", ctx, [run])
+
+
 def example(ctx: Context) -> Result:
     """examples/train_moe_lm.py, unchanged: the losses are the CPU's, in one process and several."""
     ctx.skip_without_gpu()
@@ -465,6 +472,7 @@ TIERS = (
     Tier("multi-process", multi_process, quick=False),
     Tier("failures", failures),
     Tier("command-buffers", command_buffers, quick=False),
+    Tier("transformations", transformations, quick=False),
     Tier("race-control", race_control, needs=("broken",)),
     Tier("native", native, needs=("native",)),
     Tier("example", example, quick=False),
