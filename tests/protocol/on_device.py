@@ -462,42 +462,43 @@ def race(num_ranks: int, sizes: Race, num_calls: int) -> Any:
 
 
 @functools.cache
-def ahead(num_ranks: int, sizes: Race, num_calls: int) -> Any:
-    """A function of one rank: (rows, first call) -> rows for the next time, how many were wrong.
+def ahead(num_ranks: int, sizes: Race, num_turns: int) -> Any:
+    """A function of one rank: (first turn, what its rows are too new by) -> how many were wrong.
 
-    Sixteen calls in a row all tokens go to one rank, which comes late to each, and nothing comes
-    back: nobody else has rows to wait for. Who runs ahead would write over what that rank has yet
-    to read.
+    In a turn one rank has all the tokens. Their rows come back to it in many combines, to each of
+    which it comes late, and it sends nothing: the others have no rows to wait for. (A layout needs
+    the ids of all.) Who ran ahead would write over what that rank has yet to read.
     """
-    num_tokens, top_k = sizes.num_tokens, sizes.top_k
+    num_tokens, hidden = sizes.num_tokens, sizes.hidden
     total = num_ranks * num_tokens
 
-    def one_call(i: Any, carry: Any, first_call: Any) -> Any:
-        x, wrong, state = carry
-        call = first_call + i
-        receives = lax.axis_index(AXIS) == call // 16 % num_ranks
-        state = stall(jnp.where(receives, 3, 0), state)
-        experts = call // 16 % num_ranks * top_k + jnp.arange(top_k, dtype=jnp.int32)
-        _, recv = jax_ep.layout_and_dispatch(
-            x,
-            after(state, jnp.broadcast_to(experts, (num_tokens, top_k))),
-            num_experts=num_ranks * top_k,
-            axis_name=AXIS,
-            capacity=total * top_k,
-            zero_tail=False,
-        )
-        token = jnp.arange(total * top_k, dtype=jnp.int32) % total
-        bad = (recv.tokens != _race_rows(sizes.hidden, call, token)).any(axis=1) & receives
-        # New rows are written after, and can be over, the old ones. No row has a -77.
-        x = x + jnp.where(recv.tokens[0, 0] == -77, 2, 1)
-        return x, wrong + bad.sum(dtype=jnp.int32), state
+    def one_turn(i: Any, carry: Any, first_turn: Any, too_new: Any) -> Any:
+        receiver = (first_turn + i) % num_ranks
+        rank = lax.axis_index(AXIS)
+        token = jnp.arange(num_tokens, dtype=jnp.int32)
+        elsewhere = (receiver + 1 + token % (num_ranks - 1)) % num_ranks  # an expert a rank
+        ids = jnp.where(rank == receiver, elsewhere, -1)[:, None]
+        layout = jax_ep.make_layout(ids, num_experts=num_ranks, axis_name=AXIS, capacity=total)
+        row_token = layout.row_token % num_tokens
 
-    def function(x: jax.Array, first_call: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def one_call(call: Any, carry: Any) -> Any:
+            wrong, state = carry
+            state = stall(jnp.where(rank == receiver, 6, 0), state)
+            time = CALLS_OF_A_TURN * (first_turn + i) + call
+            y = after(state, _race_rows(hidden, time + too_new, row_token)).astype(jnp.float32)
+            out = jax_ep.combine(y, layout)
+            right = _race_rows(hidden, time, token).astype(jnp.float32)
+            bad = (out != jnp.where(rank == receiver, right, 0)).any(axis=1)
+            return wrong + bad.sum(dtype=jnp.int32), state
+
+        return lax.fori_loop(0, CALLS_OF_A_TURN, one_call, carry)
+
+    def function(first_turn: jax.Array, too_new: jax.Array) -> jax.Array:
         zero = lax.axis_index(AXIS) * 0
-        x, wrong, state = lax.fori_loop(
-            0, num_calls, lambda i, carry: one_call(i, carry, first_call), (x, zero, zero)
+        wrong, state = lax.fori_loop(
+            0, num_turns, lambda i, carry: one_turn(i, carry, first_turn, too_new), (zero, zero)
         )
-        return x, after(state, wrong)
+        return after(state, wrong)
 
     return function
 
@@ -507,6 +508,7 @@ def _race_rows(hidden: int, time: Any, flat_token: Any) -> jax.Array:
     return time + 3 * jnp.arange(hidden, dtype=jnp.int32) + 64 * flat_token[:, None]
 
 
+CALLS_OF_A_TURN = 16
 STORED_ON = "rows stored on"  # by the receiver; there are none if K is 1
 RACE_CHECKS = (
     "recv_src",
