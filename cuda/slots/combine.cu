@@ -372,7 +372,8 @@ cudaError_t Launch(const GroupView& group, const CombineArguments& a, int num_sm
   if (!fits_slots(sizes, group.slot_area_bytes)) return cudaErrorInvalidValue;
   const Units units = DivideRows(a.num_tokens, row_bytes / kRowAlignment, num_sms, 1);
   const int64_t num_sent = int64_t{group.num_ranks - 1} * units.count;
-  const Blocks blocks = DivideBlocks(num_sent, units.count, num_sms);
+  // Both halves of the work read rows and add: what is sent is summed first.
+  const Blocks blocks = DivideBlocks(num_sent, units.count, num_sms, 2);
   const int64_t num_receivers = blocks.count - blocks.first_receiver;
   const int64_t most_units = std::max(
       blocks.num_senders > 0 ? (num_sent + blocks.num_senders - 1) / blocks.num_senders : 0,

@@ -191,11 +191,15 @@ class Dispatcher {
   __device__ __noinline__ static void zero_padding(const LayoutAndDispatchArguments& a,
                                                    BlockTables tables, Rows rows, int32_t warp,
                                                    int32_t num_warps) {
-    for (int32_t local = warp; local < tables.num_local(); local += num_warps) {
-      const BlockTables::Padding padding = tables.padding_of(tables.first_local() + local);
-      for (int32_t i = padding.begin; i < padding.end; ++i) {
-        zero_row(a, rows, i);
-        if (threadIdx.x % 32 == 0) a.recv_src[i] = kNoSource;
+    // Few experts can have much: then several warps share that of one.
+    const int32_t num_local = tables.num_local(), parts = max(1, num_warps / num_local);
+    for (int32_t i = warp; i < num_local * parts; i += num_warps) {
+      const int32_t part = i / num_local;
+      const BlockTables::Padding padding =
+          tables.padding_of(tables.first_local() + i - part * num_local);
+      for (int32_t row = padding.begin + part; row < padding.end; row += parts) {
+        zero_row(a, rows, row);
+        if (threadIdx.x % 32 == 0) a.recv_src[row] = kNoSource;
       }
     }
   }
@@ -314,7 +318,8 @@ cudaError_t LaunchLayoutAndDispatchInSlots(const GroupView& group,
   const bool has_peers = group.num_ranks > 1;
   // One more, so that some block has no unit, and time for what only one of them does.
   const int64_t num_received = int64_t{group.num_ranks} * units.count + 1;
-  const Blocks blocks = DivideBlocks(has_peers ? units.count : 0, num_received, num_sms);
+  // Those that receive store each row as often as it has experts here.
+  const Blocks blocks = DivideBlocks(has_peers ? units.count : 0, num_received, num_sms, 3);
   const TableSteps steps =
       TableStepsOf(group.num_ranks, a.num_tokens, a.top_k, a.num_experts, blocks.num_senders);
   const int64_t shared_bytes =

@@ -75,11 +75,14 @@ constexpr Units DivideRows(int64_t num_tokens, int64_t row_vectors, int32_t num_
 struct Blocks {
   int32_t count, num_senders, first_receiver;
 };
-// `num_sent`, `num_received`: units of all ranks, at least one to receive. A link is filled by far
-// fewer SMs than a quarter of a GPU's.
-constexpr Blocks DivideBlocks(int64_t num_sent, int64_t num_received, int32_t num_sms) {
+// `num_sent`, `num_received`: units of all ranks, at least one to receive. No more than one SM in
+// `share` sends, and no more than a link can use: a quarter of a GPU's.
+constexpr Blocks DivideBlocks(int64_t num_sent, int64_t num_received, int32_t num_sms,
+                              int32_t share) {
+  constexpr int32_t kMostSenders = 33;
   if (num_sms > kMaxBlocks) num_sms = kMaxBlocks;
-  const int64_t most = num_sms / 4 > 1 ? num_sms / 4 : 1;
+  const int32_t part = num_sms / share;
+  const int64_t most = part < 1 ? 1 : part < kMostSenders ? part : kMostSenders;
   Blocks blocks{};
   blocks.num_senders = static_cast<int32_t>(num_sent < most ? num_sent : most);
   blocks.first_receiver = num_sms > 1 ? blocks.num_senders : 0;
@@ -88,11 +91,14 @@ constexpr Blocks DivideBlocks(int64_t num_sent, int64_t num_received, int32_t nu
       blocks.first_receiver + static_cast<int32_t>(num_received < left ? num_received : left);
   return blocks;
 }
-static_assert(DivideBlocks(4, 9, 132).num_senders == 4 && DivideBlocks(4, 9, 132).count == 13);
-static_assert(DivideBlocks(512, 1025, 132).first_receiver == 33 &&
-              DivideBlocks(512, 1025, 132).count == 132);
-static_assert(DivideBlocks(9, 9, 1).count == 1 && DivideBlocks(9, 9, 1).num_senders == 1 &&
-              DivideBlocks(9, 9, 1).first_receiver == 0 && DivideBlocks(0, 9, 1).num_senders == 0);
+static_assert(DivideBlocks(4, 9, 132, 3).num_senders == 4 &&
+              DivideBlocks(4, 9, 132, 3).count == 13);
+static_assert(DivideBlocks(512, 1025, 132, 2).first_receiver == 33 &&
+              DivideBlocks(512, 1025, 132, 2).count == 132);
+static_assert(DivideBlocks(512, 1025, 24, 2).num_senders == 12);
+static_assert(DivideBlocks(9, 9, 1, 2).count == 1 && DivideBlocks(9, 9, 1, 2).num_senders == 1 &&
+              DivideBlocks(9, 9, 1, 2).first_receiver == 0 &&
+              DivideBlocks(0, 9, 1, 2).num_senders == 0);
 
 static_assert(DivideRows(1, 896, 132, 1).count == 4 &&
               DivideRows(128, 896, 132, 1).piece_vectors == 448);

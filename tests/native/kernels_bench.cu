@@ -1,6 +1,7 @@
 // Times the kernels through cuda/launch.h on the GPUs of this process, one rank a GPU, without XLA
 // or Python: what a kernel can do before anything is around it. For development; what users get is
-// measured by python -m jax_ep.bench.
+// measured by python -m jax_ep.bench. With more ranks than GPUs these are shared, and with them their
+// SMs and memory: good for comparing one build with another, for nothing else.
 //
 //   kernels_bench [--ranks=2] [--tokens=4096] [--top-k=8] [--hidden=7168] [--experts=256]
 //                 [--num-sms=0,24] [--ops=layout,dispatch,...] [--calls=10] [--repeats=9]
@@ -71,6 +72,7 @@ struct Sizes {
 };
 struct Options : Sizes {
   int calls = 10, repeats = 9, checks = 1;
+  int num_devices = 0, max_sms = 0;  // of a rank; found
   std::vector<int> num_sms = {0, 24};
   std::vector<std::string> ops{std::begin(kOps), std::end(kOps)};
 };
@@ -113,18 +115,18 @@ Options Parse(int argc, char** argv) {
       std::exit(1);
     }
   }
-  int num_devices = 0, num_sms = 0;
-  CHECK_CUDA(cudaGetDeviceCount(&num_devices));
-  if (num_devices > 0) {
-    CHECK_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
-  }
   const auto require = [](bool condition, const char* what) {
     if (condition) return;
     std::printf("%s\n", what);
     std::exit(1);
   };
-  require(o.ranks >= 1 && o.ranks <= std::min(num_devices, kMaxRanks),
-          "ranks: from 1 to the number of devices, at most 8");
+  CHECK_CUDA(cudaGetDeviceCount(&o.num_devices));
+  require(o.num_devices > 0, "no device");
+  require(o.ranks >= 1 && o.ranks <= kMaxRanks, "ranks: from 1 to 8");
+  o.num_devices = std::min(o.num_devices, o.ranks);
+  int num_sms = 0;
+  CHECK_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
+  o.max_sms = num_sms / ((o.ranks + o.num_devices - 1) / o.num_devices);
   require(o.experts >= 1 && o.experts <= kMaxExperts && o.experts % o.ranks == 0,
           "experts: a multiple of ranks, at most 1024");
   require(o.top_k >= 1 && o.top_k <= std::min(o.experts, kMaxTopK), "top-k: from 1 to 32");
@@ -133,7 +135,7 @@ Options Parse(int argc, char** argv) {
           "tokens: at least 1, fewer than 2^31 ids in all");
   require(o.calls >= 1 && o.repeats >= 1, "calls, repeats: at least 1");
   for (const int n : o.num_sms) {
-    require(n >= 0 && n <= std::min(num_sms, kMaxBlocks), "num-sms: at most what the device has");
+    require(n >= 0 && n <= std::min(o.max_sms, kMaxBlocks), "num-sms: at most what a rank has");
   }
   for (const std::string& op : o.ops) {
     require(std::find(std::begin(kOps), std::end(kOps), op) != std::end(kOps), "unknown operation");
@@ -315,9 +317,11 @@ class Bench {
     const int64_t rows = capacity_, tokens = o_.tokens, ids_here = tokens * o_.top_k;
     const int64_t most_rows = std::max(rows, num_rows());  // of either form
     for (int r = 0; r < o_.ranks; ++r) {
-      CHECK_CUDA(cudaSetDevice(r));
+      CHECK_CUDA(cudaSetDevice(r % o_.num_devices));
       for (int q = 0; q < o_.ranks; ++q) {
-        if (q != r) CHECK_CUDA(cudaDeviceEnablePeerAccess(q, 0));
+        if (q != r && r < o_.num_devices && q < o_.num_devices) {
+          CHECK_CUDA(cudaDeviceEnablePeerAccess(q, 0));
+        }
       }
       Rank& b = all_.rank[r];
       CHECK_CUDA(cudaStreamCreateWithFlags(&b.stream, cudaStreamNonBlocking));
@@ -357,7 +361,6 @@ class Bench {
       CHECK_CUDA(PrepareKernels());
       CHECK_CUDA(PrepareProbes());
       CHECK_CUDA(cudaDeviceSynchronize());
-      CHECK_CUDA(cudaDeviceGetAttribute(&all_sms_, cudaDevAttrMultiProcessorCount, r));
     }
   }
 
@@ -368,7 +371,7 @@ class Bench {
     constexpr int kRounds = 20;
     std::vector<char*> from(o_.ranks), to(o_.ranks);
     for (int r = 0; r < o_.ranks; ++r) {
-      CHECK_CUDA(cudaSetDevice(r));
+      CHECK_CUDA(cudaSetDevice(r % o_.num_devices));
       from[r] = Allocate<char>(kRows * kRowBytes);
       to[r] = Allocate<char>(kRows * kRowBytes);
     }
@@ -376,7 +379,7 @@ class Bench {
     for (int repeat = 0; repeat < 2; ++repeat) {  // the first one warms up
       slowest = 0;
       for (int r = 0; r < o_.ranks; ++r) {
-        CHECK_CUDA(cudaSetDevice(r));
+        CHECK_CUDA(cudaSetDevice(r % o_.num_devices));
         const Rank& b = all_.rank[r];
         ProbeCopy copy{};
         copy.src = from[r];
@@ -388,7 +391,7 @@ class Bench {
         copy.status = probe_status_ + r;
         copy.timeout_ns = 1'000'000'000;
         CHECK_CUDA(cudaEventRecord(b.begin, b.stream));
-        CHECK_CUDA(LaunchProbeCopy(copy, all_sms_, b.stream));
+        CHECK_CUDA(LaunchProbeCopy(copy, o_.max_sms, b.stream));
         CHECK_CUDA(cudaEventRecord(b.end, b.stream));
       }
       for (int r = 0; r < o_.ranks; ++r) slowest = std::max(slowest, Microseconds(all_.rank[r]));
@@ -411,7 +414,7 @@ class Bench {
                 wire_bytes_ / 1e6);
     std::printf("%-21s %5s %10s %10s %10s %9s %7s\n", "operation", "SMs", "median us", "least",
                 "most", "of wire", "wrong");
-    for (int r = 0; r < o_.ranks; ++r) Launch("layout", r, all_sms_);
+    for (int r = 0; r < o_.ranks; ++r) Launch("layout", r, o_.max_sms);
     Synchronize();
     bool good = true;
     for (const int wanted : o_.num_sms) {
@@ -420,7 +423,7 @@ class Bench {
           std::printf("%-21s does not fit\n", op.c_str());
           continue;
         }
-        good = Time(op, wanted > 0 ? wanted : all_sms_) && good;
+        good = Time(op, wanted > 0 ? wanted : o_.max_sms) && good;
       }
     }
     return good;
@@ -470,7 +473,7 @@ class Bench {
   }
 
   void Launch(const std::string& op, int rank, int num_sms) const {
-    CHECK_CUDA(cudaSetDevice(rank));
+    CHECK_CUDA(cudaSetDevice(rank % o_.num_devices));
     const Rank& b = all_.rank[rank];
     const auto dispatch = [&](DispatchMode mode, bool expand = true) {
       DispatchArguments a = test::DispatchOf(call_sizes(), b, mode);
@@ -524,7 +527,7 @@ class Bench {
 
   void Synchronize() const {
     for (int r = 0; r < o_.ranks; ++r) {
-      CHECK_CUDA(cudaSetDevice(r));
+      CHECK_CUDA(cudaSetDevice(r % o_.num_devices));
       CHECK_CUDA(cudaStreamSynchronize(all_.rank[r].stream));
     }
     for (int r = 0; r < o_.ranks; ++r) {
@@ -540,7 +543,7 @@ class Bench {
   bool Time(const std::string& op, int num_sms) {
     std::vector<cudaGraphExec_t> graphs(o_.ranks);
     for (int r = 0; r < o_.ranks; ++r) {
-      CHECK_CUDA(cudaSetDevice(r));
+      CHECK_CUDA(cudaSetDevice(r % o_.num_devices));
       cudaGraph_t graph;
       CHECK_CUDA(cudaStreamBeginCapture(all_.rank[r].stream, cudaStreamCaptureModeRelaxed));
       for (int i = 0; i < o_.calls; ++i) Launch(op, r, num_sms);
@@ -650,7 +653,7 @@ class Bench {
     const int64_t rows = capacity_, tokens = o_.tokens, ids = tokens * o_.top_k;
     for (int r = 0; r < o_.ranks; ++r) {
       const Rank& b = all_.rank[r];
-      CHECK_CUDA(cudaSetDevice(r));
+      CHECK_CUDA(cudaSetDevice(r % o_.num_devices));
       const auto poison = [&](void* data, int64_t bytes) {
         CHECK_CUDA(cudaMemsetAsync(data, 0xff, bytes, b.stream));
       };
@@ -675,7 +678,7 @@ class Bench {
     }
     Synchronize();
     for (int r = 0; r < o_.ranks; ++r) {
-      CHECK_CUDA(cudaSetDevice(r));
+      CHECK_CUDA(cudaSetDevice(r % o_.num_devices));
       const cudaStream_t stream = all_.rank[r].stream;
       if (has_layout) CheckCounts<<<1, 1, 0, stream>>>(all_, r, o_);
       if (has_rows) CheckRows<<<1024, 256, 0, stream>>>(all_, r, o_, capacity_, op == "gradient");
@@ -703,7 +706,6 @@ class Bench {
   uint32_t* probe_status_;
   int64_t capacity_ = 0;
   double wire_bytes_ = 0, wire_rate_ = 0;
-  int all_sms_ = 0;
 };
 
 }  // namespace
