@@ -47,7 +47,7 @@ void CompareNotice(const Group& group, const Data& d, int rank) {
   group.error(rank).invalid_ids = 0;
 }
 
-void CompareCase(const Data& d, int rank, const Buffers& b) {
+void CompareTablesAndSums(const Data& d, int rank, const Buffers& b) {
   Compare("send_row", rank, b.send_row.Read(), d.send_row[rank]);
   Compare("recv_src", rank, b.recv_src.Read(), d.recv_src[rank]);
   Compare("recv_order", rank, b.recv_order.Read(), d.recv_order[rank]);
@@ -56,17 +56,19 @@ void CompareCase(const Data& d, int rank, const Buffers& b) {
   Compare("expert_counts", rank, b.expert_counts.Read(), d.expert_counts[rank]);
   Compare("expert_load", rank, b.expert_load.Read(), d.expert_load);
   Compare("counters", rank, b.counters.Read(), d.counters[rank]);
-  const int64_t num_specified = NumSpecified(d, rank);
-  Compare("tokens", rank, b.tokens.Read(), d.tokens[rank], num_specified * d.row_bytes);
   CompareNumbers("out", rank, d.type, b.out.Read(), d.out[rank]);
-  if (d.weighted) {
-    Compare("weights", rank, b.weights.Read(), d.weights[rank], num_specified);
-    Compare("collected", rank, b.collected.Read(), d.collected[rank]);
-  }
+  if (d.weighted) Compare("collected", rank, b.collected.Read(), d.collected[rank]);
   // Operands are not written.
   Compare("x", rank, b.x.Read(), d.x[rank]);
   Compare("g", rank, b.g.Read(), d.g[rank]);
   Compare("ids", rank, b.ids.Read(), d.ids[rank]);
+}
+
+void CompareCase(const Data& d, int rank, const Buffers& b) {
+  CompareTablesAndSums(d, rank, b);
+  const int64_t num_specified = NumSpecified(d, rank);
+  Compare("tokens", rank, b.tokens.Read(), d.tokens[rank], num_specified * d.row_bytes);
+  if (d.weighted) Compare("weights", rank, b.weights.Read(), d.weights[rank], num_specified);
 }
 
 // Queued on all ranks without waiting in between; twice, so that the second time meets what the

@@ -14,6 +14,7 @@
 #include "cuda/sync/leave.cuh"
 #include "tests/native/check_cuda.h"
 #include "tests/native/kernels_compare.h"
+#include "tests/native/kernels_forms.h"
 #include "tests/native/kernels_test.h"
 
 namespace jax_ep::gpu::test {
@@ -161,7 +162,6 @@ void RequireFilled(OpKind op, const Buffers& b, const Data& d) {
 }
 
 // All that peers may write in a call.
-constexpr int kOverwritten = 0x5a;
 void OverwriteWhatPeersWrite(Buffers& b, cudaStream_t stream) {
   for (Buffer<uint8_t>* rows : {&b.tokens, &b.partial, &b.d_y}) rows->Fill(kOverwritten, stream);
   for (Buffer<float>* values : {&b.weights, &b.collected, &b.d_weights}) {
@@ -185,31 +185,16 @@ void RequireStillOverwritten(OpKind op, const Buffers& b) {
   }
 }
 
-// Dispatch in any form, on the tables of a rank's buffers. Its results lie in buffers of their own,
-// each with a guard behind it that no call may write.
+// Dispatch in any form, on the tables of a rank's buffers, with guards behind its results.
 class GuardedDispatch {
  public:
-  GuardedDispatch(const Data& d, Buffers& tables, DispatchMode mode, bool expand)
-      : mode_(mode),
-        expand_(expand),
-        num_rows_(expand ? d.capacity : d.num_ranks * d.num_tokens + 1),
-        num_scales_(has_scales() ? num_block_scales(d.num_channels) : 0),
-        tokens_bytes_(num_rows_ * (has_scales() ? d.num_channels : d.row_bytes)),
-        scales_bytes_(num_rows_ * num_scales_ * sizeof(float)),
-        weights_bytes_(d.capacity * sizeof(float)),
-        x_scales_(d.num_tokens * num_scales_),
-        tokens_(tokens_bytes_ + kGuardBytes),
-        scales_(scales_bytes_ + kGuardBytes),
-        weights_(weights_bytes_ + kGuardBytes) {
-    for (Buffer<uint8_t>* result : {&tokens_, &scales_, &weights_}) result->Fill(kOverwritten);
-    CallBuffers<uint8_t> pointers = tables.Pointers();
-    pointers.tokens = tokens_.get();
-    pointers.scales = reinterpret_cast<float*>(scales_.get());
-    pointers.weights = reinterpret_cast<float*>(weights_.get());
-    pointers.x_scales = x_scales_.get();
-    arguments_ = DispatchOf(Buffers::Sizes(d), pointers, mode);
-    arguments_.num_rows = num_rows_;
-    arguments_.expand = expand;
+  GuardedDispatch(const Data& d, Buffers& tables, const Form& form)
+      : data_(d),
+        buffers_(d, form, std::vector<uint8_t>(d.num_tokens * form.x_row_bytes(d)),
+                 std::vector<float>(d.num_tokens * form.num_scales), kGuardBytes),
+        arguments_(tables.Dispatch(d)) {
+    Overwrite(buffers_);
+    buffers_.Set(d, arguments_);
     CHECK_CUDA(cudaDeviceSynchronize());
   }
 
@@ -218,7 +203,7 @@ class GuardedDispatch {
   }
 
   // What a rank that has these results sends its peers in its first call.
-  StartMail Mail(uint64_t operation) {
+  StartMail Mail(uint64_t operation) const {
     StartMail mail{};
     for (Shown& shown : mail.shown) shown.epoch = 1;
     mail.shown[0].value = reinterpret_cast<uint64_t>(arguments_.tokens);
@@ -228,36 +213,11 @@ class GuardedDispatch {
     return mail;
   }
 
-  // All bits of the results are set, which is NaN in every float type, and no others.
-  void RequireFilled() const {
-    const auto require = [&](const char* name, const Buffer<uint8_t>& result, size_t num_bytes) {
-      const std::vector<uint8_t> bytes = result.Read();
-      const auto end =
-          std::find_if(bytes.begin(), bytes.end(), [](uint8_t v) { return v != 0xff; });
-      const auto num_filled = static_cast<size_t>(end - bytes.begin());
-      REQUIRE(num_filled == num_bytes, "mode %d, expand %d: %zu bytes of %s, not %zu, are NaN",
-              static_cast<int>(mode_), expand_, num_filled, name, num_bytes);
-      REQUIRE(std::all_of(end, bytes.end(), [](uint8_t v) { return v == kOverwritten; }),
-              "mode %d, expand %d: written behind %s", static_cast<int>(mode_), expand_, name);
-    };
-    require("tokens", tokens_, tokens_bytes_);
-    require("scales", scales_, scales_bytes_);
-    require("weights", weights_, weights_bytes_);
-  }
+  void RequireFilled() const { RequireFormFilled(data_, buffers_); }
 
  private:
-  static constexpr size_t kGuardBytes = 1 << 20;
-
-  bool has_scales() const {
-    return mode_ == DispatchMode::kQuantize || mode_ == DispatchMode::kScaled;
-  }
-
-  const DispatchMode mode_;
-  const bool expand_;
-  const int64_t num_rows_, num_scales_;
-  const size_t tokens_bytes_, scales_bytes_, weights_bytes_;
-  Buffer<float> x_scales_;
-  Buffer<uint8_t> tokens_, scales_, weights_;
+  const Data& data_;
+  FormBuffers buffers_;
   DispatchArguments arguments_;
 };
 
@@ -313,8 +273,9 @@ void TestBreakOnTheWay(int num_tokens, uint64_t num_units) {
     const Data d = MakeData(c, 2, 11);
     Buffers b(d, 0), other(d, 1);
     b.WriteTables(d, 0);
-    for (const DispatchMode mode : {DispatchMode::kCopy, DispatchMode::kQuantize}) {
-      GuardedDispatch call(d, b, mode, /*expand=*/false), at_other(d, other, mode, false);
+    for (const Form& form : {Form{DispatchMode::kCopy, /*expand=*/false},
+                             Quantizing(d, DispatchMode::kQuantize, /*expand=*/false, false)}) {
+      GuardedDispatch call(d, b, form), at_other(d, other, form);
       break_call(OpKind::kDispatch, at_other.Mail(kOperation),
                  [&](const GroupView& view, cudaStream_t stream) { call.Launch(view, 1, stream); });
       call.RequireFilled();
@@ -357,20 +318,17 @@ void TestStall(int num_sms) {
   SynchronizeOrDie(group.stream(0));
   for (const OpKind op : later) RequireFilled(op, b, d);
   for (const int capacity_percent : kCapacityPercents) {
-    // Five scales a row, no multiple of 16 bytes.
+    // Five scales of blocks a row, no multiple of 16 bytes.
     const Data wide = MakeData(
         {16, 2, 2, 1, 640, FloatType::kBF16, Routing::kUniform, capacity_percent, true, true}, 2,
         7);
     Buffers tables(wide, 0);
     tables.WriteTables(wide, 0);
-    for (const DispatchMode mode : {DispatchMode::kCopy, DispatchMode::kQuantize,
-                                    DispatchMode::kDequantize, DispatchMode::kScaled}) {
-      for (const bool expand : {false, true}) {
-        GuardedDispatch call(wide, tables, mode, expand);
-        call.Launch(group.View(0, 2, 2, 60 * kSecond), num_sms, group.stream(0));
-        SynchronizeOrDie(group.stream(0));
-        call.RequireFilled();
-      }
+    for (const Form& form : FormsToFail(wide)) {
+      GuardedDispatch call(wide, tables, form);
+      call.Launch(group.View(0, 2, 2, 60 * kSecond), num_sms, group.stream(0));
+      SynchronizeOrDie(group.stream(0));
+      call.RequireFilled();
     }
   }
   REQUIRE(SecondsSince(again) < 20, "calls after the timeout waited");

@@ -13,6 +13,7 @@
 #include "cuda/sync/give_up.cuh"
 #include "tests/native/check_cuda.h"
 #include "tests/native/kernels_compare.h"
+#include "tests/native/kernels_forms.h"
 #include "tests/native/kernels_test.h"
 
 namespace jax_ep::gpu::test {
@@ -20,16 +21,20 @@ namespace {
 
 constexpr uint64_t kTimeout = 10 * kSecond;  // so that a broken protocol ends soon
 
-// A case of a group of some of the devices, and how its calls are made.
+// A case of a group of some of the devices, in what form rows are dispatched, and how its calls are
+// made.
 struct Call {
   Data data;
+  FormData form_data;
   std::vector<int> slots;  // of the devices, by rank
   bool dispatches_in_slots, combines_in_slots;
   int num_sms;
   std::vector<std::unique_ptr<Buffers>> buffers;
+  std::vector<std::unique_ptr<FormBuffers>> form_buffers;
 };
 
-Case DrawCase(std::mt19937_64& rng, int num_ranks) {
+// Of rows that may be dispatched in that mode.
+Case DrawCase(std::mt19937_64& rng, int num_ranks, DispatchMode mode) {
   const auto draw = [&](int64_t n) { return static_cast<int64_t>(rng() % n); };
   const FloatType types[] = {FloatType::kF32, FloatType::kF16, FloatType::kBF16};
   const int64_t alignments[] = {1, 1, 4, 16, 128};
@@ -40,7 +45,8 @@ Case DrawCase(std::mt19937_64& rng, int num_ranks) {
   c.top_k = 1 + draw(draw(4) == 0 ? kMaxTopK : 8);
   c.alignment = alignments[draw(5)];
   c.type = types[draw(3)];
-  const int64_t vector = 16 / TypeBytes(c.type);
+  const int64_t vector =
+      mode == DispatchMode::kCopy ? kRowAlignment / TypeBytes(c.type) : kRowAlignment;
   // So many numbers in all the oracle gets through soon.
   const int64_t ids = num_ranks * c.num_tokens * c.top_k;
   c.has_own_room = draw(2) == 0 && c.experts_per_rank * ids <= 4096;
@@ -56,6 +62,17 @@ Case DrawCase(std::mt19937_64& rng, int num_ranks) {
   return c;
 }
 
+Form DrawForm(std::mt19937_64& rng, const Data& d, DispatchMode mode) {
+  const bool expand = rng() % 3 != 0;
+  if (mode == DispatchMode::kCopy) return {mode, expand};
+  if (mode != DispatchMode::kScaled) return Quantizing(d, mode, expand, rng() % 2 == 0);
+  // Mostly numbers that slots take.
+  const int64_t num_scales[] = {4, d.num_channels / 4, d.num_channels / 16,
+                                num_block_scales(d.num_channels)};
+  return {mode, expand, num_scales[rng() % 4]};
+}
+
+// A call of combine, whose rows are the larger ones.
 bool Fits(const Case& c, int num_ranks) {
   return fits_slots({num_ranks,
                      c.num_tokens,
@@ -65,12 +82,17 @@ bool Fits(const Case& c, int num_ranks) {
                     kSlotAreaBytes);
 }
 
-Call MakeCall(const Data& data, const std::vector<int>& slots, int num_sms) {
-  Call call{data, slots, true, true, num_sms, {}};
+Call MakeCall(const Data& data, const Form& form, uint64_t seed, const std::vector<int>& slots,
+              int num_sms) {
+  Call call{data, FormOracle(data, seed).Make(form), slots, true, true, num_sms, {}, {}};
   for (int r = 0; r < data.num_ranks; ++r) {
     call.buffers.push_back(std::make_unique<Buffers>(data, r));
+    call.form_buffers.push_back(std::make_unique<FormBuffers>(data, call.form_data, r));
   }
   return call;
+}
+Call MakeCall(const Data& data, const std::vector<int>& slots, int num_sms) {
+  return MakeCall(data, {}, 0, slots, num_sms);
 }
 
 Call DrawCall(std::mt19937_64& rng, int max_ranks, int num_sms) {
@@ -79,13 +101,27 @@ Call DrawCall(std::mt19937_64& rng, int max_ranks, int num_sms) {
   std::shuffle(devices.begin(), devices.end(), rng);
   const auto num_ranks = static_cast<int>(1 + rng() % max_ranks);
   devices.resize(num_ranks);
-  Case c = DrawCase(rng, num_ranks);
-  while (!Fits(c, num_ranks)) c = DrawCase(rng, num_ranks);
+  const DispatchMode modes[] = {DispatchMode::kCopy, DispatchMode::kCopy, DispatchMode::kQuantize,
+                                DispatchMode::kDequantize, DispatchMode::kScaled};
+  const DispatchMode mode = modes[rng() % 5];
+  Case c = DrawCase(rng, num_ranks, mode);
+  while (!Fits(c, num_ranks)) c = DrawCase(rng, num_ranks, mode);
+  const Data d = MakeData(c, num_ranks, rng());
   const int sms[] = {1, 5, num_sms, num_sms};
-  Call call = MakeCall(MakeData(c, num_ranks, rng()), devices, sms[rng() % 4]);
-  call.dispatches_in_slots = rng() % 4 != 0;
+  const Form form = DrawForm(rng, d, mode);
+  Call call = MakeCall(d, form, rng(), devices, sms[rng() % 4]);
+  call.dispatches_in_slots = rng() % 4 != 0 && FitsSlots(d, form);
   call.combines_in_slots = rng() % 4 != 0;
   return call;
+}
+
+// After its calls.
+void CompareCall(const Call& call) {
+  for (int r = 0; r < call.data.num_ranks; ++r) {
+    CompareTablesAndSums(call.data, r, *call.buffers[r]);
+    CompareForm(call.data, r, call.form_data, *call.form_buffers[r],
+                call.dispatches_in_slots ? "in slots" : "on a layout");
+  }
 }
 
 // Ends when the gate is open, or after some seconds.
@@ -100,13 +136,17 @@ void Launch(const Group& group, Call& call, int rank, uint64_t operation) {
   Buffers& b = *call.buffers[rank];
   const cudaStream_t stream = group.stream(call.slots[rank]);
   const auto view = [&] { return group.View(rank, call.slots, ++operation, kTimeout); };
+  FormBuffers& rows = *call.form_buffers[rank];
   if (call.dispatches_in_slots) {
-    CHECK_CUDA(
-        LaunchLayoutAndDispatchInSlots(view(), b.LayoutAndDispatch(d), call.num_sms, stream));
+    LayoutAndDispatchArguments a = b.LayoutAndDispatch(d);
+    rows.Set(d, a);
+    CHECK_CUDA(LaunchLayoutAndDispatchInSlots(view(), a, call.num_sms, stream));
     b.Rewrite(d, rank, stream);  // nobody may read the ids any more
   } else {
     CHECK_CUDA(LaunchLayout(view(), b.Layout(d), call.num_sms, stream));
-    CHECK_CUDA(LaunchDispatch(view(), b.Dispatch(d), call.num_sms, stream));
+    DispatchArguments a = b.Dispatch(d);
+    rows.Set(d, a);
+    CHECK_CUDA(LaunchDispatch(view(), a, call.num_sms, stream));
   }
   if (call.combines_in_slots) {
     CHECK_CUDA(LaunchCombineInSlots(view(), b.Combine(d), call.num_sms, stream));
@@ -115,22 +155,98 @@ void Launch(const Group& group, Call& call, int rank, uint64_t operation) {
   }
 }
 
-const Case kSmall{16, 2, 2, 1, 64, FloatType::kBF16, Routing::kUniform, 100, true, true};
-const OpKind kOperations[] = {OpKind::kLayoutAndDispatch, OpKind::kCombine};
+// Rank 0's call in slots, of two ranks, of which rank 1 makes none: layout_and_dispatch in some form, or
+// combine.
+class LonelyCall {
+ public:
+  LonelyCall(const Data& d, OpKind op, const Form& form)
+      : d_(d),
+        op_(op),
+        b_(d, 0),
+        rows_(d, form, std::vector<uint8_t>(d.num_tokens * form.x_row_bytes(d)),
+              std::vector<float>(d.num_tokens * form.num_scales), kGuardBytes) {}
 
-// Rank 0's call in slots, of two ranks; rank 1 makes none.
-void LaunchAlone(const Group& group, OpKind op, Buffers& b, const Data& d, uint64_t operation,
-                 uint64_t arrival_timeout_ns, uint64_t progress_timeout_ns) {
-  const GroupView view = group.View(0, 2, operation, arrival_timeout_ns);
-  group.error(0).progress_timeout_ns = progress_timeout_ns;
-  const cudaStream_t stream = group.stream(0);
-  b.WriteTables(d, 0);
-  b.ClearResults();
-  CHECK_CUDA(cudaDeviceSynchronize());
-  CHECK_CUDA(op == OpKind::kCombine
-                 ? LaunchCombineInSlots(view, b.Combine(d), 4, stream)
-                 : LaunchLayoutAndDispatchInSlots(view, b.LayoutAndDispatch(d), 4, stream));
-}
+  // With results that are seen to change.
+  void Launch(const Group& group, uint64_t operation, uint64_t arrival_timeout_ns,
+              uint64_t progress_timeout_ns) {
+    const GroupView view = group.View(0, 2, operation, arrival_timeout_ns);
+    group.error(0).progress_timeout_ns = progress_timeout_ns;
+    const cudaStream_t stream = group.stream(0);
+    b_.WriteTables(d_, 0);
+    b_.ClearResults();
+    b_.expert_counts.Fill(kOverwritten);
+    b_.expert_load.Fill(kOverwritten);
+    b_.counters.Fill(kOverwritten);
+    Overwrite(rows_);
+    CHECK_CUDA(cudaDeviceSynchronize());
+    if (op_ == OpKind::kCombine) {
+      CHECK_CUDA(LaunchCombineInSlots(view, b_.Combine(d_), 4, stream));
+      return;
+    }
+    LayoutAndDispatchArguments a = b_.LayoutAndDispatch(d_);
+    rows_.Set(d_, a);
+    CHECK_CUDA(LaunchLayoutAndDispatchInSlots(view, a, 4, stream));
+  }
+
+  // It has ended, has told the host and rank 1 so, and has left NaN, -1 and 0.
+  void RequireFailed(const Group& group, uint32_t phase) const {
+    CHECK_CUDA(cudaStreamSynchronize(group.stream(0)));
+    const ErrorRecord& e = group.error(0);
+    const auto kind = static_cast<uint32_t>(op_);
+    REQUIRE(e.valid == 1 && e.kind == kind && e.slot == 0 && e.peer_slot == 1 && e.phase == phase,
+            "kind %u, slot %d, peer %d, phase %u; expected kind %u, phase %u", e.kind, e.slot,
+            e.peer_slot, e.phase, kind, phase);
+    for (int slot = 0; slot < kMaxPeers; ++slot) {
+      REQUIRE(e.not_left[slot] == 0, "slot %d: nobody has to be seen out", slot);
+    }
+    ControlBlock* peer = group.control(1);
+    uint64_t told = 0;
+    CHECK_CUDA(cudaMemcpy(&told, &peer->given_up, sizeof told, cudaMemcpyDeviceToHost));
+    REQUIRE(told == given_up_of(0, 1), "rank 1 has not been told");
+    if (op_ == OpKind::kCombine) {
+      RequireSumsFilled();
+    } else {
+      RequireFormFilled(d_, rows_);
+      RequireTablesFilled();
+    }
+  }
+
+ private:
+  void RequireSumsFilled() const {
+    const std::vector<uint8_t> out = b_.out.Read();
+    const std::vector<float> collected = b_.collected.Read();
+    int64_t num_nan = 0;
+    for (size_t i = 0; i < out.size(); i += TypeBytes(d_.type)) {
+      num_nan += std::isnan(ReadNumber(d_.type, &out[i]));
+    }
+    for (const float value : collected) num_nan += std::isnan(value);
+    const int64_t all = d_.num_tokens * (d_.num_channels + d_.top_k);
+    REQUIRE(num_nan == all, "%lld of %lld numbers are NaN", static_cast<long long>(num_nan),
+            static_cast<long long>(all));
+  }
+  void RequireTablesFilled() const {
+    const auto require = [](const char* name, const Buffer<int32_t>& table, int32_t expected) {
+      for (const int32_t value : table.Read()) {
+        if (value == expected) continue;
+        REQUIRE(false, "%s: %d, not %d", name, value, expected);
+        return;
+      }
+    };
+    require("send_row", b_.send_row, kNoRow);
+    require("recv_src", b_.recv_src, kNoSource);
+    require("recv_order", b_.recv_order, kNoSource);
+    require("recv_offsets", b_.recv_offsets, 0);
+    require("group_sizes", b_.group_sizes, 0);
+    require("expert_counts", b_.expert_counts, 0);
+    require("expert_load", b_.expert_load, 0);
+    require("counters", b_.counters, 0);
+  }
+
+  const Data& d_;
+  const OpKind op_;
+  Buffers b_;
+  FormBuffers rows_;
+};
 
 // What rank 1 has sent to rank 0 in its first call.
 void SendEntries(const Group& group, const std::vector<SlotEntry>& entries) {
@@ -142,43 +258,6 @@ void SendFlag(const Group& group, uint64_t operation) {
   const SlotFlag flag{operation, 1};
   CHECK_CUDA(
       cudaMemcpy(&group.control(0)->slot_flag[1], &flag, sizeof flag, cudaMemcpyHostToDevice));
-}
-
-void RequireFailed(const Group& group, OpKind op, uint32_t phase, const Buffers& b, const Data& d) {
-  CHECK_CUDA(cudaStreamSynchronize(group.stream(0)));
-  const ErrorRecord& e = group.error(0);
-  REQUIRE(e.valid == 1 && e.kind == static_cast<uint32_t>(op) && e.slot == 0 && e.peer_slot == 1 &&
-              e.phase == phase,
-          "kind %u, slot %d, peer %d, phase %u; expected kind %u, phase %u", e.kind, e.slot,
-          e.peer_slot, e.phase, static_cast<uint32_t>(op), phase);
-  for (int slot = 0; slot < kMaxPeers; ++slot) {
-    REQUIRE(e.not_left[slot] == 0, "slot %d: nobody has to be seen out", slot);
-  }
-  ControlBlock* peer = group.control(1);
-  uint64_t told = 0;
-  CHECK_CUDA(cudaMemcpy(&told, &peer->given_up, sizeof told, cudaMemcpyDeviceToHost));
-  REQUIRE(told == given_up_of(0, 1), "rank 1 has not been told");
-  const auto are_nan = [&](const std::vector<uint8_t>& rows) {
-    for (size_t i = 0; i + TypeBytes(d.type) <= rows.size(); i += TypeBytes(d.type)) {
-      if (!std::isnan(ReadNumber(d.type, rows.data() + i))) return false;
-    }
-    return true;
-  };
-  const auto all_nan = [](const std::vector<float>& v) {
-    return std::all_of(v.begin(), v.end(), [](float x) { return std::isnan(x); });
-  };
-  const auto all_are = [](const std::vector<int32_t>& v, int32_t value) {
-    return std::all_of(v.begin(), v.end(), [&](int32_t x) { return x == value; });
-  };
-  if (op == OpKind::kCombine) {
-    REQUIRE(are_nan(b.out.Read()) && all_nan(b.collected.Read()), "not NaN");
-  } else {
-    REQUIRE(are_nan(b.tokens.Read()) && all_nan(b.weights.Read()), "not NaN");
-    REQUIRE(all_are(b.send_row.Read(), -1) && all_are(b.recv_src.Read(), -1) &&
-                all_are(b.recv_order.Read(), -1) && all_are(b.recv_offsets.Read(), 0) &&
-                all_are(b.expert_load.Read(), 0) && all_are(b.counters.Read(), 0),
-            "tables");
-  }
 }
 
 }  // namespace
@@ -200,9 +279,10 @@ void TestSlots(int num_sequences, int max_ranks, int num_sms, uint64_t seed) {
     RequireNoError(group, kMaxRanks);
     for (Call& call : calls) {
       const int num_wrong_before = g_tally.num_wrong;
-      for (int r = 0; r < call.data.num_ranks; ++r) CompareCase(call.data, r, *call.buffers[r]);
+      CompareCall(call);
       if (g_tally.num_wrong != num_wrong_before) {
-        std::printf("  sequence %d: dispatch %s, combine %s\n", sequence,
+        std::printf("  sequence %d: dispatch%s, %s, combine %s\n", sequence,
+                    call.form_data.form.name().c_str(),
                     call.dispatches_in_slots ? "in slots" : "general",
                     call.combines_in_slots ? "in slots" : "general");
         PrintCase(call.data, "slots", call.num_sms);
@@ -268,52 +348,59 @@ void TestSlotReuse() {
     }
     CHECK_CUDA(cudaDeviceSynchronize());
     RequireNoError(group, 2);
-    for (const Call& call : calls) {
-      for (int r = 0; r < 2; ++r) CompareCase(call.data, r, *call.buffers[r]);
-    }
+    for (const Call& call : calls) CompareCall(call);
   }
 }
 
 void TestSlotFailures() {
-  const Data d = MakeData(kSmall, 2, 41);
-  Buffers b(d, 0);
   constexpr uint64_t kOperation = 5;
-  constexpr uint64_t kShort = kSecond / 2, kLong = 600 * kSecond;
-  std::vector<SlotEntry> entries;
-  for (size_t i = 0; i < d.ids[1].size(); ++i) {
-    entries.push_back({d.ids[1][i], d.topk_weights[1][i], 1});
-  }
-  for (const OpKind op : kOperations) {
-    {                     // Rank 1 never comes. Calls after that end at once.
-      const Group group;  // of its own: it will be broken
-      LaunchAlone(group, op, b, d, kOperation, kShort, kLong);
-      RequireFailed(group, op, kStart, b, d);
-      REQUIRE(group.error(0).expected_epoch == 1 && group.error(0).seen_epoch == 0, "epochs");
-      LaunchAlone(group, op, b, d, kOperation, kLong, kLong);
-      RequireFailed(group, op, kStart, b, d);
+  constexpr uint64_t kShort = kSecond / 10, kLong = 600 * kSecond;
+  for (const bool has_own_room : {false, true}) {
+    const Data d = MakeData(
+        {16, 2, 2, 1, 640, FloatType::kBF16, Routing::kUniform, 100, true, true, has_own_room}, 2,
+        41);
+    std::vector<SlotEntry> entries;
+    for (size_t i = 0; i < d.ids[1].size(); ++i) {
+      entries.push_back({d.ids[1][i], d.topk_weights[1][i], 1});
     }
-    {  // It has come: its ids are here, and its flag.
-      const Group group;
-      SendEntries(group, entries);
-      SendFlag(group, kOperation);
-      LaunchAlone(group, op, b, d, kOperation, kLong, kShort);
-      RequireFailed(group, op, kEnd, b, d);
+    std::vector<std::unique_ptr<LonelyCall>> calls;
+    calls.push_back(std::make_unique<LonelyCall>(d, OpKind::kCombine, Form{}));
+    for (const Form& form : FormsToFail(d)) {
+      if (has_own_room && form.mode != DispatchMode::kCopy) continue;
+      calls.push_back(std::make_unique<LonelyCall>(d, OpKind::kLayoutAndDispatch, form));
     }
-    for (const bool is_in_slots : {false, true}) {  // It is in another call, of the same sizes.
-      const Group group;
-      SendEntries(group, entries);
-      if (is_in_slots) {
-        SendFlag(group, kOperation + 1);
-      } else {
-        const Shown shown{kOperation + 1, 1};
-        CHECK_CUDA(cudaMemcpy(&group.control(0)->start[1].shown[kNumAddresses], &shown,
-                              sizeof shown, cudaMemcpyHostToDevice));
+    for (const auto& call : calls) {
+      {                     // Rank 1 never comes. Calls after that end at once.
+        const Group group;  // of its own: it will be broken
+        call->Launch(group, kOperation, kShort, kLong);
+        call->RequireFailed(group, kStart);
+        REQUIRE(group.error(0).expected_epoch == 1 && group.error(0).seen_epoch == 0, "epochs");
+        call->Launch(group, kOperation, kLong, kLong);
+        call->RequireFailed(group, kStart);
       }
-      LaunchAlone(group, op, b, d, kOperation, kLong, kLong);
-      RequireFailed(group, op, kOtherCall, b, d);
-      REQUIRE(group.error(0).expected_epoch == kOperation &&
-                  group.error(0).seen_epoch == kOperation + 1,
-              "operations");
+      {  // It has come: its ids are here, and its flag.
+        const Group group;
+        SendEntries(group, entries);
+        SendFlag(group, kOperation);
+        call->Launch(group, kOperation, kLong, kShort);
+        call->RequireFailed(group, kEnd);
+      }
+      for (const bool is_in_slots : {false, true}) {  // It is in another call, of the same sizes.
+        const Group group;
+        SendEntries(group, entries);
+        if (is_in_slots) {
+          SendFlag(group, kOperation + 1);
+        } else {
+          const Shown shown{kOperation + 1, 1};
+          CHECK_CUDA(cudaMemcpy(&group.control(0)->start[1].shown[kNumAddresses], &shown,
+                                sizeof shown, cudaMemcpyHostToDevice));
+        }
+        call->Launch(group, kOperation, kLong, kLong);
+        call->RequireFailed(group, kOtherCall);
+        REQUIRE(group.error(0).expected_epoch == kOperation &&
+                    group.error(0).seen_epoch == kOperation + 1,
+                "operations");
+      }
     }
   }
 }

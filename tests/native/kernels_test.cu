@@ -109,8 +109,8 @@ int main(int argc, char** argv) {
       for (const int sms : {1, 5, num_sms / num_ranks - 1}) {
         if (small && sms != 5) continue;
         RunCase(group, d, sms, seed++);
-        if (HasFp8(d)) RunFp8(group, d, sms, seed++);
-        if (sms > 1) RunNotExpanded(group, d, sms, seed++);
+        RunForms(group, d, sms, seed++);
+        if (sms > 1) RunSumsNotExpanded(group, d, sms, seed++);
         ++num_runs;
       }
     }

@@ -19,24 +19,25 @@ void RunCase(const Group& group, const Data& d, int num_sms, uint64_t seed);
 // What a rank's host was told of its ids since the last time.
 void CompareNotice(const Group& group, const Data& d, int rank);
 
-// What layout, dispatch and combine have left in one rank's buffers.
+// What layout, dispatch and combine have left in one rank's buffers: all of it, and all but rows and
+// weights of dispatch.
 void CompareCase(const Data& d, int rank, const Buffers& b);
+void CompareTablesAndSums(const Data& d, int rank, const Buffers& b);
 
 // Layout and dispatch, and combine, in slots: random cases and groups, many calls in a row, with
 // calls of the general kind between them. `num_sms` is of each rank, `max_ranks` of a group.
 void TestSlots(int num_sequences, int max_ranks, int num_sms, uint64_t seed);
-// In slots: a rank that never comes, one that stops on the way, one that is in another call.
+// In slots, in every form: a rank that never comes, one that stops on the way, one that is in another
+// call, and calls after that.
 void TestSlotFailures();
 // For this, kernels of different streams have to run together.
 void TestSlotReuse();
 
-// Dispatch in fp8 of one case that can have it: in both forms with both kinds of scales, and of rows
-// that come with scales.
-bool HasFp8(const Data& d);
-void RunFp8(const Group& group, const Data& d, int num_sms, uint64_t seed);
-
-// Dispatch with a row for each (token, rank), in every form that the case can have, and its gradient.
-void RunNotExpanded(const Group& group, const Data& d, int num_sms, uint64_t seed);
+// Dispatch of one case in every form that it can have, expanded or with a row for each (token, rank); on a
+// layout, and in slots with it.
+void RunForms(const Group& group, const Data& d, int num_sms, uint64_t seed);
+// Combine of rows for each (token, rank), on the general way and in slots.
+void RunSumsNotExpanded(const Group& group, const Data& d, int num_sms, uint64_t seed);
 
 // Ends the program if one of a group's ranks has recorded an error: what follows means nothing then.
 void RequireNoError(const Group& group, int num_ranks);
