@@ -45,6 +45,8 @@ def sizes(num_ranks: int) -> dict[str, Case]:
 # in words of four bytes, not by the copy engine.
 NOT_EXPANDED, TWO_SCALES = Form(expand=False), Form(num_scales=2)
 IN_ONE = Form(in_one=True)
+FOUR_SCALES = Form(num_scales=4, in_one=True)  # as many as slots take, which take no two
+GAPS_AND_SCALES = Form(expand=False, num_scales=4, in_one=True)
 X, Y = "x", "y"  # axes of a mesh with groups along either, and of all devices
 
 
@@ -52,8 +54,9 @@ def kinds(name: str, num_devices: int, on_gpu: bool) -> tuple[Kind, ...]:
     """Calls of the sizes of that name, or of "mixed" ones.
 
     These are, with slots, calls in them of all sizes and forms, between calls that are not: of
-    `make_layout` and `dispatch`, of too many tokens, of float8 rows; in groups of all devices, and
-    along either axis of the mesh. Without a GPU sizes are left out that show nothing more there.
+    `make_layout` and `dispatch`, of too many tokens, of float8 rows with two scales; in groups of
+    all devices, and along either axis of the mesh. Without a GPU sizes are left out that show
+    nothing more there.
     """
     of_all = sizes(num_devices)
     if name != "mixed":
@@ -69,7 +72,9 @@ def kinds(name: str, num_devices: int, on_gpu: bool) -> tuple[Kind, ...]:
     if on_gpu:
         found += [
             Kind(of_all["many tokens"], IN_ONE, axes=both, name="many tokens"),
-            Kind(of_all["tight"], Form(num_scales=2, in_one=True), axes=both, name="float8"),
+            Kind(of_all["tight"], Form(num_scales=2, in_one=True), axes=both, name="two scales"),
+            Kind(of_all["tight"], FOUR_SCALES, axes=both, name="four scales"),
+            Kind(of_all["own room"], GAPS_AND_SCALES, axes=both, name="four scales, not expanded"),
             Kind(of_all["one token"], IN_ONE, axes=both, name="one token"),
             Kind(of_all["tight"], EXPANDED, axes=both, name="in two"),
             Kind(of_all["aligned"], IN_ONE, num_sms=8, axes=both, name="aligned"),
