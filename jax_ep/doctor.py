@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep import _native, reference
+from jax_ep import _native, nvshmem, reference
 
 _COMPUTE_CAPABILITY = "9.0"  # what the CUDA kernels are compiled for: Hopper
 _LEAST_NVCC = 13
@@ -33,6 +33,7 @@ _LEAST_DRIVER = 580  # of CUDA 13
 _CPU_DEVICES = 8
 _TIMEOUT = 10.0  # seconds that the self-test waits for a rank
 _PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
+_RDMA_DEVICES = "/sys/class/infiniband"
 _NVSHMEM = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
 
 _PIP = f"{shlex.quote(sys.executable)} -m pip install"
@@ -241,16 +242,37 @@ def check_machine(gpus: Sequence[Gpu]) -> list[Finding]:
                 _NVCC_COMMAND,
             )
         )
-    nvshmem = _version(*_NVSHMEM)
-    findings.append(
-        Finding("ok", f"NVSHMEM: {nvshmem} (nothing here uses it yet)")
-        if nvshmem
+    return findings
+
+
+def check_network() -> list[Finding]:
+    """What there is for a network between nodes. No kernel uses one yet: nothing is missing."""
+    package = _version(*_NVSHMEM)
+    findings = [
+        Finding("ok", f"NVSHMEM: {package}")
+        if package
         else Finding(
             "info",
-            "NVSHMEM: not installed; only groups across nodes need it, which do not exist yet",
+            "NVSHMEM: not installed; only jax_ep.initialize(network=True) needs it",
             f"{_PIP} {_NVSHMEM[0]}",
         )
-    )
+    ]
+    try:
+        native = nvshmem.load()
+    except nvshmem.UnavailableError as error:
+        findings.append(Finding("info", f"network part (_nvshmem): {error}"))
+    else:
+        built, loaded = native.built_version(), native.loaded_version()
+        text = f"network part (_nvshmem): built with NVSHMEM {built}, loads with {loaded}"
+        findings.append(Finding("ok", text))
+    variables = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("NVSHMEM_")]
+    findings.append(Finding("info", f"NVSHMEM's environment: {' '.join(variables) or 'none'}"))
+    wish = os.environ.get(nvshmem.INTERFACE_VARIABLE, "")
+    if wish and not nvshmem.has_interface(wish):
+        text = f"{nvshmem.INTERFACE_VARIABLE}={wish} is none of this machine's network interfaces"
+        findings.append(Finding("info", text))
+    nics = sorted(os.listdir(_RDMA_DEVICES)) if os.path.isdir(_RDMA_DEVICES) else []
+    findings.append(Finding("info", f"RDMA devices: {', '.join(nics) or 'none'}"))
     return findings
 
 
@@ -367,6 +389,7 @@ def examine() -> list[Finding]:
     if not gpus:  # no nvidia-smi, as in some containers
         gpus = [Gpu(d.device_kind, str(d.compute_capability), None) for d in jax_gpus]
     findings += check_machine(gpus)
+    findings += check_network()
     cpus, no_cpu = _jax_devices("cpu")
     findings.append(
         check_self_test("CPU", cpus)

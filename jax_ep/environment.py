@@ -15,6 +15,7 @@ _PATH = "JAX_EP_PATH"
 _PATHS = ("direct", "staged")
 _SLOTS = "JAX_EP_SLOTS"
 _RANKS_PER_NODE = "JAX_EP_RANKS_PER_NODE"
+_NETWORK = "JAX_EP_NETWORK"
 _ORDERED_MODES = ("LHS", "SERIALIZE")  # the first is XLA's default
 
 
@@ -49,10 +50,20 @@ def path() -> str:
 
 def has_slots() -> bool:
     """Whether GPUs have slots for small calls, where ``initialize`` does not say."""
-    text = os.environ.get(_SLOTS, "1")
-    if text not in ("0", "1"):
-        raise ValueError(f"environment variable {_SLOTS} must be 0 or 1; got {text!r}")
-    return text == "1"
+    return _switch(_SLOTS, "1") == "1"
+
+
+def network() -> bool | None:
+    """Whether there is to be a network, where ``initialize`` does not say; None: as needed."""
+    text = _switch(_NETWORK, None)
+    return None if text is None else text == "1"
+
+
+def _switch(variable: str, default: str | None) -> str | None:
+    text = os.environ.get(variable, default)
+    if text not in ("0", "1", default):
+        raise ValueError(f"environment variable {variable} must be 0 or 1; got {text!r}")
+    return text
 
 
 def ranks_per_node() -> int | None:

@@ -108,9 +108,39 @@ class Attempt:
                     f"far within {self._timeout} s: {error}"
                 ) from error
             if got.startswith("!"):
-                raise RuntimeError(f"jax_ep.initialize: process {process} failed: {got[1:]}")
+                raise self._failure(process, got)
             values.append(got[1:])
         return values
+
+    def raise_failure(self) -> None:
+        """Looks whether another process has failed before it came to the next round.
+
+        Raises:
+            RuntimeError: the same as ``exchange`` would, at once.
+        """
+        told: list[tuple[str, str]] = []
+        with contextlib.suppress(Exception):  # nobody has told anything
+            told = self._client.key_value_dir_get(f"{self._keys}/{self._round}/")
+        for key, value in told:
+            if value.startswith("!"):
+                raise self._failure(int(key.rsplit("/", 1)[1]), value)
+
+    @staticmethod
+    def _failure(process: int, value: str) -> RuntimeError:
+        return RuntimeError(f"jax_ep.initialize: process {process} failed: {value[1:]}")
+
+    def meet(self, name: str, timeout: float) -> list[int]:
+        """The processes that do not come to this place, once in an attempt, within ``timeout``."""
+        keys, deadline = f"{self._keys}/{name}", time.monotonic() + timeout
+        missing = []
+        with contextlib.suppress(Exception):  # the service may be gone
+            self._client.key_value_set(f"{keys}/{self._process}", "")
+        for process in range(self._num_processes):
+            try:
+                self._get(f"{keys}/{process}", deadline)
+            except TimeoutError:
+                missing.append(process)
+        return missing
 
     def tell_failure(self, error: BaseException) -> None:
         """Ends the others' wait in the next round."""

@@ -61,6 +61,12 @@ def learn(told: Sequence[str]) -> None:
     _chosen, _hosts = int(counts[0]) or None, hosts
 
 
+def on_this_host(process: int) -> list[bool]:
+    """By process, whether it is on the host of this one, as they have told each other."""
+    assert _hosts is not None
+    return [host == _hosts[process] for host in _hosts]
+
+
 def forget() -> None:
     """Leaves what `choose` and `learn` took."""
     global _chosen, _hosts

@@ -10,8 +10,8 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from jax_ep import _native, compat, environment, limits, nodes, timeouts
-from jax_ep._checks import checked_bytes, checked_seconds
+from jax_ep import _native, compat, environment, limits, nodes, nvshmem, timeouts
+from jax_ep._checks import checked_bytes, checked_count, checked_seconds
 from jax_ep.errors import Watcher, say
 from jax_ep.join import Attempt
 
@@ -21,6 +21,7 @@ _slot_bytes = _default_slot_bytes  # of each CUDA device that is set up, or will
 _told_of_no_slots = False
 _recordable = True  # whether XLA may record calls in command buffers; fixed at registration
 _connected = False
+_cpu_connected = False  # likewise, so that they can meet on CPU
 _process_id = os.getpid()  # of the process that has set up; a forked child shares its memory
 _set_up_lock = threading.Lock()  # programs may be lowered by several threads
 _watcher: Watcher | None = None  # None: no CUDA device is set up
@@ -40,6 +41,8 @@ def initialize(
     staging_bytes: int = 0,
     slot_bytes: int | None = None,
     ranks_per_node: int | None = None,
+    network: bool | None = None,
+    heap_bytes: int | None = None,
 ) -> None:
     """Joins the processes of a multi-process job. Collective: every process calls it once.
 
@@ -47,7 +50,8 @@ def initialize(
     library is compiled. With one process there is nothing to do but for ``staging_bytes``,
     ``slot_bytes`` and ``ranks_per_node``, and after ``finalize()``. On CPU the processes must run
     on one host as one user: control messages go over Unix sockets, and rows are read straight from
-    the owner's memory (``process_vm_readv``).
+    the owner's memory (``process_vm_readv``). On CUDA they may run on several hosts; each group has
+    to lie on one of them, for kernels that cross the network do not exist yet.
 
     On CUDA peers read and write XLA's buffers directly, where they can map them. They cannot with
     ``XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async``, nor where XLA's memory grew after this call
@@ -66,8 +70,13 @@ def initialize(
     are not above that; rows with ``scales=`` do if S is a multiple of 4. Other calls, and all
     without slots, are general ones.
 
+    Between hosts it can start NVSHMEM, in jobs with one GPU in each process: it allocates the
+    symmetric heap and sends a row between any two processes. NVSHMEM's environment variables hold
+    (docs/multi_node.md has those that matter).
+
     If it fails, in one process or in all, it leaves nothing behind: once the cause is gone every
-    process may call it again (one in which it succeeded calls ``finalize()`` before).
+    process may call it again (one in which it succeeded calls ``finalize()`` before). Only NVSHMEM
+    stays as it is if it has begun to start: in such a process there is no network any more.
 
     Args:
         timeout: seconds to wait for the other processes, in each of the few steps.
@@ -83,17 +92,25 @@ def initialize(
             programs that are compiled already keep what they have. None: what the environment
             variable ``JAX_EP_RANKS_PER_NODE`` says, else processes are on one node where their
             hosts have one name.
+        network: whether to start NVSHMEM. The same in all processes. None: what the environment
+            variable ``JAX_EP_NETWORK`` (0 or 1) says, else where processes run on several hosts and
+            each of them can take part. True demands it, also on one host.
+        heap_bytes: size of NVSHMEM's symmetric heap on each device, the same in all processes.
+            None: what NVSHMEM's variable ``NVSHMEM_SYMMETRIC_SIZE`` says, which this sets.
 
     Raises:
-        RuntimeError: if a process is missing or late (it is named), runs on another host, may not
-            be read, or has failed; if the processes are joined already, or do not agree in
-            ``ranks_per_node``; if XLA's memory cannot be mapped by peers and ``staging_bytes`` is
-            0; if a device has no memory for the ``slot_bytes`` that are asked for, or they are too
-            small for the job's devices, differ between processes, or have another size already.
-        TypeError: if ``timeout`` is not a number, or a size in bytes or ``ranks_per_node`` not an
-            integer.
+        RuntimeError: if a process is missing or late (it is named), runs on another host (on CPU),
+            may not be read, or has failed; if the processes are joined already, or do not agree in
+            ``ranks_per_node``, ``network`` or ``heap_bytes``; if a network is demanded and one of
+            them cannot take part in it; if NVSHMEM does not start, or a row does not arrive; if
+            XLA's memory cannot be mapped by peers and ``staging_bytes`` is 0; if a device has no
+            memory for the ``slot_bytes`` that are asked for, or they are too small for the job's
+            devices, differ between processes, or have another size already.
+        TypeError: if ``timeout`` is not a number, a size in bytes or ``ranks_per_node`` not an
+            integer, or ``network`` not a bool.
         ValueError: if ``timeout`` is not above 0 and at most 1e8, ``staging_bytes`` negative,
-            ``slot_bytes`` neither 0 nor enough for one device, or ``ranks_per_node`` below 1.
+            ``slot_bytes`` neither 0 nor enough for one device, or ``ranks_per_node`` or
+            ``heap_bytes`` below 1.
     """
     global _connected
     timeout = checked_seconds("jax_ep.initialize: timeout", timeout)
@@ -101,6 +118,12 @@ def initialize(
     if slot_bytes is not None:
         slot_bytes = _checked_slot_bytes(slot_bytes)
     ranks_per_node = nodes.checked(ranks_per_node)
+    if heap_bytes is not None:
+        heap_bytes = checked_count("jax_ep.initialize: heap_bytes", heap_bytes)
+    if network is None:
+        network = environment.network()
+    elif not isinstance(network, bool):
+        raise TypeError(f"jax_ep.initialize: network must be a bool or None; got {network!r}")
     if _connected:
         raise RuntimeError(
             "jax_ep.initialize: this process is connected already; call jax_ep.finalize() first"
@@ -117,7 +140,9 @@ def initialize(
         _release_cuda(must_end=True)  # what a program before this call has set up
         attempt = Attempt(compat.coordination_client(), timeout)
         try:
-            _connect(attempt, timeout, staging_bytes, slot_bytes, ranks_per_node)
+            _connect(
+                attempt, timeout, staging_bytes, slot_bytes, ranks_per_node, network, heap_bytes
+            )
         except BaseException as error:
             attempt.tell_failure(error)
             raise
@@ -144,24 +169,41 @@ def _connect(
     staging_bytes: int,
     slot_bytes: int | None,
     ranks_per_node: int | None,
+    network: bool | None,
+    heap_bytes: int | None,
 ) -> None:
+    process = compat.process_index()
     addresses = attempt.join(_native.cpu.listen())
-    _native.cpu.connect(compat.process_index(), addresses, timeout)
     nodes.learn(attempt.exchange(nodes.as_told(ranks_per_node)))
-    exported = ""
+    on_this_host = nodes.on_this_host(process)
+    exported, ordinals = "", []
+
+    def connect_cpu() -> None:
+        global _cpu_connected
+        _native.cpu.connect(process, addresses, timeout)
+        _cpu_connected = True
+
+    if all(on_this_host):
+        connect_cpu()
     if _native.cuda is not None:
         # Making the clients is collective in a job of several processes; all of them come here.
         jax.local_devices()
         if compat.has_live_client("cuda"):
-            _set_up_cuda(staging_bytes, slot_bytes)
+            ordinals = _set_up_cuda(staging_bytes, slot_bytes)
             exported = _export_cuda()
+    if not all(on_this_host) and not ordinals:  # with GPUs they need not meet on CPU
+        connect_cpu()
     exports = attempt.exchange(exported)
     if exported:
-        _native.cuda.import_memory(exports)
+        here = [
+            export if is_here else "" for export, is_here in zip(exports, on_this_host, strict=True)
+        ]
+        _native.cuda.import_memory(here)
         _tell_of_no_slots()
-    attempt.exchange("ready")
+    told = attempt.exchange(nvshmem.offer(network, not all(on_this_host), ordinals, heap_bytes))
     if exported:
         _native.cuda.close_descriptors()
+    nvshmem.start(attempt, timeout, told, process, ordinals)
 
 
 def finalize() -> None:
@@ -173,7 +215,10 @@ def finalize() -> None:
     at most: an operation of theirs may wait for a rank that has yet to come. Ctrl-C ends such waits
     at once, in all ranks as after a timeout; ``KeyboardInterrupt`` is raised when all is left. Then
     the peers' memory is unmapped, unless this process's devices are still at work, and the error
-    that ``check`` raises is forgotten. In a forked child it does nothing.
+    that ``check`` raises is forgotten. Last, where NVSHMEM runs, it waits for up to 5 s until all
+    processes have come as far, and ends it, which frees the symmetric heap; if one does not come,
+    or a device is still at work, that stays until this process ends, and no network can be started
+    in it again. In a forked child it does nothing.
 
     Later calls fail with an error that says what to do, and work again after ``initialize()``.
     Where XLA replays a program from a command buffer, no code of ours runs that could raise: there
@@ -188,11 +233,15 @@ def finalize() -> None:
 
 
 def _leave() -> None:
-    global _connected
-    _connected = False
+    global _connected, _cpu_connected
+    _connected = _cpu_connected = False
     nodes.forget()
     _native.cpu.disconnect()
-    _release_cuda()
+    devices_have_ended = False
+    try:
+        devices_have_ended = _release_cuda()
+    finally:
+        nvshmem.leave(devices_have_ended)
 
 
 def _finalize_at_exit() -> None:
@@ -204,6 +253,11 @@ def _finalize_at_exit() -> None:
 
 def require_cpu(target: str, across_processes: bool) -> None:
     """Checks, when a program is lowered for CPU, that its groups can meet."""
+    if across_processes and _connected and not _cpu_connected:
+        raise RuntimeError(
+            f"{target}: the mesh spans processes, and those of this job run on several hosts: on "
+            "CPU a group has to lie inside a process there"
+        )
     if across_processes and compat.process_count() > 1 and not _connected:
         raise RuntimeError(
             f"{target}: the mesh spans processes; call jax_ep.initialize() in every process, after "
@@ -272,7 +326,8 @@ def has_slots() -> bool:
     return _slot_bytes > 0
 
 
-def _set_up_cuda(staging_bytes: int = 0, slot_bytes: int | None = None) -> None:
+def _set_up_cuda(staging_bytes: int = 0, slot_bytes: int | None = None) -> list[int]:
+    """Returns the ordinals of this process's devices."""
     global _watcher, _slot_bytes
     devices = jax.local_devices(backend="cuda")
     ids, ordinals = [d.id for d in devices], [d.local_hardware_id for d in devices]
@@ -294,6 +349,7 @@ def _set_up_cuda(staging_bytes: int = 0, slot_bytes: int | None = None) -> None:
         if _watcher is None:
             _watcher = Watcher()
             _finalize_at_exit()
+    return ordinals
 
 
 def _tell_of_no_slots() -> None:
@@ -319,10 +375,11 @@ def _export_cuda() -> str:
     )
 
 
-def _release_cuda(must_end: bool = False) -> None:
+def _release_cuda(must_end: bool = False) -> bool:
+    """Whether the devices had no work left then."""
     global _watcher, _slot_bytes
     if _watcher is None:
-        return
+        return True
     ended, interrupt = _end_work()
     try:
         _watcher.stop()
@@ -337,6 +394,7 @@ def _release_cuda(must_end: bool = False) -> None:
             "jax_ep.initialize: work on this process's GPUs has not ended within "
             f"{_longest_end():g} s"
         )
+    return ended
 
 
 def _end_work() -> tuple[bool, BaseException | None]:

@@ -1,0 +1,55 @@
+// nvshmem_hop: the network of hop.cuh as NVSHMEM gives it, by whatever transport it has chosen.
+//
+// A rank is a processing element (PE). Which queue pair a call takes NVSHMEM decides; flush
+// completes what the whole rank has issued, on all of them. To peers whose heap is mapped here
+// (P2P, which is for tests: ranks of one node) puts are stores of the calling warp.
+#ifndef JAX_EP_CUDA_NETWORK_NVSHMEM_HOP_CUH_
+#define JAX_EP_CUDA_NETWORK_NVSHMEM_HOP_CUH_
+
+#include <nvshmem.h>
+
+#include "cuda/network/hop.cuh"
+
+namespace jax_ep::gpu {
+
+struct NvshmemHop {
+  template <typename MayGoOn>
+  __device__ bool put(int /*queue*/, int rank, void* dst, const void* src, size_t num_bytes,
+                      MayGoOn& /*may_go_on*/) const {
+    nvshmemx_putmem_nbi_warp(dst, src, num_bytes, rank);
+    return true;
+  }
+
+  template <typename MayGoOn>
+  __device__ bool put_signal(int /*queue*/, int rank, void* dst, const void* src, size_t num_bytes,
+                             uint64_t* signal, uint64_t value, MayGoOn& /*may_go_on*/) const {
+    nvshmemx_putmem_signal_nbi_warp(dst, src, num_bytes, signal, value, NVSHMEM_SIGNAL_SET, rank);
+    return true;
+  }
+
+  template <typename MayGoOn>
+  __device__ bool add_signal(int /*queue*/, int rank, uint64_t* signal, uint64_t value,
+                             MayGoOn& /*may_go_on*/) const {
+    __syncwarp();
+    if (is_first_lane()) nvshmemx_signal_op(signal, value, NVSHMEM_SIGNAL_ADD, rank);
+    __syncwarp();
+    return true;
+  }
+
+  template <typename MayGoOn>
+  __device__ bool wait_signal(const uint64_t* signal, uint64_t at_least, MayGoOn& may_go_on) const {
+    return wait_for_signal(signal, at_least, may_go_on);
+  }
+
+  template <typename MayGoOn>
+  __device__ bool flush(int /*queue*/, MayGoOn& /*may_go_on*/) const {
+    __syncwarp();
+    if (is_first_lane()) nvshmem_quiet();
+    __syncwarp();
+    return true;
+  }
+};
+
+}  // namespace jax_ep::gpu
+
+#endif  // JAX_EP_CUDA_NETWORK_NVSHMEM_HOP_CUH_

@@ -1,0 +1,236 @@
+"""NVSHMEM's start and end with a native module that does what a test says, in several processes."""
+
+import importlib
+import threading
+import time
+from typing import Any
+
+from job import NUM_PROCESSES, PROCESS, join, mark, wait_for_marks
+
+import jax_ep
+from jax_ep import _native, compat, nodes, nvshmem, runtime
+from jax_ep.join import Attempt
+
+LAST = NUM_PROCESSES - 1
+
+
+class FakeNative:
+    """A module whose calls are collective as NVSHMEM's: all processes have to come to `start`."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.version, self.links = name, "3.4.5", ["good"] * NUM_PROCESSES
+        self.problem = ""
+        self.ended = False
+
+    def loaded_version(self) -> str:
+        return self.version
+
+    def unique_id(self) -> bytes:
+        assert PROCESS == 0
+        return b"unique" + bytes(122)
+
+    def start(self, unique_id: bytes, rank: int, num_ranks: int, ordinal: int) -> None:
+        assert unique_id == b"unique" + bytes(122)
+        assert (rank, num_ranks, ordinal) == (PROCESS, NUM_PROCESSES, 3)
+        if self.problem == "hangs":
+            threading.Event().wait(60)
+        if self.problem:
+            raise RuntimeError(self.problem)
+        mark(f"{self.name} started")
+        wait_for_marks(f"{self.name} started", NUM_PROCESSES)
+
+    def check_links(self, timeout: float) -> list[str]:
+        return self.links
+
+    def finalize(self) -> None:
+        mark(f"{self.name} ended")
+        wait_for_marks(f"{self.name} ended", NUM_PROCESSES)
+        self.ended = True
+
+
+def start(
+    native: FakeNative,
+    *,
+    wanted: bool | None = True,
+    spans_nodes: bool = False,
+    ordinals: tuple[int, ...] = (3,),
+    heap_bytes: int = 1 << 20,
+    timeout: float = 20,
+) -> float:
+    """What initialize() does; its seconds, if nothing is raised."""
+    nvshmem.load = lambda: native
+    begin = time.monotonic()
+    attempt = Attempt(compat.coordination_client(), timeout)
+    attempt.join("an address")
+    try:
+        told = attempt.exchange(nvshmem.offer(wanted, spans_nodes, ordinals, heap_bytes))
+        nvshmem.start(attempt, timeout, told, PROCESS, ordinals)
+    except BaseException as error:
+        attempt.tell_failure(error)
+        raise
+    return time.monotonic() - begin
+
+
+def error_of(native: FakeNative, **options: Any) -> tuple[str, float]:
+    """The error of start(), and its seconds."""
+    begin = time.monotonic()
+    try:
+        start(native, **options)
+    except RuntimeError as error:
+        assert not nvshmem.is_running()
+        return str(error), time.monotonic() - begin
+    raise AssertionError("nothing was raised")
+
+
+def cases() -> None:
+    """All of them, one after the other."""
+    join()
+    for case in (
+        all_start_and_end,
+        one_cannot_take_part,
+        they_differ,
+        one_fails,
+        one_hangs,
+        a_row_is_missing,
+        one_does_not_leave,
+        a_device_is_at_work,
+        gpus_on_two_hosts,
+    ):
+        importlib.reload(nvshmem)
+        case(FakeNative(case.__name__))
+        mark(case.__name__)
+        wait_for_marks(case.__name__, NUM_PROCESSES)
+        print("RIGHT", case.__name__)
+
+
+def all_start_and_end(native: FakeNative) -> None:
+    for again in ("", " again"):
+        native.name, native.ended = f"all{again}", False
+        start(native)
+        assert nvshmem.is_running()
+        nvshmem.leave(devices_have_ended=True)
+        assert native.ended
+        assert not nvshmem.is_running()
+        nvshmem.leave(devices_have_ended=True)
+
+
+def one_cannot_take_part(native: FakeNative) -> None:
+    """Nobody starts: where it was demanded with an error, else for the reason that is kept."""
+    two: dict[str, Any] = {"ordinals": (3, 4)} if PROCESS == LAST else {}
+    text, seconds = error_of(native, **two)
+    assert f"process {LAST}: it has 2 CUDA devices" in text, text
+    assert seconds < 10
+    start(native, wanted=None, spans_nodes=True, **two)
+    assert not nvshmem.is_running()
+    assert f"process {LAST}: it has 2 CUDA devices" in nvshmem.absence()
+    start(native, wanted=None, spans_nodes=False, **two)
+    assert "the job lies on one node" in nvshmem.absence()
+    start(native, wanted=False, spans_nodes=True)
+    assert not nvshmem.is_running()
+    start(native, wanted=None, spans_nodes=True)
+    assert nvshmem.is_running()
+    nvshmem.leave(devices_have_ended=True)
+
+
+def they_differ(native: FakeNative) -> None:
+    for what, options in (
+        ("network", {"wanted": PROCESS != LAST}),
+        ("heap_bytes", {"heap_bytes": 1 << 20 if PROCESS else 1 << 21}),
+        ("version of NVSHMEM", {}),
+    ):
+        native.version = "3.8.0" if what.startswith("version") and PROCESS == LAST else "3.4.5"
+        text, _ = error_of(native, **options)
+        assert what in text, text
+        assert "must be the same in all processes" in text, text
+
+
+def cannot_again(native: FakeNative) -> None:
+    """NVSHMEM stands half way in this process; the others hear of that."""
+    text, seconds = error_of(native)
+    assert "NVSHMEM cannot be started again" in text, text
+    assert seconds < 10
+
+
+def one_fails(native: FakeNative) -> None:
+    """While the others wait for it inside NVSHMEM: they hear of it at once."""
+    native.problem = "no transport" if PROCESS == LAST else "hangs"
+    text, seconds = error_of(native)
+    expected = "no transport" if PROCESS == LAST else f"process {LAST} failed: no transport"
+    assert expected in text, text
+    assert seconds < 10, "the timeout is 20 s"
+    cannot_again(native)
+
+
+def one_hangs(native: FakeNative) -> None:
+    native.problem = "hangs" if PROCESS == LAST else ""
+    text, seconds = error_of(native, timeout=3)
+    assert "NVSHMEM has not started within 3 s" in text, text
+    assert seconds < 10
+    cannot_again(native)
+
+
+def a_row_is_missing(native: FakeNative) -> None:
+    if PROCESS == LAST:
+        native.links = ["silent", *native.links[1:]]
+    text, seconds = error_of(native)
+    assert "no row of process 0 has arrived" in text, text
+    assert (f"process {LAST} failed" in text) == (PROCESS != LAST), text
+    assert seconds < 10
+
+
+def one_does_not_leave(native: FakeNative) -> None:
+    start(native)
+    begin = time.monotonic()
+    if PROCESS != LAST:
+        nvshmem.leave(devices_have_ended=True)
+        assert 4 < time.monotonic() - begin < 10
+        assert not native.ended
+        mark("left")
+    wait_for_marks("left", NUM_PROCESSES - 1)
+    begin = time.monotonic()
+    nvshmem.leave(devices_have_ended=True)
+    cannot_again(native)
+
+
+def a_device_is_at_work(native: FakeNative) -> None:
+    start(native)
+    begin = time.monotonic()
+    nvshmem.leave(devices_have_ended=False)
+    assert time.monotonic() - begin < 1
+    assert not native.ended
+    cannot_again(native)
+
+
+class FakeCuda:
+    """What initialize() asks of the CUDA module."""
+
+    def import_memory(self, exports: list[str]) -> None:
+        self.imported = exports
+
+    def close_descriptors(self) -> None:
+        pass
+
+
+def gpus_on_two_hosts(native: FakeNative) -> None:
+    """The last process is on another host: memory is mapped within a host, all start NVSHMEM."""
+    nvshmem.load = lambda: native
+    nodes.socket.gethostname = lambda: f"host{PROCESS // LAST}"
+    cuda = _native.cuda = FakeCuda()
+    compat.has_live_client = lambda platform: platform == "cuda"
+    runtime._set_up_cuda = lambda *options: [3]
+    runtime._export_cuda = lambda: f"memory {PROCESS}"
+    runtime._release_cuda = lambda must_end=False: True
+    jax_ep.initialize()
+    assert nvshmem.is_running()
+    everywhere = [f"memory {p}" for p in range(NUM_PROCESSES)]
+    assert cuda.imported == (
+        ["", "", everywhere[LAST]] if PROCESS == LAST else [*everywhere[:2], ""]
+    )
+    refusal = ""
+    try:
+        runtime.require_cpu("a call", across_processes=True)
+    except RuntimeError as error:
+        refusal = str(error)
+    assert "run on several hosts" in refusal, "ranks of two hosts would wait for each other on CPU"
+    jax_ep.finalize()
+    assert native.ended

@@ -1,0 +1,88 @@
+"""What a process says of a network before others are asked: options, environment, what is there."""
+
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import jax_ep
+from jax_ep import environment, nvshmem
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAX_EP_NETWORK", raising=False)
+    assert environment.network() is None
+    for text, expected in (("0", False), ("1", True)):
+        monkeypatch.setenv("JAX_EP_NETWORK", text)
+        assert environment.network() is expected
+    monkeypatch.setenv("JAX_EP_NETWORK", "yes")
+    with pytest.raises(ValueError, match="JAX_EP_NETWORK must be 0 or 1; got 'yes'"):
+        environment.network()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"network": 1}, TypeError, "network must be a bool or None; got 1"),
+        ({"heap_bytes": 0}, ValueError, "heap_bytes must be at least 1; got 0"),
+        ({"heap_bytes": 1.5}, TypeError, "heap_bytes must be an integer; got 1.5"),
+    ],
+)
+def test_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        jax_ep.initialize(**options)
+
+
+def test_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVSHMEM would end the process where it finds none."""
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    assert all(map(nvshmem.has_interface, ("eth", "eth0", "=eth0", "ib,lo", "^eth", "^=lo")))
+    assert not any(map(nvshmem.has_interface, ("ib", "=eth", "=ib,eth", "^lo,eth", "^=lo,eth0")))
+    monkeypatch.setenv("NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME", "=ib0")
+    monkeypatch.setattr(nvshmem, "load", lambda: pytest.fail("it is not asked for"))
+    offer = nvshmem.offer(True, False, [0], None)
+    assert "!no network interface is as NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME=ib0 says" not in offer
+    assert "!no network interface is as NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME==ib0 says" in offer
+
+
+def test_a_build_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvshmem, "_MODULE", "jax_ep._not_built")
+    with pytest.raises(nvshmem.UnavailableError, match="was built without NVSHMEM"):
+        nvshmem.load()
+
+
+USED_WRONGLY = """
+from jax_ep import nvshmem
+native = nvshmem.load()
+identifier = native.unique_id()
+def error_of(call):
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+error_of(lambda: native.start(identifier[1:], 0, 1, 0))
+error_of(lambda: native.check_links(1.0))
+error_of(native.mapped_peers)
+error_of(lambda: native.start(identifier, 0, 1, 1000))
+native.finalize()
+print("ALIVE")
+"""
+
+
+def test_native_module_raises() -> None:
+    """Where NVSHMEM would call exit(); in a process of its own for that reason."""
+    try:
+        nvshmem.load()
+    except nvshmem.UnavailableError as error:
+        pytest.skip(str(error))
+    done = subprocess.run(
+        [sys.executable, "-c", USED_WRONGLY], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "jax_ep: NVSHMEM's unique id has 128 bytes; got 127"
+    assert lines[1:3] == ["jax_ep: NVSHMEM is not running"] * 2
+    assert lines[3].startswith("jax_ep: cudaSetDevice 1000: ")
+    assert lines[4:] == ["ALIVE"]
