@@ -59,3 +59,14 @@ set_target_properties(_nvshmem PROPERTIES
   # No path of the machine that builds: jax_ep/nvshmem.py loads the library before.
   BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN/../nvidia/nvshmem/lib")
 install(TARGETS _nvshmem LIBRARY DESTINATION jax_ep)
+
+if(JAX_EP_TESTS)
+  add_executable(network_nvshmem tests/native/network_nvshmem.cu)
+  set_target_properties(network_nvshmem PROPERTIES
+    CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_SEPARABLE_COMPILATION ON
+    CUDA_RESOLVE_DEVICE_SYMBOLS ON
+    BUILD_RPATH "${jax_ep_nvshmem_dir}/lib")
+  target_compile_options(network_nvshmem PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
+  target_link_libraries(network_nvshmem PRIVATE jax_ep_nvshmem)
+endif()

@@ -203,6 +203,7 @@ def run_job(
     flags: str = "",
     package: pathlib.Path | None = None,
     expected: dict[int, int] | None = None,
+    environments: dict[int, dict[str, str]] | None = None,
     shared: bool = False,
     **more: str,
 ) -> tuple[pathlib.Path, Job]:
@@ -218,6 +219,7 @@ def run_job(
         flags: for XLA, on GPUs.
         package: another folder of jax_ep.
         expected: return codes that are not 0.
+        environments: further variables of single processes.
         shared: ranks may share a GPU without MPS, in time slices.
         **more: of the environment.
 
@@ -254,6 +256,7 @@ def run_job(
             out=folder,
             limit=min(limit, ctx.deadline - time.monotonic()),
             environment=environment,
+            environments=environments,
             platform=ctx.platform,
             num_gpus=ctx.num_gpus,
             expected=expected,

@@ -174,6 +174,11 @@ def start_builds(ctx: Context, tiers: list[Tier]) -> None:
     wanted = {need for tier in tiers for need in tier.needs}
     if "native" in wanted:
         ctx.builds.start("native", "kernels_test", "-DJAX_EP_TESTS=ON")
+    if "network-simulated" in wanted:
+        ctx.builds.start("network-simulated", "network_simulated", "-DJAX_EP_TESTS=ON")
+    if "network-nvshmem" in wanted:
+        options = ("-DJAX_EP_TESTS=ON", "-DJAX_EP_NVSHMEM=ON")
+        ctx.builds.start("network-nvshmem", "network_nvshmem", *options)
     if "broken" in wanted and ctx.broken_package is None:
         ctx.builds.start("broken", "_cuda", "-DJAX_EP_BREAK_ORDER=ON")
     if "broken-slots" in wanted and ctx.broken_slots is None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 
 import launcher
+import network_tiers
 from context import (
     HERE,
     ROOT,
@@ -476,6 +477,8 @@ TIERS = (
     Tier("race-control", race_control, needs=("broken",)),
     Tier("native", native, needs=("native",)),
     Tier("example", example, quick=False),
+    Tier("network-simulated", network_tiers.simulated, needs=("network-simulated",)),
+    Tier("network-nvshmem", network_tiers.nvshmem, quick=False, needs=("network-nvshmem",)),
     Tier("slots-one-process", with_slots(one_process)),
     Tier("slots-process-per-gpu", with_slots(process_per_gpu), quick=False),
     Tier("slots-ep8", with_slots(several_on_a_gpu(8)), quick=False),

@@ -1,0 +1,149 @@
+// network_nvshmem: the exchange over NVSHMEM, a process for each rank.
+//   network_nvshmem RANK NUM_RANKS ORDINAL FOLDER
+// The processes find each other by files in FOLDER, which begins empty.
+#include <nvshmem.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <thread>
+
+#include "cuda/network/nvshmem_hop.cuh"
+#include "tests/native/network_exchange.cuh"
+#include "xla_ffi/network/nvshmem.h"
+
+namespace jax_ep::gpu::test {
+namespace {
+
+constexpr uint64_t kTimeoutNs = uint64_t{20} * 1000 * 1000 * 1000;
+constexpr int kNumChunks = 32;
+
+std::string AwaitFile(const std::string& path) {
+  for (int i = 0; i < 3000; ++i) {
+    if (std::ifstream file(path, std::ios::binary); file) {
+      std::ostringstream text;
+      text << file.rdbuf();
+      return text.str();
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  throw std::runtime_error("no " + path + " within 30 s");
+}
+
+std::string ShareId(int rank, const std::string& folder) {
+  const std::string path = folder + "/unique_id";
+  if (rank != 0) return AwaitFile(path);
+  const std::string id = Nvshmem::UniqueId();
+  std::ofstream(path + ".part", std::ios::binary) << id;
+  if (std::rename((path + ".part").c_str(), path.c_str()) != 0) {
+    throw std::runtime_error("cannot write " + path);
+  }
+  return id;
+}
+
+class Program {
+ public:
+  Program(int rank, int num_ranks)
+      : rank_(rank), shape_{num_ranks, 4, 3, 4, 14336}, exchange_rank_(kTimeoutNs) {
+    memory_.bytes = static_cast<char*>(nvshmem_malloc(shape_.num_bytes()));
+    memory_.signals =
+        static_cast<uint64_t*>(nvshmem_calloc(shape_.num_signals(), sizeof(uint64_t)));
+    if (memory_.bytes == nullptr || memory_.signals == nullptr) {
+      throw std::runtime_error("the heap is too small");
+    }
+    cudaFuncAttributes attributes;
+    CHECK_CUDA(cudaFuncGetAttributes(&attributes, &exchange<NvshmemHop>));
+  }
+  ~Program() {
+    nvshmem_free(memory_.signals);
+    nvshmem_free(memory_.bytes);
+  }
+
+  // Wrong rows and ended waits of this rank, in `num_rounds` launches.
+  ExchangeResults Run(Protocol protocol, int num_rounds) {
+    exchange_rank_.Clear();
+    nvshmem_barrier_all();
+    const auto start = std::chrono::steady_clock::now();
+    for (int round = 0; round < num_rounds; ++round, first_chunk_ += kNumChunks) {
+      exchange_rank_.Launch(NvshmemHop{},
+                            {shape_, memory_, nullptr, first_chunk_, kNumChunks, rank_, protocol,
+                             round == 0 ? uint64_t{1000} * 1000 : 0});
+    }
+    const ExchangeResults results = exchange_rank_.Wait();
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    const double bytes = static_cast<double>(shape_.chunk_bytes()) * kNumChunks * num_rounds *
+                         shape_.num_channels * (shape_.num_ranks - 1);
+    if (rank_ == 0) {
+      std::printf("NOTE: %s: %.2f GB/s sent by a rank, %d launches\n",
+                  kProtocolNames[static_cast<int>(protocol)], bytes / seconds.count() / 1e9,
+                  num_rounds);
+    }
+    nvshmem_barrier_all();
+    return results;
+  }
+
+ private:
+  const int rank_;
+  const ExchangeShape shape_;
+  HopMemory memory_{};
+  ExchangeRank exchange_rank_;
+  uint64_t first_chunk_ = 0;
+};
+
+int Main(int rank, int num_ranks, int ordinal, const std::string& folder) {
+  Nvshmem& nvshmem = Nvshmem::Get();
+  nvshmem.Start(ShareId(rank, folder), rank, num_ranks, ordinal);
+  int num_failed = 0;
+  for (int round = 0; round < 3; ++round) {
+    for (LinkResult link : nvshmem.CheckLinks(std::chrono::seconds(10))) {
+      num_failed += link != kLinkGood;
+    }
+    nvshmem_barrier_all();
+  }
+  std::printf("%s: links of rank %d\n", num_failed > 0 ? "FAILED" : "ok", rank);
+  {
+    Program program(rank, num_ranks);
+    for (Protocol protocol : {Protocol::kPutSignal, Protocol::kFlushAndSignal}) {
+      const ExchangeResults results = program.Run(protocol, 20);
+      const bool is_right = results.wrong_rows + results.ended_waits == 0;
+      num_failed += !is_right;
+      std::printf("%s: %s, rank %d of %d: %llu rows wrong, %llu waits ended\n",
+                  is_right ? "ok" : "FAILED", kProtocolNames[static_cast<int>(protocol)], rank,
+                  num_ranks, results.wrong_rows, results.ended_waits);
+    }
+    // Peer-mapped memory orders more than a network: of the wrong protocols this one alone must be
+    // seen there. The last, since it leaves its signals in disorder.
+    const ExchangeResults results = program.Run(Protocol::kWithoutCredit, 1);
+    const bool is_seen = num_ranks == 1 || results.wrong_rows + results.ended_waits > 0;
+    num_failed += !is_seen;
+    std::printf(
+        "%s: without_credit, rank %d of %d: %llu rows wrong, %llu waits ended (wrong on "
+        "purpose)\n",
+        is_seen ? "ok" : "FAILED", rank, num_ranks, results.wrong_rows, results.ended_waits);
+  }
+  nvshmem.Finalize();
+  if (num_failed == 0) std::printf("OK: all as expected\n");
+  return num_failed > 0 ? 1 : 0;
+}
+
+}  // namespace
+}  // namespace jax_ep::gpu::test
+
+int main(int argc, char** argv) {
+  if (argc != 5) return 2;
+  setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+  try {
+    return jax_ep::gpu::test::Main(std::atoi(argv[1]), std::atoi(argv[2]), std::atoi(argv[3]),
+                                   argv[4]);
+  } catch (const std::exception& error) {
+    std::printf("FAILED: %s\n", error.what());
+    std::fflush(stdout);
+    _exit(1);  // NVSHMEM's own end would wait for the others
+  }
+}
