@@ -210,6 +210,9 @@ class FakeCuda:
     def close_descriptors(self) -> None:
         pass
 
+    def slots_problem(self) -> None:
+        pass
+
 
 def gpus_on_two_hosts(native: FakeNative) -> None:
     """The last process is on another host: memory is mapped within a host, all start NVSHMEM."""
