@@ -30,7 +30,8 @@ waiting; so the time is that of the launch where that is longer than the call
 _GPU_PATHS = """\
 {paths}
 a call that slots do not take is a general one there too
-in a program: one of many calls in a row, which XLA records in a command buffer"""
+in a program: one of many calls in a row, which XLA records in a command buffer; one number of each
+array leaves the program, for a result costs the host some us, more than a small call takes"""
 
 _CPU_PATHS = """\
 all calls are general ones: there are no slots on CPU

@@ -6,8 +6,11 @@ On a GPU starting a program costs more than the operations take, so a program wi
 one with a single call are timed in turn, in bursts of a few runs, and a call takes the difference
 divided by the number of calls. Each call's operands pass an optimization barrier together with the
 result of the call before, which keeps the calls in order; one operand is another array in each
-call, so that the compiler sees no two equal calls; and all results leave the program, so none is
-dropped. None of this moves data. The compiled programs are searched for the calls all the same.
+call, so that the compiler sees no two equal calls; and a number of each array that a call gives
+leaves the program, so none is dropped. One kernel picks them out at the end; nothing else of this
+moves data. (The arrays themselves must not leave: each result of a program costs the host some
+microseconds on each device, which is more than a small call takes.) The compiled programs are
+searched for the calls all the same.
 
 A program of its own for each call is what a server has that decodes a step at a time. Of those a
 burst is timed: each takes an operand from the one before, which hands it on where it lies, and the
@@ -73,10 +76,17 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """A compiled program and the global arrays it is called with."""
+    """A compiled program and the global arrays it is called with.
+
+    Attributes:
+        compiled: the program.
+        args: its arguments.
+        call_bytes: results of a call in it, per device.
+    """
 
     compiled: jax.stages.Compiled
     args: tuple[Any, ...]
+    call_bytes: int = 0
 
     def run(self, times: int = 1) -> None:
         """Runs it so often, one right after the other, until every device is done.
@@ -90,7 +100,13 @@ class Program:
 
 
 def compile_calls(
-    fn: Callable[..., Any], mesh: Mesh, args: tuple[Any, ...], num_calls: int, fresh: int = 0
+    fn: Callable[..., Any],
+    mesh: Mesh,
+    args: tuple[Any, ...],
+    num_calls: int,
+    fresh: int = 0,
+    *,
+    returns_results: bool = True,
 ) -> Program:
     """A program over ``mesh`` that calls ``fn`` on its shards ``num_calls`` times, in order.
 
@@ -98,12 +114,17 @@ def compile_calls(
         fn: takes the shards of ``args``.
         mesh: with the axis "ep".
         args: global arrays, or pytrees of them.
-        num_calls: calls in the program; their results are its results.
+        num_calls: calls in the program.
         fresh: which of ``args``, an array that ``fn`` uses, every call gets a copy of its own of.
+        returns_results: whether the calls' results are the program's. Else it returns the first
+            number of each of their arrays, float32 [R * num_calls, arrays], and they all lie in
+            memory until its end.
     """
     copies = tuple(jnp.copy(args[fresh]) for _ in range(num_calls - 1))
+    call_bytes = 0
 
-    def program(args: tuple[Any, ...], copies: tuple[Any, ...]) -> list[Any]:
+    def program(args: tuple[Any, ...], copies: tuple[Any, ...]) -> Any:
+        nonlocal call_bytes
         results = []
         for call in range(num_calls):
             result = fn(*args)
@@ -111,10 +132,15 @@ def compile_calls(
                 args = (*args[:fresh], copies[call], *args[fresh + 1 :])
                 args, result = lax.optimization_barrier((args, result))
             results.append(result)
-        return results
+        call_bytes = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(results[0]))
+        if returns_results:
+            return results
+        numbers = [a.reshape(-1)[:1].astype(jnp.float32) for a in jax.tree.leaves(results)]
+        return jnp.concatenate(numbers).reshape(num_calls, -1)
 
     sharded = jax.shard_map(program, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
-    return Program(jax.jit(sharded).lower(args, copies).compile(), (args, copies))
+    compiled = jax.jit(sharded).lower(args, copies).compile()
+    return Program(compiled, (args, copies), call_bytes)
 
 
 def count_calls(program: Program) -> int:
@@ -185,8 +211,8 @@ def time_chained_calls(
         MemoryError: not even two calls fit.
         RuntimeError: the compiler merged or dropped calls.
     """
-    single = compile_calls(fn, mesh, args, 1)
-    output_bytes, temp_bytes = _memory(single)
+    single = compile_calls(fn, mesh, args, 1, returns_results=False)
+    output_bytes, temp_bytes = _memory_of_call(single)
     free = _free_bytes(mesh)
     if free is not None:
         per_call = output_bytes + args[fresh].nbytes // mesh.size
@@ -197,7 +223,7 @@ def time_chained_calls(
                 f"{temp_bytes / 2**30:.1f} GiB of scratch, but {free / 2**30:.1f} GiB are free"
             )
         calls = min(calls, fitting)
-    many = compile_calls(fn, mesh, args, calls + 1, fresh)
+    many = compile_calls(fn, mesh, args, calls + 1, fresh, returns_results=False)
     require_all_calls(single, many, calls + 1)
     _warm_up(single)
     _warm_up(many)
@@ -261,6 +287,11 @@ def _memory(program: Program) -> tuple[int, int]:
     if analysis is None:
         return 0, 0
     return int(analysis.output_size_in_bytes), int(analysis.temp_size_in_bytes)
+
+
+def _memory_of_call(single: Program) -> tuple[int, int]:
+    """As ``_memory``, of a program that does not return the results: they are temporary there."""
+    return single.call_bytes, max(0, _memory(single)[1] - single.call_bytes)
 
 
 def _free_bytes(mesh: Mesh) -> int | None:
