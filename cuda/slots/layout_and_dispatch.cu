@@ -318,8 +318,8 @@ cudaError_t LaunchLayoutAndDispatchInSlots(const GroupView& group,
   const bool has_peers = group.num_ranks > 1;
   // One more, so that some block has no unit, and time for what only one of them does.
   const int64_t num_received = int64_t{group.num_ranks} * units.count + 1;
-  // Those that receive store each row as often as it has experts here.
-  const Blocks blocks = DivideBlocks(has_peers ? units.count : 0, num_received, num_sms, 3);
+  // Those that receive have the tables to make, and store a row as often as it has experts here.
+  const Blocks blocks = DivideBlocks(has_peers ? units.count : 0, num_received, num_sms, 4);
   const TableSteps steps =
       TableStepsOf(group.num_ranks, a.num_tokens, a.top_k, a.num_experts, blocks.num_senders);
   const int64_t shared_bytes =

@@ -91,8 +91,8 @@ constexpr Blocks DivideBlocks(int64_t num_sent, int64_t num_received, int32_t nu
       blocks.first_receiver + static_cast<int32_t>(num_received < left ? num_received : left);
   return blocks;
 }
-static_assert(DivideBlocks(4, 9, 132, 3).num_senders == 4 &&
-              DivideBlocks(4, 9, 132, 3).count == 13);
+static_assert(DivideBlocks(4, 9, 132, 4).num_senders == 4 &&
+              DivideBlocks(4, 9, 132, 4).count == 13);
 static_assert(DivideBlocks(512, 1025, 132, 2).first_receiver == 33 &&
               DivideBlocks(512, 1025, 132, 2).count == 132);
 static_assert(DivideBlocks(512, 1025, 24, 2).num_senders == 12);
