@@ -130,16 +130,23 @@ class Attempt:
         return RuntimeError(f"jax_ep.initialize: process {process} failed: {value[1:]}")
 
     def meet(self, name: str, timeout: float) -> list[int]:
-        """The processes that do not come to this place, once in an attempt, within ``timeout``."""
+        """The processes that do not come to this place, once in an attempt, within ``timeout``.
+
+        If there are any, those who come later do not meet this one, but for who comes in the very
+        moment.
+        """
         keys, deadline = f"{self._keys}/{name}", time.monotonic() + timeout
         missing = []
         with contextlib.suppress(Exception):  # the service may be gone
-            self._client.key_value_set(f"{keys}/{self._process}", "")
+            self._client.key_value_set(f"{keys}/{self._process}", "here")
         for process in range(self._num_processes):
             try:
                 self._get(f"{keys}/{process}", deadline)
             except TimeoutError:
                 missing.append(process)
+        if missing:
+            with contextlib.suppress(Exception):
+                self._client.key_value_delete(f"{keys}/{self._process}")
         return missing
 
     def tell_failure(self, error: BaseException) -> None:

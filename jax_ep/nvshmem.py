@@ -1,7 +1,7 @@
 """The network between nodes: NVSHMEM's start and end, by all processes of the job together.
 
 NVSHMEM starts and ends collectively and without a timeout. So processes first tell each other,
-over JAX's coordination service, whether each of them can; then all call it on a thread that can be
+over JAX's coordination service, whether each of them can; then all call it, on threads that can be
 left behind, and look meanwhile whether another one has failed. What cannot be brought to an orderly
 end is left to the end of the process.
 """
@@ -13,14 +13,11 @@ import importlib.util
 import os
 import pathlib
 import socket
-import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from jax_ep.join import Attempt
-
-T = TypeVar("T")
 
 INTERFACE_VARIABLE = "NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME"
 HEAP_VARIABLE = "NVSHMEM_SYMMETRIC_SIZE"  # NVSHMEM's own; it takes the size from nowhere else
@@ -152,16 +149,10 @@ def start(
     native, (ordinal,) = load(), ordinals
     ids = attempt.exchange(native.unique_id().hex() if process == 0 else "")
     _lost = "it was started before in this process, and not all came to its end"
-    _on_a_thread(
-        lambda: native.start(bytes.fromhex(ids[0]), process, len(told), ordinal),
-        timeout,
-        "NVSHMEM has not started",
-        attempt,
-    )
+    call = native.start(bytes.fromhex(ids[0]), process, len(told), ordinal)
+    _result(call, timeout, "NVSHMEM has not started", attempt)
     attempt.exchange("started")
-    links = _on_a_thread(
-        lambda: native.check_links(timeout), 2 * timeout, "the network's check has not ended"
-    )
+    links = _result(native.check_links(timeout), 2 * timeout, "the network's check has not ended")
     troubles = [_TROUBLES[link].format(i) for i, link in enumerate(links) if link != "good"]
     if troubles:
         raise RuntimeError(f"jax_ep.initialize: over the network {'; '.join(troubles)}")
@@ -209,32 +200,15 @@ def _require_same(what: str, values: Sequence[str]) -> None:
             )
 
 
-def _on_a_thread(
-    call: Callable[[], T], timeout: float, late: str, attempt: Attempt | None = None
-) -> T:
-    """What `call` returns, or raises. It is left behind if it takes too long, or another fails."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-    ended = threading.Event()
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            ended.set()
-
-    threading.Thread(target=run, name="jax_ep network", daemon=True).start()
+def _result(call: Any, timeout: float, late: str, attempt: Attempt | None = None) -> list[str]:
+    """What the native call gives, or raises. It is left behind if it is late, or another fails."""
     deadline = time.monotonic() + timeout
-    while not ended.wait(_LOOK_INTERVAL):
+    while not call.wait(_LOOK_INTERVAL):
         if attempt is not None:
             attempt.raise_failure()
         if time.monotonic() > deadline:
             raise RuntimeError(f"jax_ep.initialize: {late} within {timeout:g} s")
-    if errors:
-        raise errors[0]
-    return results[0]
+    return list(call.result())
 
 
 # End ----------------------------------------------------------------------------------------------
@@ -255,7 +229,7 @@ def leave(devices_have_ended: bool) -> None:
     if attempt.meet("leave", _LEAVE_TIMEOUT):
         return
     with contextlib.suppress(Exception):  # what `_lost` says is true then
-        _on_a_thread(load().finalize, _LEAVE_TIMEOUT, "NVSHMEM has not ended")
+        _result(load().finalize(), _LEAVE_TIMEOUT, "NVSHMEM has not ended")
         _lost = ""
 
 

@@ -62,11 +62,14 @@ def error_of(call):
         call()
     except RuntimeError as error:
         print(error)
-error_of(lambda: native.start(identifier[1:], 0, 1, 0))
-error_of(lambda: native.check_links(1.0))
+def end(call):
+    assert call.wait(30)
+    return call.result()
+error_of(lambda: end(native.start(identifier[1:], 0, 1, 0)))
+error_of(lambda: end(native.check_links(1.0)))
 error_of(native.mapped_peers)
-error_of(lambda: native.start(identifier, 0, 1, 1000))
-native.finalize()
+error_of(lambda: end(native.start(identifier, 0, 1, 1000)))
+end(native.finalize())
 print("ALIVE")
 """
 

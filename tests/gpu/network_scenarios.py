@@ -59,7 +59,9 @@ def started_and_ended() -> None:
     print(f"NOTE: ended in {time.monotonic() - start:.1f} s")
     assert not nvshmem.is_running()
     print(f"NOTE: started again in {connect():.1f} s")
-    assert nvshmem.load().check_links(10.0) == ["good"] * NUM_PROCESSES
+    check = nvshmem.load().check_links(10.0)
+    assert check.wait(20)
+    assert check.result() == ["good"] * NUM_PROCESSES
     is_right(2)
 
 

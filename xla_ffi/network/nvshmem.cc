@@ -60,9 +60,15 @@ void Nvshmem::Start(const std::string& unique_id, int rank, int num_ranks, int o
   }
   if (state_ == State::kSpent) Throw(kSpentText);
   if (state_ == State::kRunning) Throw("NVSHMEM is running already");
+  const bool is_second = num_ranks_ > 0;
   // Theirs would be other ranks, another heap, and an end at another time.
-  if (nvshmemx_init_status() != NVSHMEM_STATUS_NOT_INITIALIZED) {
+  if (nvshmemx_init_status() > NVSHMEM_STATUS_IS_BOOTSTRAPPED ||
+      (nvshmemx_init_status() == NVSHMEM_STATUS_IS_BOOTSTRAPPED && !is_second)) {
     Throw("something else in this process has started NVSHMEM");
+  }
+  if (is_second && (rank != rank_ || num_ranks != num_ranks_ || ordinal != ordinal_)) {
+    Throw("NVSHMEM can be started again only as before: as process " + std::to_string(rank_) +
+          " of " + std::to_string(num_ranks_) + OnDevice(ordinal_));
   }
   Check(cudaSetDevice(ordinal), "cudaSetDevice " + std::to_string(ordinal));
   Check(cudaFree(nullptr), "a context" + OnDevice(ordinal));
@@ -166,7 +172,7 @@ void Nvshmem::Finalize() {
   Check(cudaDeviceSynchronize(), "NVSHMEM's end" + OnDevice(ordinal_));
   Free();
   nvshmem_finalize();
-  if (nvshmemx_init_status() == NVSHMEM_STATUS_NOT_INITIALIZED) state_ = State::kIdle;
+  if (nvshmemx_init_status() <= NVSHMEM_STATUS_IS_BOOTSTRAPPED) state_ = State::kIdle;
 }
 
 }  // namespace jax_ep

@@ -2,12 +2,14 @@
 //
 // NVSHMEM's own start and end are collective, have no timeout, and end the process where they are
 // used otherwise than it expects. So every call here first looks whether NVSHMEM would do that, and
-// throws instead; and who calls Start, CheckLinks and Finalize does so on a thread that it can leave
-// behind, after all processes have agreed to (jax_ep/nvshmem.py).
+// throws instead; and Start, CheckLinks and Finalize are called on threads that can be left behind
+// (module.cc), after all processes have agreed to (jax_ep/nvshmem.py).
 //
 // Life:     Idle -> Start -> Running -> Finalize -> Idle. A Start or Finalize that fails, or that
 //           has not come to an end, leaves NVSHMEM half way: from there it cannot be started again
-//           in this process (Spent). What it holds then, the end of the process releases.
+//           in this process (Spent). What it holds then, the end of the process releases. NVSHMEM
+//           3.4.5 keeps the connections of its first start when it ends (later versions do not), so a
+//           second start is of the same processes.
 // Order:    Finalize waits for the device, frees what was allocated here, then lets NVSHMEM meet its
 //           peers, stop its proxy thread, and unregister and free the heap. The addresses of the heap
 //           mean nothing after that, so no program that knows them may run.

@@ -3,6 +3,7 @@
 import importlib
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from job import NUM_PROCESSES, PROCESS, join, mark, wait_for_marks
@@ -14,13 +15,38 @@ from jax_ep.join import Attempt
 LAST = NUM_PROCESSES - 1
 
 
+class FakeCall:
+    """A call on a thread, as the native module's."""
+
+    def __init__(self, call: Callable[[], list[str]]) -> None:
+        self._results: list[list[str]] = []
+        self._errors: list[Exception] = []
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, args=(call,), daemon=True).start()
+
+    def _run(self, call: Callable[[], list[str]]) -> None:
+        try:
+            self._results.append(call())
+        except Exception as error:
+            self._errors.append(error)
+        self._ended.set()
+
+    def wait(self, seconds: float) -> bool:
+        return self._ended.wait(seconds)
+
+    def result(self) -> list[str]:
+        if self._errors:
+            raise self._errors[0]
+        return self._results[0]
+
+
 class FakeNative:
     """A module whose calls are collective as NVSHMEM's: all processes have to come to `start`."""
 
     def __init__(self, name: str) -> None:
         self.name, self.version, self.links = name, "3.4.5", ["good"] * NUM_PROCESSES
         self.problem = ""
-        self.ended = False
+        self.ends = self.ended = False
 
     def loaded_version(self) -> str:
         return self.version
@@ -29,23 +55,32 @@ class FakeNative:
         assert PROCESS == 0
         return b"unique" + bytes(122)
 
-    def start(self, unique_id: bytes, rank: int, num_ranks: int, ordinal: int) -> None:
+    def start(self, unique_id: bytes, rank: int, num_ranks: int, ordinal: int) -> FakeCall:
         assert unique_id == b"unique" + bytes(122)
         assert (rank, num_ranks, ordinal) == (PROCESS, NUM_PROCESSES, 3)
+        return FakeCall(self._start)
+
+    def _start(self) -> list[str]:
         if self.problem == "hangs":
             threading.Event().wait(60)
         if self.problem:
             raise RuntimeError(self.problem)
         mark(f"{self.name} started")
         wait_for_marks(f"{self.name} started", NUM_PROCESSES)
+        return []
 
-    def check_links(self, timeout: float) -> list[str]:
-        return self.links
+    def check_links(self, timeout: float) -> FakeCall:
+        return FakeCall(lambda: self.links)
 
-    def finalize(self) -> None:
+    def finalize(self) -> FakeCall:
+        self.ends = True
+        return FakeCall(self._finalize)
+
+    def _finalize(self) -> list[str]:
         mark(f"{self.name} ended")
         wait_for_marks(f"{self.name} ended", NUM_PROCESSES)
         self.ended = True
+        return []
 
 
 def start(
@@ -187,8 +222,8 @@ def one_does_not_leave(native: FakeNative) -> None:
         assert not native.ended
         mark("left")
     wait_for_marks("left", NUM_PROCESSES - 1)
-    begin = time.monotonic()
     nvshmem.leave(devices_have_ended=True)
+    assert not native.ends, "NVSHMEM's end would wait for those who have gone"
     cannot_again(native)
 
 
