@@ -5,11 +5,12 @@ import importlib
 import importlib.util
 import os
 
-from cpu_devices import cpu_devices
+from cpu_devices import cpu_devices, shared_compilations
 
 # Before JAX is imported.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cpu_devices(8)['XLA_FLAGS']}"
 os.environ.setdefault("NPROC", cpu_devices(8)["NPROC"])
+os.environ.update(shared_compilations())
 
 from collections.abc import Iterator
 from typing import Any
