@@ -32,11 +32,16 @@ class Divider {
   uint32_t divisor_, multiplier_ = 0, shift_ = 0;
 };
 
+JAX_EP_HOST_DEVICE constexpr int32_t round_up(int32_t n, const Divider& multiple) {
+  return multiple.round_up(n);
+}
+
 static_assert(Divider(1).quotient(0) == 0 && Divider(1).quotient(INT32_MAX) == INT32_MAX);
 static_assert(Divider(7).quotient(6) == 0 && Divider(7).quotient(7) == 1);
 static_assert(Divider(641).quotient(INT32_MAX) == INT32_MAX / 641);
 static_assert(Divider(INT32_MAX).quotient(INT32_MAX - 1) == 0);
 static_assert(Divider(INT32_MAX).quotient(INT32_MAX) == 1);
+static_assert(RoomOf<int32_t, Divider>{48, Divider(16), 0}.group_size(0, 17) == 32);
 static_assert(Divider(1).round_up(5) == 5 && Divider(16).round_up(17) == 32);
 
 }  // namespace jax_ep

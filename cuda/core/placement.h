@@ -33,31 +33,44 @@ JAX_EP_HOST_DEVICE constexpr bool is_invalid(int32_t expert, int64_t num_experts
   return !is_routed(expert, num_experts) && expert != kNotRouted;
 }
 
-// The room that the experts of a rank have.
-struct Room {
-  int64_t capacity;          // C, of all of them
-  int64_t expert_alignment;  // A
-  int64_t expert_capacity;   // M, of each; 0 where they share C
+// n rounded up to a multiple; also for Divider (divider.h).
+JAX_EP_HOST_DEVICE constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// The room that the experts of a rank have: Room, or, in kernels, with rows in int32, where they are
+// known to fit, and a Divider.
+template <typename Rows, typename Alignment>
+struct RoomOf {
+  Rows capacity;               // C, of all of them
+  Alignment expert_alignment;  // A
+  Rows expert_capacity;        // M, of each; 0 where they share C
 
   // p[e]: rows that an expert with `num_rows` rows occupies.
-  JAX_EP_HOST_DEVICE constexpr int64_t occupied_rows(int64_t num_rows) const {
-    if (expert_capacity > 0) return expert_capacity;
-    if (expert_alignment == 1) return num_rows;  // kernels are spared a division of 64 bits
-    return (num_rows + expert_alignment - 1) / expert_alignment * expert_alignment;
+  JAX_EP_HOST_DEVICE constexpr Rows occupied_rows(Rows num_rows) const {
+    return expert_capacity > 0 ? expert_capacity : round_up(num_rows, expert_alignment);
   }
 
   // Rows that an expert may keep whose first row is `offset`: those with i below this.
-  JAX_EP_HOST_DEVICE constexpr int64_t most_rows(int64_t offset) const {
+  JAX_EP_HOST_DEVICE constexpr Rows most_rows(Rows offset) const {
     if (expert_capacity > 0) return expert_capacity;
-    return offset < capacity ? capacity - offset : 0;
+    const Rows left = capacity - offset;
+    return left > 0 ? left : 0;
+  }
+
+  // Rows that it keeps.
+  JAX_EP_HOST_DEVICE constexpr Rows rows_kept(Rows offset, Rows num_rows) const {
+    const Rows most = most_rows(offset);
+    return num_rows < most ? num_rows : most;
   }
 
   // Rows of its group, padding included.
-  JAX_EP_HOST_DEVICE constexpr int64_t group_size(int64_t offset, int64_t num_rows) const {
-    const int64_t occupied = occupied_rows(num_rows), most = most_rows(offset);
-    return occupied < most ? occupied : most;
+  JAX_EP_HOST_DEVICE constexpr Rows group_size(Rows offset, Rows num_rows) const {
+    if (expert_capacity > 0) return expert_capacity;
+    return rows_kept(offset, occupied_rows(num_rows));
   }
 };
+using Room = RoomOf<int64_t, int64_t>;
 
 // Of the rows [first_row, first_row + num_rows), how many lie below the end.
 JAX_EP_HOST_DEVICE constexpr int64_t rows_below(int64_t first_row, int64_t num_rows, int64_t end) {
@@ -78,6 +91,7 @@ static_assert(kSharedRoom.most_rows(32) == 16 && kSharedRoom.most_rows(64) == 0)
 static_assert(kSharedRoom.group_size(32, 17) == 16 && kSharedRoom.group_size(0, 17) == 32);
 static_assert(kOwnRoom.occupied_rows(0) == 24 && kOwnRoom.occupied_rows(25) == 24);
 static_assert(kOwnRoom.most_rows(24) == 24 && kOwnRoom.group_size(0, 1) == 24);
+static_assert(kSharedRoom.rows_kept(32, 17) == 16 && kOwnRoom.rows_kept(24, 17) == 17);
 static_assert(rows_below(4, 3, 8) == 3 && rows_below(6, 3, 8) == 2 && rows_below(9, 3, 8) == 0);
 static_assert(is_invalid(-2, 4) && is_invalid(4, 4) && !is_invalid(-1, 4) && !is_invalid(3, 4));
 

@@ -65,12 +65,8 @@ struct Plan {
   Divider ids_per_rank, top_k, expert_alignment;
 
   __device__ bool are_cached() const { return ids_per_block <= num_cached; }
-  // As Room's, where all numbers of rows are known to fit.
-  __device__ int32_t occupied_rows(int32_t num_rows) const {
-    return expert_capacity > 0 ? expert_capacity : expert_alignment.round_up(num_rows);
-  }
-  __device__ int32_t most_rows(int32_t offset) const {
-    return expert_capacity > 0 ? expert_capacity : max(0, capacity - offset);
+  __device__ RoomOf<int32_t, const Divider&> room() const {
+    return {capacity, expert_alignment, expert_capacity};
   }
 };
 
@@ -302,7 +298,7 @@ class TableBuilder {
           total[i] = occupied[i] = 0;
           if (first + i >= plan_.num_local) continue;
           total[i] = total_[rank * plan_.num_local + first + i];
-          occupied[i] = plan_.occupied_rows(total[i]);
+          occupied[i] = plan_.room().occupied_rows(total[i]);
           sum += occupied[i];
         }
         int32_t end = sum;
@@ -317,7 +313,7 @@ class TableBuilder {
         for (int i = 0; i < kExpertsAtOnce; ++i) {
           if (first + i >= plan_.num_local) continue;
           const int32_t e = rank * plan_.num_local + first + i;
-          const int32_t most = plan_.most_rows(offset);
+          const int32_t most = plan_.room().most_rows(offset);
           const int32_t size = min(occupied[i], most), before = min(first_row_[e], most);
           offset_[e] = offset;
           size_[e] = size;

@@ -320,8 +320,8 @@ cudaError_t LaunchLayoutAndDispatchInSlots(const GroupView& group,
   const int64_t num_received = int64_t{group.num_ranks} * units.count + 1;
   // Those that receive have the tables to make, and store a row as often as it has experts here.
   const Blocks blocks = DivideBlocks(has_peers ? units.count : 0, num_received, num_sms, 4);
-  const TableSteps steps =
-      TableStepsOf(group.num_ranks, a.num_tokens, a.top_k, a.num_experts, blocks.num_senders);
+  const TableSteps steps = TableStepsOf(group.num_ranks, a.num_tokens, a.top_k, a.num_experts,
+                                        a.room, blocks.num_senders);
   const int64_t shared_bytes =
       tables_bytes(group.num_ranks * a.num_tokens * a.top_k, a.num_experts);
   return WithKernel(a.mode, a.type, [&](auto* kernel) {

@@ -35,10 +35,10 @@ JAX_EP_HOST_DEVICE constexpr int32_t num_counting_warps(int64_t num_ids) {
 struct TableSteps {
   int32_t ids_per_warp, num_warps;  // that count
   int32_t ids_per_sender;           // of this rank's
-  Divider ids_per_rank, experts_per_rank, top_k;
+  Divider ids_per_rank, experts_per_rank, top_k, expert_alignment;
 };
 constexpr TableSteps TableStepsOf(int64_t num_ranks, int64_t num_tokens, int64_t top_k,
-                                  int64_t num_experts, int32_t num_senders) {
+                                  int64_t num_experts, const Room& room, int32_t num_senders) {
   const int64_t num_ids = num_ranks * num_tokens * top_k;
   const int64_t senders = num_senders > 0 ? num_senders : 1;
   return {ids_per_warp(num_ids),
@@ -46,7 +46,8 @@ constexpr TableSteps TableStepsOf(int64_t num_ranks, int64_t num_tokens, int64_t
           static_cast<int32_t>((num_tokens * top_k + senders - 1) / senders),
           Divider(static_cast<int32_t>(num_tokens * top_k)),
           Divider(static_cast<int32_t>(num_experts / num_ranks)),
-          Divider(static_cast<int32_t>(top_k))};
+          Divider(static_cast<int32_t>(top_k)),
+          Divider(room.expert_alignment)};
 }
 // Of shared memory.
 constexpr int64_t tables_bytes(int64_t num_ids, int64_t num_experts) {
@@ -132,7 +133,7 @@ class BlockTables {
   };
   __device__ Padding padding_of(int32_t e) const {
     const int32_t offset = offset_of(e);
-    return {offset + rows_kept(e), offset + group_size(e)};
+    return {offset + room().rows_kept(offset, total_[e]), offset + group_size(e)};
   }
 
   // What holds no row, but for padding, and all numbers of rows: the block's share.
@@ -166,12 +167,8 @@ class BlockTables {
 
  private:
   __device__ int32_t capacity() const { return static_cast<int32_t>(a_.room.capacity); }
-  // Rows that an expert occupies.
-  __device__ int32_t occupied(int32_t num_rows) const {
-    const auto alignment = static_cast<uint32_t>(a_.room.expert_alignment);
-    if (alignment == 1) return num_rows;
-    return static_cast<int32_t>((static_cast<uint32_t>(num_rows) + alignment - 1) / alignment *
-                                alignment);
+  __device__ RoomOf<int32_t, const Divider&> room() const {
+    return {capacity(), steps_.expert_alignment, static_cast<int32_t>(a_.room.expert_capacity)};
   }
   // Where an expert begins on its rank.
   __device__ int32_t offset_of(int32_t e) const {
@@ -179,16 +176,9 @@ class BlockTables {
     const auto own = static_cast<int32_t>(a_.room.expert_capacity);
     return own > 0 ? (e - first) * own : scan_[e] - scan_[first];
   }
-  // Rows that it may keep.
-  __device__ int32_t most_rows(int32_t offset) const {
-    const auto own = static_cast<int32_t>(a_.room.expert_capacity);
-    return own > 0 ? own : max(0, capacity() - offset);
-  }
-  __device__ int32_t rows_kept(int32_t e) const { return min(total_[e], most_rows(offset_of(e))); }
   // Padding included.
   __device__ int32_t group_size(int32_t e) const {
-    const auto own = static_cast<int32_t>(a_.room.expert_capacity);
-    return own > 0 ? own : min(occupied(total_[e]), most_rows(offset_of(e)));
+    return room().group_size(offset_of(e), total_[e]);
   }
 
   // By a warp, its ids: this rank's own, and what peers have sent, for which it waits. False on a
@@ -298,7 +288,7 @@ class BlockTables {
     }
     __syncthreads();
   }
-  // Of an expert; the rows that it occupies.
+  // Of an expert; the rows that it occupies where experts share the capacity.
   __device__ int32_t sum_warps(int32_t e) {
     constexpr int kAtOnce = 4;
     int32_t sum = 0;
@@ -317,7 +307,7 @@ class BlockTables {
       }
     }
     total_[e] = sum;
-    return occupied(sum);
+    return round_up(sum, room().expert_alignment);
   }
 
   // By a warp: kept rows of this rank's experts that come before the warp's ids. The last warp also
@@ -332,7 +322,7 @@ class BlockTables {
     } else {  // the rows of an expert are contiguous
 #pragma unroll 1
       for (int32_t e = first_local_ + lane_; e <= last; e += 32) {
-        const int32_t most = most_rows(offset_of(e));
+        const int32_t most = room().most_rows(offset_of(e));
         if (begin_ < end_) before += min(warp_count_[warp_ * num_experts_ + e], most);
         received += min(total_[e], most);
         routed += total_[e];
@@ -364,7 +354,7 @@ class BlockTables {
         const int32_t id = kept_of_id & ((1 << kExpertBits) - 1);
         const int32_t i = warp_count_[warp_ * num_experts_ + id] + (kept_of_id >> kExpertBits);
         const int32_t offset = offset_of(id);
-        if (i < most_rows(offset)) row = offset + i;
+        if (i < room().most_rows(offset)) row = offset + i;
         here = row != kNoRow && is_here(id);
       }
       const uint32_t kept = __ballot_sync(0xffffffffu, here);
