@@ -119,7 +119,7 @@ cudaError_t LaunchDispatch(const GroupView& group, const DispatchArguments& argu
                            cudaStream_t stream);
 cudaError_t LaunchCombine(const GroupView& group, const CombineArguments& arguments, int num_sms,
                           cudaStream_t stream);
-// In slots, for calls that fit (fits_slots, cuda/slots/units.h); results are those of the above.
+// In slots, for calls that fit (fits_slots, cuda/slots/fits.h); results are those of the above.
 // CombineArguments::partial is not used.
 cudaError_t LaunchLayoutAndDispatchInSlots(const GroupView& group,
                                            const LayoutAndDispatchArguments& arguments, int num_sms,

@@ -18,13 +18,14 @@
 //           2. The others sum the rows that this rank has of its own tokens,
 //           3. and add to them the peers' sums as they come, [I2], ranks ascending.
 // Reuse, Progress, Failure: cuda/sync/slots.cuh. A call that fails leaves NaN.
-// Limits:   fits_slots (units.h); rows at 16-byte addresses; compiled without -ftz, -fmad=false.
+// Limits:   fits_slots (fits.h); rows at 16-byte addresses; compiled without -ftz, -fmad=false.
 #include <algorithm>
 
 #include "cuda/core/placement.h"
 #include "cuda/direct/kernels.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/rows/row_types.cuh"
+#include "cuda/slots/fits.h"
 #include "cuda/slots/teams.cuh"
 #include "cuda/sync/grid.cuh"
 #include "cuda/sync/slots.cuh"

@@ -21,8 +21,9 @@
 //           4. They copy the peers' rows as they come, [I2].
 // Reuse, Progress, Failure: cuda/sync/slots.cuh. A call that fails leaves -1 and 0 in the tables, NaN
 //           in float tokens and in weights, 0 in integers.
-// Limits:   fits_slots (units.h); rows at 16-byte addresses.
+// Limits:   fits_slots (fits.h); rows at 16-byte addresses.
 #include "cuda/direct/kernels.cuh"
+#include "cuda/slots/fits.h"
 #include "cuda/slots/row_forms.cuh"
 #include "cuda/slots/tables.cuh"
 #include "cuda/slots/teams.cuh"

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
-#include "cuda/slots/units.h"
+#include "cuda/slots/fits.h"
 #include "tests/native/fake_ffi.h"
 #include "tests/native/symmetric_memory_support.h"
 

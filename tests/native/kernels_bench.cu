@@ -37,7 +37,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/probe/link_probe.h"
-#include "cuda/slots/units.h"
+#include "cuda/slots/fits.h"
 #include "tests/native/call_arguments.h"
 #include "tests/native/check_cuda.h"
 

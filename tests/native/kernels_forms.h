@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/slots/units.h"
+#include "cuda/slots/fits.h"
 #include "tests/native/fp8_oracle.h"
 #include "tests/native/kernels_compare.h"
 #include "tests/native/kernels_ranks.h"

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
-#include "cuda/slots/units.h"
+#include "cuda/memory/slots.h"
 #include "tests/native/call_arguments.h"
 #include "tests/native/check_cuda.h"
 #include "tests/native/kernels_oracle.h"

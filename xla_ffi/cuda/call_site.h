@@ -12,7 +12,7 @@
 #include <utility>
 
 #include "cuda/launch.h"
-#include "cuda/slots/units.h"
+#include "cuda/slots/fits.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_ffi/attributes.h"
 #include "xla_ffi/groups.h"

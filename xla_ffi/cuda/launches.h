@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "cuda/launch.h"
-#include "cuda/slots/units.h"
+#include "cuda/slots/fits.h"
 #include "xla_ffi/calls.h"
 #include "xla_ffi/cuda/call_site.h"
 
