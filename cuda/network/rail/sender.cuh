@@ -1,0 +1,165 @@
+// A warp that sends rows to other nodes. cuda/network/rail/dispatch.cuh states the protocol.
+#ifndef JAX_EP_CUDA_NETWORK_RAIL_SENDER_CUH_
+#define JAX_EP_CUDA_NETWORK_RAIL_SENDER_CUH_
+
+#include "cuda/core/placement.h"
+#include "cuda/launch.h"
+#include "cuda/network/hop_wait.cuh"
+#include "cuda/network/rail/rail.h"
+
+namespace jax_ep::gpu::rail {
+
+// By a warp: bytes and addresses are multiples of 16.
+__device__ inline void copy_row(char* to, const char* from, int64_t num_bytes) {
+  constexpr int kAtOnce = 8;
+  auto* out = reinterpret_cast<uint4*>(to);
+  const auto* in = reinterpret_cast<const uint4*>(from);
+  const int64_t size = num_bytes / 16;
+  int64_t i = threadIdx.x % 32;
+  for (; i + (kAtOnce - 1) * 32 < size; i += kAtOnce * 32) {
+    uint4 vector[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) vector[j] = in[i + j * 32];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) out[i + j * 32] = vector[j];
+  }
+  for (; i < size; i += 32) out[i] = in[i];
+}
+
+// Of the tokens [begin, end) those that have a row on one node, in their order: 32 at a time, one a
+// lane.
+class NodeTokens {
+ public:
+  __device__ NodeTokens(const DispatchArguments& a, int32_t first_expert, int32_t end_expert,
+                        int32_t begin, int32_t end)
+      : a_(a), first_expert_(first_expert), end_expert_(end_expert), next_(begin), end_(end) {
+    find();
+  }
+
+  __device__ bool has_next() const { return left_ != 0; }
+  __device__ int32_t take() {
+    const int32_t token = begin_ + __ffs(static_cast<int>(left_)) - 1;
+    left_ &= left_ - 1;
+    find();
+    return token;
+  }
+  // Whether the id at `flat` makes a row there.
+  __device__ bool is_there(int32_t row, int32_t expert) const {
+    return row != kNoRow && expert >= first_expert_ && expert < end_expert_;
+  }
+
+ private:
+  __device__ void find() {
+    for (; left_ == 0 && next_ < end_; next_ += 32) {
+      begin_ = next_;
+      const int32_t token = begin_ + static_cast<int32_t>(threadIdx.x) % 32;
+      bool is_wanted = false;
+      if (token < end_) {
+        const int64_t flat = token * a_.top_k;
+        for (int64_t k = 0; k < a_.top_k; ++k) {
+          is_wanted |= is_there(a_.send_row[flat + k], a_.topk_idx[flat + k]);
+        }
+      }
+      left_ = __ballot_sync(~0u, is_wanted);
+    }
+  }
+
+  const DispatchArguments& a_;
+  const int32_t first_expert_, end_expert_;
+  int32_t next_;
+  const int32_t end_;
+  int32_t begin_ = 0;
+  uint32_t left_ = 0;  // of [begin, begin + 32): those to come, a bit each
+};
+
+// Sends the block's tokens over its channel.
+template <typename Hop>
+class Sender {
+ public:
+  __device__ Sender(const GroupView& g, const RailView& rail, const Hop& hop,
+                    const DispatchArguments& a, const Plan& plan)
+      : g_(g),
+        rail_(rail),
+        hop_(hop),
+        a_(a),
+        plan_(plan),
+        format_{static_cast<int32_t>(a.top_k), a.row_bytes},
+        channel_(static_cast<int32_t>(blockIdx.x)),
+        lane_(static_cast<int32_t>(threadIdx.x) % 32) {}
+
+  // All rows of the tokens [begin, end) that belong to a node. False if the group is broken.
+  __device__ bool send(int32_t node, int32_t begin, int32_t end) {
+    const auto num_local = static_cast<int32_t>(a_.num_local_experts);
+    const int32_t on_node = num_local * rail_.ranks_per_node, first_expert = node * on_node;
+    NodeTokens tokens(a_, first_expert, first_expert + on_node, begin, end);
+    const int32_t rank = rail_.rank_of(node, g_.rank);
+    const RailMemory& at = rail_.at;
+    const HopMemory& memory = rail_.memory;
+    const auto num_slots = static_cast<uint64_t>(at.num_slots);
+    RailChunks& chunks = rail_.chunks_of(node, channel_);
+    const uint64_t first = chunks.sent;
+    uint64_t chunk = first;
+    HopWait wait(g_, OpKind::kDispatch, slot_of_rail_rank(rank));
+    bool is_last = false;
+    for (; !is_last; ++chunk) {
+      if (chunk >= num_slots) {
+        // [R1] Before the first credit of this call the peer may not have come to it.
+        const uint64_t read = chunk - num_slots + 1;
+        wait.until(read <= first + 1 ? kStart : kProgress, read);
+        if (!hop_.wait_signal(at.credit(memory, node, channel_), read, wait)) return false;
+      }
+      char* staging = at.staging(memory, node, channel_, chunk);
+      int32_t num_rows = 0;
+      for (; num_rows < plan_.rows_per_chunk && tokens.has_next(); ++num_rows) {
+        write_row(staging, num_rows, tokens, tokens.take(), first_expert, num_local);
+      }
+      is_last = !tokens.has_next();
+      if (lane_ == 0) {
+        *reinterpret_cast<ChunkHead*>(staging) = {g_.operation, chunk,
+                                                  static_cast<uint32_t>(num_rows), is_last, 0};
+      }
+      const uint64_t use = at.use_of(chunk);
+      if (!hop_.put_signal(channel_, rank, at.landing(memory, rail_.node, channel_, chunk), staging,
+                           static_cast<size_t>(format_.num_bytes(num_rows)),
+                           at.filled(memory, rail_.node, channel_, chunk), use,
+                           wait.until(kProgress, use))) {
+        return false;  // [R2]
+      }
+    }
+    __syncwarp();
+    if (lane_ == 0) chunks.sent = chunk;
+    return true;
+  }
+
+ private:
+  __device__ void write_row(char* staging, int32_t i, const NodeTokens& tokens, int32_t token,
+                            int32_t first_expert, int32_t num_local) const {
+    char* head = format_.row_head(staging, i);
+    const int32_t top_k = format_.top_k;
+    if (lane_ < top_k) {
+      const int64_t flat = token * a_.top_k + lane_;
+      const int32_t row = a_.send_row[flat], expert = a_.topk_idx[flat];
+      const bool is_there = tokens.is_there(row, expert);
+      reinterpret_cast<int32_t*>(head)[lane_] = is_there ? row : kNoRow;
+      if (a_.topk_weights != nullptr) {
+        reinterpret_cast<float*>(head)[top_k + lane_] = a_.topk_weights[flat];
+      }
+      reinterpret_cast<uint8_t*>(head)[8 * top_k + lane_] =
+          static_cast<uint8_t>(is_there ? (expert - first_expert) / num_local : 0);
+    }
+    copy_row(format_.row(staging, i), static_cast<const char*>(a_.x) + token * a_.row_bytes,
+             a_.row_bytes);
+  }
+
+  const GroupView& g_;
+  const RailView& rail_;
+  const Hop& hop_;
+  const DispatchArguments& a_;
+  const Plan& plan_;
+  const ChunkFormat format_;
+  const int32_t channel_, lane_;
+};
+
+}  // namespace jax_ep::gpu::rail
+
+#endif  // JAX_EP_CUDA_NETWORK_RAIL_SENDER_CUH_
