@@ -326,7 +326,14 @@ void LayoutAndDispatch() {
   CHECK(g_both.type == FloatType::kBF16);
   CHECK(in_slots({ffi::F8E4M3FN, 3, 0, 1, 1, 4}) && g_both.mode == DispatchMode::kScaled);
   CHECK(g_both.x_scales != nullptr && g_both.scales != nullptr && g_both.num_scales == 4);
-  CHECK(g_both.row_bytes == 16);
+  CHECK(g_both.row_bytes == 16 && g_both.expand && g_both.num_rows == 24);
+  // Likewise not expanded.
+  CHECK(in_slots({ffi::F8E4M3FN, 3, 0, 0, 0, 4}) && g_both.mode == DispatchMode::kScaled);
+  CHECK(!g_both.expand && g_both.num_rows == 9 && g_both.num_scales == 4);
+  CHECK(in_slots({ffi::BF16, 1, 0, 0, 0}) && g_both.mode == DispatchMode::kQuantize);
+  CHECK(!g_both.expand && g_both.num_rows == 9 && g_both.scales != nullptr);
+  CHECK(in_slots({ffi::BF16, 1, 1, 0, 0}) && g_both.mode == DispatchMode::kDequantize);
+  CHECK(!g_both.expand && g_both.num_rows == 9 && g_both.scales == nullptr);
   // What a slot does not take: too many tokens, scales that are no whole vectors.
   CHECK(LayoutAndDispatchCallOf(512, 2).Kernels() == "layout and dispatch in slots");
   CHECK(LayoutAndDispatchCallOf(513, 2).Kernels() == "layout, dispatch");

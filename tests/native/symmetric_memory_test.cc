@@ -296,6 +296,17 @@ void Slots() {
   CHECK(Memory().Member(0) == -1);
   set_up(least);
   Memory().Release(true);
+
+  // Kernels that have not ended may still use their slots, whatever comes after.
+  set_up(kBytes);
+  const View busy({0, 1}, 0);
+  fake_cuda::SetBusy(true);
+  Memory().Release(false);
+  fake_cuda::SetBusy(false);
+  set_up(kBytes);
+  CHECK(View({0, 1}, 0).control != busy.control);
+  at(busy, 1, 1)[area_bytes - 1] = 1;
+  Memory().Release(true);
 }
 
 // A device that has no memory left for slots, which the second one has not.
