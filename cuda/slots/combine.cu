@@ -164,7 +164,7 @@ class Combiner {
   };
   __device__ Run rows_of(int32_t flat_token) const {
     const int32_t begin = a_.recv_offsets[flat_token];
-    // Within the table, whatever the layout says.
+    // No more than there is room for here, whatever the tables say; where they point to is trusted.
     return {begin, max(0, min(a_.recv_offsets[flat_token + 1] - begin, top_k_))};
   }
 

@@ -84,7 +84,7 @@ class Scout {
                                 uint64_t* source, float* weight) {
     const int64_t flat_token = peer * a_.num_tokens + t;
     const int32_t first = a_.recv_offsets[flat_token];
-    // Within the table, whatever the layout says.
+    // No more than there is room for here, whatever the tables say; where they point to is trusted.
     const int32_t most = a_.expand ? top_k_ : 1;
     head.count = max(0, min(a_.recv_offsets[flat_token + 1] - first, most));
     for (int32_t begin = 0; begin < head.count; begin += kAtOnce) {
