@@ -10,7 +10,7 @@
 // Calls:    all lanes of a warp make a call together, with equal arguments. `queue` says over which
 //           of the queue pairs to `rank` to go, modulo how many there are. It spreads load and is a
 //           wish, no more: nothing may be built on two calls having the same one.
-//             put(queue, rank, dst, src, num_bytes)                 rows, whole: multiples of 16 bytes
+//             put(queue, rank, dst, src, num_bytes)                 rows: bytes, addresses in multiples of 8
 //             put_signal(queue, rank, dst, src, num_bytes, signal, value)   then signal = value
 //             add_signal(queue, rank, signal, value)                signal += value, as one operation
 //             wait_signal(signal, at_least)                         until this rank's own word is that

@@ -1,5 +1,5 @@
-// simulated_hop: a network of hop.cuh for tests, on one GPU or several of one process, which reorders
-// all that hop.cuh does not promise to be in order.
+// simulated_hop: a network of hop.cuh for tests, between ranks of one process on one GPU, which
+// reorders all that hop.cuh does not promise to be in order.
 //
 // Protocol: a queue pair is a ring of descriptors in host memory, for one queue and one destination.
 //           [Q1] a warp takes the next number of the pair, by an atomic addition to `posted`, and
@@ -14,8 +14,8 @@
 // Reuse:    a descriptor by [Q1]; its words stay as they were until then.
 // Progress: the network's thread waits for no kernel. Its copies need a copy engine, or SMs that
 //           waiting kernels leave free.
-// Limits:   one thread posts for its warp; every number that is taken is posted, also by a warp whose
-//           wait in [Q1] has been ended, unless the network's thread has stopped: the pair is lost then.
+// Failure:  a warp whose wait in [Q1] has been ended posts nothing under its number, and later ones of
+//           the pair are never carried out: the group is broken then.
 #ifndef JAX_EP_CUDA_NETWORK_SIMULATED_HOP_CUH_
 #define JAX_EP_CUDA_NETWORK_SIMULATED_HOP_CUH_
 

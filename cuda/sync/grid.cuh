@@ -9,6 +9,7 @@
 //                fills its share of the outputs. All blocks of a grid get the same answer: a call
 //                that is marked never makes room for another.
 //           [B]  grid barrier: all blocks are here, by one counter; a grid of one block has none.
+//                A kernel may have several, which count on.
 //           [C2] a block that is done counts itself, and whether it has failed. Who is the last
 //                knows what all have written, and that the call has failed if a block has, if it is
 //                marked, or if the group is broken by now. A block alone counts itself while some
@@ -54,26 +55,28 @@ __device__ inline bool claim_call(const GroupView& g, OpKind kind) {
   return seen == 0 || is_running(seen, g.call, gridDim.x) || contest_call(g, kind, seen);
 }
 
-// [B], by the thread of a block that has arrived, until all have.
-__device__ __noinline__ inline bool await_blocks(const GroupView& g, OpKind kind) {
+// [B], by the thread of a block that has arrived, until so many have.
+__device__ __noinline__ inline bool await_blocks(const GroupView& g, OpKind kind,
+                                                 uint32_t expected) {
   Wait wait(g, kind);
   for (uint32_t n = 1;; ++n) {
     const uint32_t arrived = ld_acquire_gpu(&g.control->local.barrier);
-    if (arrived >= gridDim.x) return true;
+    if (arrived >= expected) return true;
     if ((n & 255u) != 0) continue;
-    if (!wait.may_go_on(slot_of(g, g.rank), kNotResident, gridDim.x, arrived)) return false;
+    if (!wait.may_go_on(slot_of(g, g.rank), kNotResident, expected, arrived)) return false;
   }
 }
 
-// [B], by all blocks of the grid, which must all be resident. False if the group is broken
-// meanwhile, or if a block does not come: it leaves when the group is broken, or finds no SM.
-__device__ inline bool grid_barrier(const GroupView& g, OpKind kind) {
+// [B], the nth of the kernel, by all blocks of the grid, which must all be resident. False if the
+// group is broken meanwhile, or if a block does not come: it leaves when the group is broken, or finds
+// no SM.
+__device__ inline bool grid_barrier(const GroupView& g, OpKind kind, uint32_t nth = 1) {
   __syncthreads();
   if (gridDim.x == 1) return true;
   bool ok = true;
   if (threadIdx.x == 0) {
     const uint32_t arrived = atom_add_acq_rel_gpu(&g.control->local.barrier, 1) + 1;
-    ok = arrived >= gridDim.x || await_blocks(g, kind);
+    ok = arrived >= nth * gridDim.x || await_blocks(g, kind, nth * gridDim.x);
   }
   return __syncthreads_and(ok) != 0;
 }

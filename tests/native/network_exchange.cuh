@@ -24,11 +24,10 @@
 
 #include <cuda_runtime.h>
 
-#include <cstring>
-
 #include "cuda/network/hop.cuh"
 #include "cuda/network/hop_wait.cuh"
 #include "tests/native/check_cuda.h"
+#include "tests/native/network_ranks.h"
 
 namespace jax_ep::gpu::test {
 
@@ -179,22 +178,16 @@ __global__ void exchange(Hop hop, Exchange x, GroupView g) {
   if (!ended && is_first_lane()) atomicAdd(&x.results->ended_waits, 1ull);
 }
 
-// Of one rank: what HopWait needs of a group, of which it is the only member, and the results.
+// Of one rank, on its stream.
 class ExchangeRank {
  public:
-  explicit ExchangeRank(uint64_t timeout_ns) : timeout_ns_(timeout_ns) {
-    CHECK_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-    CHECK_CUDA(cudaMalloc(&control_, sizeof(ControlBlock)));
-    CHECK_CUDA(cudaHostAlloc(&error_, sizeof(ErrorRecord), cudaHostAllocMapped));
+  explicit ExchangeRank(uint64_t timeout_ns) : rank_(timeout_ns) {
     CHECK_CUDA(cudaHostAlloc(&results_, sizeof(ExchangeResults), cudaHostAllocMapped));
     CHECK_CUDA(cudaMalloc(&counted_, sizeof(ExchangeResults)));
     Clear();
   }
   ~ExchangeRank() {
-    cudaStreamDestroy(stream_);
-    cudaFree(control_);
     cudaFree(counted_);
-    cudaFreeHost(error_);
     cudaFreeHost(results_);
   }
   ExchangeRank(const ExchangeRank&) = delete;
@@ -202,36 +195,26 @@ class ExchangeRank {
 
   // Between exchanges.
   void Clear() {
-    CHECK_CUDA(cudaMemset(control_, 0, sizeof(ControlBlock)));
     CHECK_CUDA(cudaMemset(counted_, 0, sizeof(ExchangeResults)));
-    std::memset(static_cast<void*>(error_), 0, sizeof(ErrorRecord));
-    error_->arrival_timeout_ns = error_->progress_timeout_ns = timeout_ns_;
-    CHECK_CUDA(cudaDeviceSynchronize());
+    rank_.Clear();
   }
   template <typename Hop>
   void Launch(const Hop& hop, Exchange x) {
-    GroupView view{};
-    view.control = control_;
-    CHECK_CUDA(cudaHostGetDevicePointer(&view.error, error_, 0));
-    view.num_ranks = 1;
-    view.peer[0].control = control_;
     x.results = counted_;
-    exchange<<<x.shape.num_channels, 64 * x.shape.num_ranks, 0, stream_>>>(hop, x, view);
+    const cudaStream_t stream = rank_.stream();
+    exchange<<<x.shape.num_channels, 64 * x.shape.num_ranks, 0, stream>>>(hop, x, rank_.View());
     CHECK_CUDA(cudaGetLastError());
-    CHECK_CUDA(cudaMemcpyAsync(results_, counted_, sizeof *results_, cudaMemcpyDefault, stream_));
+    CHECK_CUDA(cudaMemcpyAsync(results_, counted_, sizeof *results_, cudaMemcpyDefault, stream));
   }
   // Of all exchanges since Clear, when the last one has ended.
   ExchangeResults Wait() {
-    CHECK_CUDA(cudaStreamSynchronize(stream_));
+    CHECK_CUDA(cudaStreamSynchronize(rank_.stream()));
     return *results_;
   }
-  const ErrorRecord& error() const { return *error_; }
+  const ErrorRecord& error() const { return rank_.error(); }
 
  private:
-  const uint64_t timeout_ns_;
-  cudaStream_t stream_ = nullptr;
-  ControlBlock* control_ = nullptr;
-  ErrorRecord* error_ = nullptr;
+  LoneRank rank_;
   ExchangeResults *results_ = nullptr, *counted_ = nullptr;
 };
 

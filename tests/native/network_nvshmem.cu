@@ -1,4 +1,4 @@
-// network_nvshmem: the exchange over NVSHMEM, a process for each rank.
+// network_nvshmem: the exchange and layouts over NVSHMEM, a process for each rank.
 //   network_nvshmem RANK NUM_RANKS ORDINAL FOLDER
 // The processes find each other by files in FOLDER, which begins empty.
 #include <nvshmem.h>
@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <random>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -16,6 +17,8 @@
 
 #include "cuda/network/nvshmem_hop.cuh"
 #include "tests/native/network_exchange.cuh"
+#include "tests/native/network_layouts.h"
+#include "tests/native/network_ranks.h"
 #include "xla_ffi/network/nvshmem.h"
 
 namespace jax_ep::gpu::test {
@@ -47,22 +50,37 @@ std::string ShareId(int rank, const std::string& folder) {
   return id;
 }
 
-class Program {
+// Part of the symmetric heap.
+class Heap {
  public:
-  Program(int rank, int num_ranks)
-      : rank_(rank), shape_{num_ranks, 4, 3, 4, 14336}, exchange_rank_(kTimeoutNs) {
-    memory_.bytes = static_cast<char*>(nvshmem_malloc(shape_.num_bytes()));
-    memory_.signals =
-        static_cast<uint64_t*>(nvshmem_calloc(shape_.num_signals(), sizeof(uint64_t)));
+  Heap(size_t num_bytes, size_t num_signals)
+      : memory_{static_cast<char*>(nvshmem_malloc(num_bytes)),
+                static_cast<uint64_t*>(nvshmem_calloc(num_signals, sizeof(uint64_t)))} {
     if (memory_.bytes == nullptr || memory_.signals == nullptr) {
       throw std::runtime_error("the heap is too small");
     }
-    cudaFuncAttributes attributes;
-    CHECK_CUDA(cudaFuncGetAttributes(&attributes, &exchange<NvshmemHop>));
   }
-  ~Program() {
+  ~Heap() {
     nvshmem_free(memory_.signals);
     nvshmem_free(memory_.bytes);
+  }
+  Heap(const Heap&) = delete;
+  Heap& operator=(const Heap&) = delete;
+  const HopMemory& memory() const { return memory_; }
+
+ private:
+  const HopMemory memory_;
+};
+
+class Program {
+ public:
+  Program(int rank, int num_ranks)
+      : rank_(rank),
+        shape_{num_ranks, 4, 3, 4, 14336},
+        heap_(shape_.num_bytes(), shape_.num_signals()),
+        exchange_rank_(kTimeoutNs) {
+    cudaFuncAttributes attributes;
+    CHECK_CUDA(cudaFuncGetAttributes(&attributes, &exchange<NvshmemHop>));
   }
 
   // Wrong rows and ended waits of this rank, in `num_rounds` launches.
@@ -71,9 +89,9 @@ class Program {
     nvshmem_barrier_all();
     const auto start = std::chrono::steady_clock::now();
     for (int round = 0; round < num_rounds; ++round, first_chunk_ += kNumChunks) {
-      exchange_rank_.Launch(NvshmemHop{},
-                            {shape_, memory_, nullptr, first_chunk_, kNumChunks, rank_, protocol,
-                             round == 0 ? uint64_t{1000} * 1000 : 0});
+      exchange_rank_.Launch(
+          NvshmemHop{}, {shape_, heap_.memory(), nullptr, first_chunk_, kNumChunks, rank_, protocol,
+                         round == 0 ? uint64_t{1000} * 1000 : 0});
     }
     const ExchangeResults results = exchange_rank_.Wait();
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
@@ -91,10 +109,32 @@ class Program {
  private:
   const int rank_;
   const ExchangeShape shape_;
-  HopMemory memory_{};
+  const Heap heap_;
   ExchangeRank exchange_rank_;
   uint64_t first_chunk_ = 0;
 };
+
+// Numbers of this rank's tables that are wrong, in layouts one after the other.
+uint64_t RunLayouts(int rank, int num_ranks, int num_calls) {
+  const NetworkLayoutMemory memory = LayoutMemory(num_ranks);
+  const Heap heap(static_cast<size_t>(memory.num_bytes()),
+                  static_cast<size_t>(memory.num_signals()));
+  LoneRank own(kTimeoutNs);
+  CHECK_CUDA(PrepareNetworkLayout<NvshmemHop>());
+  std::mt19937_64 rng(1);  // the same on all ranks
+  uint64_t num_wrong = 0;
+  for (int call = 0; call < num_calls && own.error().valid == 0; ++call) {
+    const Data d = AnyLayoutData(num_ranks, rng);
+    LayoutBuffers buffers(d, rank, false);
+    const NetworkView view{heap.memory(), memory, own.epoch(), rank, num_ranks};
+    CHECK_CUDA(
+        LaunchNetworkLayout(own.View(), view, NvshmemHop{}, buffers.Arguments(d), 4, own.stream()));
+    CHECK_CUDA(cudaStreamSynchronize(own.stream()));
+    num_wrong += buffers.NumWrong(d, rank);
+  }
+  nvshmem_barrier_all();
+  return num_wrong + own.error().valid;
+}
 
 int Main(int rank, int num_ranks, int ordinal, const std::string& folder) {
   Nvshmem& nvshmem = Nvshmem::Get();
@@ -107,6 +147,11 @@ int Main(int rank, int num_ranks, int ordinal, const std::string& folder) {
     nvshmem_barrier_all();
   }
   std::printf("%s: links of rank %d\n", num_failed > 0 ? "FAILED" : "ok", rank);
+  const uint64_t num_wrong = RunLayouts(rank, num_ranks, 40);
+  num_failed += num_wrong > 0;
+  std::printf("%s: 40 layouts, rank %d of %d: %llu numbers wrong\n",
+              num_wrong > 0 ? "FAILED" : "ok", rank, num_ranks,
+              static_cast<unsigned long long>(num_wrong));
   {
     Program program(rank, num_ranks);
     for (Protocol protocol : {Protocol::kPutSignal, Protocol::kFlushAndSignal}) {

@@ -1,6 +1,6 @@
-// network_simulated: the exchange over the simulated network, ranks as streams of one process on one
-// GPU; each model with each protocol, several seeds. Wrong protocols have to be caught, or nothing
-// that is right here says anything.
+// network_simulated: the exchange and layouts over the simulated network, ranks as streams of one
+// process on one GPU; each model with each protocol, several seeds. Wrong protocols have to be
+// caught, or nothing that is right here says anything.
 //   network_simulated [--small]
 #include <algorithm>
 #include <chrono>
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "tests/native/network_exchange.cuh"
+#include "tests/native/network_simulated.h"
 #include "tests/native/simulated_network.h"
 
 namespace jax_ep::gpu::test {
@@ -120,6 +121,7 @@ int Main(bool is_small) {
       Run(model, Protocol::kPutSignal, 4, 2);
       Run(model, Protocol::kFlushAndSignal, 4, 1);
       if (seed == 1) Run(model, Protocol::kPutSignal, 8, 1);
+      g_num_failed += TestLayouts(model, is_small);
     }
     if (seed == 1) RunWithoutOne(models[1]);
   }

@@ -172,7 +172,10 @@ void Nvshmem::Finalize() {
   Check(cudaDeviceSynchronize(), "NVSHMEM's end" + OnDevice(ordinal_));
   Free();
   nvshmem_finalize();
-  if (nvshmemx_init_status() <= NVSHMEM_STATUS_IS_BOOTSTRAPPED) state_ = State::kIdle;
+  // Of the two parts that Start has started NVSHMEM 3.4.5 counts each one, and ends with the last.
+  if (nvshmemx_init_status() >= NVSHMEM_STATUS_IS_INITIALIZED) nvshmemx_hostlib_finalize();
+  if (nvshmemx_init_status() >= NVSHMEM_STATUS_IS_INITIALIZED) Throw("NVSHMEM has not ended");
+  state_ = State::kIdle;
 }
 
 }  // namespace jax_ep
