@@ -1,5 +1,7 @@
 // Dispatch in every form of rows: by itself on a layout, and in slots together with the layout. Results
 // are poisoned before, so that padding, gaps and tail are seen to be written.
+#include "tests/native/kernels_forms.h"
+
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -9,7 +11,6 @@
 
 #include "tests/native/check_cuda.h"
 #include "tests/native/kernels_compare.h"
-#include "tests/native/kernels_forms.h"
 #include "tests/native/kernels_test.h"
 
 namespace jax_ep::gpu::test {
