@@ -43,12 +43,13 @@
 #include "cuda/direct/kernels.cuh"
 #include "cuda/network/hop.cuh"
 #include "cuda/network/hop_wait.cuh"
+#include "cuda/network/rail/rail.h"
 #include "cuda/sync/grid.cuh"
 #include "cuda/sync/notice.cuh"
 
 namespace jax_ep::gpu {
 
-inline constexpr int kMaxNetworkRanks = kMaxPeers;  // error records name them as they do slots
+inline constexpr int kMaxNetworkRanks = kMaxRailRanks;  // error records name no more
 
 // A kept row, as its source tells the rank of its expert.
 struct alignas(8) RowEntry {
@@ -241,7 +242,7 @@ class Builder {
     bool ok = true;
     for (int r = warp_; r < n_.num_ranks; r += kNumWarps) {
       if (r == n_.rank) continue;
-      HopWait wait(g_, OpKind::kLayout, r);
+      HopWait wait(g_, OpKind::kLayout, slot_of_rail_rank(r));
       ok = hop_.put_signal(r, r, row, row, plan_.num_experts * sizeof(int32_t),
                            at_.counted(n_.memory, epoch_, n_.rank), epoch_,
                            wait.until(kProgress, epoch_)) &&
@@ -254,7 +255,7 @@ class Builder {
   __device__ bool await_counts() {
     for (int r = warp_; r < n_.num_ranks; r += kNumWarps) {
       if (r == n_.rank) continue;
-      HopWait wait(g_, OpKind::kLayout, r);
+      HopWait wait(g_, OpKind::kLayout, slot_of_rail_rank(r));
       if (!hop_.wait_signal(at_.counted(n_.memory, epoch_, r), epoch_,
                             wait.until(kStart, epoch_))) {
         return false;  // [N2]
@@ -400,7 +401,7 @@ class Builder {
     for (int r = warp_of_grid_; r < n_.num_ranks; r += num_warps_) {
       const int32_t begin = sent_begin_[r], num_entries = sent_begin_[r + 1] - begin;
       if (r == n_.rank || num_entries == 0) continue;
-      HopWait wait(g_, OpKind::kLayout, r);
+      HopWait wait(g_, OpKind::kLayout, slot_of_rail_rank(r));
       ok = hop_.put_signal(r, r, at_.received(n_.memory) + there_begin_[r],
                            at_.sent(n_.memory) + begin, num_entries * sizeof(RowEntry),
                            at_.listed(n_.memory, n_.rank), epoch_, wait.until(kProgress, epoch_)) &&
@@ -419,7 +420,7 @@ class Builder {
       const RowEntry* entries = at_.received(n_.memory) + begin;
       if (r == n_.rank) entries = at_.sent(n_.memory) + sent_begin_[r];
       if (r != n_.rank && num_entries > 0) {
-        HopWait wait(g_, OpKind::kLayout, r);
+        HopWait wait(g_, OpKind::kLayout, slot_of_rail_rank(r));
         if (!hop_.wait_signal(at_.listed(n_.memory, r), epoch_, wait.until(kProgress, epoch_))) {
           ok = false;  // [N4]
           continue;
