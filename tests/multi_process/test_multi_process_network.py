@@ -13,4 +13,4 @@ def test_start_and_end(tmp_path: pathlib.Path) -> None:
         CASES, "cases", num_processes=3, num_devices=1, out=tmp_path, timeout=100
     )
     for process in finished:
-        assert len(process.lines("RIGHT")) == 9
+        assert len(process.lines("RIGHT")) == 10
