@@ -112,7 +112,8 @@ def offer(
             ability = f"NVSHMEM {_able_module(ordinals).loaded_version()}"
         except UnavailableError as error:
             ability = f"!{error}"
-    return f"{wanted} {os.environ.get(HEAP_VARIABLE, 'default')} {ability}"
+    heap = os.environ.get(HEAP_VARIABLE, "default").replace(" ", "")
+    return f"{wanted} {heap} {ability}"
 
 
 def start(
@@ -238,6 +239,6 @@ def is_running() -> bool:
     return _attempt is not None
 
 
-def absence() -> str:
-    """Why there is no network, in words."""
-    return _absence
+def describe() -> str:
+    """In words: whether there is a network, and why not."""
+    return "NVSHMEM runs" if is_running() else f"none ({_absence})"

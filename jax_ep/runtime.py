@@ -306,7 +306,9 @@ def require_cuda(target: str) -> None:
 
 def describe() -> str:
     """In words: what this installation has for CUDA, and how peers reach each other's buffers."""
-    return "CUDA: not built" if _native.cuda is None else str(_native.cuda.describe())
+    if _native.cuda is None:
+        return "CUDA: not built"
+    return f"{_native.cuda.describe()}; network: {nvshmem.describe()}"
 
 
 def register_cuda() -> None:

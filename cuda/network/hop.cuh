@@ -10,11 +10,12 @@
 // Calls:    all lanes of a warp make a call together, with equal arguments. `queue` says over which
 //           of the queue pairs to `rank` to go, modulo how many there are. It spreads load and is a
 //           wish, no more: nothing may be built on two calls having the same one.
-//             put(queue, rank, dst, src, num_bytes)                 rows: bytes, addresses in multiples of 8
+//             put(queue, rank, dst, src, num_bytes)
 //             put_signal(queue, rank, dst, src, num_bytes, signal, value)   then signal = value
-//             add_signal(queue, rank, signal, value)                signal += value, as one operation
-//             wait_signal(signal, at_least)                         until this rank's own word is that
-//             flush(queue)                                          see [F]
+//             add_signal(queue, rank, signal, value)      signal += value, as one operation
+//             wait_signal(signal, at_least)               until this rank's own word is that
+//             flush(queue)                                see [F]
+//           Bytes are rows, one behind the other; addresses and sizes are multiples of 8.
 //           Each has a last argument, `may_go_on`, which a wait asks now and then (poll_at_least);
 //           if that says no the call returns false, and has done nothing that can be relied on.
 // Order:    what may be relied on, and nothing else:

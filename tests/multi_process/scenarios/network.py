@@ -169,9 +169,9 @@ def one_cannot_take_part(native: FakeNative) -> None:
     assert seconds < 10
     start(native, wanted=None, spans_nodes=True, **two)
     assert not nvshmem.is_running()
-    assert f"process {LAST}: it has 2 CUDA devices" in nvshmem.absence()
+    assert f"process {LAST}: it has 2 CUDA devices" in nvshmem.describe()
     start(native, wanted=None, spans_nodes=False, **two)
-    assert "the job lies on one node" in nvshmem.absence()
+    assert "the job lies on one node" in nvshmem.describe()
     start(native, wanted=False, spans_nodes=True)
     assert not nvshmem.is_running()
     start(native, wanted=None, spans_nodes=True)
