@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tomllib
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 import jax_ep
-from jax_ep import _native, doctor, reference
+from jax_ep import _native, doctor, nvshmem, reference
 
 H200 = "NVIDIA H200, 9.0, 580.159.03"
 NVLINK = """GPU 0: NVIDIA H200 (UUID: GPU-0)
@@ -300,3 +301,33 @@ def test_gpus_without_peer_access(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (finding.state, "1->0" in finding.text) == ("info", True)
     assert doctor.check_peer_access([0, 2])[0].state == "ok"
     assert doctor.check_peer_access([0]) == []
+
+
+def test_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What there is for it is told, and what is not is nothing to mend."""
+
+    def load() -> Any:
+        raise nvshmem.UnavailableError("built without it")
+
+    (tmp_path / "mlx5_0").mkdir()
+    monkeypatch.setattr(doctor, "_RDMA_DEVICES", str(tmp_path))
+    monkeypatch.setattr(nvshmem, "load", load)
+    monkeypatch.setattr(doctor, "_version", lambda *names: None)
+    for name in [name for name in os.environ if name.startswith("NVSHMEM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NVSHMEM_IB_SL", "3")
+    monkeypatch.setenv(nvshmem.INTERFACE_VARIABLE, "=nosuch0")
+    findings = doctor.check_network()
+    assert {finding.state for finding in findings} == {"info"}
+    texts = [finding.text for finding in findings]
+    assert "network part (_nvshmem): built without it" in texts
+    assert (
+        "NVSHMEM's environment: NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME==nosuch0 NVSHMEM_IB_SL=3" in texts
+    )
+    assert any("is none of this machine's network interfaces" in text for text in texts)
+    assert "RDMA devices: mlx5_0" in texts
+
+    native = types.SimpleNamespace(built_version=lambda: "3.4.5", loaded_version=lambda: "3.8.0")
+    monkeypatch.setattr(nvshmem, "load", lambda: native)
+    texts = [finding.text for finding in doctor.check_network()]
+    assert "network part (_nvshmem): built with NVSHMEM 3.4.5, loads with 3.8.0" in texts
