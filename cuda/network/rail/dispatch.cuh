@@ -70,6 +70,7 @@
 
 #include "cuda/direct/kernels.cuh"
 #include "cuda/launch.h"
+#include "cuda/network/rail/chunks.cuh"
 #include "cuda/network/rail/forwarder.cuh"
 #include "cuda/network/rail/rail.h"
 #include "cuda/network/rail/row_mover.cuh"
@@ -118,9 +119,10 @@ __device__ bool run_role(const GroupView& g, const RailView& rail, const Hop& ho
   const int32_t num_nodes = rail.at.num_nodes;
   const int32_t begin = first_unit(a.num_tokens, blockIdx.x);
   const int32_t end = first_unit(a.num_tokens, blockIdx.x + 1);
+  const Channel<Hop> channel(g, rail, hop, OpKind::kDispatch);
   bool ok = true;
   if (warp < plan.num_pairs) {
-    Sender<Hop> sender(g, rail, hop, a, plan);
+    Sender<Hop> sender(channel, rail, a, plan);
     for (int32_t d = warp + 1; d < num_nodes && ok; d += plan.num_pairs) {
       ok = sender.send((rail.node + d) % num_nodes, begin, end);
     }
@@ -129,7 +131,7 @@ __device__ bool run_role(const GroupView& g, const RailView& rail, const Hop& ho
   const int32_t index = warp - plan.num_pairs;
   RowMover mover(plan, shared, index, stages);
   if (index < plan.num_pairs) {
-    Forwarder<Hop> forwarder(g, rail, hop, a, plan, shared, mover);
+    Forwarder<Hop> forwarder(channel, a, plan, shared, mover);
     for (int32_t d = index + 1; d < num_nodes && ok; d += plan.num_pairs) {
       ok = forwarder.forward((rail.node + num_nodes - d) % num_nodes);
     }
@@ -183,7 +185,7 @@ __global__ __launch_bounds__(kMaxThreads,
 template <typename Hop>
 cudaError_t LaunchRailDispatch(const GroupView& group, const RailView& view, const Hop& hop,
                                const DispatchArguments& a, int num_sms, cudaStream_t stream) {
-  const ChunkFormat format{static_cast<int32_t>(a.top_k), a.row_bytes};
+  const ChunkFormat format = dispatch_chunks(a.top_k, a.row_bytes);
   rail::Plan plan;
   if (a.mode != DispatchMode::kCopy || !a.expand || a.landing != nullptr ||
       view.at.num_channels > num_sms || view.at.num_channels > kMaxBlocks ||

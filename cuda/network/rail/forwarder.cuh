@@ -5,7 +5,7 @@
 
 #include "cuda/core/placement.h"
 #include "cuda/launch.h"
-#include "cuda/network/hop_wait.cuh"
+#include "cuda/network/rail/chunks.cuh"
 #include "cuda/network/rail/row_mover.cuh"
 
 namespace jax_ep::gpu::rail {
@@ -24,51 +24,30 @@ __device__ inline uint64_t deliver(const DispatchArguments& a, const Shared& sha
 template <typename Hop>
 class Forwarder {
  public:
-  __device__ Forwarder(const GroupView& g, const RailView& rail, const Hop& hop,
-                       const DispatchArguments& a, const Plan& plan, Shared& shared,
-                       RowMover& mover)
-      : g_(g),
-        rail_(rail),
-        hop_(hop),
+  __device__ Forwarder(const Channel<Hop>& channel, const DispatchArguments& a, const Plan& plan,
+                       Shared& shared, RowMover& mover)
+      : channel_(channel),
         a_(a),
         plan_(plan),
         shared_(shared),
         mover_(mover),
-        format_{static_cast<int32_t>(a.top_k), a.row_bytes},
-        channel_(static_cast<int32_t>(blockIdx.x)),
+        format_(dispatch_chunks(a.top_k, a.row_bytes)),
         lane_(static_cast<int32_t>(threadIdx.x) % 32) {}
 
   // All rows that a node sends over the block's channel. False if the group is broken.
   __device__ bool forward(int32_t node) {
-    const int32_t rank = rail_.rank_of(node, g_.rank);
-    const RailMemory& at = rail_.at;
-    RailChunks& chunks = rail_.chunks_of(node, channel_);
+    RailChunks& chunks = channel_.chunks(node);
     const uint64_t first = chunks.received;
     uint64_t chunk = first;
-    HopWait wait(g_, OpKind::kDispatch, slot_of_rail_rank(rank));
     for (bool is_last = false; !is_last; ++chunk) {
-      const uint64_t use = at.use_of(chunk);
-      wait.until(chunk == first ? kStart : kProgress, use);
-      if (!hop_.wait_signal(at.filled(rail_.memory, node, channel_, chunk), use, wait)) {
-        return false;  // [R3]
-      }
-      char* landing = at.landing(rail_.memory, node, channel_, chunk);
-      const ChunkHead head = *reinterpret_cast<const ChunkHead*>(landing);
-      if (head.operation != g_.operation) {
-        if (lane_ == 0) {
-          break_group(g_, OpKind::kDispatch, slot_of_rail_rank(rank), kOtherCall, g_.operation,
-                      head.operation);
-        }
-        return false;
-      }
+      ChunkHead head;
+      if (!channel_.receive(node, chunk, first, head)) return false;  // [R3]
       fence_proxy_async_global();
       __syncwarp();
-      forward_rows(landing, min(static_cast<int32_t>(head.num_rows), plan_.rows_per_chunk));
+      forward_rows(channel_.landing(node, chunk),
+                   min(static_cast<int32_t>(head.num_rows), plan_.rows_per_chunk));
       is_last = head.is_last != 0;
-      if (!hop_.add_signal(channel_, rank, at.credit(rail_.memory, rail_.node, channel_), 1,
-                           wait.until(kProgress, chunk + 1))) {
-        return false;  // [R4]
-      }
+      if (!channel_.give_credit(node, chunk)) return false;  // [R4]
     }
     if (lane_ == 0) chunks.received = chunk;
     return true;
@@ -87,7 +66,7 @@ class Forwarder {
   }
 
   __device__ RowTarget target_of(char* landing, int32_t i, int32_t num_rows) const {
-    const int32_t top_k = format_.top_k;
+    const auto top_k = static_cast<int32_t>(a_.top_k);
     if (i >= num_rows || lane_ >= top_k) return {kNoRow, 0.0f, 0};
     const char* head = format_.row_head(landing, i);
     return {reinterpret_cast<const int32_t*>(head)[lane_],
@@ -95,15 +74,13 @@ class Forwarder {
             reinterpret_cast<const uint8_t*>(head)[8 * top_k + lane_]};
   }
 
-  const GroupView& g_;
-  const RailView& rail_;
-  const Hop& hop_;
+  const Channel<Hop>& channel_;
   const DispatchArguments& a_;
   const Plan& plan_;
   Shared& shared_;
   RowMover& mover_;
   const ChunkFormat format_;
-  const int32_t channel_, lane_;
+  const int32_t lane_;
 };
 
 // Of the tokens [begin, end) every stride-th: their rows on this node.

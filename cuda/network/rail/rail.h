@@ -92,18 +92,11 @@ struct alignas(16) ChunkHead {
   uint64_t unused;
 };
 
-// A chunk: its head, then rows, each behind its own head:
-//   row    [K] int32 | where the row belongs, kNoRow if not to this node
-//   weight [K] float | topk_weights, if the call has any
-//   index  [K] uint8 | of the rank on its node
+// A chunk: its head, then rows, each behind its own head.
 struct ChunkFormat {
-  int32_t top_k;
-  int64_t row_bytes;
+  int64_t row_head_bytes, row_bytes;  // multiples of 16
 
-  JAX_EP_HOST_DEVICE constexpr int64_t row_head_bytes() const {
-    return (int64_t{top_k} * 9 + 15) / 16 * 16;
-  }
-  JAX_EP_HOST_DEVICE constexpr int64_t stride() const { return row_head_bytes() + row_bytes; }
+  JAX_EP_HOST_DEVICE constexpr int64_t stride() const { return row_head_bytes + row_bytes; }
   JAX_EP_HOST_DEVICE constexpr int64_t num_bytes(int64_t num_rows) const {
     return int64_t{sizeof(ChunkHead)} + num_rows * stride();
   }
@@ -113,13 +106,27 @@ struct ChunkFormat {
   }
   JAX_EP_HOST_DEVICE char* row_head(char* chunk, int64_t i) const { return chunk + num_bytes(i); }
   JAX_EP_HOST_DEVICE char* row(char* chunk, int64_t i) const {
-    return row_head(chunk, i) + row_head_bytes();
+    return row_head(chunk, i) + row_head_bytes;
   }
 };
-static_assert(ChunkFormat{8, 14336}.stride() == 14416);
-static_assert(ChunkFormat{8, 14336}.num_rows(131072) == 9);
 
-// Of one lane: its word of a row's head.
+// Of dispatch. A row's head:
+//   row    [K] int32 | where the row belongs, kNoRow if not to this node
+//   weight [K] float | topk_weights, if the call has any
+//   index  [K] uint8 | of the rank on its node
+JAX_EP_HOST_DEVICE constexpr ChunkFormat dispatch_chunks(int64_t top_k, int64_t row_bytes) {
+  return {(top_k * 9 + 15) / 16 * 16, row_bytes};
+}
+static_assert(dispatch_chunks(8, 14336).stride() == 14416);
+static_assert(dispatch_chunks(8, 14336).num_rows(131072) == 9);
+
+// Of combine. A row's head is its values [K] float, if the call has any.
+JAX_EP_HOST_DEVICE constexpr ChunkFormat combine_chunks(int64_t top_k, int64_t row_bytes,
+                                                        bool has_values) {
+  return {has_values ? (top_k * 4 + 15) / 16 * 16 : 0, row_bytes};
+}
+
+// Of one lane: its part of a row's head in dispatch.
 struct RowTarget {
   int32_t row;
   float weight;

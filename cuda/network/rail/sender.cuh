@@ -4,7 +4,7 @@
 
 #include "cuda/core/placement.h"
 #include "cuda/launch.h"
-#include "cuda/network/hop_wait.cuh"
+#include "cuda/network/rail/chunks.cuh"
 #include "cuda/network/rail/rail.h"
 
 namespace jax_ep::gpu::rail {
@@ -76,15 +76,13 @@ class NodeTokens {
 template <typename Hop>
 class Sender {
  public:
-  __device__ Sender(const GroupView& g, const RailView& rail, const Hop& hop,
-                    const DispatchArguments& a, const Plan& plan)
-      : g_(g),
+  __device__ Sender(const Channel<Hop>& channel, const RailView& rail, const DispatchArguments& a,
+                    const Plan& plan)
+      : channel_(channel),
         rail_(rail),
-        hop_(hop),
         a_(a),
         plan_(plan),
-        format_{static_cast<int32_t>(a.top_k), a.row_bytes},
-        channel_(static_cast<int32_t>(blockIdx.x)),
+        format_(dispatch_chunks(a.top_k, a.row_bytes)),
         lane_(static_cast<int32_t>(threadIdx.x) % 32) {}
 
   // All rows of the tokens [begin, end) that belong to a node. False if the group is broken.
@@ -92,39 +90,19 @@ class Sender {
     const auto num_local = static_cast<int32_t>(a_.num_local_experts);
     const int32_t on_node = num_local * rail_.ranks_per_node, first_expert = node * on_node;
     NodeTokens tokens(a_, first_expert, first_expert + on_node, begin, end);
-    const int32_t rank = rail_.rank_of(node, g_.rank);
-    const RailMemory& at = rail_.at;
-    const HopMemory& memory = rail_.memory;
-    const auto num_slots = static_cast<uint64_t>(at.num_slots);
-    RailChunks& chunks = rail_.chunks_of(node, channel_);
+    RailChunks& chunks = channel_.chunks(node);
     const uint64_t first = chunks.sent;
     uint64_t chunk = first;
-    HopWait wait(g_, OpKind::kDispatch, slot_of_rail_rank(rank));
-    bool is_last = false;
-    for (; !is_last; ++chunk) {
-      if (chunk >= num_slots) {
-        // [R1] Before the first credit of this call the peer may not have come to it.
-        const uint64_t read = chunk - num_slots + 1;
-        wait.until(read <= first + 1 ? kStart : kProgress, read);
-        if (!hop_.wait_signal(at.credit(memory, node, channel_), read, wait)) return false;
-      }
-      char* staging = at.staging(memory, node, channel_, chunk);
+    for (bool is_last = false; !is_last; ++chunk) {
+      if (!channel_.await_credit(node, chunk, first)) return false;  // [R1]
+      char* staging = channel_.staging(node, chunk);
       int32_t num_rows = 0;
       for (; num_rows < plan_.rows_per_chunk && tokens.has_next(); ++num_rows) {
         write_row(staging, num_rows, tokens, tokens.take(), first_expert, num_local);
       }
       is_last = !tokens.has_next();
-      if (lane_ == 0) {
-        *reinterpret_cast<ChunkHead*>(staging) = {g_.operation, chunk,
-                                                  static_cast<uint32_t>(num_rows), is_last, 0};
-      }
-      const uint64_t use = at.use_of(chunk);
-      if (!hop_.put_signal(channel_, rank, at.landing(memory, rail_.node, channel_, chunk), staging,
-                           static_cast<size_t>(format_.num_bytes(num_rows)),
-                           at.filled(memory, rail_.node, channel_, chunk), use,
-                           wait.until(kProgress, use))) {
-        return false;  // [R2]
-      }
+      const int64_t num_bytes = format_.num_bytes(num_rows);
+      if (!channel_.send(node, chunk, num_rows, is_last, num_bytes)) return false;  // [R2]
     }
     __syncwarp();
     if (lane_ == 0) chunks.sent = chunk;
@@ -135,7 +113,7 @@ class Sender {
   __device__ void write_row(char* staging, int32_t i, const NodeTokens& tokens, int32_t token,
                             int32_t first_expert, int32_t num_local) const {
     char* head = format_.row_head(staging, i);
-    const int32_t top_k = format_.top_k;
+    const auto top_k = static_cast<int32_t>(a_.top_k);
     if (lane_ < top_k) {
       const int64_t flat = token * a_.top_k + lane_;
       const int32_t row = a_.send_row[flat], expert = a_.topk_idx[flat];
@@ -151,13 +129,12 @@ class Sender {
              a_.row_bytes);
   }
 
-  const GroupView& g_;
+  const Channel<Hop>& channel_;
   const RailView& rail_;
-  const Hop& hop_;
   const DispatchArguments& a_;
   const Plan& plan_;
   const ChunkFormat format_;
-  const int32_t channel_, lane_;
+  const int32_t lane_;
 };
 
 }  // namespace jax_ep::gpu::rail

@@ -1,0 +1,311 @@
+// Part of network_rails: combine, against plain loops in the order of the specification.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cuda/network/rail/combine.cuh"
+#include "tests/native/call_arguments.h"
+#include "tests/native/network_rails.h"
+
+namespace jax_ep::gpu::test {
+namespace {
+
+// Both signs, magnitudes from almost 0 to 16; some subnormal, some -0.
+float AnyNumber(std::mt19937_64& rng) {
+  const uint64_t bits = rng();
+  const auto whole = static_cast<int32_t>(static_cast<uint32_t>(bits));
+  const float number =
+      std::ldexp(static_cast<float>(whole), -34 + static_cast<int>(bits >> 32 & 7));
+  return bits >> 60 == 0 ? number * 1e-39f : bits >> 59 == 2 ? -0.0f : number;
+}
+
+// Rows that hold none are NaN, which must not be read.
+void MakeOperands(Data& d, std::mt19937_64& rng) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const int type_bytes = TypeBytes(d.type);
+  for (int r = 0; r < d.num_ranks; ++r) {
+    std::vector<uint8_t> y(d.capacity * d.row_bytes);
+    std::vector<float> row_weights(d.capacity), values(d.capacity);
+    for (int64_t row = 0; row < d.capacity; ++row) {
+      const bool is_valid = d.recv_src[r][row] >= 0;
+      row_weights[row] = is_valid ? AnyNumber(rng) : nan;
+      values[row] = is_valid ? AnyNumber(rng) : nan;
+      for (int64_t at = 0; at < d.row_bytes; at += type_bytes) {
+        WriteNumber(d.type, is_valid ? AnyNumber(rng) : nan, y.data() + row * d.row_bytes + at);
+      }
+    }
+    d.y.push_back(y);
+    d.row_weights.push_back(row_weights);
+    d.values.push_back(values);
+  }
+}
+
+void MakeSums(Data& d, int ranks_per_node) {
+  const int type_bytes = TypeBytes(d.type);
+  for (int r = 0; r < d.num_ranks; ++r) {
+    std::vector<uint8_t> out(d.num_tokens * d.row_bytes);
+    std::vector<float> collected(d.num_tokens * d.top_k, 0.0f);
+    for (int64_t token = 0; token < d.num_tokens; ++token) {
+      // In the order of ranks, then of k: where its rows begin, and what they are multiplied by.
+      struct Part {
+        int rank;
+        const uint8_t* row;
+        float weight;
+      };
+      std::vector<Part> parts;
+      for (int64_t k = 0; k < d.top_k; ++k) {
+        const int64_t flat = token * d.top_k + k;
+        const int32_t row = d.send_row[r][flat];
+        if (row < 0) continue;
+        const auto q = static_cast<int>(d.ids[r][flat] / d.num_local);
+        collected[flat] = d.values[q][row];
+        parts.push_back(
+            {q, d.y[q].data() + row * d.row_bytes, d.weighted ? d.row_weights[q][row] : 1.0f});
+      }
+      std::stable_sort(parts.begin(), parts.end(),
+                       [](const Part& a, const Part& b) { return a.rank < b.rank; });
+      for (int64_t at = 0; at < d.row_bytes; at += type_bytes) {
+        float total = 0.0f;
+        for (size_t i = 0; i < parts.size();) {
+          const int node = parts[i].rank / ranks_per_node;
+          float of_node = 0.0f;
+          while (i < parts.size() && parts[i].rank / ranks_per_node == node) {
+            const int rank = parts[i].rank;
+            float of_rank = 0.0f;
+            for (; i < parts.size() && parts[i].rank == rank; ++i) {
+              const float product = parts[i].weight * ReadNumber(d.type, parts[i].row + at);
+              of_rank = of_rank + product;
+            }
+            of_node = of_node + Rounded(d.type, of_rank);
+          }
+          total = total + Rounded(d.type, of_node);
+        }
+        WriteNumber(d.type, total, out.data() + token * d.row_bytes + at);
+      }
+    }
+    d.out.push_back(out);
+    d.collected.push_back(collected);
+  }
+}
+
+Data MakeCombineData(const Case& c, const JobShape& shape, uint64_t seed) {
+  std::mt19937_64 rng(seed);
+  Data d = MakeTablesOf(c, shape.num_ranks, rng);
+  MakeOperands(d, rng);
+  MakeSums(d, shape.ranks_per_node);
+  return d;
+}
+
+struct CombineBuffers {
+  CombineBuffers(const Data& d, const JobShape& shape, int r)
+      : ids(d.ids[r]),
+        send_row(d.send_row[r]),
+        recv_src(d.recv_src[r]),
+        recv_order(d.recv_order[r]),
+        recv_offsets(d.recv_offsets[r]),
+        y(d.y[r]),
+        scratch(static_cast<size_t>(rail::CombineScratch{
+            shape.num_nodes(), shape.ranks_per_node, d.num_tokens, d.top_k, d.row_bytes, d.weighted}
+                                        .num_bytes())),
+        out(d.num_tokens * d.row_bytes),
+        row_weights(d.row_weights[r]),
+        values(d.values[r]),
+        collected(d.num_tokens * d.top_k) {}
+
+  CombineArguments Arguments(const Data& d) {
+    CallBuffers<uint8_t> b{};
+    b.ids = ids.get();
+    b.send_row = send_row.get();
+    b.recv_src = recv_src.get();
+    b.recv_order = recv_order.get();
+    b.recv_offsets = recv_offsets.get();
+    b.y = y.get();
+    b.partial = scratch.get();
+    b.out = out.get();
+    CombineArguments a = CombineOf(Buffers::Sizes(d), b);
+    if (d.weighted) {
+      a.weights = row_weights.get();
+      a.values = values.get();
+      a.collected = collected.get();
+    }
+    return a;
+  }
+
+  Buffer<int32_t> ids, send_row, recv_src, recv_order, recv_offsets;
+  Buffer<uint8_t> y, scratch, out;
+  Buffer<float> row_weights, values, collected;
+};
+
+template <typename Hop = SimulatedHop>
+void Launch(Job& job, int rank, CombineBuffers& buffers, const Data& d, uint64_t operation) {
+  const GroupView view = job.View(rank, operation);
+  const RailView rail = job.Rail(rank);
+  const Hop hop = job.HopOf<Hop>(rank);
+  const CombineArguments a = buffers.Arguments(d);
+  const int num_sms = job.shape().num_channels;
+  if constexpr (kIsWrong<Hop>) {  // of one type: others take long to compile
+    CHECK_CUDA(rail::launch_combine<Bf16Vector>(view, rail, hop, a, num_sms, job.stream(rank)));
+  } else {
+    CHECK_CUDA(LaunchRailCombine(view, rail, hop, a, num_sms, job.stream(rank)));
+  }
+}
+
+// How many rows of a rank's result are wrong; says of the first ones of a run what they are made of.
+int NumWrongRows(const JobShape& shape, const Data& d, int rank, int call, const CombineBuffers& b,
+                 int& num_to_print) {
+  const std::vector<uint8_t> out = b.out.Read();
+  const std::vector<float> collected = b.collected.Read();
+  const int type_bytes = TypeBytes(d.type);
+  int num_wrong = 0;
+  for (int64_t token = 0; token < d.num_tokens; ++token) {
+    int64_t num_numbers = 0, first = 0;
+    for (int64_t at = token * d.row_bytes; at < (token + 1) * d.row_bytes; at += type_bytes) {
+      const uint8_t *got = &out[at], *right = &d.out[rank][at];
+      if (std::memcmp(got, right, type_bytes) == 0) continue;
+      if (std::isnan(ReadNumber(d.type, got)) && std::isnan(ReadNumber(d.type, right))) continue;
+      if (num_numbers++ == 0) first = at;
+    }
+    int64_t num_values = 0;
+    for (int64_t i = token * d.top_k; i < (token + 1) * d.top_k && d.weighted; ++i) {
+      num_values += std::memcmp(&collected[i], &d.collected[rank][i], sizeof(float)) != 0;
+    }
+    if (num_numbers + num_values == 0) continue;
+    ++num_wrong;
+    if (num_to_print-- <= 0) continue;
+    int channel = 0;
+    while (d.num_tokens * (channel + 1) / shape.num_channels <= token) ++channel;
+    std::printf("  call %d, rank %d, token %lld, channel %d: %lld of %lld numbers wrong, ", call,
+                rank, static_cast<long long>(token), channel, static_cast<long long>(num_numbers),
+                static_cast<long long>(d.num_channels));
+    if (num_numbers > 0) {
+      std::printf("the first at %lld: %g, right %g; ",
+                  static_cast<long long>((first - token * d.row_bytes) / type_bytes),
+                  ReadNumber(d.type, &out[first]), ReadNumber(d.type, &d.out[rank][first]));
+    }
+    std::printf("%lld values wrong; rows on ranks", static_cast<long long>(num_values));
+    for (int64_t k = 0; k < d.top_k; ++k) {
+      const int64_t flat = token * d.top_k + k;
+      if (d.send_row[rank][flat] < 0) continue;
+      std::printf(" %lld", static_cast<long long>(d.ids[rank][flat] / d.num_local));
+    }
+    std::printf("\n");
+  }
+  return num_wrong;
+}
+
+template <typename Hop>
+void RunCombine(Group& group, const JobShape& shape, const NetworkModel& model, int num_calls,
+                const char* what) {
+  if (g_num_failed >= kEnoughFailures) return;
+  constexpr bool kControl = kIsWrong<Hop>;
+  std::mt19937_64 rng(model.seed * 104729 + static_cast<uint64_t>(shape.num_ranks) * 31 +
+                      static_cast<uint64_t>(shape.ranks_per_node));
+  Job job(group, shape, model, kControl ? kSecond : 8 * kSecond);
+  std::vector<Data> data;
+  std::vector<std::vector<std::unique_ptr<CombineBuffers>>> buffers(static_cast<size_t>(num_calls));
+  for (int call = 0; call < num_calls; ++call) {
+    Case c = CaseOfControls();
+    if (!kControl) {
+      c = AnyCase(rng, shape.slot_bytes);
+      if (rng() % 4 == 0) c.type = FloatType::kF16;
+      // Plain loops over every number take a while.
+      c.num_tokens = std::min<int64_t>(c.num_tokens, c.num_channels > 600 ? 12 : 100);
+    }
+    data.push_back(MakeCombineData(c, shape, rng()));
+    for (int r = 0; r < shape.num_ranks; ++r) {
+      buffers[call].push_back(std::make_unique<CombineBuffers>(data[call], shape, r));
+    }
+  }
+  CHECK_CUDA(cudaDeviceSynchronize());
+  const auto launched = Clock::now();
+  RunCalls(job, num_calls, rng, [&](int r, int call) {
+    Launch<Hop>(job, r, *buffers[call][r], data[call],
+                model.seed * 1000 + static_cast<uint64_t>(call));
+  });
+  const double seconds = SecondsSince(launched);
+  int num_wrong = 0, num_to_print = kControl ? 0 : 12;
+  for (int call = 0; call < num_calls; ++call) {
+    const int before = num_wrong;
+    for (int r = 0; r < shape.num_ranks; ++r) {
+      num_wrong += NumWrongRows(shape, data[call], r, call, *buffers[call][r], num_to_print);
+    }
+    if (num_wrong == before || kControl) continue;
+    const Data& d = data[call];
+    std::printf(
+        "  call %d: %d rows wrong; T %lld, K %lld, L %lld, C %lld, H %lld %s, routing %d, %s\n",
+        call, num_wrong - before, static_cast<long long>(d.num_tokens),
+        static_cast<long long>(d.top_k), static_cast<long long>(d.num_local),
+        static_cast<long long>(d.capacity), static_cast<long long>(d.num_channels),
+        TypeName(d.type), static_cast<int>(d.routing), d.weighted ? "weighted" : "plain");
+  }
+  ReportCalls(job, model, what, num_calls, num_wrong, seconds, kControl);
+}
+
+// A rank that never comes: all others end within the timeout, and their results say so.
+void RunWithoutOne(Group& group, const JobShape& shape, const NetworkModel& model) {
+  if (g_num_failed >= kEnoughFailures) return;
+  constexpr double kMostSeconds = 2.5;  // the timeout, and leave.cuh's for who stands still
+  const int missing = shape.num_ranks - 1;
+  Job job(group, shape, model, kSecond / 2);
+  const Data d = MakeCombineData(CaseOfControls(), shape, model.seed);
+  std::vector<std::unique_ptr<CombineBuffers>> buffers;
+  for (int r = 0; r < shape.num_ranks; ++r) {
+    buffers.push_back(std::make_unique<CombineBuffers>(d, shape, r));
+    buffers[r]->out.Fill(0);
+    buffers[r]->collected.Fill(0);
+  }
+  CHECK_CUDA(cudaDeviceSynchronize());
+  const auto start = Clock::now();
+  for (int r = 0; r < missing; ++r) Launch(job, r, *buffers[r], d, model.seed);
+  job.Synchronize();
+  const double seconds = SecondsSince(start);
+  int num_wrong = 0;
+  for (int r = 0; r < missing; ++r) {
+    const std::vector<float> collected = buffers[r]->collected.Read();
+    const std::vector<uint8_t> out = buffers[r]->out.Read();
+    bool is_right = job.error(r).valid != 0 && std::all_of(collected.begin(), collected.end(),
+                                                           [](float v) { return std::isnan(v); });
+    for (size_t i = 0; i < out.size() && is_right; i += TypeBytes(d.type)) {
+      is_right = std::isnan(ReadNumber(d.type, out.data() + i));
+    }
+    num_wrong += !is_right;
+  }
+  const bool is_failure = num_wrong > 0 || seconds > kMostSeconds;
+  g_num_failed += is_failure;
+  std::printf(
+      "%s: %s, combine, a rank that does not come, %s: %d of %d ranks not as expected, %.2f s\n",
+      is_failure ? "FAILED" : "ok", model.name, shape.name().c_str(), num_wrong, missing, seconds);
+  if (is_failure) job.Print();
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+void TestRailCombine(Group& group, bool is_small) {
+  CHECK_CUDA(PrepareRailCombine<SimulatedHop>());
+  CHECK_CUDA(PrepareKernel(rail::combine_kernel<Bf16Vector, HeadFirst>, 0));
+  CHECK_CUDA(PrepareKernel(rail::combine_kernel<Bf16Vector, WithoutCredit>, 0));
+  const int num_seeds = is_small ? 1 : 3, num_calls = is_small ? 6 : 12;
+  for (uint64_t seed = 1; seed <= static_cast<uint64_t>(num_seeds); ++seed) {
+    for (const NetworkModel& model : RailModels(seed)) {
+      for (const JobShape& shape :
+           {JobShape{2, 1, 1, 1, 16384}, JobShape{2, 1, 3, 2, 4096}, JobShape{4, 2, 1, 1, 4096},
+            JobShape{4, 2, 3, 3, 32768}, JobShape{4, 1, 2, 2, 4096}, JobShape{8, 2, 2, 2, 16384},
+            JobShape{8, 4, 4, 3, 32768}, JobShape{8, 1, 2, 2, 16384}}) {
+        RunCombine<SimulatedHop>(group, shape, model, num_calls, "combine");
+      }
+      if (model.departure == NetworkModel::Departure::kAtOnce) continue;
+      for (const JobShape& shape : {JobShape{2, 1, 2, 2, 4096}, JobShape{4, 2, 2, 2, 4096}}) {
+        RunCombine<HeadFirst>(group, shape, model, 2, "combine, signal with the head");
+        RunCombine<WithoutCredit>(group, shape, model, 1, "combine without credit");
+      }
+    }
+  }
+  for (const JobShape& shape :
+       {JobShape{2, 1, 2, 2, 4096}, JobShape{4, 2, 2, 2, 4096}, JobShape{8, 4, 2, 2, 4096}}) {
+    RunWithoutOne(group, shape, RailModels(1)[1]);
+  }
+}
+
+}  // namespace jax_ep::gpu::test

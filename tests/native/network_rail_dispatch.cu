@@ -1,0 +1,285 @@
+// Part of network_rails: dispatch, against the oracle.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cuda/network/rail/dispatch.cuh"
+#include "tests/native/call_arguments.h"
+#include "tests/native/network_rails.h"
+
+namespace jax_ep::gpu::test {
+namespace {
+
+// One rank's operands, the tables of its layout, and its results, which are poisoned.
+struct DispatchBuffers {
+  DispatchBuffers(const Data& d, int r)
+      : ids(d.ids[r]),
+        send_row(d.send_row[r]),
+        recv_src(d.recv_src[r]),
+        group_sizes(d.group_sizes[r]),
+        x(d.x[r]),
+        tokens(d.capacity * d.row_bytes),
+        topk_weights(d.topk_weights[r]),
+        weights(d.capacity) {}
+
+  DispatchArguments Arguments(const Data& d) {
+    CallBuffers<uint8_t> b{};
+    b.ids = ids.get();
+    b.send_row = send_row.get();
+    b.recv_src = recv_src.get();
+    b.group_sizes = group_sizes.get();
+    b.x = x.get();
+    b.tokens = tokens.get();
+    b.topk_weights = d.weighted ? topk_weights.get() : nullptr;
+    b.weights = d.weighted ? weights.get() : nullptr;
+    return DispatchOf(Buffers::Sizes(d), b, DispatchMode::kCopy);
+  }
+
+  Buffer<int32_t> ids, send_row, recv_src, group_sizes;
+  Buffer<uint8_t> x, tokens;
+  Buffer<float> topk_weights, weights;
+};
+
+template <typename Hop = SimulatedHop>
+void Launch(Job& job, int rank, DispatchBuffers& buffers, const Data& d, uint64_t operation) {
+  CHECK_CUDA(LaunchRailDispatch(job.View(rank, operation), job.Rail(rank), job.HopOf<Hop>(rank),
+                                buffers.Arguments(d), job.shape().num_channels, job.stream(rank)));
+}
+
+// What ranks send, and what they must get.
+Data MakeDispatchData(const Case& c, int num_ranks, uint64_t seed) {
+  std::mt19937_64 rng(seed);
+  Data d = MakeTablesOf(c, num_ranks, rng);
+  for (int r = 0; r < num_ranks; ++r) {
+    std::vector<uint8_t> x(d.num_tokens * d.row_bytes);
+    for (size_t i = 0; i < x.size(); i += sizeof(uint64_t)) {
+      const uint64_t bits = rng();
+      std::memcpy(&x[i], &bits, sizeof bits);
+    }
+    std::vector<float> topk_weights(d.num_tokens * d.top_k);
+    for (float& weight : topk_weights) weight = static_cast<float>(rng() >> 40) * 0x1p-24f;
+    d.x.push_back(x);
+    d.topk_weights.push_back(topk_weights);
+  }
+  const int64_t ids_per_rank = d.num_tokens * d.top_k;
+  for (int r = 0; r < num_ranks; ++r) {
+    std::vector<uint8_t> tokens(d.capacity * d.row_bytes, 0);
+    std::vector<float> weights(d.capacity, 0.0f);
+    for (int64_t row = 0; row < d.capacity; ++row) {
+      const int64_t flat = d.recv_src[r][row];
+      if (flat < 0) continue;
+      const int64_t src = flat / ids_per_rank, token = flat % ids_per_rank / d.top_k;
+      std::memcpy(tokens.data() + row * d.row_bytes, d.x[src].data() + token * d.row_bytes,
+                  d.row_bytes);
+      weights[row] = d.topk_weights[src][flat % ids_per_rank];
+    }
+    d.tokens.push_back(tokens);
+    d.weights.push_back(weights);
+  }
+  return d;
+}
+
+// How many rows of a rank's result are wrong; says what the first ones of a run hold.
+int NumWrongRows(const JobShape& shape, const Data& d, int rank, int call, const DispatchBuffers& b,
+                 int& num_to_print) {
+  const std::vector<uint8_t> tokens = b.tokens.Read();
+  const std::vector<float> weights = b.weights.Read();
+  int num_wrong = 0;
+  for (int64_t row = 0; row < NumSpecified(d, rank); ++row) {
+    const uint8_t* got = tokens.data() + row * d.row_bytes;
+    const uint8_t* right = d.tokens[rank].data() + row * d.row_bytes;
+    const bool is_wrong_row = std::memcmp(got, right, d.row_bytes) != 0;
+    const bool is_wrong_weight =
+        d.weighted && std::memcmp(&weights[row], &d.weights[rank][row], sizeof(float)) != 0;
+    if (!is_wrong_row && !is_wrong_weight) continue;
+    ++num_wrong;
+    if (num_to_print-- <= 0) continue;
+    const int64_t flat = d.recv_src[rank][row], ids_per_rank = d.num_tokens * d.top_k;
+    const auto src = static_cast<int>(flat < 0 ? -1 : flat / ids_per_rank);
+    const int64_t token = flat < 0 ? -1 : flat % ids_per_rank / d.top_k;
+    int channel = 0;
+    while (token >= 0 && d.num_tokens * (channel + 1) / shape.num_channels <= token) ++channel;
+    size_t first = 0, num_bytes = 0;
+    for (size_t i = 0; i < static_cast<size_t>(d.row_bytes); ++i) {
+      if (got[i] != right[i] && num_bytes++ == 0) first = i;
+    }
+    const bool is_untouched =
+        std::all_of(got, got + d.row_bytes, [](uint8_t v) { return v == 0xff; });
+    std::string holds = is_untouched ? "nothing" : "something else";
+    for (int s = 0; s < d.num_ranks && is_wrong_row; ++s) {
+      for (int64_t t = 0; t < d.num_tokens; ++t) {
+        if (std::memcmp(got, d.x[s].data() + t * d.row_bytes, d.row_bytes) != 0) continue;
+        holds = "token " + std::to_string(t) + " of rank " + std::to_string(s);
+      }
+    }
+    std::printf("  call %d, rank %d, row %lld: of rank %d (%s), token %lld, k %lld, channel %d: ",
+                call, rank, static_cast<long long>(row), src,
+                src < 0                                                     ? "none"
+                : src / shape.ranks_per_node == rank / shape.ranks_per_node ? "own node"
+                : src % shape.ranks_per_node == rank % shape.ranks_per_node ? "same rail"
+                                                                            : "two hops",
+                static_cast<long long>(token),
+                static_cast<long long>(flat < 0 ? -1 : flat % d.top_k), channel);
+    if (is_wrong_row) {
+      std::printf("%zu of %lld bytes wrong from %zu on, holds %s; ", num_bytes,
+                  static_cast<long long>(d.row_bytes), first, holds.c_str());
+    }
+    std::printf("weight %s (%g, right %g)\n", is_wrong_weight ? "wrong" : "right",
+                d.weighted ? weights[row] : 0.0f, d.weighted ? d.weights[rank][row] : 0.0f);
+  }
+  return num_wrong;
+}
+
+// Calls one behind the other on each rank's stream.
+template <typename Hop>
+void RunDispatch(Group& group, const JobShape& shape, const NetworkModel& model, int num_calls,
+                 const char* what) {
+  if (g_num_failed >= kEnoughFailures) return;
+  constexpr bool kControl = kIsWrong<Hop>;
+  std::mt19937_64 rng(model.seed * 7919 + static_cast<uint64_t>(shape.num_ranks) * 31 +
+                      static_cast<uint64_t>(shape.ranks_per_node));
+  Job job(group, shape, model, kControl ? kSecond : 8 * kSecond);
+  std::vector<Data> data;
+  std::vector<std::vector<std::unique_ptr<DispatchBuffers>>> buffers(
+      static_cast<size_t>(num_calls));
+  for (int call = 0; call < num_calls; ++call) {
+    if (kControl && call > 0) {
+      data.push_back(data[0]);  // what comes in the wrong call may be anything, but stays in bounds
+    } else {
+      const Case c = kControl ? CaseOfControls() : AnyCase(rng, shape.slot_bytes);
+      data.push_back(MakeDispatchData(c, shape.num_ranks, rng()));
+    }
+    for (int r = 0; r < shape.num_ranks; ++r) {
+      buffers[call].push_back(std::make_unique<DispatchBuffers>(data[call], r));
+    }
+  }
+  CHECK_CUDA(cudaDeviceSynchronize());
+  const auto launched = Clock::now();
+  RunCalls(job, num_calls, rng, [&](int r, int call) {
+    Launch<Hop>(job, r, *buffers[call][r], data[call],
+                model.seed * 1000 + static_cast<uint64_t>(call));
+  });
+  const double seconds = SecondsSince(launched);
+  int num_wrong = 0, num_to_print = kControl ? 0 : 12;
+  for (int call = 0; call < num_calls; ++call) {
+    const int before = num_wrong;
+    for (int r = 0; r < shape.num_ranks; ++r) {
+      num_wrong += NumWrongRows(shape, data[call], r, call, *buffers[call][r], num_to_print);
+    }
+    if (num_wrong == before || kControl) continue;
+    const Data& d = data[call];
+    std::printf(
+        "  call %d: %d rows wrong; T %lld, K %lld, L %lld, A %lld, C %lld, row %lld bytes, "
+        "routing %d, %s, %s\n",
+        call, num_wrong - before, static_cast<long long>(d.num_tokens),
+        static_cast<long long>(d.top_k), static_cast<long long>(d.num_local),
+        static_cast<long long>(d.alignment), static_cast<long long>(d.capacity),
+        static_cast<long long>(d.row_bytes), static_cast<int>(d.routing),
+        d.weighted ? "weighted" : "plain", d.zero_tail ? "zero tail" : "any tail");
+  }
+  ReportCalls(job, model, what, num_calls, num_wrong, seconds, kControl);
+}
+
+// A rank that never comes: all others end within the timeout, and their results say so.
+void RunWithoutOne(Group& group, const JobShape& shape, const NetworkModel& model) {
+  if (g_num_failed >= kEnoughFailures) return;
+  constexpr uint64_t kTimeoutNs = kSecond / 2;
+  constexpr double kMostSeconds = 2.5;  // the timeout, and leave.cuh's for who stands still
+  const int missing = shape.num_ranks - 1;
+  Job job(group, shape, model, kTimeoutNs);
+  const Data d = MakeDispatchData(CaseOfControls(), shape.num_ranks, model.seed);
+  std::vector<std::unique_ptr<DispatchBuffers>> buffers;
+  for (int r = 0; r < shape.num_ranks; ++r) {
+    buffers.push_back(std::make_unique<DispatchBuffers>(d, r));
+    buffers[r]->tokens.Fill(0);
+    buffers[r]->weights.Fill(0);
+  }
+  CHECK_CUDA(cudaDeviceSynchronize());
+  const auto start = Clock::now();
+  for (int r = 0; r < missing; ++r) Launch(job, r, *buffers[r], d, model.seed);
+  job.Synchronize();
+  const double seconds = SecondsSince(start);
+  int num_wrong = 0;
+  for (int r = 0; r < missing; ++r) {
+    const std::vector<float> weights = buffers[r]->weights.Read();
+    const std::vector<uint8_t> tokens = buffers[r]->tokens.Read();
+    bool is_right = job.error(r).valid != 0;
+    is_right = is_right &&
+               std::all_of(weights.begin(), weights.end(), [](float v) { return std::isnan(v); });
+    for (size_t i = 0; i < tokens.size() && is_right; i += TypeBytes(d.type)) {
+      is_right = std::isnan(ReadNumber(d.type, tokens.data() + i));
+    }
+    // The peer on its rail finds it missing by itself.
+    if (r % shape.ranks_per_node == missing % shape.ranks_per_node &&
+        job.error(r).phase != kToldByPeer) {
+      is_right = is_right && job.error(r).peer_slot == slot_of_rail_rank(missing) &&
+                 job.error(r).phase == kStart;
+    }
+    num_wrong += !is_right;
+  }
+  const bool is_failure = num_wrong > 0 || seconds > kMostSeconds;
+  g_num_failed += is_failure;
+  std::printf("%s: %s, a rank that does not come, %s: %d of %d ranks not as expected, %.2f s\n",
+              is_failure ? "FAILED" : "ok", model.name, shape.name().c_str(), num_wrong, missing,
+              seconds);
+  if (is_failure) job.Print();
+  std::fflush(stdout);
+}
+
+// Calls of which one is another on one rank: both ends of its rail say so, or are told.
+void RunOtherCall(Group& group, const JobShape& shape, const NetworkModel& model) {
+  if (g_num_failed >= kEnoughFailures) return;
+  Job job(group, shape, model, kSecond / 2);
+  const Data d = MakeDispatchData(CaseOfControls(), shape.num_ranks, model.seed);
+  std::vector<std::unique_ptr<DispatchBuffers>> buffers;
+  for (int r = 0; r < shape.num_ranks; ++r) {
+    buffers.push_back(std::make_unique<DispatchBuffers>(d, r));
+  }
+  CHECK_CUDA(cudaDeviceSynchronize());
+  const int first_of_last = shape.num_ranks - shape.ranks_per_node;
+  for (int r = 0; r < shape.num_ranks; ++r) {
+    Launch(job, r, *buffers[r], d, r < first_of_last ? 1 : 2);
+  }
+  job.Synchronize();
+  int num_wrong = 0;
+  for (int r = 0; r < shape.num_ranks; ++r) num_wrong += job.error(r).valid == 0;
+  bool is_named = false;
+  for (int r = 0; r < shape.num_ranks; ++r) is_named |= job.error(r).phase == kOtherCall;
+  const bool is_failure = num_wrong > 0 || !is_named;
+  g_num_failed += is_failure;
+  std::printf("%s: %s, another call on one node, %s: %d ranks without an error\n",
+              is_failure ? "FAILED" : "ok", model.name, shape.name().c_str(), num_wrong);
+  if (is_failure) job.Print();
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+void TestRailDispatch(Group& group, bool is_small) {
+  CHECK_CUDA(PrepareRailDispatch<SimulatedHop>());
+  CHECK_CUDA(PrepareRailDispatch<HeadFirst>());
+  CHECK_CUDA(PrepareRailDispatch<WithoutCredit>());
+  const int num_seeds = is_small ? 1 : 3, num_calls = is_small ? 6 : 12;
+  for (uint64_t seed = 1; seed <= static_cast<uint64_t>(num_seeds); ++seed) {
+    for (const NetworkModel& model : RailModels(seed)) {
+      for (const JobShape& shape :
+           {JobShape{2, 1, 1, 1, 16384}, JobShape{2, 1, 3, 2, 4096}, JobShape{4, 2, 1, 1, 4096},
+            JobShape{4, 2, 3, 3, 32768}, JobShape{4, 1, 2, 2, 4096}, JobShape{8, 2, 2, 2, 16384},
+            JobShape{8, 4, 4, 3, 32768}, JobShape{8, 1, 2, 2, 16384}}) {
+        RunDispatch<SimulatedHop>(group, shape, model, num_calls, "dispatch");
+      }
+      if (model.departure == NetworkModel::Departure::kAtOnce) continue;
+      for (const JobShape& shape : {JobShape{2, 1, 2, 2, 4096}, JobShape{4, 2, 2, 2, 4096}}) {
+        RunDispatch<HeadFirst>(group, shape, model, 4, "dispatch, signal with the head");
+        RunDispatch<WithoutCredit>(group, shape, model, 1, "dispatch without credit");
+      }
+    }
+  }
+  for (const JobShape& shape :
+       {JobShape{2, 1, 2, 2, 4096}, JobShape{4, 2, 2, 2, 4096}, JobShape{8, 4, 2, 2, 4096}}) {
+    RunWithoutOne(group, shape, RailModels(1)[1]);
+    RunOtherCall(group, shape, RailModels(1)[1]);
+  }
+}
+
+}  // namespace jax_ep::gpu::test
