@@ -23,12 +23,23 @@ KILLED = -9
 
 def simulated(ctx: Context) -> Result:
     """A hop over the simulated network, which reorders what it may; wrong protocols are caught."""
+    return _over_simulated_network(
+        ctx, "network-simulated", "exchange by models, protocols and seeds"
+    )
+
+
+def rails(ctx: Context) -> Result:
+    """Dispatch and combine in two hops over the simulated network; wrong hops are caught."""
+    return _over_simulated_network(ctx, "network-rails", "dispatch and combine in two hops")
+
+
+def _over_simulated_network(ctx: Context, tier: str, what: str) -> Result:
     ctx.skip_without_gpu()
-    program = ctx.builds.wait("network-simulated", ctx.deadline) / "network_simulated"
-    folder = ctx.folder("network-simulated")
+    program = ctx.builds.wait(tier, ctx.deadline) / tier.replace("-", "_")
+    folder = ctx.folder(tier)
     command = [str(program), *(["--small"] if ctx.quick else [])]
     process = launcher.Process(command, os.environ, folder / "run.log")
-    line = Line("network-simulated", "exchange by models, protocols and seeds")
+    line = Line(tier, what)
     problems = ctx.run([process], 150).judge(line)
     text = process.log.read_text(errors="replace") if process.log.exists() else ""
     as_expected = re.findall(r"^ok: .*$", text, re.MULTILINE)

@@ -174,8 +174,8 @@ def start_builds(ctx: Context, tiers: list[Tier]) -> None:
     wanted = {need for tier in tiers for need in tier.needs}
     if "native" in wanted:
         ctx.builds.start("native", "kernels_test", "-DJAX_EP_TESTS=ON")
-    if "network-simulated" in wanted:
-        ctx.builds.start("network-simulated", "network_simulated", "-DJAX_EP_TESTS=ON")
+    for need in {"network-simulated", "network-rails"} & wanted:
+        ctx.builds.start(need, need.replace("-", "_"), "-DJAX_EP_TESTS=ON")
     if "network-nvshmem" in wanted:
         options = ("-DJAX_EP_TESTS=ON", "-DJAX_EP_NVSHMEM=ON")
         ctx.builds.start("network-nvshmem", "network_nvshmem", *options)

@@ -478,6 +478,7 @@ TIERS = (
     Tier("native", native, needs=("native",)),
     Tier("example", example, quick=False),
     Tier("network-simulated", network_tiers.simulated, needs=("network-simulated",)),
+    Tier("network-rails", network_tiers.rails, needs=("network-rails",)),
     Tier("network-nvshmem", network_tiers.nvshmem, quick=False, needs=("network-nvshmem",)),
     Tier("slots-one-process", with_slots(one_process)),
     Tier("slots-process-per-gpu", with_slots(process_per_gpu), quick=False),

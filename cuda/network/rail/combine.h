@@ -17,7 +17,7 @@ constexpr int kTokensAtOnce = 32;  // that a warp looks at
 // Warps of a block: the messenger, those that sum a rank's rows, those that add up a token's nodes,
 // then one for each other node, which sums this node's part.
 constexpr int kRankSummers = 4;
-constexpr int kTokenSummers = 8;
+constexpr int kTokenSummers = 4;
 constexpr int kFirstTokenSummer = 1 + kRankSummers;
 constexpr int kFirstNodeSummer = kFirstTokenSummer + kTokenSummers;
 constexpr int kMaxCombineThreads = (kFirstNodeSummer + kMaxCombineNodes - 1) * 32;
