@@ -16,11 +16,10 @@
 #include <array>
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
-#include <deque>
 #include <iterator>
 #include <string>
-#include <unordered_set>
+
+#include "tests/native/search.h"
 
 namespace {
 
@@ -72,15 +71,11 @@ class Model {
   int Check() {
     State first{};
     for (int r = 0; r < num_ranks(); ++r) Begin(first[r], 1);
-    Visit(first);
-    while (!left_.empty() && verdict_ == 0) {
-      const State state = left_.front();
-      left_.pop_front();
-      Expand(state);
-    }
+    search_.Visit(first);
+    verdict_ = search_.Run([&](const State& state) { return Expand(state); });
     std::printf("2 nodes of %d ranks, %d slots, %d words, %d chunks, %d calls: %zu states, %s\n",
                 sizes_.ranks_per_node, sizes_.slots, sizes_.words, sizes_.chunks, sizes_.calls,
-                seen_.size(),
+                search_.num_states(),
                 verdict_ == 0   ? "right"
                 : verdict_ == 3 ? "a wrong chunk"
                 : verdict_ == 4 ? "a call does not end"
@@ -93,23 +88,13 @@ class Model {
   int PeerOf(int r) const { return (r + sizes_.ranks_per_node) % num_ranks(); }
   int FirstOfNode(int r) const { return r / sizes_.ranks_per_node * sizes_.ranks_per_node; }
 
-  void Visit(const State& state) {
-    uint64_t hash = 0xcbf29ce484222325u;  // a collision hides a state, once in 10^5 runs
-    const auto* bytes = reinterpret_cast<const uint8_t*>(&state);
-    for (size_t i = 0; i < sizeof state; ++i) {
-      hash = (hash ^ bytes[i]) * 0x9e3779b97f4a7c15u;
-      hash ^= hash >> 29;
-    }
-    if (seen_.insert(hash).second) left_.push_back(state);
-  }
-
-  void Expand(const State& state) {
+  int Expand(const State& state) {
     bool moves = false, is_running = false;
     const auto step = [&](auto&& move) {
       State next = state;
       if (!move(next)) return;
       moves = true;
-      Visit(next);
+      search_.Visit(next);
     };
     for (int r = 0; r < num_ranks(); ++r) {
       const Rank& rank = state[r];
@@ -127,7 +112,7 @@ class Model {
       }
       step([&](State& next) { return BringCredit(next, r); });
     }
-    if (is_running && !moves) verdict_ = 4;
+    return is_running && !moves ? 4 : verdict_;
   }
 
   void Begin(Rank& rank, uint8_t call) const {
@@ -305,8 +290,7 @@ class Model {
   const Sizes sizes_;
   const Variant variant_;
   int verdict_ = 0;
-  std::unordered_set<uint64_t> seen_;
-  std::deque<State> left_;
+  jax_ep::test::Search<State> search_;
 };
 
 }  // namespace
