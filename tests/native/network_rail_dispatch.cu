@@ -5,6 +5,7 @@
 
 #include "cuda/network/rail/dispatch.cuh"
 #include "tests/native/call_arguments.h"
+#include "tests/native/kernels_forms.h"
 #include "tests/native/network_rails.h"
 
 namespace jax_ep::gpu::test {
@@ -12,32 +13,31 @@ namespace {
 
 // One rank's operands, the tables of its layout, and its results, which are poisoned.
 struct DispatchBuffers {
-  DispatchBuffers(const Data& d, int r)
+  DispatchBuffers(const Data& d, const FormData& data, int r)
       : ids(d.ids[r]),
         send_row(d.send_row[r]),
         recv_src(d.recv_src[r]),
+        recv_offsets(d.recv_offsets[r]),
         group_sizes(d.group_sizes[r]),
-        x(d.x[r]),
-        tokens(d.capacity * d.row_bytes),
         topk_weights(d.topk_weights[r]),
-        weights(d.capacity) {}
+        form(d, data, r) {}
 
   DispatchArguments Arguments(const Data& d) {
     CallBuffers<uint8_t> b{};
     b.ids = ids.get();
     b.send_row = send_row.get();
     b.recv_src = recv_src.get();
+    b.recv_offsets = recv_offsets.get();
     b.group_sizes = group_sizes.get();
-    b.x = x.get();
-    b.tokens = tokens.get();
     b.topk_weights = d.weighted ? topk_weights.get() : nullptr;
-    b.weights = d.weighted ? weights.get() : nullptr;
-    return DispatchOf(Buffers::Sizes(d), b, DispatchMode::kCopy);
+    DispatchArguments a = DispatchOf(Buffers::Sizes(d), b, DispatchMode::kCopy);
+    form.Set(d, a);
+    return a;
   }
 
-  Buffer<int32_t> ids, send_row, recv_src, group_sizes;
-  Buffer<uint8_t> x, tokens;
-  Buffer<float> topk_weights, weights;
+  Buffer<int32_t> ids, send_row, recv_src, recv_offsets, group_sizes;
+  Buffer<float> topk_weights;
+  FormBuffers form;
 };
 
 template <typename Hop = SimulatedHop>
@@ -79,53 +79,80 @@ Data MakeDispatchData(const Case& c, int num_ranks, uint64_t seed) {
   return d;
 }
 
+// As it is, or with scales; expanded or not.
+Form AnyForm(const Data& d, std::mt19937_64& rng) {
+  Form form;
+  form.expand = rng() % 3 != 0;
+  if (d.num_channels % kRowAlignment != 0 || rng() % 3 != 0) return form;
+  form.mode = DispatchMode::kScaled;
+  form.num_scales = std::vector<int64_t>{1, 4, d.num_channels / 16}[rng() % 3];
+  return form;
+}
+
 // How many rows of a rank's result are wrong; says what the first ones of a run hold.
-int NumWrongRows(const JobShape& shape, const Data& d, int rank, int call, const DispatchBuffers& b,
-                 int& num_to_print) {
-  const std::vector<uint8_t> tokens = b.tokens.Read();
-  const std::vector<float> weights = b.weights.Read();
+int NumWrongRows(const JobShape& shape, const Data& d, const FormData& data, int rank, int call,
+                 const DispatchBuffers& b, int& num_to_print) {
+  const Form& form = data.form;
+  const int64_t row_bytes = form.row_bytes(d), num_scales = form.scales_per_row();
+  const std::vector<uint8_t> got = Specified(d, rank, form, b.form.tokens.Read(), row_bytes);
+  const std::vector<uint8_t> right = Specified(d, rank, form, data.tokens[rank], row_bytes);
+  std::vector<float> got_scales, right_scales;
+  if (form.keeps_scales()) {
+    got_scales = Specified(d, rank, form, b.form.scales.Read(), num_scales);
+    right_scales = Specified(d, rank, form, data.scales[rank], num_scales);
+  }
+  const std::vector<float> weights = b.form.weights.Read();
   int num_wrong = 0;
-  for (int64_t row = 0; row < NumSpecified(d, rank); ++row) {
-    const uint8_t* got = tokens.data() + row * d.row_bytes;
-    const uint8_t* right = d.tokens[rank].data() + row * d.row_bytes;
-    const bool is_wrong_row = std::memcmp(got, right, d.row_bytes) != 0;
-    const bool is_wrong_weight =
-        d.weighted && std::memcmp(&weights[row], &d.weights[rank][row], sizeof(float)) != 0;
-    if (!is_wrong_row && !is_wrong_weight) continue;
+  for (int64_t row = 0; row < NumSpecified(d, rank) && d.weighted; ++row) {
+    if (std::memcmp(&weights[row], &d.weights[rank][row], sizeof(float)) == 0) continue;
     ++num_wrong;
     if (num_to_print-- <= 0) continue;
-    const int64_t flat = d.recv_src[rank][row], ids_per_rank = d.num_tokens * d.top_k;
-    const auto src = static_cast<int>(flat < 0 ? -1 : flat / ids_per_rank);
-    const int64_t token = flat < 0 ? -1 : flat % ids_per_rank / d.top_k;
+    std::printf("  call %d, rank %d, weight of row %lld: %g, right %g, source %d\n", call, rank,
+                static_cast<long long>(row), weights[row], d.weights[rank][row],
+                d.recv_src[rank][row]);
+  }
+  for (int64_t row = 0; row * row_bytes < static_cast<int64_t>(right.size()); ++row) {
+    const uint8_t *a = &got[row * row_bytes], *e = &right[row * row_bytes];
+    const bool is_right_row = std::memcmp(a, e, row_bytes) == 0;
+    const bool are_right_scales = num_scales == 0 || std::memcmp(&got_scales[row * num_scales],
+                                                                 &right_scales[row * num_scales],
+                                                                 num_scales * sizeof(float)) == 0;
+    if (is_right_row && are_right_scales) continue;
+    ++num_wrong;
+    if (num_to_print-- <= 0) continue;
+    // Of which token, and what is there in its place.
+    int64_t flat_token = row;
+    if (form.expand) {
+      const int32_t flat = d.recv_src[rank][row];
+      flat_token = flat < 0 ? -1 : flat / d.top_k;
+    } else if (!HoldsToken(d, rank, row)) {
+      flat_token = -1;
+    }
+    const auto src = static_cast<int>(flat_token < 0 ? -1 : flat_token / d.num_tokens);
+    const int64_t token = flat_token < 0 ? -1 : flat_token % d.num_tokens;
     int channel = 0;
     while (token >= 0 && d.num_tokens * (channel + 1) / shape.num_channels <= token) ++channel;
-    size_t first = 0, num_bytes = 0;
-    for (size_t i = 0; i < static_cast<size_t>(d.row_bytes); ++i) {
-      if (got[i] != right[i] && num_bytes++ == 0) first = i;
-    }
-    const bool is_untouched =
-        std::all_of(got, got + d.row_bytes, [](uint8_t v) { return v == 0xff; });
+    const uint8_t* first = std::mismatch(a, a + row_bytes, e).first;
+    const bool is_untouched = std::all_of(a, a + row_bytes, [](uint8_t v) { return v == 0xff; });
     std::string holds = is_untouched ? "nothing" : "something else";
-    for (int s = 0; s < d.num_ranks && is_wrong_row; ++s) {
-      for (int64_t t = 0; t < d.num_tokens; ++t) {
-        if (std::memcmp(got, d.x[s].data() + t * d.row_bytes, d.row_bytes) != 0) continue;
-        holds = "token " + std::to_string(t) + " of rank " + std::to_string(s);
+    for (int64_t s = 0; s < d.num_ranks * d.num_tokens; ++s) {
+      const uint8_t* x = &data.x[s / d.num_tokens][s % d.num_tokens * row_bytes];
+      if (std::memcmp(a, x, row_bytes) == 0) {
+        holds = "token " + std::to_string(s % d.num_tokens) + " of rank " +
+                std::to_string(s / d.num_tokens);
       }
     }
-    std::printf("  call %d, rank %d, row %lld: of rank %d (%s), token %lld, k %lld, channel %d: ",
-                call, rank, static_cast<long long>(row), src,
-                src < 0                                                     ? "none"
-                : src / shape.ranks_per_node == rank / shape.ranks_per_node ? "own node"
-                : src % shape.ranks_per_node == rank % shape.ranks_per_node ? "same rail"
-                                                                            : "two hops",
-                static_cast<long long>(token),
-                static_cast<long long>(flat < 0 ? -1 : flat % d.top_k), channel);
-    if (is_wrong_row) {
-      std::printf("%zu of %lld bytes wrong from %zu on, holds %s; ", num_bytes,
-                  static_cast<long long>(d.row_bytes), first, holds.c_str());
-    }
-    std::printf("weight %s (%g, right %g)\n", is_wrong_weight ? "wrong" : "right",
-                d.weighted ? weights[row] : 0.0f, d.weighted ? d.weights[rank][row] : 0.0f);
+    std::printf(
+        "  call %d, rank %d, row %lld%s: of rank %d (%s), token %lld, channel %d: %s from byte "
+        "%lld of %lld on, holds %s; scales %s\n",
+        call, rank, static_cast<long long>(row), form.name().c_str(), src,
+        src < 0                                                     ? "none"
+        : src / shape.ranks_per_node == rank / shape.ranks_per_node ? "own node"
+        : src % shape.ranks_per_node == rank % shape.ranks_per_node ? "same rail"
+                                                                    : "two hops",
+        static_cast<long long>(token), channel, is_right_row ? "right" : "wrong",
+        static_cast<long long>(first - a), static_cast<long long>(row_bytes), holds.c_str(),
+        are_right_scales ? "right" : "wrong");
   }
   return num_wrong;
 }
@@ -140,6 +167,7 @@ void RunDispatch(Group& group, const JobShape& shape, const NetworkModel& model,
                       static_cast<uint64_t>(shape.ranks_per_node));
   Job job(group, shape, model, kControl ? kSecond : 8 * kSecond);
   std::vector<Data> data;
+  std::vector<FormData> forms;
   std::vector<std::vector<std::unique_ptr<DispatchBuffers>>> buffers(
       static_cast<size_t>(num_calls));
   for (int call = 0; call < num_calls; ++call) {
@@ -149,8 +177,10 @@ void RunDispatch(Group& group, const JobShape& shape, const NetworkModel& model,
       const Case c = kControl ? CaseOfControls() : AnyCase(rng, shape.slot_bytes);
       data.push_back(MakeDispatchData(c, shape.num_ranks, rng()));
     }
+    const Data& d = data.back();
+    forms.push_back(FormOracle(d, rng()).Make(kControl ? Form{} : AnyForm(d, rng)));
     for (int r = 0; r < shape.num_ranks; ++r) {
-      buffers[call].push_back(std::make_unique<DispatchBuffers>(data[call], r));
+      buffers[call].push_back(std::make_unique<DispatchBuffers>(d, forms[call], r));
     }
   }
   CHECK_CUDA(cudaDeviceSynchronize());
@@ -164,18 +194,20 @@ void RunDispatch(Group& group, const JobShape& shape, const NetworkModel& model,
   for (int call = 0; call < num_calls; ++call) {
     const int before = num_wrong;
     for (int r = 0; r < shape.num_ranks; ++r) {
-      num_wrong += NumWrongRows(shape, data[call], r, call, *buffers[call][r], num_to_print);
+      num_wrong +=
+          NumWrongRows(shape, data[call], forms[call], r, call, *buffers[call][r], num_to_print);
     }
     if (num_wrong == before || kControl) continue;
     const Data& d = data[call];
     std::printf(
         "  call %d: %d rows wrong; T %lld, K %lld, L %lld, A %lld, C %lld, row %lld bytes, "
-        "routing %d, %s, %s\n",
+        "routing %d, %s, %s%s\n",
         call, num_wrong - before, static_cast<long long>(d.num_tokens),
         static_cast<long long>(d.top_k), static_cast<long long>(d.num_local),
         static_cast<long long>(d.alignment), static_cast<long long>(d.capacity),
         static_cast<long long>(d.row_bytes), static_cast<int>(d.routing),
-        d.weighted ? "weighted" : "plain", d.zero_tail ? "zero tail" : "any tail");
+        d.weighted ? "weighted" : "plain", d.zero_tail ? "zero tail" : "any tail",
+        forms[call].form.name().c_str());
   }
   ReportCalls(job, model, what, num_calls, num_wrong, seconds, kControl);
 }
@@ -189,10 +221,11 @@ void RunWithoutOne(Group& group, const JobShape& shape, const NetworkModel& mode
   Job job(group, shape, model, kTimeoutNs);
   const Data d = MakeDispatchData(CaseOfControls(), shape.num_ranks, model.seed);
   std::vector<std::unique_ptr<DispatchBuffers>> buffers;
+  const FormData data = FormOracle(d, model.seed).Make({});
   for (int r = 0; r < shape.num_ranks; ++r) {
-    buffers.push_back(std::make_unique<DispatchBuffers>(d, r));
-    buffers[r]->tokens.Fill(0);
-    buffers[r]->weights.Fill(0);
+    buffers.push_back(std::make_unique<DispatchBuffers>(d, data, r));
+    buffers[r]->form.tokens.Fill(0);
+    buffers[r]->form.weights.Fill(0);
   }
   CHECK_CUDA(cudaDeviceSynchronize());
   const auto start = Clock::now();
@@ -201,8 +234,8 @@ void RunWithoutOne(Group& group, const JobShape& shape, const NetworkModel& mode
   const double seconds = SecondsSince(start);
   int num_wrong = 0;
   for (int r = 0; r < missing; ++r) {
-    const std::vector<float> weights = buffers[r]->weights.Read();
-    const std::vector<uint8_t> tokens = buffers[r]->tokens.Read();
+    const std::vector<float> weights = buffers[r]->form.weights.Read();
+    const std::vector<uint8_t> tokens = buffers[r]->form.tokens.Read();
     bool is_right = job.error(r).valid != 0;
     is_right = is_right &&
                std::all_of(weights.begin(), weights.end(), [](float v) { return std::isnan(v); });
@@ -232,8 +265,9 @@ void RunOtherCall(Group& group, const JobShape& shape, const NetworkModel& model
   Job job(group, shape, model, kSecond / 2);
   const Data d = MakeDispatchData(CaseOfControls(), shape.num_ranks, model.seed);
   std::vector<std::unique_ptr<DispatchBuffers>> buffers;
+  const FormData data = FormOracle(d, model.seed).Make({});
   for (int r = 0; r < shape.num_ranks; ++r) {
-    buffers.push_back(std::make_unique<DispatchBuffers>(d, r));
+    buffers.push_back(std::make_unique<DispatchBuffers>(d, data, r));
   }
   CHECK_CUDA(cudaDeviceSynchronize());
   const int first_of_last = shape.num_ranks - shape.ranks_per_node;

@@ -114,7 +114,7 @@ inline Case AnyCase(std::mt19937_64& rng, int64_t slot_bytes) {
   c.type = rng() % 3 == 0 ? FloatType::kF32 : FloatType::kBF16;
   c.top_k = choose({1, 2, 4, 8});
   do {
-    c.num_channels = choose({8, 24, 264, 520, 1152, 7168});
+    c.num_channels = choose({8, 24, 64, 264, 520, 640, 1152, 7168});
   } while (dispatch_chunks(c.top_k, c.num_channels * TypeBytes(c.type)).num_rows(slot_bytes) < 1);
   c.num_tokens = c.num_channels > 2000  ? choose({3, 12})
                  : c.num_channels > 200 ? choose({1, 40, 80})

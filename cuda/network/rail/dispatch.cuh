@@ -4,6 +4,7 @@
 // After:    as after cuda/direct/dispatch: tokens[row] = x of rank src [t] for every kept row,
 //           (src, t, k) = recv_src[row]; padding is zero, the tail too if zero_tail; weights[row] =
 //           topk_weights of src [t, k], else 0. To the bit, whatever ranks lie on which node.
+//           Without `expand`, and with kScaled, as there, too.
 // Roles:    one block a channel, all resident; block b has a b-th of each rank's tokens, which meet
 //           the blocks b of other ranks alone. num_pairs warps send, as many forward: of other nodes
 //           the i-th of either has those that are i + 1, i + 1 + num_pairs, .. further round. num_own
@@ -20,10 +21,10 @@
 //           credit          | hop's signals: chunks that the peer on the rail has read
 //           chunks          | own, one a pair and channel: chunks of earlier calls, both ways
 //           stages          | shared memory  | loads of rows                | stores of rows
-// Protocol: 1. On the node [S1] show tokens and weights; [S2] wait for all.
+// Protocol: 1. On the node [S1] show tokens, weights and scales; [S2] wait for all.
 //           2. Of a pair and channel, chunk c lies in slot c % S, as its use c / S + 1. It says what
 //           call it is of, how many rows it holds, and whether it is the call's last; there is one at
-//           least. A row has with it where it belongs on the node, and its weights.
+//           least. A row has with it where it belongs on the node, its weights and its scales.
 //           [R1] the sender waits until credit is above c - S
 //           [R2] fills staging and sends it: put_signal, filled = the use
 //           [R3] the forwarder waits until filled is the use, looks at the head, and loads the rows
@@ -62,9 +63,10 @@
 //           their nodes. Final rows are written from this node alone, and leave.cuh sees to those
 //           who do; late chunks come to landing. chunks and signals no longer agree then: the group
 //           is set up anew with both of them zero before it is used again.
-// Limits:   rows are multiples of 16 bytes at 16-byte addresses, and fit a slot with their head; rows
-//           as x has them, expanded; the same channels, slots and their size on all ranks; at most
-//           kMaxRailRanks ranks. Records name ranks of other nodes by slot_of_rail_rank.
+// Limits:   rows are multiples of 16 bytes at 16-byte addresses, and fit a slot with their head; they
+//           cross as x has them (kCopy, kScaled); the same channels, slots and their size on all
+//           ranks; at most kMaxRailRanks ranks. Records name ranks of other nodes by
+//           slot_of_rail_rank.
 #ifndef JAX_EP_CUDA_NETWORK_RAIL_DISPATCH_CUH_
 #define JAX_EP_CUDA_NETWORK_RAIL_DISPATCH_CUH_
 
@@ -83,6 +85,13 @@
 namespace jax_ep::gpu {
 namespace rail {
 
+// Whether a row of tokens that are not expanded is to be zeroed: one of a token that has none here,
+// and the last one.
+__device__ inline bool is_gap(const DispatchArguments& a, int64_t row) {
+  if (row >= a.num_rows - 1) return row == a.num_rows - 1;
+  return a.zero_tail && a.recv_offsets[row] == a.recv_offsets[row + 1];
+}
+
 // Zeros, by any warp; those of a block share its part.
 __device__ inline void zero_rest(const DispatchArguments& a, Shared& shared) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
@@ -92,20 +101,23 @@ __device__ inline void zero_rest(const DispatchArguments& a, Shared& shared) {
     used = __reduce_add_sync(~0u, used);
   }
   const int64_t end = a.zero_tail ? a.capacity : used;
+  const int64_t num_looked_at = a.expand ? end : max(end, a.num_rows);
   while (true) {
     uint32_t taken = 0;
     if (lane == 0) taken = atomicAdd(&shared.num_batches, 1);
     taken = __shfl_sync(~0u, taken, 0);
     const int64_t batch = (int64_t{taken} * gridDim.x + blockIdx.x) * kRowsAtOnce;
-    if (batch >= end) break;
+    if (batch >= num_looked_at) break;
     const int64_t row = batch + lane;
     const bool is_empty = row < end && a.recv_src[row] == kNoSource;
     if (is_empty && a.weights != nullptr) a.weights[row] = 0.0f;
-    uint32_t empty = __ballot_sync(~0u, is_empty);
+    uint32_t empty = __ballot_sync(~0u, a.expand ? is_empty : is_gap(a, row));
     for (; empty != 0; empty &= empty - 1) {
       const int64_t zero_row = batch + __ffs(static_cast<int>(empty)) - 1;
       auto* at = reinterpret_cast<uint4*>(static_cast<char*>(a.tokens) + zero_row * a.row_bytes);
       for (int64_t i = lane; i < a.row_bytes / 16; i += 32) at[i] = uint4{0, 0, 0, 0};
+      for (int64_t i = lane; i < a.num_scales; i += 32)
+        a.scales[zero_row * a.num_scales + i] = 0.0f;
     }
   }
 }
@@ -130,13 +142,15 @@ __device__ bool run_role(const GroupView& g, const RailView& rail, const Hop& ho
   }
   const int32_t index = warp - plan.num_pairs;
   RowMover mover(plan, shared, index, stages);
+  const Deliverer deliverer(a, shared, mover);
   if (index < plan.num_pairs) {
-    Forwarder<Hop> forwarder(channel, a, plan, shared, mover);
+    Forwarder<Hop> forwarder(channel, a, plan, deliverer);
     for (int32_t d = index + 1; d < num_nodes && ok; d += plan.num_pairs) {
-      ok = forwarder.forward((rail.node + num_nodes - d) % num_nodes);
+      const int32_t node = (rail.node + num_nodes - d) % num_nodes;
+      ok = forwarder.forward(node, rail.rank_of(node, g.rank));
     }
   } else {
-    move_own_rows(rail, a, shared, mover, begin + index - plan.num_pairs, end, plan.num_own);
+    move_own_rows(g, rail, a, deliverer, begin + index - plan.num_pairs, end, plan.num_own);
   }
   mover.finish();
   return ok;
@@ -160,7 +174,8 @@ __global__ __launch_bounds__(kMaxThreads,
     shared.box = {{}, 1, 1, 0, 1};  // one unit, of one mover: the block
   }
   const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.tokens),
-                                       reinterpret_cast<uint64_t>(a.weights), 0, 0};
+                                       reinterpret_cast<uint64_t>(a.weights),
+                                       reinterpret_cast<uint64_t>(a.scales), 0};
   if (blockIdx.x == 0) send_start(g, kKind, is_claimed, own);          // [S1]
   bool ok = receive_start(g, kKind, is_claimed, own, shared.address);  // [S2]
   if (ok) ok = run_role(g, rail, hop, a, plan, shared, stages);
@@ -176,6 +191,7 @@ __global__ __launch_bounds__(kMaxThreads,
   if (finish == Finish::kEnd) return end_call(g);
   const Share share = fail_call(g, finish, [](uint32_t) { return 1; });
   fill(a.tokens, a.num_rows * a.row_bytes, a.is_integer ? 0 : kNan, share);
+  fill(a.scales, a.num_rows * a.num_scales * 4, kNan, share);
   if (a.weights != nullptr) fill(a.weights, a.capacity * 4, kNan, share);
 }
 
@@ -185,12 +201,14 @@ __global__ __launch_bounds__(kMaxThreads,
 template <typename Hop>
 cudaError_t LaunchRailDispatch(const GroupView& group, const RailView& view, const Hop& hop,
                                const DispatchArguments& a, int num_sms, cudaStream_t stream) {
-  const ChunkFormat format = dispatch_chunks(a.top_k, a.row_bytes);
+  const ChunkFormat format =
+      dispatch_chunks(a.top_k, WireRowBytes(a.row_bytes, a.num_channels, a.num_scales));
   rail::Plan plan;
-  if (a.mode != DispatchMode::kCopy || !a.expand || a.landing != nullptr ||
-      view.at.num_channels > num_sms || view.at.num_channels > kMaxBlocks ||
+  const bool is_verbatim = a.mode == DispatchMode::kCopy || a.mode == DispatchMode::kScaled;
+  if (!is_verbatim || a.landing != nullptr || view.at.num_channels > num_sms ||
+      view.at.num_channels > kMaxBlocks ||
       view.ranks_per_node * view.at.num_nodes > kMaxRailRanks ||
-      !rail::MakePlan(view.at, format, &plan)) {
+      !rail::MakePlan(view.at, format, a.row_bytes, &plan)) {
     return cudaErrorInvalidValue;
   }
   rail::dispatch_kernel<Hop>

@@ -110,12 +110,28 @@ struct ChunkFormat {
   }
 };
 
-// Of dispatch. A row's head:
-//   row    [K] int32 | where the row belongs, kNoRow if not to this node
+// Of dispatch. A row is as it crosses (wire_row.h), and its head
+//   row    [K] int32 | of the expert's buffer, kNoRow if not on this node
 //   weight [K] float | topk_weights, if the call has any
+//   token  int32     | at its source
 //   index  [K] uint8 | of the rank on its node
-JAX_EP_HOST_DEVICE constexpr ChunkFormat dispatch_chunks(int64_t top_k, int64_t row_bytes) {
-  return {(top_k * 9 + 15) / 16 * 16, row_bytes};
+struct RowHead {
+  int32_t top_k;
+
+  JAX_EP_HOST_DEVICE constexpr int64_t num_bytes() const {
+    return (int64_t{top_k} * 9 + 4 + 15) / 16 * 16;
+  }
+  JAX_EP_HOST_DEVICE int32_t* row(char* head) const { return reinterpret_cast<int32_t*>(head); }
+  JAX_EP_HOST_DEVICE float* weight(char* head) const {
+    return reinterpret_cast<float*>(head) + top_k;
+  }
+  JAX_EP_HOST_DEVICE int32_t* token(char* head) const { return row(head) + 2 * top_k; }
+  JAX_EP_HOST_DEVICE uint8_t* index(char* head) const {
+    return reinterpret_cast<uint8_t*>(token(head) + 1);
+  }
+};
+JAX_EP_HOST_DEVICE constexpr ChunkFormat dispatch_chunks(int64_t top_k, int64_t wire_row_bytes) {
+  return {RowHead{static_cast<int32_t>(top_k)}.num_bytes(), wire_row_bytes};
 }
 static_assert(dispatch_chunks(8, 14336).stride() == 14416);
 static_assert(dispatch_chunks(8, 14336).num_rows(131072) == 9);
@@ -125,13 +141,6 @@ JAX_EP_HOST_DEVICE constexpr ChunkFormat combine_chunks(int64_t top_k, int64_t r
                                                         bool has_values) {
   return {has_values ? (top_k * 4 + 15) / 16 * 16 : 0, row_bytes};
 }
-
-// Of one lane: its part of a row's head in dispatch.
-struct RowTarget {
-  int32_t row;
-  float weight;
-  uint8_t index;
-};
 
 namespace rail {
 
@@ -150,6 +159,7 @@ struct Plan {
   int32_t num_pieces, piece_bytes;
   int32_t num_stages;  // of a mover
   int32_t rows_per_chunk;
+  ChunkFormat format;
 
   JAX_EP_HOST_DEVICE constexpr int32_t num_warps() const { return 2 * num_pairs + num_own; }
   JAX_EP_HOST_DEVICE constexpr int32_t num_movers() const { return num_pairs + num_own; }
@@ -160,15 +170,17 @@ JAX_EP_HOST_DEVICE constexpr int64_t bytes_of_mover(int64_t num_movers) {
   return kStageBytes / num_movers / 128 * 128;
 }
 
-// False if a slot does not hold a row.
-constexpr bool MakePlan(const RailMemory& at, const ChunkFormat& format, Plan* plan) {
-  if (at.num_nodes < 2 || format.row_bytes <= 0) return false;
+// Of rows of so many bytes, as tokens hold them. False if a slot does not hold one as it crosses.
+constexpr bool MakePlan(const RailMemory& at, const ChunkFormat& format, int64_t row_bytes,
+                        Plan* plan) {
+  if (at.num_nodes < 2 || row_bytes <= 0) return false;
+  plan->format = format;
   plan->num_pairs = at.num_nodes - 1 < kMaxPairs ? at.num_nodes - 1 : kMaxPairs;
   plan->num_own = kMaxOwn;
   const int64_t bytes = bytes_of_mover(plan->num_movers());
   const int64_t third = bytes / kMinStages / 16 * 16;
   const int64_t most = third < kMaxPieceBytes ? third : kMaxPieceBytes;
-  const Pieces pieces = CutRow(format.row_bytes, (format.row_bytes + most - 1) / most);
+  const Pieces pieces = CutRow(row_bytes, (row_bytes + most - 1) / most);
   plan->num_pieces = pieces.count;
   plan->piece_bytes = pieces.bytes;
   const int64_t num_stages = bytes / pieces.bytes, most_stages = kMaxStages / plan->num_movers();

@@ -9,7 +9,7 @@
 
 namespace jax_ep::gpu::rail {
 
-enum Address { kTokens, kWeights };  // that a rank shows its peers
+enum Address { kTokens, kWeights, kScales };  // that a rank shows its peers
 
 // What the warps of a block share.
 struct Shared {

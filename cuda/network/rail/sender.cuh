@@ -82,7 +82,7 @@ class Sender {
         rail_(rail),
         a_(a),
         plan_(plan),
-        format_(dispatch_chunks(a.top_k, a.row_bytes)),
+        format_(plan.format),
         lane_(static_cast<int32_t>(threadIdx.x) % 32) {}
 
   // All rows of the tokens [begin, end) that belong to a node. False if the group is broken.
@@ -112,28 +112,31 @@ class Sender {
  private:
   __device__ void write_row(char* staging, int32_t i, const NodeTokens& tokens, int32_t token,
                             int32_t first_expert, int32_t num_local) const {
-    char* head = format_.row_head(staging, i);
-    const auto top_k = static_cast<int32_t>(a_.top_k);
-    if (lane_ < top_k) {
+    const RowHead head{static_cast<int32_t>(a_.top_k)};
+    char* at = format_.row_head(staging, i);
+    if (lane_ < a_.top_k) {
       const int64_t flat = token * a_.top_k + lane_;
       const int32_t row = a_.send_row[flat], expert = a_.topk_idx[flat];
       const bool is_there = tokens.is_there(row, expert);
-      reinterpret_cast<int32_t*>(head)[lane_] = is_there ? row : kNoRow;
-      if (a_.topk_weights != nullptr) {
-        reinterpret_cast<float*>(head)[top_k + lane_] = a_.topk_weights[flat];
-      }
-      reinterpret_cast<uint8_t*>(head)[8 * top_k + lane_] =
+      head.row(at)[lane_] = is_there ? row : kNoRow;
+      head.index(at)[lane_] =
           static_cast<uint8_t>(is_there ? (expert - first_expert) / num_local : 0);
+      if (a_.topk_weights != nullptr) head.weight(at)[lane_] = a_.topk_weights[flat];
     }
-    copy_row(format_.row(staging, i), static_cast<const char*>(a_.x) + token * a_.row_bytes,
-             a_.row_bytes);
+    if (lane_ == 0) *head.token(at) = token;
+    char* row = format_.row(staging, i);
+    copy_row(row, static_cast<const char*>(a_.x) + token * a_.row_bytes, a_.row_bytes);
+    auto* scales = reinterpret_cast<float*>(row + a_.row_bytes);
+    for (int64_t s = lane_; s < a_.num_scales; s += 32) {
+      scales[s] = a_.x_scales[token * a_.num_scales + s];
+    }
   }
 
   const Channel<Hop>& channel_;
   const RailView& rail_;
   const DispatchArguments& a_;
   const Plan& plan_;
-  const ChunkFormat format_;
+  const ChunkFormat& format_;
   const int32_t lane_;
 };
 
