@@ -42,8 +42,11 @@ struct DispatchBuffers {
 
 template <typename Hop = SimulatedHop>
 void Launch(Job& job, int rank, DispatchBuffers& buffers, const Data& d, uint64_t operation) {
+  // Sometimes fewer warps than nodes, so that a warp has several of them.
+  const int max_pairs = operation % 2 == 0 ? rail::kMaxPairs : 2;
   CHECK_CUDA(LaunchRailDispatch(job.View(rank, operation), job.Rail(rank), job.HopOf<Hop>(rank),
-                                buffers.Arguments(d), job.shape().num_channels, job.stream(rank)));
+                                buffers.Arguments(d), job.shape().num_channels, job.stream(rank),
+                                max_pairs));
 }
 
 // What ranks send, and what they must get.

@@ -197,10 +197,12 @@ __global__ __launch_bounds__(kMaxThreads,
 
 }  // namespace rail
 
-// On a layout of the whole group; num_sms is at least one a channel.
+// On a layout of the whole group; num_sms is at least one a channel. max_pairs: of nodes that a block
+// serves at once, on all ranks.
 template <typename Hop>
 cudaError_t LaunchRailDispatch(const GroupView& group, const RailView& view, const Hop& hop,
-                               const DispatchArguments& a, int num_sms, cudaStream_t stream) {
+                               const DispatchArguments& a, int num_sms, cudaStream_t stream,
+                               int32_t max_pairs = rail::kMaxPairs) {
   const ChunkFormat format =
       dispatch_chunks(a.top_k, WireRowBytes(a.row_bytes, a.num_channels, a.num_scales));
   rail::Plan plan;
@@ -208,7 +210,7 @@ cudaError_t LaunchRailDispatch(const GroupView& group, const RailView& view, con
   if (!is_verbatim || a.landing != nullptr || view.at.num_channels > num_sms ||
       view.at.num_channels > kMaxBlocks ||
       view.ranks_per_node * view.at.num_nodes > kMaxRailRanks ||
-      !rail::MakePlan(view.at, format, a.row_bytes, &plan)) {
+      !rail::MakePlan(view.at, format, a.row_bytes, max_pairs, &plan)) {
     return cudaErrorInvalidValue;
   }
   rail::dispatch_kernel<Hop>

@@ -172,10 +172,10 @@ JAX_EP_HOST_DEVICE constexpr int64_t bytes_of_mover(int64_t num_movers) {
 
 // Of rows of so many bytes, as tokens hold them. False if a slot does not hold one as it crosses.
 constexpr bool MakePlan(const RailMemory& at, const ChunkFormat& format, int64_t row_bytes,
-                        Plan* plan) {
-  if (at.num_nodes < 2 || row_bytes <= 0) return false;
+                        int32_t max_pairs, Plan* plan) {
+  if (at.num_nodes < 2 || row_bytes <= 0 || max_pairs < 1 || max_pairs > kMaxPairs) return false;
   plan->format = format;
-  plan->num_pairs = at.num_nodes - 1 < kMaxPairs ? at.num_nodes - 1 : kMaxPairs;
+  plan->num_pairs = at.num_nodes - 1 < max_pairs ? at.num_nodes - 1 : max_pairs;
   plan->num_own = kMaxOwn;
   const int64_t bytes = bytes_of_mover(plan->num_movers());
   const int64_t third = bytes / kMinStages / 16 * 16;
