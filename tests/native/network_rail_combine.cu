@@ -137,18 +137,10 @@ struct CombineBuffers {
   Buffer<float> row_weights, values, collected;
 };
 
-template <typename Hop = SimulatedHop>
-void Launch(Job& job, int rank, CombineBuffers& buffers, const Data& d, uint64_t operation) {
-  const GroupView view = job.View(rank, operation);
-  const RailView rail = job.Rail(rank);
-  const Hop hop = job.HopOf<Hop>(rank);
-  const CombineArguments a = buffers.Arguments(d);
-  const int num_sms = job.shape().num_channels;
-  if constexpr (kIsWrong<Hop>) {  // of one type: others take long to compile
-    CHECK_CUDA(rail::launch_combine<Bf16Vector>(view, rail, hop, a, num_sms, job.stream(rank)));
-  } else {
-    CHECK_CUDA(LaunchRailCombine(view, rail, hop, a, num_sms, job.stream(rank)));
-  }
+void Launch(Job& job, int rank, CombineBuffers& buffers, const Data& d, uint64_t operation,
+            Fault fault = Fault::kNone) {
+  CHECK_CUDA(LaunchRailCombine(job.View(rank, operation), job.Rail(rank), job.HopOf(rank, fault),
+                               buffers.Arguments(d), job.shape().num_channels, job.stream(rank)));
 }
 
 // How many rows of a rank's result are wrong; says of the first ones of a run what they are made of.
@@ -194,19 +186,18 @@ int NumWrongRows(const JobShape& shape, const Data& d, int rank, int call, const
   return num_wrong;
 }
 
-template <typename Hop>
 void RunCombine(Group& group, const JobShape& shape, const NetworkModel& model, int num_calls,
-                const char* what) {
+                Fault fault = Fault::kNone) {
   if (g_num_failed >= kEnoughFailures) return;
-  constexpr bool kControl = kIsWrong<Hop>;
+  const bool is_control = fault != Fault::kNone;
   std::mt19937_64 rng(model.seed * 104729 + static_cast<uint64_t>(shape.num_ranks) * 31 +
                       static_cast<uint64_t>(shape.ranks_per_node));
-  Job job(group, shape, model, kControl ? kSecond : 8 * kSecond);
+  Job job(group, shape, model, is_control ? kSecond : 8 * kSecond);
   std::vector<Data> data;
   std::vector<std::vector<std::unique_ptr<CombineBuffers>>> buffers(static_cast<size_t>(num_calls));
   for (int call = 0; call < num_calls; ++call) {
     Case c = CaseOfControls();
-    if (!kControl) {
+    if (!is_control) {
       c = AnyCase(rng, shape.slot_bytes);
       if (rng() % 4 == 0) c.type = FloatType::kF16;
       // Plain loops over every number take a while.
@@ -220,17 +211,17 @@ void RunCombine(Group& group, const JobShape& shape, const NetworkModel& model, 
   CHECK_CUDA(cudaDeviceSynchronize());
   const auto launched = Clock::now();
   RunCalls(job, num_calls, rng, [&](int r, int call) {
-    Launch<Hop>(job, r, *buffers[call][r], data[call],
-                model.seed * 1000 + static_cast<uint64_t>(call));
+    Launch(job, r, *buffers[call][r], data[call], model.seed * 1000 + static_cast<uint64_t>(call),
+           fault);
   });
   const double seconds = SecondsSince(launched);
-  int num_wrong = 0, num_to_print = kControl ? 0 : 12;
+  int num_wrong = 0, num_to_print = is_control ? 0 : 12;
   for (int call = 0; call < num_calls; ++call) {
     const int before = num_wrong;
     for (int r = 0; r < shape.num_ranks; ++r) {
       num_wrong += NumWrongRows(shape, data[call], r, call, *buffers[call][r], num_to_print);
     }
-    if (num_wrong == before || kControl) continue;
+    if (num_wrong == before || is_control) continue;
     const Data& d = data[call];
     std::printf(
         "  call %d: %d rows wrong; T %lld, K %lld, L %lld, C %lld, H %lld %s, routing %d, %s\n",
@@ -239,7 +230,7 @@ void RunCombine(Group& group, const JobShape& shape, const NetworkModel& model, 
         static_cast<long long>(d.capacity), static_cast<long long>(d.num_channels),
         TypeName(d.type), static_cast<int>(d.routing), d.weighted ? "weighted" : "plain");
   }
-  ReportCalls(job, model, what, num_calls, num_wrong, seconds, kControl);
+  ReportCalls(job, model, "combine", fault, num_calls, num_wrong, seconds);
 }
 
 // A rank that never comes: all others end within the timeout, and their results say so.
@@ -283,9 +274,7 @@ void RunWithoutOne(Group& group, const JobShape& shape, const NetworkModel& mode
 }  // namespace
 
 void TestRailCombine(Group& group, bool is_small) {
-  CHECK_CUDA(PrepareRailCombine<SimulatedHop>());
-  CHECK_CUDA(PrepareKernel(rail::combine_kernel<Bf16Vector, HeadFirst>, 0));
-  CHECK_CUDA(PrepareKernel(rail::combine_kernel<Bf16Vector, WithoutCredit>, 0));
+  CHECK_CUDA(PrepareRailCombine<FaultyHop>());
   const int num_seeds = is_small ? 1 : 3, num_calls = is_small ? 6 : 12;
   for (uint64_t seed = 1; seed <= static_cast<uint64_t>(num_seeds); ++seed) {
     for (const NetworkModel& model : RailModels(seed)) {
@@ -293,12 +282,12 @@ void TestRailCombine(Group& group, bool is_small) {
            {JobShape{2, 1, 1, 1, 16384}, JobShape{2, 1, 3, 2, 4096}, JobShape{4, 2, 1, 1, 4096},
             JobShape{4, 2, 3, 3, 32768}, JobShape{4, 1, 2, 2, 4096}, JobShape{8, 2, 2, 2, 16384},
             JobShape{8, 4, 4, 3, 32768}, JobShape{8, 1, 2, 2, 16384}}) {
-        RunCombine<SimulatedHop>(group, shape, model, num_calls, "combine");
+        RunCombine(group, shape, model, num_calls);
       }
       if (model.departure == NetworkModel::Departure::kAtOnce) continue;
       for (const JobShape& shape : {JobShape{2, 1, 2, 2, 4096}, JobShape{4, 2, 2, 2, 4096}}) {
-        RunCombine<HeadFirst>(group, shape, model, 2, "combine, signal with the head");
-        RunCombine<WithoutCredit>(group, shape, model, 1, "combine without credit");
+        RunCombine(group, shape, model, 2, Fault::kHeadFirst);
+        RunCombine(group, shape, model, 1, Fault::kWithoutCredit);
       }
     }
   }

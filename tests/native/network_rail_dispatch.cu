@@ -40,11 +40,11 @@ struct DispatchBuffers {
   FormBuffers form;
 };
 
-template <typename Hop = SimulatedHop>
-void Launch(Job& job, int rank, DispatchBuffers& buffers, const Data& d, uint64_t operation) {
+void Launch(Job& job, int rank, DispatchBuffers& buffers, const Data& d, uint64_t operation,
+            Fault fault = Fault::kNone) {
   // Sometimes fewer warps than nodes, so that a warp has several of them.
   const int max_pairs = operation % 2 == 0 ? rail::kMaxPairs : 2;
-  CHECK_CUDA(LaunchRailDispatch(job.View(rank, operation), job.Rail(rank), job.HopOf<Hop>(rank),
+  CHECK_CUDA(LaunchRailDispatch(job.View(rank, operation), job.Rail(rank), job.HopOf(rank, fault),
                                 buffers.Arguments(d), job.shape().num_channels, job.stream(rank),
                                 max_pairs));
 }
@@ -161,27 +161,26 @@ int NumWrongRows(const JobShape& shape, const Data& d, const FormData& data, int
 }
 
 // Calls one behind the other on each rank's stream.
-template <typename Hop>
 void RunDispatch(Group& group, const JobShape& shape, const NetworkModel& model, int num_calls,
-                 const char* what) {
+                 Fault fault = Fault::kNone) {
   if (g_num_failed >= kEnoughFailures) return;
-  constexpr bool kControl = kIsWrong<Hop>;
+  const bool is_control = fault != Fault::kNone;
   std::mt19937_64 rng(model.seed * 7919 + static_cast<uint64_t>(shape.num_ranks) * 31 +
                       static_cast<uint64_t>(shape.ranks_per_node));
-  Job job(group, shape, model, kControl ? kSecond : 8 * kSecond);
+  Job job(group, shape, model, is_control ? kSecond : 8 * kSecond);
   std::vector<Data> data;
   std::vector<FormData> forms;
   std::vector<std::vector<std::unique_ptr<DispatchBuffers>>> buffers(
       static_cast<size_t>(num_calls));
   for (int call = 0; call < num_calls; ++call) {
-    if (kControl && call > 0) {
+    if (is_control && call > 0) {
       data.push_back(data[0]);  // what comes in the wrong call may be anything, but stays in bounds
     } else {
-      const Case c = kControl ? CaseOfControls() : AnyCase(rng, shape.slot_bytes);
+      const Case c = is_control ? CaseOfControls() : AnyCase(rng, shape.slot_bytes);
       data.push_back(MakeDispatchData(c, shape.num_ranks, rng()));
     }
     const Data& d = data.back();
-    forms.push_back(FormOracle(d, rng()).Make(kControl ? Form{} : AnyForm(d, rng)));
+    forms.push_back(FormOracle(d, rng()).Make(is_control ? Form{} : AnyForm(d, rng)));
     for (int r = 0; r < shape.num_ranks; ++r) {
       buffers[call].push_back(std::make_unique<DispatchBuffers>(d, forms[call], r));
     }
@@ -189,18 +188,18 @@ void RunDispatch(Group& group, const JobShape& shape, const NetworkModel& model,
   CHECK_CUDA(cudaDeviceSynchronize());
   const auto launched = Clock::now();
   RunCalls(job, num_calls, rng, [&](int r, int call) {
-    Launch<Hop>(job, r, *buffers[call][r], data[call],
-                model.seed * 1000 + static_cast<uint64_t>(call));
+    Launch(job, r, *buffers[call][r], data[call], model.seed * 1000 + static_cast<uint64_t>(call),
+           fault);
   });
   const double seconds = SecondsSince(launched);
-  int num_wrong = 0, num_to_print = kControl ? 0 : 12;
+  int num_wrong = 0, num_to_print = is_control ? 0 : 12;
   for (int call = 0; call < num_calls; ++call) {
     const int before = num_wrong;
     for (int r = 0; r < shape.num_ranks; ++r) {
       num_wrong +=
           NumWrongRows(shape, data[call], forms[call], r, call, *buffers[call][r], num_to_print);
     }
-    if (num_wrong == before || kControl) continue;
+    if (num_wrong == before || is_control) continue;
     const Data& d = data[call];
     std::printf(
         "  call %d: %d rows wrong; T %lld, K %lld, L %lld, A %lld, C %lld, row %lld bytes, "
@@ -212,7 +211,7 @@ void RunDispatch(Group& group, const JobShape& shape, const NetworkModel& model,
         d.weighted ? "weighted" : "plain", d.zero_tail ? "zero tail" : "any tail",
         forms[call].form.name().c_str());
   }
-  ReportCalls(job, model, what, num_calls, num_wrong, seconds, kControl);
+  ReportCalls(job, model, "dispatch", fault, num_calls, num_wrong, seconds);
 }
 
 // A rank that never comes: all others end within the timeout, and their results say so.
@@ -293,9 +292,7 @@ void RunOtherCall(Group& group, const JobShape& shape, const NetworkModel& model
 }  // namespace
 
 void TestRailDispatch(Group& group, bool is_small) {
-  CHECK_CUDA(PrepareRailDispatch<SimulatedHop>());
-  CHECK_CUDA(PrepareRailDispatch<HeadFirst>());
-  CHECK_CUDA(PrepareRailDispatch<WithoutCredit>());
+  CHECK_CUDA(PrepareRailDispatch<FaultyHop>());
   const int num_seeds = is_small ? 1 : 3, num_calls = is_small ? 6 : 12;
   for (uint64_t seed = 1; seed <= static_cast<uint64_t>(num_seeds); ++seed) {
     for (const NetworkModel& model : RailModels(seed)) {
@@ -303,12 +300,12 @@ void TestRailDispatch(Group& group, bool is_small) {
            {JobShape{2, 1, 1, 1, 16384}, JobShape{2, 1, 3, 2, 4096}, JobShape{4, 2, 1, 1, 4096},
             JobShape{4, 2, 3, 3, 32768}, JobShape{4, 1, 2, 2, 4096}, JobShape{8, 2, 2, 2, 16384},
             JobShape{8, 4, 4, 3, 32768}, JobShape{8, 1, 2, 2, 16384}}) {
-        RunDispatch<SimulatedHop>(group, shape, model, num_calls, "dispatch");
+        RunDispatch(group, shape, model, num_calls);
       }
       if (model.departure == NetworkModel::Departure::kAtOnce) continue;
       for (const JobShape& shape : {JobShape{2, 1, 2, 2, 4096}, JobShape{4, 2, 2, 2, 4096}}) {
-        RunDispatch<HeadFirst>(group, shape, model, 4, "dispatch, signal with the head");
-        RunDispatch<WithoutCredit>(group, shape, model, 1, "dispatch without credit");
+        RunDispatch(group, shape, model, 4, Fault::kHeadFirst);
+        RunDispatch(group, shape, model, 1, Fault::kWithoutCredit);
       }
     }
   }

@@ -36,21 +36,21 @@ void RunCalls(Job& job, int num_calls, std::mt19937_64& rng, const LaunchCall& l
   job.Synchronize();
 }
 
-void ReportCalls(Job& job, const NetworkModel& model, const char* what, int num_calls,
-                 int num_wrong, double seconds, bool is_wrong_on_purpose) {
+void ReportCalls(Job& job, const NetworkModel& model, const char* what, Fault fault, int num_calls,
+                 int num_wrong, double seconds) {
   const int num_errors = job.NumErrors();
-  const bool is_right = num_wrong + num_errors == 0, is_failure = is_right == is_wrong_on_purpose;
+  const bool is_control = fault != Fault::kNone, is_right = num_wrong + num_errors == 0;
+  const bool is_failure = is_right == is_control;
   g_num_failed += is_failure;
   std::printf(
-      "%s: %s, seed %llu, %s, %s, %d calls: %d rows wrong, %d errors, %llu chunks, %llu out of "
-      "order, "
-      "%.2f s%s\n",
+      "%s: %s, seed %llu, %s%s, %s, %d calls: %d rows wrong, %d errors, %llu chunks, %llu out of "
+      "order, %.2f s%s\n",
       is_failure ? "FAILED" : "ok", model.name, static_cast<unsigned long long>(model.seed), what,
-      job.shape().name().c_str(), num_calls, num_wrong, num_errors,
-      static_cast<unsigned long long>(job.num_chunks()),
+      kFaultNames[static_cast<int>(fault)], job.shape().name().c_str(), num_calls, num_wrong,
+      num_errors, static_cast<unsigned long long>(job.num_chunks()),
       static_cast<unsigned long long>(job.num_out_of_order()), seconds,
-      is_wrong_on_purpose ? " (wrong on purpose)" : "");
-  if (is_failure && !is_wrong_on_purpose) job.Print();
+      is_control ? " (wrong on purpose)" : "");
+  if (is_failure && !is_control) job.Print();
   std::fflush(stdout);
 }
 

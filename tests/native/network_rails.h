@@ -13,7 +13,6 @@
 #include <memory>
 #include <random>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "cuda/network/rail/rail.h"
@@ -41,32 +40,36 @@ inline std::vector<NetworkModel> RailModels(uint64_t seed) {
           {"srd, youngest first", Order::kNone, Departure::kYoungestFirst, 1000, 2048, seed}};
 }
 
-// Wrong on purpose: the signal comes with the head of a chunk, not with all of it, so that rows are
-// forwarded before they are whole.
-struct HeadFirst : SimulatedHop {
+// What is wrong with a hop, on purpose.
+enum class Fault {
+  kNone,
+  kHeadFirst,      // the signal comes with a chunk's head: rows are forwarded before they are whole
+  kWithoutCredit,  // staging is used again before there is credit for it
+};
+inline constexpr const char* kFaultNames[] = {"", ", signal with the head", ", without credit"};
+
+// The simulated network's, or one that is wrong.
+struct FaultyHop : SimulatedHop {
+  Fault fault;
+  const uint64_t* first_credit;  // of this rank's signals
+
   template <typename MayGoOn>
   __device__ bool put_signal(int queue, int rank, void* dst, const void* src, size_t num_bytes,
                              uint64_t* signal, uint64_t value, MayGoOn& may_go_on) const {
-    constexpr size_t kHead = sizeof(ChunkHead);
-    if (!SimulatedHop::put_signal(queue, rank, dst, src, kHead, signal, value, may_go_on)) {
+    const size_t head = fault == Fault::kHeadFirst ? sizeof(ChunkHead) : num_bytes;
+    if (!SimulatedHop::put_signal(queue, rank, dst, src, head, signal, value, may_go_on)) {
       return false;
     }
-    return num_bytes == kHead ||
-           put(queue, rank, static_cast<char*>(dst) + kHead, static_cast<const char*>(src) + kHead,
-               num_bytes - kHead, may_go_on);
+    return num_bytes == head ||
+           put(queue, rank, static_cast<char*>(dst) + head, static_cast<const char*>(src) + head,
+               num_bytes - head, may_go_on);
   }
-};
-// Likewise: staging is used again before there is credit for it.
-struct WithoutCredit : SimulatedHop {
-  const uint64_t* first_credit;
   template <typename MayGoOn>
   __device__ bool wait_signal(const uint64_t* signal, uint64_t at_least, MayGoOn& may_go_on) const {
-    return signal >= first_credit || SimulatedHop::wait_signal(signal, at_least, may_go_on);
+    return (fault == Fault::kWithoutCredit && signal >= first_credit) ||
+           SimulatedHop::wait_signal(signal, at_least, may_go_on);
   }
 };
-
-template <typename Hop>
-constexpr bool kIsWrong = !std::is_same_v<Hop, SimulatedHop>;
 
 using Clock = std::chrono::steady_clock;
 inline double SecondsSince(Clock::time_point start) {
@@ -163,14 +166,8 @@ class Job {
     return {shape_.rail(), network_.memory(rank), chunks_[rank]->get(),
             rank / shape_.ranks_per_node, shape_.ranks_per_node};
   }
-  template <typename Hop = SimulatedHop>
-  Hop HopOf(int rank) const {
-    Hop hop;
-    static_cast<SimulatedHop&>(hop) = network_.hop(rank);
-    if constexpr (std::is_same_v<Hop, WithoutCredit>) {
-      hop.first_credit = shape_.rail().credit(network_.memory(rank), 0, 0);
-    }
-    return hop;
+  FaultyHop HopOf(int rank, Fault fault) const {
+    return {network_.hop(rank), fault, shape_.rail().credit(network_.memory(rank), 0, 0)};
   }
 
   // Whether a rank's calls have ended. Ends the program if they should have by now.
@@ -298,8 +295,8 @@ using LaunchCall = std::function<void(int rank, int call)>;
 void RunCalls(Job& job, int num_calls, std::mt19937_64& rng, const LaunchCall& launch);
 
 // A line that says how calls went.
-void ReportCalls(Job& job, const NetworkModel& model, const char* what, int num_calls,
-                 int num_wrong, double seconds, bool is_wrong_on_purpose);
+void ReportCalls(Job& job, const NetworkModel& model, const char* what, Fault fault, int num_calls,
+                 int num_wrong, double seconds);
 
 }  // namespace jax_ep::gpu::test
 
