@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -15,6 +16,8 @@ FAST_COMPILATION = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
 )
+
+_COMPILED = "jax_ep_compiled_"
 
 
 def cpu_devices(num_devices: int) -> dict[str, str]:
@@ -33,12 +36,15 @@ def shared_compilations() -> dict[str, str]:
     """What lets a program that one test has compiled be found by later ones.
 
     By those of this process, of pytest-xdist's workers and of the processes that tests start. The
-    folder lives as long as this process, so a run of the tests begins with none. On GPUs nothing is
-    shared: tests there are about programs as XLA makes them.
+    folder lives as long as this process, so a run of the tests begins with none. JAX neither locks
+    nor renames what it writes there: who reads a half-written program gets a warning and compiles,
+    unless jax_raise_persistent_cache_errors is on. On GPUs nothing is shared: tests there are about
+    programs as XLA makes them.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or count_gpus() > 0:
+    given = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", ""))
+    if count_gpus() > 0 or given.name.startswith(_COMPILED):  # the latter in a worker
         return {}
-    folder = tempfile.mkdtemp(prefix="jax_ep_compiled_")
+    folder = tempfile.mkdtemp(prefix=_COMPILED)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return {
         "JAX_COMPILATION_CACHE_DIR": folder,

@@ -194,6 +194,7 @@ void SymmetricMemory::Setup(int64_t process, int64_t num_processes, const std::v
       devices = MakeDevices(process, ids, ordinals, slot_bytes);
     } catch (const OutOfMemory& error) {
       if (slot_bytes == 0 || requires_slots) throw;
+      cudaGetLastError();  // or the next launch of this thread would report it
       devices = MakeDevices(process, ids, ordinals, 0);
       slots_problem = error.what() + sizeof kPrefix - 1;
     }

@@ -43,14 +43,18 @@ EXTRA = (
 def extra_compile() -> None:
     """Process 0 compiles more than the others before a call: in each way, of a program of its own.
 
-    Prints RIGHT and the way.
+    And does compile it, whatever programs the tests share. Prints RIGHT and the way.
     """
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once a process
     join()
     jax_ep.initialize()
     jax_ep.set_timeout(8)
     for i, how in enumerate(EXTRA):
         _compile_more(how, NUM_TOKENS + i)
         print("RIGHT", how)
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 def _compile_more(how: str, num_tokens: int) -> None:
