@@ -56,15 +56,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/network/hop_memory.h"
 #include "cuda/ptx/memory.cuh"
 
 namespace jax_ep::gpu {
-
-// Of one rank.
-struct HopMemory {
-  char* bytes;
-  uint64_t* signals;
-};
 
 __device__ inline bool is_first_lane() { return threadIdx.x % 32 == 0; }
 

@@ -9,7 +9,7 @@
 #include "cuda/core/placement.h"
 #include "cuda/direct/pieces.h"
 #include "cuda/memory/control.h"
-#include "cuda/network/hop.cuh"
+#include "cuda/network/hop_memory.h"
 
 namespace jax_ep::gpu {
 

@@ -1,0 +1,114 @@
+// region: where lies what the ranks of a group across nodes send each other. Plain C++17.
+//
+// Each rank has one region, at a place that all have alike (NVSHMEM's symmetric heap), zero when the
+// network starts. It is for one group until then again: from its ranks, its nodes and the region's
+// size follows where everything lies, whatever the calls are, since a rank may be in a call when
+// another is still in the one before. R ranks on M nodes, Q channels, S slots; by offset:
+//   what    | bytes                   | for
+//   words   | 8 + 32 M Q              | this rank alone: layouts finished; chunks sent and received
+//   signals | 8 (3 R + 2 M Q (S + 1)) | layouts, dispatch's rails, combine's rails
+//   rails   | 4 M Q S slot_bytes      | staging and landing of dispatch, then of combine
+//   counts  | 8 R kMaxExperts         | layouts
+//   lists   | the rest                | layouts: 8 bytes for each id, and for each row of a capacity
+// Slots are of kMostSlotBytes, where that leaves a quarter of the region to lists, else as large as it
+// does. Lists take calls of max_ids ids a rank, with the capacity by which no row is dropped.
+#ifndef JAX_EP_CUDA_NETWORK_REGION_H_
+#define JAX_EP_CUDA_NETWORK_REGION_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/core/limits.h"
+#include "cuda/network/hop_memory.h"
+#include "cuda/network/layout.h"
+#include "cuda/network/rail/rail.h"
+
+namespace jax_ep::gpu {
+
+// Blocks of a call, each of which needs an SM: a tenth of a GPU has as many.
+inline constexpr int kRailChannels = 12;
+inline constexpr int kRailSlots = 3;
+inline constexpr int64_t kMostSlotBytes = 128 * 1024;
+// A region takes at least a call of T = 4096, K = 8 and rows of 14336 bytes.
+inline constexpr int64_t kLeastSlotBytes = 16 * 1024;
+inline constexpr int64_t kLeastIds = 4096 * 8;
+static_assert(dispatch_chunks(8, 14336).num_rows(kLeastSlotBytes) == 1);
+
+struct NetworkRegion {
+  int32_t num_ranks, ranks_per_node;
+  RailMemory rail;  // of each direction
+  NetworkLayoutMemory layout;
+  int64_t signals_at, dispatch_at, combine_at, layout_at;  // bytes from the region's begin
+
+  constexpr int32_t num_nodes() const { return num_ranks / ranks_per_node; }
+
+  uint64_t* epoch(char* region) const { return reinterpret_cast<uint64_t*>(region); }
+  RailChunks* dispatch_chunks_of(char* region) const {
+    return reinterpret_cast<RailChunks*>(region + sizeof(uint64_t));
+  }
+  RailChunks* combine_chunks_of(char* region) const {
+    return dispatch_chunks_of(region) + rail.num_nodes * rail.num_channels;
+  }
+  HopMemory layout_memory(char* region) const { return {region + layout_at, signals(region)}; }
+  HopMemory dispatch_memory(char* region) const {
+    return {region + dispatch_at, signals(region) + layout.num_signals()};
+  }
+  HopMemory combine_memory(char* region) const {
+    return {region + combine_at, signals(region) + layout.num_signals() + rail.num_signals()};
+  }
+
+ private:
+  uint64_t* signals(char* region) const { return reinterpret_cast<uint64_t*>(region + signals_at); }
+};
+
+constexpr int64_t network_words_bytes(int64_t num_nodes) {
+  return int64_t{sizeof(uint64_t)} +
+         2 * num_nodes * kRailChannels * static_cast<int64_t>(sizeof(RailChunks));
+}
+
+// Of a region of so many bytes. `is_enough` is whether it takes the least.
+constexpr NetworkRegion MakeNetworkRegion(int64_t num_bytes, int32_t num_ranks,
+                                          int32_t ranks_per_node, bool* is_enough) {
+  constexpr auto kLineBytes = static_cast<int64_t>(kLine);
+  NetworkRegion region{};
+  region.num_ranks = num_ranks;
+  region.ranks_per_node = ranks_per_node;
+  const int32_t num_nodes = region.num_nodes();
+  region.rail = {num_nodes, kRailChannels, kRailSlots, 0};
+  region.layout = {num_ranks, 0, kMaxExperts, 0};
+  region.signals_at = round_up(network_words_bytes(num_nodes), kLineBytes);
+  const int64_t num_signals = region.layout.num_signals() + 2 * region.rail.num_signals();
+  region.dispatch_at =
+      round_up(region.signals_at + num_signals * int64_t{sizeof(uint64_t)}, kLineBytes);
+
+  const int64_t rest = num_bytes - region.dispatch_at - region.layout.counts_bytes();
+  const int64_t num_slots = 4 * region.rail.num_all_slots();
+  const int64_t slot_bytes = rest / 4 * 3 / num_slots / kLineBytes * kLineBytes;
+  region.rail.slot_bytes = slot_bytes < kMostSlotBytes ? slot_bytes : kMostSlotBytes;
+  region.combine_at = region.dispatch_at + region.rail.num_bytes();
+  region.layout_at = region.combine_at + region.rail.num_bytes();
+  const int64_t num_entries =
+      (rest - num_slots * region.rail.slot_bytes) / static_cast<int64_t>(sizeof(RowEntry));
+  region.layout.max_ids = num_entries / (num_ranks + 1);
+  region.layout.max_capacity = num_entries - region.layout.max_ids;
+  *is_enough = region.rail.slot_bytes >= kLeastSlotBytes && region.layout.max_ids >= kLeastIds;
+  return region;
+}
+
+// Of a region that is enough, whatever slots take of it: lists have a quarter.
+constexpr int64_t least_region_bytes(int32_t num_ranks, int32_t ranks_per_node) {
+  const RailMemory rail{num_ranks / ranks_per_node, kRailChannels, kRailSlots, kLeastSlotBytes};
+  const NetworkLayoutMemory layout{num_ranks, kLeastIds, kMaxExperts, kLeastIds * num_ranks};
+  const int64_t rails = 2 * rail.num_bytes(), lists = layout.num_bytes() - layout.counts_bytes();
+  const int64_t signals = (layout.num_signals() + 2 * rail.num_signals()) * 8;
+  const int64_t rest = 4 * (rails / 3 > lists ? rails / 3 : lists);
+  // Lines: of both roundings, and of each slot's.
+  return network_words_bytes(rail.num_nodes) + signals + layout.counts_bytes() + rest +
+         static_cast<int64_t>(kLine) * (2 + 8 * rail.num_all_slots());
+}
+// Of the largest group.
+static_assert(least_region_bytes(kMaxNetworkRanks, 1) < int64_t{256} << 20);
+
+}  // namespace jax_ep::gpu
+
+#endif  // JAX_EP_CUDA_NETWORK_REGION_H_
