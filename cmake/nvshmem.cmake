@@ -45,7 +45,11 @@ set_target_properties(jax_ep_nvshmem PROPERTIES
   CUDA_SEPARABLE_COMPILATION ON CUDA_VISIBILITY_PRESET hidden)
 target_include_directories(jax_ep_nvshmem PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}")
 target_include_directories(jax_ep_nvshmem SYSTEM PUBLIC "${jax_ep_nvshmem_dir}/include")
-target_compile_options(jax_ep_nvshmem PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
+target_compile_options(jax_ep_nvshmem PRIVATE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra> $<$<COMPILE_LANGUAGE:CUDA>:-fmad=false>)
+if(JAX_EP_TIMELINE)
+  target_compile_definitions(jax_ep_nvshmem PUBLIC JAX_EP_TIMELINE)  # it is in control memory
+endif()
 target_link_libraries(jax_ep_nvshmem PUBLIC
   "${jax_ep_nvshmem_dir}/lib/libnvshmem_device.a"
   "${jax_ep_nvshmem_dir}/lib/libnvshmem_host.so.3"

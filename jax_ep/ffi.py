@@ -1,9 +1,9 @@
 """The custom calls as JAX primitives: result shapes, attributes, lowering.
 
 Each primitive is one target: ``jax_ep_layout``, ``jax_ep_dispatch`` and ``jax_ep_combine`` on every
-platform, ``jax_ep_combine_gradient`` on CUDA, in whose place CPU has a dispatch and XLA's
-arithmetic. ``jax_ep_layout_and_dispatch`` is a call on CPU, and on CUDA where slots may take it;
-else it is lowered to the two there.
+platform, ``jax_ep_combine_gradient`` on CUDA, in whose place CPU, and groups across nodes, have a
+dispatch and XLA's arithmetic. ``jax_ep_layout_and_dispatch`` is a call on CPU, and on CUDA where
+slots may take it; else it is lowered to the two there.
 Operand and result order is that of xla_ffi/calls.h; on CPU the device's coordinates
 come before all operands, and combine has no scratch. Result types derive from the operands' types,
 so that shardings and varying axes carry over.
@@ -19,7 +19,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jax_ep import _cpu, compat, group, limits, nodes, runtime, unsplit
+from jax_ep import _cpu, compat, group, limits, nodes, nvshmem, runtime, unsplit
 from jax_ep.batching import map_calls
 from jax_ep.layout import Layout
 
@@ -324,7 +324,7 @@ def _combine_gradient_shapes(g: Any, *operands: Any, **_: Any) -> Sequence[Any]:
     return [y.update(weak_type=False), weights.update(weak_type=False)]
 
 
-def _combine_gradient_on_cpu(
+def _weighted_dispatch(
     g: jax.Array, *operands: jax.Array, **params: Any
 ) -> tuple[jax.Array, jax.Array]:
     *tables, y, weights = operands
@@ -339,6 +339,18 @@ def _combine_gradient_on_cpu(
     )
     recv_src = tables[1 + OPERAND_TABLES.index("recv_src")]  # after topk_idx
     return weigh_rows(rows, recv_src, y, weights)
+
+
+_combine_gradient_by_dispatch = mlir.lower_fun(_weighted_dispatch, multiple_results=True)
+
+
+def _combine_gradient_on_cuda(ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:
+    """One kernel on one node; across nodes as on CPU."""
+    target, num_ranks = _combine_gradient_p.name, params["num_ranks"]
+    if _ranks_per_node(target, ctx, params["axis_name"], params) < num_ranks:
+        lowered: Sequence[Any] = _combine_gradient_by_dispatch(ctx, *operands, **params)
+        return lowered
+    return _lower(target, "cuda", ctx, *operands, **params)
 
 
 def _params_of_two(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -361,8 +373,10 @@ def _in_slots(params: dict[str, Any]) -> bool:
 
 
 def _layout_and_dispatch_on_cuda(ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:
-    if _in_slots(params):
-        return _lower(_layout_and_dispatch_p.name, "cuda", ctx, *operands, **params)
+    target, num_ranks = _layout_and_dispatch_p.name, params["num_ranks"]
+    crosses_nodes = _ranks_per_node(target, ctx, params["axis_name"], params) < num_ranks
+    if _in_slots(params) and not crosses_nodes:
+        return _lower(target, "cuda", ctx, *operands, **params)
     checked = _checked(_layout_and_dispatch_p.name, "cuda", ctx, operands, params)
     x, topk_idx, *rest = checked
     x_type, topk_idx_type, *rest_types = ctx.avals_in
@@ -454,7 +468,7 @@ def _lower_call(
         operand_types.insert(0, jax.core.ShapedArray((2,), np.int32))
         values.insert(0, group.coordinates(ctx, axis_name))
     else:
-        _check_nodes_of_cuda(target, params)
+        _check_nodes_of_cuda(target, ctx, axis_name, params)
         runtime.require_cuda(target)
         results += _scratch(target, ctx.avals_in, params)
     attributes = {name: np.int64(value) for name, value in params.items()}
@@ -473,16 +487,69 @@ _VERBS = {
 }
 
 
-def _check_nodes_of_cuda(target: str, params: dict[str, Any]) -> None:
-    num_ranks = params["num_ranks"]
-    ranks_per_node = params.get("ranks_per_node", num_ranks)
-    if ranks_per_node != num_ranks:
+def _ranks_per_node(
+    target: str, ctx: Any, axis_name: tuple[str, ...], params: dict[str, Any]
+) -> int:
+    """Of the group that a call for CUDA is lowered for; R where nothing crosses the network."""
+    num_ranks: int = params["num_ranks"]
+    if not nvshmem.is_running() and nodes.chosen() is not None:
+        return num_ranks  # it is for the order of sums alone
+    return nodes.ranks_per_node(ctx, axis_name, num_ranks, _VERBS[target])
+
+
+def _check_nodes_of_cuda(
+    target: str, ctx: Any, axis_name: tuple[str, ...], params: dict[str, Any]
+) -> None:
+    verb, num_ranks = _VERBS[target], params["num_ranks"]
+    ranks_per_node = _ranks_per_node(target, ctx, axis_name, params)
+    order = params.get("ranks_per_node", ranks_per_node)
+    if ranks_per_node < num_ranks and nvshmem.is_running():
+        _check_network(target, verb, ranks_per_node, params)
+    elif order != num_ranks or ranks_per_node != num_ranks:
         raise NotImplementedError(
-            f"{_VERBS[target]}: a group of {num_ranks} ranks with {ranks_per_node} on each node is "
-            "for CPU only so far: on CUDA a group lies on one node. Make the mesh axes of "
-            "axis_name smaller, or, where the ranks are on one node, pass "
-            f"ranks_per_node={num_ranks} to jax_ep.initialize, or to dataclasses.replace where the "
-            "layout has its own"
+            f"{verb}: a group of {num_ranks} ranks with {min(order, ranks_per_node)} on each node "
+            "is for CPU only, where there is no network (jax_ep.initialize(network=True)): on CUDA "
+            "the group then lies on one node. Make the mesh axes of axis_name smaller, or, where "
+            f"the ranks are on one node, pass ranks_per_node={num_ranks} to jax_ep.initialize, or "
+            "to dataclasses.replace where the layout has its own"
+        )
+
+
+def _check_network(target: str, verb: str, ranks_per_node: int, params: dict[str, Any]) -> None:
+    """What kernels over the network do not take."""
+    num_ranks, num_sms = params["num_ranks"], params["num_sms"]
+    where = f"{verb}: for a group across nodes ({num_ranks} ranks, {ranks_per_node} on each)"
+    if num_ranks > limits.MAX_NETWORK_RANKS:
+        raise ValueError(f"{where} the ranks must be at most {limits.MAX_NETWORK_RANKS}")
+    if params["num_experts"] % 2:
+        raise ValueError(f"{where} num_experts must be even; got {params['num_experts']}")
+    if target == "jax_ep_layout":
+        return
+    if 0 < num_sms < limits.NETWORK_SMS:
+        raise ValueError(
+            f"{where} num_sms must be 0 or at least {limits.NETWORK_SMS}; got {num_sms}"
+        )
+    if params.get("quantization", NO_QUANTIZATION) not in (NO_QUANTIZATION, GIVEN_SCALES):
+        raise NotImplementedError(
+            f"{where} rows are not quantised on CUDA yet: leave out fp8, or pass float8 rows and "
+            "their scales"
+        )
+    if target != "jax_ep_combine":
+        return
+    if not params["expand"]:
+        raise NotImplementedError(
+            f"{where} rows that are not expanded are not summed on CUDA yet, nor is there a "
+            "gradient of dispatch with expand=False"
+        )
+    order = params["ranks_per_node"]
+    if order != ranks_per_node:
+        raise ValueError(
+            f"{where} sums are in that order on CUDA; the layout has ranks_per_node={order}"
+        )
+    num_nodes = num_ranks // ranks_per_node
+    if num_nodes > limits.MAX_COMBINE_NODES:
+        raise ValueError(
+            f"{where} the nodes must be at most {limits.MAX_COMBINE_NODES}; got {num_nodes}"
         )
 
 
@@ -510,7 +577,13 @@ def _scratch(target: str, avals: Sequence[Any], params: dict[str, Any]) -> list[
     """Memory that a CUDA kernel wants XLA to find for the time of the call."""
     if target != "jax_ep_combine":
         return []
-    y = avals[0]  # a row per (rank, token)
+    y = avals[0]
+    if params["ranks_per_node"] < params["num_ranks"]:
+        sizes = {n: params[n] for n in ("num_ranks", "ranks_per_node", "num_tokens", "top_k")}
+        row_bytes, has_values = y.shape[1] * y.dtype.itemsize, params["has_values"]
+        num_bytes = _cpu.combine_scratch_bytes(**sizes, row_bytes=row_bytes, has_values=has_values)
+        return [y.update(shape=(num_bytes,), dtype=jnp.dtype(jnp.uint8), weak_type=False)]
+    # A row per (rank, token).
     return [y.update(shape=(params["num_ranks"], params["num_tokens"], y.shape[1]))]
 
 
@@ -546,7 +619,8 @@ _combine_p = _make_primitive("jax_ep_combine", _combine_shapes)
 _combine_gradient_p = _make_primitive(
     "jax_ep_combine_gradient",
     _combine_gradient_shapes,
-    cpu=mlir.lower_fun(_combine_gradient_on_cpu, multiple_results=True),
+    cpu=_combine_gradient_by_dispatch,
+    cuda=_combine_gradient_on_cuda,
 )
 _layout_and_dispatch_p = _make_primitive(
     "jax_ep_layout_and_dispatch", _layout_and_dispatch_shapes, cuda=_layout_and_dispatch_on_cuda

@@ -1,6 +1,6 @@
 """What one call may be: sizes beyond which its counters, or the CUDA kernels, cannot go.
 
-The numbers are those of cuda/core/limits.h and cuda/memory/slots.h.
+The numbers are those of cuda/core/limits.h, cuda/memory/slots.h and cuda/network/region.h.
 """
 
 from jax_ep import _cpu
@@ -12,6 +12,10 @@ MAX_WEIGHTED_ROW_BYTES = _LIMITS["cuda_weighted_row_bytes"]  # that one call for
 
 DEFAULT_SLOT_BYTES = _LIMITS["cuda_default_slot_bytes"]  # of each device, where slots are on
 SLOT_BYTES_PER_DEVICE = _LIMITS["cuda_slot_bytes_per_device"]  # of the job; with less no call fits
+
+MAX_NETWORK_RANKS = _LIMITS["network_ranks"]  # of a group across nodes
+NETWORK_SMS = _LIMITS["network_sms"]  # that its dispatch and combine take
+MAX_COMBINE_NODES = _LIMITS["network_combine_nodes"]
 
 
 def may_fit_slots(*, num_ranks: int, num_tokens: int, top_k: int) -> bool:

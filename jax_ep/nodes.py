@@ -1,4 +1,4 @@
-"""Which ranks of a group are on one node: the order in which ``combine`` sums.
+"""Which ranks of a group are on one node: the order of ``combine``'s sums, and what is a network's.
 
 What ``initialize`` was told counts, or the environment; else the hosts that the processes told each
 other there. It is settled when a program is lowered, for a trace does not know the devices.
@@ -65,6 +65,17 @@ def on_this_host(process: int) -> list[bool]:
     """By process, whether it is on the host of this one, as they have told each other."""
     assert _hosts is not None
     return [host == _hosts[process] for host in _hosts]
+
+
+def by_process() -> list[int]:
+    """By process, a number that those on its host have alike, as they have told each other."""
+    assert _hosts is not None
+    return [_hosts.index(host) for host in _hosts]
+
+
+def chosen() -> int | None:
+    """What counts in place of hosts, if something does."""
+    return _chosen
 
 
 def forget() -> None:

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import re
 import socket
 import time
 from collections.abc import Sequence
@@ -21,11 +22,13 @@ from jax_ep.join import Attempt
 
 INTERFACE_VARIABLE = "NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME"
 HEAP_VARIABLE = "NVSHMEM_SYMMETRIC_SIZE"  # NVSHMEM's own; it takes the size from nowhere else
+DEFAULT_HEAP_BYTES = 1 << 30  # likewise
 
 _MODULE = "jax_ep._nvshmem"
 _HOST_LIBRARY = "libnvshmem_host.so.3"
 _LEAVE_TIMEOUT = 5.0  # seconds in which all processes come to the end, once one has
 _LOOK_INTERVAL = 0.1  # seconds between looks at what the others say
+_DEFAULT = "default"  # of the heap
 _NONE = "none"  # of a process that is not to take part in a network
 _TROUBLES = {
     "silent": "no row of process {} has arrived",
@@ -112,7 +115,7 @@ def offer(
             ability = f"NVSHMEM {_able_module(ordinals).loaded_version()}"
         except UnavailableError as error:
             ability = f"!{error}"
-    heap = os.environ.get(HEAP_VARIABLE, "default").replace(" ", "")
+    heap = os.environ.get(HEAP_VARIABLE, _DEFAULT).replace(" ", "")
     return f"{wanted} {heap} {ability}"
 
 
@@ -147,10 +150,11 @@ def start(
     _require_same("heap_bytes (or NVSHMEM_SYMMETRIC_SIZE)", heaps)
     _require_same("the loaded version of NVSHMEM", abilities)
 
+    num_region_bytes = region_bytes(heaps[0])
     native, (ordinal,) = load(), ordinals
     ids = attempt.exchange(native.unique_id().hex() if process == 0 else "")
     _lost = "it was started before in this process, and not all came to its end"
-    call = native.start(bytes.fromhex(ids[0]), process, len(told), ordinal)
+    call = native.start(bytes.fromhex(ids[0]), process, len(told), ordinal, num_region_bytes)
     _result(call, timeout, "NVSHMEM has not started", attempt)
     attempt.exchange("started")
     links = _result(native.check_links(timeout), 2 * timeout, "the network's check has not ended")
@@ -159,6 +163,27 @@ def start(
         raise RuntimeError(f"jax_ep.initialize: over the network {'; '.join(troubles)}")
     attempt.exchange("linked")
     _attempt = attempt
+
+
+def region_bytes(heap: str) -> int:
+    """What calls have of the heap: three quarters, the rest is NVSHMEM's own and for its checks.
+
+    Args:
+        heap: its size as NVSHMEM takes it: a number, with K, M, G or T behind it; or "default".
+
+    Raises:
+        RuntimeError: if it is no such size.
+    """
+    if heap == _DEFAULT:
+        return DEFAULT_HEAP_BYTES // 4 * 3
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)([kmgt]?)b?", heap.lower())
+    if match is None:
+        raise RuntimeError(
+            f"jax_ep.initialize: {HEAP_VARIABLE} must be a number of bytes, or one with K, M, G or "
+            f"T behind it; got {heap!r}"
+        )
+    num_bytes = int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+    return num_bytes // 4 * 3 // 128 * 128
 
 
 def _able_module(ordinals: Sequence[int]) -> Any:

@@ -50,8 +50,9 @@ def initialize(
     library is compiled. With one process there is nothing to do but for ``staging_bytes``,
     ``slot_bytes`` and ``ranks_per_node``, and after ``finalize()``. On CPU the processes must run
     on one host as one user: control messages go over Unix sockets, and rows are read straight from
-    the owner's memory (``process_vm_readv``). On CUDA they may run on several hosts; each group has
-    to lie on one of them, for kernels that cross the network do not exist yet.
+    the owner's memory (``process_vm_readv``). On CUDA they may run on several hosts; a group whose
+    ranks do needs a network (below), which one such group of a process can have: the same ranks in
+    the same order, until ``finalize()``. docs/multi_node.md says what it cannot do yet.
 
     On CUDA peers read and write XLA's buffers directly, where they can map them. They cannot with
     ``XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async``, nor where XLA's memory grew after this call
@@ -71,7 +72,8 @@ def initialize(
     without slots, are general ones.
 
     Between hosts it can start NVSHMEM, in jobs with one GPU in each process: it allocates the
-    symmetric heap and sends a row between any two processes. NVSHMEM's environment variables hold
+    symmetric heap, three quarters of which are for calls (docs/multi_node.md has the formula), and
+    sends a row between any two processes. NVSHMEM's environment variables hold
     (docs/multi_node.md has those that matter).
 
     If it fails, in one process or in all, it leaves nothing behind: once the cause is gone every
@@ -87,25 +89,27 @@ def initialize(
             whose devices are set up already, what they have. Where that default does not fit into
             a device's free memory no device of the job gets slots, which a line on stderr says.
         ranks_per_node: how many ranks of a group, one after the other, count as one node in the
-            order of ``combine``'s sums (see there), wherever they are: to test that order on one
-            host. It divides the ranks of every group that has more. The same in all processes;
-            programs that are compiled already keep what they have. None: what the environment
-            variable ``JAX_EP_RANKS_PER_NODE`` says, else processes are on one node where their
-            hosts have one name.
+            order of ``combine``'s sums (see there), and, where a network runs, for what crosses it,
+            wherever they are: for tests on one host. It divides the ranks of every group that has
+            more. The same in all processes; programs that are compiled already keep what they have.
+            None: what the environment variable ``JAX_EP_RANKS_PER_NODE`` says, else processes are
+            on one node where their hosts have one name.
         network: whether to start NVSHMEM. The same in all processes. None: what the environment
             variable ``JAX_EP_NETWORK`` (0 or 1) says, else where processes run on several hosts and
             each of them can take part. True demands it, also on one host.
         heap_bytes: size of NVSHMEM's symmetric heap on each device, the same in all processes.
-            None: what NVSHMEM's variable ``NVSHMEM_SYMMETRIC_SIZE`` says, which this sets.
+            None: what NVSHMEM's variable ``NVSHMEM_SYMMETRIC_SIZE`` says, which this sets; 1 GiB
+            without.
 
     Raises:
         RuntimeError: if a process is missing or late (it is named), runs on another host (on CPU),
             may not be read, or has failed; if the processes are joined already, or do not agree in
             ``ranks_per_node``, ``network`` or ``heap_bytes``; if a network is demanded and one of
-            them cannot take part in it; if NVSHMEM does not start, or a row does not arrive; if
-            XLA's memory cannot be mapped by peers and ``staging_bytes`` is 0; if a device has no
-            memory for the ``slot_bytes`` that are asked for, or they are too small for the job's
-            devices, differ between processes, or have another size already.
+            them cannot take part in it; if NVSHMEM does not start, a row does not arrive, or the
+            heap is too small for the job's groups; if XLA's memory cannot be mapped by peers and
+            ``staging_bytes`` is 0; if a device has no memory for the ``slot_bytes`` that are asked
+            for, or they are too small for the job's devices, differ between processes, or have
+            another size already.
         TypeError: if ``timeout`` is not a number, a size in bytes or ``ranks_per_node`` not an
             integer, or ``network`` not a bool.
         ValueError: if ``timeout`` is not above 0 and at most 1e8, ``staging_bytes`` negative,
@@ -204,6 +208,9 @@ def _connect(
     if exported:
         _native.cuda.close_descriptors()
     nvshmem.start(attempt, timeout, told, process, ordinals)
+    if nvshmem.is_running():
+        part = nvshmem.load().part()
+        _native.cuda.join_network(part, nodes.by_process(), nodes.chosen() or 0)
 
 
 def finalize() -> None:

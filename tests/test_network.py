@@ -47,6 +47,21 @@ def test_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "!no network interface is as NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME==ib0 says" in offer
 
 
+def test_what_calls_have_of_the_heap() -> None:
+    """As NVSHMEM reads its variable."""
+    for heap, num_bytes in (
+        ("default", 3 << 28),
+        ("4096", 3072),
+        ("1g", 3 << 28),
+        ("1.5K", 1152),
+        (".5M", 3 << 17),
+    ):
+        assert nvshmem.region_bytes(heap) == num_bytes
+    for heap in ("", "1X", "-1", "G", "1e9"):
+        with pytest.raises(RuntimeError, match="NVSHMEM_SYMMETRIC_SIZE must be a number of bytes"):
+            nvshmem.region_bytes(heap)
+
+
 def test_a_build_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvshmem, "_MODULE", "jax_ep._not_built")
     with pytest.raises(nvshmem.UnavailableError, match="was built without NVSHMEM"):

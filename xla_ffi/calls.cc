@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cuda/core/limits.h"
+#include "cuda/network/rail/combine.h"
 
 namespace jax_ep {
 namespace {
@@ -249,6 +250,17 @@ LayoutAndDispatchCall DecodeCall(const LayoutAndDispatchAttributes& a, ffi::Rema
   return call;
 }
 
+int64_t CombineScratchBytes(const TableSizes& sizes, int64_t ranks_per_node, int64_t row_bytes,
+                            bool has_values) {
+  const gpu::rail::CombineScratch scratch{sizes.num_ranks / ranks_per_node,
+                                          ranks_per_node,
+                                          sizes.num_tokens,
+                                          sizes.top_k,
+                                          row_bytes,
+                                          has_values};
+  return round_up(scratch.num_bytes(), kRowAlignment);
+}
+
 CombineCall DecodeCall(const CombineAttributes& a, ffi::RemainingArgs operands,
                        ffi::RemainingRets results, Checks* checks, bool has_scratch) {
   CombineCall call{};
@@ -270,7 +282,11 @@ CombineCall DecodeCall(const CombineAttributes& a, ffi::RemainingArgs operands,
   if (a.has_values) {
     call.collected = reader.Result("collected", ffi::F32, {a.num_tokens, a.top_k});
   }
-  if (has_scratch) {
+  if (has_scratch && a.ranks_per_node < a.num_ranks) {
+    const int64_t bytes =
+        CombineScratchBytes(a.sizes(), a.ranks_per_node, call.y.row_bytes(), a.has_values != 0);
+    call.partial = reader.Result("partial", ffi::U8, {bytes});
+  } else if (has_scratch) {
     call.partial = reader.Result("partial", call.y.type, {a.num_ranks, a.num_tokens, num_channels});
   }
   reader.End();

@@ -91,10 +91,14 @@ struct CombineCall : OnLayout {
   Memory values;     // f32 [C], if has_values
   Rows out;          // [T, H]
   Memory collected;  // f32 [T, K], if has_values: values at the row of each (token, k), 0 if none
-  Rows partial;      // [R, T, H], scratch of CUDA's kernel
+  Rows partial;  // [R, T, H], scratch of CUDA's kernel; bytes (CombineScratchBytes) across nodes
   int64_t ranks_per_node;
   bool expand;
 };
+
+// Of CUDA's kernel over several nodes (cuda/network/rail/combine.h), up to a multiple of 16.
+int64_t CombineScratchBytes(const TableSizes& sizes, int64_t ranks_per_node, int64_t row_bytes,
+                            bool has_values);
 
 // Operands: g, topk_idx, the tables, y, weights. Results: d_y, d_weights.
 struct CombineGradientCall : OnLayout {

@@ -1,4 +1,5 @@
-// The seam of the part that knows NVSHMEM: what its host code passes to its kernels.
+// The seam of the part that knows NVSHMEM, which is a library of its own: what host code passes to its
+// kernels, and what it hands to the handlers, which do not link it.
 #ifndef JAX_EP_CUDA_NETWORK_NETWORK_H_
 #define JAX_EP_CUDA_NETWORK_NETWORK_H_
 
@@ -6,6 +7,10 @@
 
 #include <cstddef>
 #include <cstdint>
+
+#include "cuda/launch.h"
+#include "cuda/network/layout.h"
+#include "cuda/network/rail/rail.h"
 
 namespace jax_ep::gpu {
 
@@ -34,6 +39,33 @@ struct LinkCheck {
 
 // Over NVSHMEM.
 cudaError_t LaunchLinkCheck(const LinkCheck& check, cudaStream_t stream);
+
+// A group across nodes, as one of its ranks sees it: beside GroupView, which is of its own node.
+struct NetworkGroup {
+  NetworkView layout;
+  RailView dispatch, combine;
+  uint16_t pe[kMaxNetworkRanks];  // by rank of the group: its number among NVSHMEM's
+};
+
+// What handlers need of the network. All pointers stay for the life of the process, but for the
+// region, which is there while NVSHMEM runs.
+struct NetworkPart {
+  size_t control_bytes;  // sizeof(ControlBlock): the two libraries must agree on it
+  char* region;          // of this device (cuda/network/region.h)
+  int64_t region_bytes;
+  int32_t num_processes;  // of the job, each of which has one device
+  cudaError_t (*launch_layout)(const GroupView& group, const NetworkGroup& network,
+                               const LayoutArguments& arguments, int num_sms, cudaStream_t stream);
+  cudaError_t (*launch_dispatch)(const GroupView& group, const NetworkGroup& network,
+                                 const DispatchArguments& arguments, int num_sms,
+                                 cudaStream_t stream);
+  cudaError_t (*launch_combine)(const GroupView& group, const NetworkGroup& network,
+                                const CombineArguments& arguments, int num_sms,
+                                cudaStream_t stream);
+};
+inline constexpr char kNetworkPartName[] = "jax_ep.NetworkPart";  // of Python's capsule of one
+// With the launches over NVSHMEM; the rest is the host's.
+NetworkPart MakeNetworkPart();
 
 // Loads the kernels on the current device: their first launch must not be while a peer waits.
 cudaError_t PrepareNetworkKernels();

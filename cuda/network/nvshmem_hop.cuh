@@ -2,13 +2,15 @@
 //
 // A rank is a processing element (PE). Which queue pair a call takes NVSHMEM decides; flush
 // completes what the whole rank has issued, on all of them. To peers whose heap is mapped here
-// (P2P, which is for tests: ranks of one node) puts are stores of the calling warp.
+// (P2P, which is for tests: ranks of one node) puts are stores of the calling warp. NvshmemHop counts
+// the job's ranks, NvshmemGroupHop those of a group, which may be some of them in another order.
 #ifndef JAX_EP_CUDA_NETWORK_NVSHMEM_HOP_CUH_
 #define JAX_EP_CUDA_NETWORK_NVSHMEM_HOP_CUH_
 
 #include <nvshmem.h>
 
 #include "cuda/network/hop.cuh"
+#include "cuda/network/layout.h"
 
 namespace jax_ep::gpu {
 
@@ -47,6 +49,28 @@ struct NvshmemHop {
     if (is_first_lane()) nvshmem_quiet();
     __syncwarp();
     return true;
+  }
+};
+
+struct NvshmemGroupHop : NvshmemHop {
+  uint16_t pe[kMaxNetworkRanks];  // by rank of the group
+
+  template <typename MayGoOn>
+  __device__ bool put(int queue, int rank, void* dst, const void* src, size_t num_bytes,
+                      MayGoOn& may_go_on) const {
+    return NvshmemHop::put(queue, pe[rank], dst, src, num_bytes, may_go_on);
+  }
+
+  template <typename MayGoOn>
+  __device__ bool put_signal(int queue, int rank, void* dst, const void* src, size_t num_bytes,
+                             uint64_t* signal, uint64_t value, MayGoOn& may_go_on) const {
+    return NvshmemHop::put_signal(queue, pe[rank], dst, src, num_bytes, signal, value, may_go_on);
+  }
+
+  template <typename MayGoOn>
+  __device__ bool add_signal(int queue, int rank, uint64_t* signal, uint64_t value,
+                             MayGoOn& may_go_on) const {
+    return NvshmemHop::add_signal(queue, pe[rank], signal, value, may_go_on);
   }
 };
 

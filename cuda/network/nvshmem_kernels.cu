@@ -1,17 +1,62 @@
+#include "cuda/network/layout.cuh"
 #include "cuda/network/link_check.cuh"
 #include "cuda/network/network.h"
 #include "cuda/network/nvshmem_hop.cuh"
+#include "cuda/network/rail/combine.cuh"
+#include "cuda/network/rail/dispatch.cuh"
 
 namespace jax_ep::gpu {
+namespace {
+
+NvshmemGroupHop HopOf(const NetworkGroup& network) {
+  NvshmemGroupHop hop;
+  for (int r = 0; r < kMaxNetworkRanks; ++r) hop.pe[r] = network.pe[r];
+  return hop;
+}
+
+cudaError_t LaunchLayoutOverNvshmem(const GroupView& group, const NetworkGroup& network,
+                                    const LayoutArguments& arguments, int num_sms,
+                                    cudaStream_t stream) {
+  return LaunchNetworkLayout(group, network.layout, HopOf(network), arguments, num_sms, stream);
+}
+
+cudaError_t LaunchDispatchOverNvshmem(const GroupView& group, const NetworkGroup& network,
+                                      const DispatchArguments& arguments, int num_sms,
+                                      cudaStream_t stream) {
+  return LaunchRailDispatch(group, network.dispatch, HopOf(network), arguments, num_sms, stream);
+}
+
+cudaError_t LaunchCombineOverNvshmem(const GroupView& group, const NetworkGroup& network,
+                                     const CombineArguments& arguments, int num_sms,
+                                     cudaStream_t stream) {
+  return LaunchRailCombine(group, network.combine, HopOf(network), arguments, num_sms, stream);
+}
+
+}  // namespace
 
 cudaError_t LaunchLinkCheck(const LinkCheck& check, cudaStream_t stream) {
   link_check<<<1, kLinkThreads, 0, stream>>>(NvshmemHop{}, check);
   return cudaGetLastError();
 }
 
+NetworkPart MakeNetworkPart() {
+  NetworkPart part{};
+  part.control_bytes = sizeof(ControlBlock);
+  part.launch_layout = LaunchLayoutOverNvshmem;
+  part.launch_dispatch = LaunchDispatchOverNvshmem;
+  part.launch_combine = LaunchCombineOverNvshmem;
+  return part;
+}
+
 cudaError_t PrepareNetworkKernels() {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, &link_check<NvshmemHop>);
+  if (cudaError_t e = cudaFuncGetAttributes(&attributes, &link_check<NvshmemHop>);
+      e != cudaSuccess) {
+    return e;
+  }
+  if (cudaError_t e = PrepareNetworkLayout<NvshmemGroupHop>(); e != cudaSuccess) return e;
+  if (cudaError_t e = PrepareRailDispatch<NvshmemGroupHop>(); e != cudaSuccess) return e;
+  return PrepareRailCombine<NvshmemGroupHop>();
 }
 
 }  // namespace jax_ep::gpu

@@ -499,6 +499,123 @@ void NoBytes() {
   Memory().Release(true);
 }
 
+// ---- groups across nodes -----------------------------------------------------------------------
+
+gpu::NetworkGroup g_network;
+
+gpu::NetworkPart FakeNetwork() {
+  gpu::NetworkPart part{};
+  part.control_bytes = sizeof(gpu::ControlBlock);
+  part.region_bytes = int64_t{64} << 20;
+  part.num_processes = 4;
+  part.launch_layout = [](const gpu::GroupView& group, const gpu::NetworkGroup& network,
+                          const gpu::LayoutArguments& arguments, int num_sms, cudaStream_t stream) {
+    g_layout = arguments;
+    g_network = network;
+    return Note("layout over the network", group, num_sms, stream);
+  };
+  part.launch_dispatch = [](const gpu::GroupView& group, const gpu::NetworkGroup& network,
+                            const gpu::DispatchArguments& arguments, int num_sms,
+                            cudaStream_t stream) {
+    g_dispatch = arguments;
+    g_network = network;
+    return Note("dispatch over the network", group, num_sms, stream);
+  };
+  part.launch_combine = [](const gpu::GroupView& group, const gpu::NetworkGroup& network,
+                           const gpu::CombineArguments& arguments, int num_sms,
+                           cudaStream_t stream) {
+    g_combine = arguments;
+    g_network = network;
+    return Note("combine over the network", group, num_sms, stream);
+  };
+  return part;
+}
+
+// Of four processes with a device each, on two hosts, two groups of two.
+void AcrossNodes() {
+  Memory().Setup(0, 4, {0}, {0}, 0, false, kSlotBytes);
+  constexpr int64_t kProcess = int64_t{1} << 32;
+  const auto on = [](Call call, std::vector<int64_t> members) {
+    call.site.groups = Groups(std::move(members), {}, {}, kRanks);
+    return call;
+  };
+  const std::vector<int64_t> dp_ep{0, kProcess, 2 * kProcess, 3 * kProcess};
+  const std::vector<int64_t> ep_dp{0, 2 * kProcess, kProcess, 3 * kProcess};
+  Call call = on(LayoutAndDispatchCallOf(4, 2), ep_dp);
+  const std::string op = "jax_ep_layout_and_dispatch: ";
+  g_launched.clear();
+  CHECK(Contains(call.Run(0), op + "rank 1 lives on device 0 of process 2, which this process is"));
+  Network::Get().Join(FakeNetwork(), {0, 0, 1, 1}, 0);
+
+  // As two calls, with or without slots, each on this node's view and the network's.
+  CHECK(call.Run(0).empty() && g_launched.size() == 2);
+  for (const Launched& launched : g_launched) {
+    CHECK(launched.group.num_ranks == 1 && launched.group.rank == 0);
+    CHECK(launched.num_sms == 24 && launched.stream == call.stream);
+  }
+  CHECK(g_launched[0].kernel == "layout over the network");
+  CHECK(g_launched[1].kernel == "dispatch over the network");
+  CHECK(g_launched[0].group.operation != g_launched[1].group.operation);
+  CheckLayout(g_layout, call);
+  CHECK(g_dispatch.x == call.operands[0].data && g_dispatch.tokens == call.results[8].data);
+  CHECK(g_dispatch.weights == call.results[9].data && g_dispatch.landing == nullptr);
+  CHECK(g_network.layout.rank == 0 && g_network.layout.num_ranks == kRanks);
+  CHECK(g_network.dispatch.node == 0 && g_network.dispatch.ranks_per_node == 1);
+  CHECK(g_network.pe[0] == 0 && g_network.pe[1] == 2);
+  // The other axis lies on a node, whose other process this one has not met here.
+  g_launched.clear();
+  CHECK(Contains(on(LayoutAndDispatchCallOf(4, 2), dp_ep).Run(0), op + "rank 1 lives on device 0"));
+
+  // What kernels over the network do not take. A layout comes before its dispatch.
+  const auto refusal = [&](Call refused) { return on(std::move(refused), ep_dp).Run(0); };
+  const std::string over = op + "over the network ";
+  CHECK(Contains(refusal(LayoutAndDispatchCallOf(4, 2, {ffi::BF16, 2, 1})),
+                 op + "rows are not quantised for the network yet"));
+  Call small = LayoutAndDispatchCallOf(4, 2);
+  small.attributes["num_sms"] = int64_t{11};
+  CHECK(Contains(refusal(std::move(small)), over + "a call takes 12 SMs, but it has 11"));
+  CHECK(g_launched.size() == 2);
+  for (const Launched& launched : g_launched) CHECK(launched.kernel == "layout over the network");
+  // Rows with scales do, and not expanded.
+  CHECK(refusal(LayoutAndDispatchCallOf(4, 2, {ffi::F8E4M3FN, 3, 0, 0, 1, 4})).empty());
+  CHECK(g_dispatch.mode == gpu::DispatchMode::kScaled && !g_dispatch.expand);
+  CHECK(g_dispatch.scales != nullptr && g_dispatch.x_scales != nullptr);
+
+  // Combine, whose program says how many ranks of a node it sums first, and has scratch for that.
+  g_launched.clear();
+  const auto combine_of = [&](int64_t ranks_per_node) {
+    Call made = on(CombineCallOf(4, 2), ep_dp);
+    made.attributes["ranks_per_node"] = ranks_per_node;
+    if (ranks_per_node < kRanks) {  // sums, values, and whether there is one, of each node
+      made.results.back() = made.At(ffi::U8, {2 * 4 * 32 + 2 * 4 * 2 * 4 + 2 * 4 + 8});
+    }
+    return made;
+  };
+  Call combine = combine_of(1);
+  CHECK(combine.Run(0).empty() && g_launched.size() == 1);
+  CHECK(g_launched[0].kernel == "combine over the network" && g_launched[0].group.num_ranks == 1);
+  CHECK(g_combine.partial == combine.results.back().data);
+  CHECK(g_combine.y == combine.operands[0].data && g_combine.out == combine.results[0].data);
+  CHECK(g_network.combine.node == 0 && g_network.combine.at.num_nodes == 2);
+  CHECK(g_network.combine.memory.bytes != g_network.dispatch.memory.bytes);
+  CHECK(g_network.combine.chunks != g_network.dispatch.chunks);
+  CHECK(Contains(combine_of(2).Run(0),
+                 "jax_ep_combine: the program sums over nodes of 2 ranks, but the group has 1 on"));
+  g_launched.clear();
+  g_status = cudaErrorInvalidValue;
+  CHECK(call.Run(0) == op + "a fake error" && g_launched.size() == 1);
+  g_status = cudaSuccess;
+
+  // Ranks of one host that count as nodes.
+  Network::Get().Leave();
+  Network::Get().Join(FakeNetwork(), {0, 0, 0, 0}, 1);
+  g_launched.clear();
+  CHECK(on(LayoutAndDispatchCallOf(4, 2), dp_ep).Run(0).empty() && g_launched.size() == 2);
+  CHECK(g_network.pe[0] == 0 && g_network.pe[1] == 1 && g_network.dispatch.at.num_nodes == 2);
+  Network::Get().Leave();
+  Memory().Release(true);
+}
+
 // In slots too a launch that fails is an error, and a broken group's call is refused and told of.
 void Failures() {
   SetUp(kSlotBytes);
@@ -532,6 +649,7 @@ int main() {
   Run("layout and dispatch", LayoutAndDispatch);
   Run("wrong calls", WrongCalls);
   Run("no bytes", NoBytes);
+  Run("across nodes", AcrossNodes);
   Run("failures", Failures);
   return 0;
 }

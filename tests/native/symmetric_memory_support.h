@@ -89,6 +89,8 @@ inline int NumDescriptors() {
 
 // symmetric_processes_test.cc
 void RunTestsOfTwoProcesses();
+// network_groups_test.cc
+void RunTestsOfNetworkGroups();
 
 // Runs a test in a process of its own; ends this one if it fails.
 inline void Run(const char* name, const std::function<void()>& test) {

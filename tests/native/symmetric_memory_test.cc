@@ -555,5 +555,6 @@ int main() {
   Run("invalid ids", InvalidIds);
   Run("staging", Staging);
   RunTestsOfTwoProcesses();
+  RunTestsOfNetworkGroups();
   return 0;
 }

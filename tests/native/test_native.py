@@ -142,11 +142,16 @@ def test_host_of_cuda(tmp_path: pathlib.Path) -> None:
             _TEST.with_name("fake_cuda.cc"),
             *sorted((_ROOT / "xla_ffi" / "memory").glob("*.cc")),
             handlers / "call_site.cc",
+            handlers / "network.cc",
             _ROOT / "xla_ffi" / "groups.cc",
         ]
     )
     programs = {
-        "symmetric_memory_test": ["symmetric_memory_test.cc", "symmetric_processes_test.cc"],
+        "symmetric_memory_test": [
+            "symmetric_memory_test.cc",
+            "symmetric_processes_test.cc",
+            "network_groups_test.cc",
+        ],
         "handlers_test": ["handlers_test.cc"],
     }
     for name, tests in programs.items():

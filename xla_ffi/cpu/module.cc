@@ -11,7 +11,10 @@
 
 #include "cuda/core/limits.h"
 #include "cuda/memory/slots.h"
+#include "cuda/network/rail/combine.h"
+#include "cuda/network/region.h"
 #include "xla_ffi/attributes.h"
+#include "xla_ffi/calls.h"
 #include "xla_ffi/cpu/call_site.h"
 #include "xla_ffi/cpu/handlers.h"
 #include "xla_ffi/cpu/meet/process_group.h"
@@ -52,6 +55,9 @@ nb::dict Limits() {
   limits["cuda_slot_tokens"] = gpu::kMaxSlotTokens;
   limits["cuda_slot_ids"] = gpu::kMaxSlotIds;
   limits["cuda_slot_group_ids"] = gpu::kMaxSlotGroupIds;
+  limits["network_ranks"] = gpu::kMaxNetworkRanks;
+  limits["network_sms"] = gpu::kRailChannels;
+  limits["network_combine_nodes"] = gpu::rail::kMaxCombineNodes;
   return limits;
 }
 
@@ -59,7 +65,21 @@ nb::dict Limits() {
 
 NB_MODULE(_cpu, m) {
   m.def("handlers", &Handlers, "Stages of each target, as jax.ffi.register_ffi_target takes them.");
-  m.def("limits", &Limits, "What a call may be: cuda/core/limits.h, cuda/memory/slots.h.");
+  m.def("limits", &Limits,
+        "What a call may be: cuda/core/limits.h, cuda/memory/slots.h, cuda/network/region.h.");
+  m.def(
+      "combine_scratch_bytes",
+      [](int64_t num_ranks, int64_t ranks_per_node, int64_t num_tokens, int64_t top_k,
+         int64_t row_bytes, bool has_values) {
+        TableSizes sizes{};
+        sizes.num_ranks = num_ranks;
+        sizes.num_tokens = num_tokens;
+        sizes.top_k = top_k;
+        return CombineScratchBytes(sizes, ranks_per_node, row_bytes, has_values);
+      },
+      nb::kw_only(), nb::arg("num_ranks"), nb::arg("ranks_per_node"), nb::arg("num_tokens"),
+      nb::arg("top_k"), nb::arg("row_bytes"), nb::arg("has_values"),
+      "Of a combine on CUDA whose group lies on several nodes.");
   m.def("state_type", &StateType<CpuSiteState>,
         "The call sites' state, as jax.ffi.register_ffi_type takes it.");
   m.def("end_program", &cpu::Program::End,

@@ -12,7 +12,9 @@ namespace ffi = xla::ffi;
 
 constexpr size_t kStagingAlignment = 256;  // of a buffer in the staging region, in bytes
 constexpr int kPoison = 0xff;
-constexpr uint64_t kInSlots = 1;  // mixed into the operation
+// Mixed into the operation.
+constexpr uint64_t kInSlots = 1;
+constexpr uint64_t kOverNetwork = 2;  // and how many ranks a node has
 
 std::atomic<bool> g_poison_outputs{false};
 
@@ -90,11 +92,21 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t 
     return fail("CUDA device " + std::to_string(ordinal) +
                 " is not in the mesh that this was compiled for");
   }
-  const auto num_ranks = static_cast<int>(state.groups.num_ranks());
-  int64_t members[gpu::kMaxPeers];
+  auto num_ranks = static_cast<int>(state.groups.num_ranks());
+  int64_t all_members[gpu::kMaxPeers];
+  for (int r = 0; r < num_ranks; ++r) all_members[r] = state.groups.MemberAt(place->group, r);
+  if (auto problem = Network::Get().Find(all_members, num_ranks, static_cast<int>(place->rank),
+                                         &call->network_)) {
+    return fail(*problem);
+  }
+  const NetworkCall* const network = call->network();
+  const int64_t* members = all_members;  // of this node
+  if (network != nullptr) {
+    members += network->first_rank();
+    num_ranks = network->region.ranks_per_node;
+  }
   bool with_other_processes = false;
   for (int r = 0; r < num_ranks; ++r) {
-    members[r] = state.groups.MemberAt(place->group, r);
     with_other_processes |= process_of(members[r]) != process_of(own);
   }
   StagingRegion staging;
@@ -107,14 +119,20 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t 
   }
   // Ranks share the work by block, so their grids must be equal.
   call->operation = state.operation + static_cast<uint64_t>(NumSms(ordinal, 0));
-  call->in_slots_ = slot_sizes && gpu::fits_slots(*slot_sizes, call->slot_area_bytes);
+  if (network != nullptr) {
+    call->operation = Mix(Mix(call->operation, kOverNetwork), static_cast<uint64_t>(num_ranks));
+  }
+  call->in_slots_ =
+      network == nullptr && slot_sizes && gpu::fits_slots(*slot_sizes, call->slot_area_bytes);
   if (call->in_slots_) call->operation = Mix(call->operation, kInSlots);
   if (num_ranks == 1 || call->in_slots_) return ffi::Error::Success();
 
   size_t used = 0;  // of the staging region
   std::string names, reason;
-  for (const SharedBuffer& buffer : buffers) {
+  for (SharedBuffer buffer : buffers) {
     if (buffer.data == nullptr || buffer.bytes == 0) continue;
+    if (network != nullptr && buffer.use == Use::kInput) continue;
+    if (network != nullptr && buffer.use == Use::kLanding) buffer.use = Use::kOutput;
     auto problem = memory.Share(ordinal, buffer.data, buffer.bytes, with_other_processes);
     if (!problem) continue;
     if (call->num_staged_ == gpu::kNumAddresses) return fail("too many shared buffers");

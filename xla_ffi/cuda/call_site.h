@@ -15,6 +15,7 @@
 #include "cuda/slots/fits.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_ffi/attributes.h"
+#include "xla_ffi/cuda/network.h"
 #include "xla_ffi/groups.h"
 #include "xla_ffi/hash.h"
 #include "xla_ffi/memory/symmetric_memory.h"
@@ -59,9 +60,13 @@ struct SharedBuffer {
   size_t staged_bytes() const { return use == Use::kLanding ? landing_bytes : bytes; }
 };
 
-// A call of one device: its view of the group, and where its shared buffers are.
+// A call of one device: its view of the group, or, where that lies on several nodes, of its own
+// node's part, and where its shared buffers are.
 class GroupCall : public gpu::GroupView {
  public:
+  // Null on one node.
+  const NetworkCall* network() const { return network_ ? &*network_ : nullptr; }
+
   // Whether the call goes through slots: then peers touch no buffer of it.
   bool in_slots() const { return in_slots_; }
 
@@ -106,13 +111,15 @@ class GroupCall : public gpu::GroupView {
   Staged staged_[gpu::kNumAddresses];
   int num_staged_ = 0;
   bool in_slots_ = false;
+  std::optional<NetworkCall> network_;
 };
 
 // Begins a call: makes the buffers reachable for the group's other ranks, or stages them, and fills
 // the view. Fails if a kernel has recorded an error, and tells the other ranks.
 //
 // `slot_sizes`: of a call that slots may take; they do if it fits. That follows from what the ranks
-// have agreed on (attributes, slots, devices), and is part of the operation all the same.
+// have agreed on (attributes, slots, devices), and is part of the operation all the same. A group
+// across nodes has no slots and no landing areas, and nobody reads another rank's buffers.
 xla::ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t stream,
                            std::initializer_list<SharedBuffer> buffers, GroupCall* call,
                            const std::optional<gpu::SlotSizes>& slot_sizes = std::nullopt);
@@ -131,6 +138,11 @@ template <XLA_FFI_Handler* kHandler>
 XLA_FFI_Error* Poisoned(XLA_FFI_CallFrame* call) {
   XLA_FFI_Error* error = PoisonResults(call);
   return error != nullptr ? error : kHandler(call);
+}
+
+// A call that kernels over the network do not take.
+inline xla::ffi::Error Refused(const char* op, const std::string& problem) {
+  return {xla::ffi::ErrorCode::kUnimplemented, std::string(op) + ": " + problem};
 }
 
 inline xla::ffi::Error CudaStatus(const char* op, cudaError_t status) {

@@ -25,6 +25,10 @@ ffi::Error CombineGradient(cudaStream_t stream, int32_t ordinal, CudaSiteState* 
       e.failure()) {
     return e;
   }
+  if (group.network() != nullptr) {
+    return Refused(
+        a.kOp, "the program was compiled for a group on one node: compile it after initialize()");
+  }
   group.Distinguish({call.g.num_channels, static_cast<int64_t>(call.g.type)});
   gpu::DispatchArguments arguments = DispatchArgumentsOf(call, call.g, call.d_y, /*expand=*/true);
   arguments.y = call.y.data;

@@ -24,6 +24,13 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
       e.failure()) {
     return e;
   }
+  const NetworkCall* const network = group.network();
+  const int64_t on_node = network ? network->region.ranks_per_node : call.sizes.num_ranks;
+  if (call.ranks_per_node != on_node) {
+    return Refused(a.kOp, "the program sums over nodes of " + std::to_string(call.ranks_per_node) +
+                              " ranks, but the group has " + std::to_string(on_node) +
+                              " on each: compile it where it runs");
+  }
   group.Distinguish({call.y.num_channels, static_cast<int64_t>(call.y.type)});
   gpu::CombineArguments arguments{};
   static_cast<TableView&>(arguments) = call.tables;
@@ -40,8 +47,15 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
   arguments.num_channels = call.y.num_channels;
   arguments.type = *call.y.float_type();
   arguments.expand = call.expand;
-  const auto launch = group.in_slots() ? gpu::LaunchCombineInSlots : gpu::LaunchCombine;
-  const cudaError_t launched = launch(group, arguments, NumSms(ordinal, a.num_sms), stream);
+  const int num_sms = NumSms(ordinal, a.num_sms);
+  cudaError_t launched;
+  if (network != nullptr) {
+    if (auto problem = NetworkProblem(*network, call, num_sms)) return Refused(a.kOp, *problem);
+    launched = network->part.launch_combine(group, network->group, arguments, num_sms, stream);
+  } else {
+    const auto launch = group.in_slots() ? gpu::LaunchCombineInSlots : gpu::LaunchCombine;
+    launched = launch(group, arguments, num_sms, stream);
+  }
   return CudaStatus(a.kOp, group.CopyOut(launched, stream));
 }
 

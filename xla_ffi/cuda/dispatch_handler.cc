@@ -23,6 +23,7 @@ ffi::Error LaunchDispatch(const CudaSiteState& state, int32_t ordinal, cudaStrea
   }
   group.Distinguish({call.x.num_channels, static_cast<int64_t>(call.x.type), call.num_scales});
   gpu::DispatchArguments arguments = DispatchArgumentsOf(call, call.x, call.tokens, call.expand);
+  arguments.tokens = group.At(call.tokens.data);
   arguments.topk_weights = call.topk_weights.as<const float>();
   arguments.scales = group.At(call.scales.as<float>());
   arguments.weights = group.At(call.weights.as<float>());
@@ -34,8 +35,14 @@ ffi::Error LaunchDispatch(const CudaSiteState& state, int32_t ordinal, cudaStrea
   arguments.power_of_two_scales = call.quantization == QuantizationKind::kPowerOfTwoScales;
   arguments.zero_tail = call.zero_tail;
   arguments.is_integer = IsInteger(call.x.type);
-  const cudaError_t launched =
-      gpu::LaunchDispatch(group, arguments, NumSms(ordinal, num_sms), stream);
+  const int sms = NumSms(ordinal, num_sms);
+  cudaError_t launched;
+  if (const NetworkCall* network = group.network()) {
+    if (auto problem = NetworkProblem(*network, call, sms)) return Refused(state.op, *problem);
+    launched = network->part.launch_dispatch(group, network->group, arguments, sms, stream);
+  } else {
+    launched = gpu::LaunchDispatch(group, arguments, sms, stream);
+  }
   return CudaStatus(state.op, group.CopyOut(launched, stream));
 }
 

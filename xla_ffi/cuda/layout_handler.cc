@@ -32,8 +32,13 @@ ffi::Error LaunchLayout(const CudaSiteState& state, int32_t ordinal, cudaStream_
   }
   gpu::LayoutArguments arguments = LayoutArgumentsOf(call);
   arguments.topk_idx = group.At(arguments.topk_idx);
-  return CudaStatus(state.op,
-                    gpu::LaunchLayout(group, arguments, NumSms(ordinal, num_sms), stream));
+  const int sms = NumSms(ordinal, num_sms);
+  if (const NetworkCall* network = group.network()) {
+    if (auto problem = NetworkProblem(*network, call)) return Refused(state.op, *problem);
+    return CudaStatus(state.op,
+                      network->part.launch_layout(group, network->group, arguments, sms, stream));
+  }
+  return CudaStatus(state.op, gpu::LaunchLayout(group, arguments, sms, stream));
 }
 
 namespace {

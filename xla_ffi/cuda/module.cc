@@ -7,11 +7,13 @@
 
 #include <chrono>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "xla_ffi/attributes.h"
 #include "xla_ffi/cuda/call_site.h"
 #include "xla_ffi/cuda/handlers.h"
+#include "xla_ffi/cuda/network.h"
 #include "xla_ffi/cuda/timeline.h"
 #include "xla_ffi/memory/symmetric_memory.h"
 #include "xla_ffi/module_common.h"
@@ -87,7 +89,18 @@ NB_MODULE(_cuda, m) {
       [](double seconds) { return SymmetricMemory::Get().Synchronize(Nanoseconds(seconds)); },
       nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>());
   m.def(
-      "release", [](bool ended) { SymmetricMemory::Get().Release(ended); },
+      "join_network",
+      [](const nb::capsule& part, std::vector<int64_t> node_of_process, int64_t ranks_per_node) {
+        Network::Get().Join(*static_cast<const gpu::NetworkPart*>(part.data(gpu::kNetworkPartName)),
+                            std::move(node_of_process), ranks_per_node);
+      },
+      nb::arg("part"), nb::arg("node_of_process"), nb::arg("ranks_per_node"));
+  m.def(
+      "release",
+      [](bool ended) {
+        Network::Get().Leave();
+        SymmetricMemory::Get().Release(ended);
+      },
       nb::arg("devices_have_ended"), nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "watch", [] { return SymmetricMemory::Get().Watch(); },

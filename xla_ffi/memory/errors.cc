@@ -11,6 +11,10 @@ std::string SymmetricMemory::NameOfSlot(int slot) const {
     const std::string name = "device " + std::to_string(member & 0xffffffff);
     return num_processes_ == 1 ? name : name + " (process " + std::to_string(member >> 32) + ")";
   }
+  // cuda/network/rail/rail.h
+  if (slot >= gpu::kMaxPeers) {
+    return "rank " + std::to_string(slot - gpu::kMaxPeers) + " of the group across nodes";
+  }
   return "slot " + std::to_string(slot);
 }
 

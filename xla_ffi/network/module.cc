@@ -84,10 +84,10 @@ class Call {
   std::shared_ptr<State> state_;
 };
 
-Call Start(const nb::bytes& unique_id, int rank, int num_ranks, int ordinal) {
+Call Start(const nb::bytes& unique_id, int rank, int num_ranks, int ordinal, int64_t region_bytes) {
   std::string id(unique_id.c_str(), unique_id.size());
-  return Call([id = std::move(id), rank, num_ranks, ordinal] {
-    Nvshmem::Get().Start(id, rank, num_ranks, ordinal);
+  return Call([id = std::move(id), rank, num_ranks, ordinal, region_bytes] {
+    Nvshmem::Get().Start(id, rank, num_ranks, ordinal, region_bytes);
     return std::vector<std::string>();
   });
 }
@@ -128,7 +128,15 @@ NB_MODULE(_nvshmem, m) {
       },
       "By which the processes find each other: one makes it, all start with it.");
   m.def("start", &Start, nb::arg("unique_id"), nb::arg("rank"), nb::arg("num_ranks"),
-        nb::arg("ordinal"), "Collective.");
+        nb::arg("ordinal"), nb::arg("region_bytes"), "Collective.");
+  m.def(
+      "part",
+      [] {
+        static gpu::NetworkPart part;
+        part = Nvshmem::Get().Part();
+        return nb::capsule(&part, gpu::kNetworkPartName);
+      },
+      "What jax_ep._cuda needs for calls across nodes.");
   m.def("check_links", &CheckLinks, nb::arg("timeout"),
         "Collective. Of each rank: 'good' if its row has arrived whole, 'silent' if none has, "
         "'wrong'.");

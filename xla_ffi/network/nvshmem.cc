@@ -51,7 +51,8 @@ std::string Nvshmem::UniqueId() {
   return std::string(reinterpret_cast<const char*>(&id), sizeof id);
 }
 
-void Nvshmem::Start(const std::string& unique_id, int rank, int num_ranks, int ordinal) {
+void Nvshmem::Start(const std::string& unique_id, int rank, int num_ranks, int ordinal,
+                    int64_t region_bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   nvshmemx_uniqueid_t id = NVSHMEMX_UNIQUEID_INITIALIZER;
   if (unique_id.size() != sizeof id) {
@@ -102,12 +103,12 @@ void Nvshmem::Start(const std::string& unique_id, int rank, int num_ranks, int o
   rank_ = rank;
   num_ranks_ = num_ranks;
   ordinal_ = ordinal;
-  Allocate();
+  Allocate(region_bytes);
   state_ = State::kRunning;
 }
 
 // What a running kernel would wait for must be there before: see Buffers in link_check.cuh.
-void Nvshmem::Allocate() {
+void Nvshmem::Allocate(int64_t region_bytes) {
   const size_t bytes = gpu::link_check_bytes(num_ranks_);
   link_bytes_ = static_cast<char*>(nvshmem_malloc(bytes));
   link_signals_ = static_cast<uint64_t*>(nvshmem_calloc(num_ranks_, sizeof(uint64_t)));
@@ -116,12 +117,24 @@ void Nvshmem::Allocate() {
           " bytes: see NVSHMEM_SYMMETRIC_SIZE");
   }
   const std::string what = "NVSHMEM's set-up" + OnDevice(ordinal_);
+  if (region_bytes > 0) {
+    region_ = static_cast<char*>(nvshmem_malloc(static_cast<size_t>(region_bytes)));
+    if (region_ == nullptr) {
+      Throw("NVSHMEM's heap has no room for " + std::to_string(region_bytes) +
+            " bytes: see NVSHMEM_SYMMETRIC_SIZE");
+    }
+    region_bytes_ = region_bytes;
+    Check(cudaMemset(region_, 0, static_cast<size_t>(region_bytes)), what);
+    Check(cudaDeviceSynchronize(), what);
+  }
   Check(cudaHostAlloc(&results_, num_ranks_ * sizeof *results_, cudaHostAllocMapped), what);
   Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), what);
   Check(cudaEventCreateWithFlags(&checked_, cudaEventDisableTiming), what);
 }
 
 void Nvshmem::Free() {
+  if (region_ != nullptr) nvshmem_free(region_);
+  region_ = nullptr;
   nvshmem_free(link_signals_);
   nvshmem_free(link_bytes_);
   cudaEventDestroy(checked_);
@@ -152,6 +165,16 @@ std::vector<gpu::LinkResult> Nvshmem::CheckLinks(std::chrono::nanoseconds timeou
     std::this_thread::sleep_for(kLookInterval);
   }
   return std::vector<gpu::LinkResult>(results_, results_ + num_ranks_);
+}
+
+gpu::NetworkPart Nvshmem::Part() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  RequireRunning();
+  gpu::NetworkPart part = gpu::MakeNetworkPart();
+  part.region = region_;
+  part.region_bytes = region_bytes_;
+  part.num_processes = num_ranks_;
+  return part;
 }
 
 std::vector<bool> Nvshmem::MappedPeers() {

@@ -43,8 +43,13 @@ class Nvshmem {
   // By which processes find each other: one process makes it, all start with it.
   static std::string UniqueId();
 
-  // Collective. This process is the rank-th of `num_ranks`, with this CUDA device.
-  void Start(const std::string& unique_id, int rank, int num_ranks, int ordinal);
+  // Collective. This process is the rank-th of `num_ranks`, with this CUDA device. `region_bytes`: of
+  // the region for calls (cuda/network/region.h), zero when all have come out of this; 0 for none.
+  void Start(const std::string& unique_id, int rank, int num_ranks, int ordinal,
+             int64_t region_bytes = 0);
+
+  // What handlers need of it, good until Finalize.
+  gpu::NetworkPart Part();
 
   // Collective: sends a row to every rank and looks at what arrives, for so long. By rank.
   std::vector<gpu::LinkResult> CheckLinks(std::chrono::nanoseconds timeout);
@@ -58,7 +63,7 @@ class Nvshmem {
  private:
   enum class State { kIdle, kRunning, kSpent };
 
-  void Allocate();
+  void Allocate(int64_t region_bytes);
   void Free();
   void RequireRunning() const;
 
@@ -71,6 +76,8 @@ class Nvshmem {
   char* link_bytes_ = nullptr;          // in the symmetric heap
   uint64_t* link_signals_ = nullptr;    // likewise
   gpu::LinkResult* results_ = nullptr;  // host-mapped
+  char* region_ = nullptr;              // in the symmetric heap; null without
+  int64_t region_bytes_ = 0;
 };
 
 }  // namespace jax_ep

@@ -56,10 +56,16 @@ class FakeNative:
         assert PROCESS == 0
         return b"unique" + bytes(122)
 
-    def start(self, unique_id: bytes, rank: int, num_ranks: int, ordinal: int) -> FakeCall:
+    def start(
+        self, unique_id: bytes, rank: int, num_ranks: int, ordinal: int, region_bytes: int
+    ) -> FakeCall:
         assert unique_id == b"unique" + bytes(122)
         assert (rank, num_ranks, ordinal) == (PROCESS, NUM_PROCESSES, 3)
+        self.region_bytes = region_bytes
         return FakeCall(self._start)
+
+    def part(self) -> str:
+        return "part"
 
     def _start(self) -> list[str]:
         if self.problem == "hangs":
@@ -258,6 +264,9 @@ class FakeCuda:
     def close_descriptors(self) -> None:
         pass
 
+    def join_network(self, *arguments: object) -> None:
+        self.joined = arguments
+
     def slots_problem(self) -> None:
         pass
 
@@ -277,6 +286,8 @@ def gpus_on_two_hosts(native: FakeNative) -> None:
     assert cuda.imported == (
         ["", "", everywhere[LAST]] if PROCESS == LAST else [*everywhere[:2], ""]
     )
+    assert native.region_bytes == 3 << 18  # of the heap that the cases before have asked for
+    assert cuda.joined == ("part", [0, 0, LAST], 0)
     refusal = ""
     try:
         runtime.require_cpu("a call", across_processes=True)

@@ -1,0 +1,252 @@
+// Groups across nodes on the host: which ones they are, what their kernels get of the region and of this
+// node, and what is said of those that cannot be.
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cuda/network/region.h"
+#include "tests/native/symmetric_memory_support.h"
+#include "xla_ffi/cuda/call_site.h"
+#include "xla_ffi/cuda/network.h"
+
+namespace jax_ep::test {
+namespace {
+
+constexpr int64_t kRegionBytes = int64_t{64} << 20;
+char* const kRegion = reinterpret_cast<char*>(uintptr_t{1} << 40);  // nobody looks at it
+
+gpu::NetworkPart Part(int num_processes, int64_t region_bytes = kRegionBytes) {
+  gpu::NetworkPart part{};
+  part.control_bytes = sizeof(gpu::ControlBlock);
+  part.region = kRegion;
+  part.region_bytes = region_bytes;
+  part.num_processes = num_processes;
+  return part;
+}
+
+// The first device of each process.
+std::vector<int64_t> MembersOf(std::vector<int64_t> processes) {
+  for (int64_t& process : processes) process <<= 32;
+  return processes;
+}
+
+struct Found {
+  std::string problem;
+  std::optional<NetworkCall> call;
+};
+Found Find(const std::vector<int64_t>& processes, int rank) {
+  Found found;
+  const std::vector<int64_t> members = MembersOf(processes);
+  found.problem = Network::Get()
+                      .Find(members.data(), static_cast<int>(members.size()), rank, &found.call)
+                      .value_or("");
+  return found;
+}
+
+// Of each process its node; or how many ranks are one.
+void JoinAgain(std::vector<int64_t> node_of_process, int64_t ranks_per_node = 0) {
+  const auto num_processes = static_cast<int>(node_of_process.size());
+  Network::Get().Leave();
+  Network::Get().Join(Part(num_processes), std::move(node_of_process), ranks_per_node);
+}
+int RanksOfNode(const std::vector<int64_t>& processes) {
+  const Found found = Find(processes, 0);
+  CHECK(found.problem.empty());
+  return found.call ? found.call->region.ranks_per_node : static_cast<int>(processes.size());
+}
+bool IsUneven(const std::vector<int64_t>& processes) {
+  return Contains(Find(processes, 0).problem, "as many ranks, one after the other, on each of its");
+}
+
+void WhichSpanNodes() {
+  CHECK(!Find({0, 1}, 0).call && Find({0, 1}, 0).problem.empty());  // without a network
+  const std::vector<int64_t> two_hosts{0, 0, 0, 0, 1, 1, 1, 1};
+  JoinAgain(two_hosts);
+  CHECK(RanksOfNode({0, 1, 2, 3, 4, 5, 6, 7}) == 4);
+  // One region, one group: another is refused, also in another order; those on a node are not.
+  CHECK(RanksOfNode({0, 1, 2, 3}) == 4 && RanksOfNode({6, 5}) == 2 && RanksOfNode({3}) == 1);
+  CHECK(Contains(Find({0, 4}, 0).problem, "another group of ranks, or the same in another order"));
+  CHECK(Contains(Find({4, 5, 6, 7, 0, 1, 2, 3}, 0).problem, "another group of ranks"));
+  CHECK(RanksOfNode({0, 1, 2, 3, 4, 5, 6, 7}) == 4);
+  JoinAgain(two_hosts);
+  CHECK(RanksOfNode({0, 4}) == 1);  // of dp within a node, ep across
+  JoinAgain(two_hosts);
+  CHECK(RanksOfNode({1, 3, 7, 5}) == 2);
+  CHECK(IsUneven({0, 4, 1, 5}) && IsUneven({0, 1, 4}) && IsUneven({0, 1, 4, 5, 2, 3}));
+  CHECK(Contains(Find({0, 8}, 0).problem, "rank 1 is of process 8, which is not in this job"));
+
+  const std::vector<int64_t> one_host(8, 0);
+  JoinAgain(one_host);
+  CHECK(RanksOfNode({0, 1, 2, 3, 4, 5, 6, 7}) == 8);
+  JoinAgain(one_host, 2);
+  CHECK(RanksOfNode({0, 1}) == 2 && RanksOfNode({7, 0, 3, 1}) == 2 && IsUneven({0, 1, 2}));
+  JoinAgain(two_hosts, 8);
+  CHECK(RanksOfNode({0, 1, 2, 3, 4, 5, 6, 7}) == 8);
+  Network::Get().Leave();
+  CHECK(!Find({0, 4}, 0).call);
+}
+
+void WhatIsRefused() {
+  JoinAgain({0, 1});
+  Found found;
+  const int64_t of_one_process[] = {0, 1};                                        // two devices
+  CHECK(!Network::Get().Find(of_one_process, 2, 0, &found.call) && !found.call);  // of one node
+  JoinAgain({0, 1}, 1);
+  CHECK(Contains(Network::Get().Find(of_one_process, 2, 0, &found.call).value_or(""),
+                 "each rank must be a process of its own"));
+  std::vector<int64_t> nodes(60), all(60);
+  for (int i = 0; i < 60; ++i) nodes[i] = all[i] = i;
+  Network::Get().Leave();
+  Network::Get().Join(Part(60, int64_t{1} << 30), nodes, 0);
+  CHECK(Contains(Find(all, 0).problem, "the group's ranks must be at most 56; got 60"));
+  Network::Get().Leave();
+  // The least that a job takes, by its nodes.
+  const auto join = [](int64_t region_bytes, std::vector<int64_t> nodes, int64_t ranks_per_node) {
+    return Thrown([&] {
+      const auto num_processes = static_cast<int>(nodes.size());
+      Network::Get().Join(Part(num_processes, region_bytes), nodes, ranks_per_node);
+    });
+  };
+  const int64_t least = gpu::least_region_bytes(8, 4);
+  const std::string needs = "groups of 8 ranks, 4 on each node, need " + std::to_string(least) +
+                            " bytes of NVSHMEM's heap, but it has " + std::to_string(least - 1);
+  CHECK(join(least, {0, 0, 0, 0, 1, 1, 1, 1}, 0).empty());
+  CHECK(Contains(join(least - 1, {0, 0, 0, 0, 1, 1, 1, 1}, 0), needs));
+  CHECK(Contains(join(least - 1, {0, 0, 0, 0, 0, 0, 0, 0}, 4), needs));
+  CHECK(join(0, {0, 0, 0, 0}, 0).empty() && join(0, {0, 1}, 2).empty());  // no group spans nodes
+  gpu::NetworkPart other = Part(2);
+  ++other.control_bytes;
+  CHECK(Contains(Thrown([&] { Network::Get().Join(other, {0, 1}, 0); }), "different builds"));
+}
+
+// Where everything lies: the same for all ranks, inside the region, apart, and as kernels want it.
+void Region() {
+  for (const auto& [num_ranks, on_node] : {std::pair{2, 1}, {8, 1}, {8, 2}, {16, 8}, {56, 1}}) {
+    for (const int64_t num_bytes : {gpu::least_region_bytes(num_ranks, on_node),
+                                    gpu::least_region_bytes(num_ranks, on_node) + 12345,
+                                    int64_t{768} << 20, int64_t{8} << 30}) {
+      bool is_enough = false;
+      const gpu::NetworkRegion region =
+          gpu::MakeNetworkRegion(num_bytes, num_ranks, on_node, &is_enough);
+      CHECK(is_enough && region.num_nodes() == num_ranks / on_node);
+      const gpu::RailMemory& rail = region.rail;
+      CHECK(rail.slot_bytes >= gpu::kLeastSlotBytes && rail.slot_bytes <= gpu::kMostSlotBytes);
+      CHECK(rail.slot_bytes % 16 == 0 && rail.num_nodes == region.num_nodes());
+      CHECK(region.layout.fits(gpu::kLeastIds, gpu::kMaxExperts, gpu::kLeastIds * num_ranks));
+      struct Interval {
+        int64_t begin, bytes;
+      };
+      const auto at = [](const void* p) { return static_cast<const char*>(p) - kRegion; };
+      const int64_t num_chunks = int64_t{rail.num_nodes} * rail.num_channels;
+      const int64_t chunks_bytes = num_chunks * int64_t{sizeof(gpu::RailChunks)};
+      std::vector<Interval> intervals{
+          {at(region.epoch(kRegion)), 8},
+          {at(region.dispatch_chunks_of(kRegion)), chunks_bytes},
+          {at(region.combine_chunks_of(kRegion)), chunks_bytes},
+          {at(region.layout_memory(kRegion).signals), region.layout.num_signals() * 8},
+          {at(region.dispatch_memory(kRegion).signals), rail.num_signals() * 8},
+          {at(region.combine_memory(kRegion).signals), rail.num_signals() * 8},
+          {at(region.dispatch_memory(kRegion).bytes), rail.num_bytes()},
+          {at(region.combine_memory(kRegion).bytes), rail.num_bytes()},
+          {at(region.layout_memory(kRegion).bytes), region.layout.num_bytes()}};
+      int64_t end = 0;
+      for (const Interval& interval : intervals) {  // which are in order
+        CHECK(interval.begin >= end && interval.begin % 8 == 0);
+        end = interval.begin + interval.bytes;
+      }
+      CHECK(end <= num_bytes);
+      for (size_t i = 6; i < intervals.size(); ++i) CHECK(intervals[i].begin % 128 == 0);
+    }
+  }
+  // That of a heap of NVSHMEM's own size, for the largest group, takes rows of 14336 bytes by fives.
+  bool is_enough = false;
+  const gpu::NetworkRegion region = gpu::MakeNetworkRegion(int64_t{768} << 20, 56, 1, &is_enough);
+  CHECK(is_enough && region.rail.slot_bytes / 14416 == 5 && region.layout.max_ids > 300000);
+}
+
+// This node's part by symmetric memory, the rest by the region. Process 1 is this one once more.
+void Views() {
+  constexpr size_t kStagingBytes = 4096, kSlotBytes = 1 << 20;
+  Memory().Setup(0, 4, {0}, {0}, kStagingBytes, /*staged_only=*/true, kSlotBytes);
+  const std::string own = Memory().Export({});
+  std::string other = own;
+  char bus_id[32];
+  CHECK(cudaDeviceGetPCIBusId(bus_id, sizeof bus_id, 0) == cudaSuccess);
+  const std::string member = " 0 ";
+  const size_t place = other.find(member + bus_id);
+  CHECK(place != std::string::npos);
+  other.replace(place, member.size(), " " + std::to_string(int64_t{1} << 32) + " ");
+  Memory().Import({own, other, "", ""});
+  JoinAgain({0, 0, 1, 1});
+
+  std::vector<char> tokens(256), ids(64), partial(64);
+  const auto enter = [&](const CudaSiteState& site, GroupCall* call) {
+    const xla::ffi::Error error =
+        EnterGroup(site, 0, nullptr,
+                   {{"ids", ids.data(), ids.size()},
+                    {"tokens", tokens.data(), tokens.size(), Use::kLanding, /*landing_bytes=*/8192},
+                    {"partial", partial.data(), partial.size(), Use::kScratch}},
+                   call, gpu::SlotSizes{4, 1, 1, 4, {16}});
+    return error.message();
+  };
+  GroupCall call;
+  CHECK(enter(Site(MembersOf({2, 3, 0, 1}), 4), &call).empty());
+  CHECK(call.num_ranks == 2 && call.rank == 0 && !call.in_slots() && call.network() != nullptr);
+  CHECK(call.peer[0].control == Memory().Control(0) && call.peer[1].slot_here == 1);
+  CHECK(call.peer[1].control != call.peer[0].control);  // mapped once more
+  // Nobody reads the ids, rows come to where they are copied from.
+  CHECK(call.At(ids.data()) == ids.data() && call.LandingOf(tokens.data()) == nullptr);
+  CHECK(Address(call.At(tokens.data())) == call.staging);
+  CHECK(Address(call.At(partial.data())) == call.staging + 256);
+  const NetworkCall& network = *call.network();
+  CHECK(network.node == 1 && network.first_rank() == 2 && network.part.region == kRegion);
+  const gpu::NetworkRegion& region = network.region;
+  CHECK(region.num_ranks == 4 && region.ranks_per_node == 2);
+  const gpu::NetworkView& layout = network.group.layout;
+  CHECK(layout.rank == 2 && layout.num_ranks == 4 && layout.epoch == region.epoch(kRegion));
+  CHECK(layout.memory.bytes == region.layout_memory(kRegion).bytes);
+  CHECK(layout.layout.max_ids == region.layout.max_ids);
+  const gpu::RailView& rail = network.group.dispatch;
+  CHECK(rail.node == 1 && rail.ranks_per_node == 2 && rail.at.num_nodes == 2);
+  CHECK(rail.memory.bytes == region.dispatch_memory(kRegion).bytes);
+  CHECK(rail.chunks == region.dispatch_chunks_of(kRegion));
+  CHECK(rail.rank_of(0, call.rank) == 0 && rail.rank_of(1, call.rank) == 2);
+  const gpu::RailView& back = network.group.combine;
+  CHECK(back.node == 1 && back.ranks_per_node == 2 && back.at.num_nodes == 2);
+  CHECK(back.memory.bytes == region.combine_memory(kRegion).bytes);
+  CHECK(back.chunks == region.combine_chunks_of(kRegion));
+  const std::vector<int> pes(network.group.pe, network.group.pe + 4);
+  CHECK(pes == std::vector<int>({2, 3, 0, 1}));
+
+  // The same ranks on one node are in another call, with all that it has there.
+  const uint64_t across = call.operation;
+  GroupCall here;
+  CHECK(enter(Site(MembersOf({0, 1}), 2), &here).empty() && here.in_slots());
+  CHECK(here.num_ranks == 2 && here.network() == nullptr && here.operation != across);
+  // What a kernel has waited for over the network is named by its rank.
+  here.error->kind = static_cast<uint32_t>(OpKind::kDispatch);
+  here.error->phase = gpu::kProgress;
+  here.error->peer_slot = gpu::slot_of_rail_rank(3);
+  here.error->valid = 1;
+  CHECK(Contains(Memory().RecordedError().value_or(""),
+                 "device 0 (process 0) waited for rank 3 of the group across nodes"));
+  here.error->valid = 0;
+  Network::Get().Leave();
+  GroupCall alone;
+  CHECK(Contains(enter(Site(MembersOf({2, 3, 0, 1}), 4), &alone),
+                 "rank 0 lives on device 0 of process 2, which this process is not connected to"));
+  Memory().Release(true);
+}
+
+}  // namespace
+
+void RunTestsOfNetworkGroups() {
+  Run("which groups span nodes", WhichSpanNodes);
+  Run("groups across nodes that are refused", WhatIsRefused);
+  Run("the region", Region);
+  Run("views across nodes", Views);
+}
+
+}  // namespace jax_ep::test

@@ -1,0 +1,163 @@
+"""Groups across nodes, as programs are lowered for CUDA: with which calls, and what is refused.
+
+Needs no GPU and no network: a process only says that one runs.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+from test_lowering import calls, lower
+
+import jax_ep
+from jax_ep import nvshmem, runtime
+
+
+@pytest.fixture
+def nodes_of_two(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With a network, and slots, which no call across nodes takes."""
+    monkeypatch.setattr(nvshmem, "is_running", lambda: True)
+    monkeypatch.setattr(runtime, "has_slots", lambda: True)
+    jax_ep.initialize(ranks_per_node=2)
+    yield
+    jax_ep.finalize()
+
+
+def lowered(
+    *,
+    num_ranks: int = 8,
+    num_experts: int = 0,
+    num_sms: int | None = None,
+    in_one: bool = False,
+    combined: bool = False,
+    ranks_per_node: int | None = None,
+    gradient: bool = False,
+    **rows: Any,
+) -> list[Any]:
+    """The calls of a layout and its rows."""
+    options = {"num_experts": num_experts or 2 * num_ranks, "axis_name": "ep", "num_sms": num_sms}
+
+    def f(x: Any, ids: Any) -> Any:
+        if in_one:
+            return jax_ep.layout_and_dispatch(x, ids, **options, **rows)[1].tokens
+        layout = jax_ep.make_layout(ids, **options)
+        tokens = jax_ep.dispatch(x, layout, **rows).tokens
+        if not combined:
+            return tokens
+        layout = dataclasses.replace(layout, ranks_per_node=ranks_per_node)
+        return jax_ep.combine(tokens, layout, jnp.ones(layout.capacity) if rows == {} else None)
+
+    mesh = AbstractMesh((num_ranks,), ("ep",), axis_types=(AxisType.Auto,))
+    run = jax.shard_map(f, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    num_tokens = num_ranks * 4
+    args = (
+        jax.ShapeDtypeStruct((num_tokens, 128), jnp.bfloat16),
+        jax.ShapeDtypeStruct((num_tokens, 2), jnp.int32),
+    )
+    program: Any = run
+    if gradient:
+        program = jax.grad(lambda x, ids: jnp.sum(run(x, ids).astype(jnp.float32) ** 2))
+    return calls(lower(program, args, "cuda"))
+
+
+def ops(**options: Any) -> list[str]:
+    return [call.op for call in lowered(**options)]
+
+
+@pytest.mark.usefixtures("nodes_of_two")
+def test_calls() -> None:
+    """Layout and dispatch are as ever, and two where one node has one."""
+    assert ops() == ops(expand=False) == ["layout", "dispatch"]
+    assert ops(in_one=True) == ["layout", "dispatch"]
+    assert ops(num_ranks=2, in_one=True) == ["layout_and_dispatch"]  # on a node
+    assert ops(num_ranks=56, num_sms=12) == ["layout", "dispatch"]
+    assert ops(num_ranks=2, num_sms=8, fp8="float32", expand=False) == ["layout", "dispatch"]
+
+
+@pytest.mark.usefixtures("nodes_of_two")
+def test_sums() -> None:
+    """Combine has other scratch across nodes; its gradient is a dispatch there, as on CPU."""
+    *_, combine = lowered(combined=True)
+    assert combine.attributes["ranks_per_node"] == 2
+    # Of 8 ranks with 4 tokens of 256 bytes: a sum of each, and whether there is one.
+    assert combine.results[-1] == "8224xui8"
+    *_, on_a_node = lowered(num_ranks=2, combined=True)
+    assert on_a_node.results[-1] == "2x4x128xbf16"
+    assert ops(combined=True, gradient=True) == [
+        *("layout", "dispatch", "combine"),
+        *("dispatch", "combine"),
+    ]
+    assert ops(num_ranks=2, combined=True, gradient=True)[-2:] == ["combine_gradient", "combine"]
+
+
+WHERE = "for a group across nodes (8 ranks, 2 on each) "
+REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "fp8": (
+        {"fp8": "float32"},
+        NotImplementedError,
+        f"jax_ep.dispatch: {WHERE}rows are not quantised on CUDA yet",
+    ),
+    "in_one": (
+        {"fp8": "float32", "in_one": True},
+        NotImplementedError,
+        f"jax_ep.dispatch: {WHERE}rows are not quantised on CUDA yet",
+    ),
+    "not_expanded": (
+        {"expand": False, "gradient": True},
+        NotImplementedError,
+        f"jax_ep.combine: {WHERE}rows that are not expanded are not summed on CUDA yet",
+    ),
+    "num_sms": (
+        {"num_sms": 11},
+        ValueError,
+        f"jax_ep.dispatch: {WHERE}num_sms must be 0 or at least 12; got 11",
+    ),
+    "ranks": (
+        {"num_ranks": 58},
+        ValueError,
+        "jax_ep.make_layout: for a group across nodes (58 ranks, 2 on each) the ranks must be at "
+        "most 56",
+    ),
+    "order": (
+        {"combined": True, "ranks_per_node": 4},
+        ValueError,
+        f"jax_ep.combine: {WHERE}sums are in that order on CUDA; the layout has ranks_per_node=4",
+    ),
+    "nodes": (
+        {"combined": True, "num_ranks": 34},
+        ValueError,
+        "jax_ep.combine: for a group across nodes (34 ranks, 2 on each) the nodes must be at most "
+        "16; got 17",
+    ),
+}
+
+
+@pytest.mark.usefixtures("nodes_of_two")
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_is_refused(name: str) -> None:
+    options, error, message = REFUSALS[name]
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        lowered(**options)
+
+
+def test_odd_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvshmem, "is_running", lambda: True)
+    jax_ep.initialize(ranks_per_node=1)
+    with pytest.raises(ValueError, match=r"across nodes \(3 ranks, 1 on each\) num_experts must"):
+        lowered(num_ranks=3, num_experts=9)
+    jax_ep.finalize()
+
+
+def test_without_a_network() -> None:
+    """Nodes are for the order of sums alone."""
+    jax_ep.initialize(ranks_per_node=2)
+    assert ops(fp8="float32") == ["layout", "dispatch"]
+    with pytest.raises(NotImplementedError, match="8 ranks with 2 on each node is for CPU only"):
+        lowered(combined=True)
+    jax_ep.finalize()

@@ -1,0 +1,204 @@
+#include "xla_ffi/cuda/network.h"
+
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include "cuda/network/rail/combine.h"
+#include "xla_ffi/groups.h"
+#include "xla_ffi/memory/driver.h"
+
+namespace jax_ep {
+namespace {
+
+std::string AtMost(const std::string& what, int64_t most, int64_t got) {
+  return "over the network " + what + " must be at most " + std::to_string(most) + "; got " +
+         std::to_string(got);
+}
+
+constexpr char kLargerHeap[] =
+    ". Pass a larger jax_ep.initialize(heap_bytes=...) in every process, after jax_ep.finalize()";
+
+std::optional<std::string> TooFewSms(const gpu::RailMemory& at, int num_sms) {
+  if (num_sms >= at.num_channels) return std::nullopt;
+  return "over the network a call takes " + std::to_string(at.num_channels) + " SMs, but it has " +
+         std::to_string(num_sms) + ": pass a larger num_sms to jax_ep.make_layout, or none";
+}
+
+std::string TooLongRows(const std::string& name, const gpu::RailMemory& at,
+                        const gpu::ChunkFormat& format) {
+  return AtMost("the bytes of a row of " + name,
+                at.slot_bytes - format.num_bytes(1) + format.row_bytes, format.row_bytes) +
+         kLargerHeap;
+}
+
+}  // namespace
+
+Network& Network::Get() {
+  static Network* const network = new Network;
+  return *network;
+}
+
+void Network::Join(const gpu::NetworkPart& part, std::vector<int64_t> node_of_process,
+                   int64_t ranks_per_node) {
+  if (part.control_bytes != sizeof(gpu::ControlBlock)) {
+    Throw("jax_ep._nvshmem and jax_ep._cuda are of different builds");
+  }
+  // The largest group of the job: with as many nodes as there are.
+  const auto most_ranks = std::min<int64_t>(part.num_processes, gpu::kMaxNetworkRanks);
+  const std::set<int64_t> nodes(node_of_process.begin(), node_of_process.end());
+  auto on_node = static_cast<int64_t>(node_of_process.size() / std::max<size_t>(1, nodes.size()));
+  if (ranks_per_node != 0) on_node = std::min<int64_t>(ranks_per_node, part.num_processes);
+  on_node = std::clamp<int64_t>(on_node, 1, most_ranks);
+  const int64_t num_nodes = most_ranks / on_node;
+  const int64_t least = num_nodes < 2
+                            ? 0
+                            : gpu::least_region_bytes(static_cast<int32_t>(num_nodes * on_node),
+                                                      static_cast<int32_t>(on_node));
+  if (part.region_bytes < least) {
+    Throw("groups of " + std::to_string(num_nodes * on_node) + " ranks, " +
+          std::to_string(on_node) + " on each node, need " + std::to_string(least) +
+          " bytes of NVSHMEM's heap, but it has " + std::to_string(part.region_bytes) +
+          " for them, three quarters of all" + kLargerHeap);
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  part_ = part;
+  node_of_process_ = std::move(node_of_process);
+  ranks_per_node_ = ranks_per_node;
+  members_.clear();
+}
+
+void Network::Leave() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  part_.reset();
+}
+
+int Network::RanksPerNode(const int64_t* members, int num_ranks) const {
+  if (ranks_per_node_ != 0) {
+    if (ranks_per_node_ >= num_ranks) return num_ranks;
+    return num_ranks % ranks_per_node_ == 0 ? static_cast<int>(ranks_per_node_) : 0;
+  }
+  const auto node_of = [&](int r) { return node_of_process_[process_of(members[r])]; };
+  int size = 1;
+  while (size < num_ranks && node_of(size) == node_of(0)) ++size;
+  std::set<int64_t> nodes;
+  for (int r = 0; r < num_ranks; ++r) {
+    if (node_of(r) != node_of(r / size * size)) return 0;
+    if (r % size == 0 && !nodes.insert(node_of(r)).second) return 0;
+  }
+  return num_ranks % size == 0 ? size : 0;
+}
+
+std::optional<std::string> Network::Find(const int64_t* members, int num_ranks, int rank,
+                                         std::optional<NetworkCall>* call) {
+  call->reset();
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!part_) return std::nullopt;
+  std::set<int64_t> processes;
+  for (int r = 0; r < num_ranks; ++r) {
+    const int64_t process = process_of(members[r]);
+    if (process < 0 || process >= static_cast<int64_t>(node_of_process_.size())) {
+      return "rank " + std::to_string(r) + " is of process " + std::to_string(process) +
+             ", which is not in this job";
+    }
+    processes.insert(process);
+  }
+  const int on_node = RanksPerNode(members, num_ranks);
+  if (on_node == num_ranks) return std::nullopt;
+  if (on_node == 0) {
+    return "the group must have as many ranks, one after the other, on each of its nodes";
+  }
+  if (num_ranks > gpu::kMaxNetworkRanks) {
+    return AtMost("the group's ranks", gpu::kMaxNetworkRanks, num_ranks);
+  }
+  if (static_cast<int>(processes.size()) != num_ranks) {
+    return "over the network each rank must be a process of its own";
+  }
+  const std::vector<int64_t> group(members, members + num_ranks);
+  if (!members_.empty() && members_ != group) {
+    return "another group of ranks, or the same in another order, has gone over the network since "
+           "jax_ep.initialize(), whose memory is for one. Give all meshes the same groups across "
+           "nodes, or call jax_ep.finalize() and jax_ep.initialize() in every process between";
+  }
+  bool is_enough = false;
+  const gpu::NetworkRegion region =
+      gpu::MakeNetworkRegion(part_->region_bytes, num_ranks, on_node, &is_enough);
+  if (!is_enough) {
+    return "the group needs " + std::to_string(gpu::least_region_bytes(num_ranks, on_node)) +
+           " bytes of NVSHMEM's heap, but it has " + std::to_string(part_->region_bytes) +
+           " for that, three quarters of all" + kLargerHeap;
+  }
+  members_ = group;
+  char* const at = part_->region;
+  NetworkCall& made = call->emplace();
+  made.part = *part_;
+  made.region = region;
+  made.node = rank / on_node;
+  made.group.layout = {region.layout_memory(at), region.layout, region.epoch(at), rank, num_ranks};
+  made.group.dispatch = {region.rail, region.dispatch_memory(at), region.dispatch_chunks_of(at),
+                         made.node, on_node};
+  made.group.combine = {region.rail, region.combine_memory(at), region.combine_chunks_of(at),
+                        made.node, on_node};
+  std::fill(std::begin(made.group.pe), std::end(made.group.pe), uint16_t{0});
+  for (int r = 0; r < num_ranks; ++r) {
+    made.group.pe[r] = static_cast<uint16_t>(process_of(members[r]));
+  }
+  return std::nullopt;
+}
+
+std::optional<std::string> NetworkProblem(const NetworkCall& network, const LayoutCall& call) {
+  const TableSizes& sizes = call.sizes;
+  const gpu::NetworkLayoutMemory& at = network.region.layout;
+  if (sizes.num_experts % 2 != 0) {  // rows of counts are multiples of 8 bytes
+    return "over the network num_experts must be even; got " + std::to_string(sizes.num_experts);
+  }
+  const int64_t num_ids = sizes.num_tokens * sizes.top_k;
+  if (num_ids > at.max_ids) return AtMost("T * K", at.max_ids, num_ids) + kLargerHeap;
+  if (call.room.capacity > at.max_capacity) {
+    return AtMost("the capacity", at.max_capacity, call.room.capacity) + kLargerHeap;
+  }
+  return std::nullopt;
+}
+
+std::optional<std::string> NetworkProblem(const NetworkCall& network, const DispatchCall& call,
+                                          int num_sms) {
+  if (call.quantization != QuantizationKind::kNone &&
+      call.quantization != QuantizationKind::kGivenScales) {
+    return "rows are not quantised for the network yet: leave out fp8, or pass rows with scales";
+  }
+  const gpu::RailMemory& at = network.region.rail;
+  if (auto problem = TooFewSms(at, num_sms)) return problem;
+  const gpu::ChunkFormat format = gpu::dispatch_chunks(
+      call.sizes.top_k,
+      gpu::WireRowBytes(call.x.row_bytes(), call.x.num_channels, call.num_scales));
+  gpu::rail::Plan plan;
+  if (!gpu::rail::MakePlan(at, format, call.x.row_bytes(), gpu::rail::kMaxPairs, &plan)) {
+    return TooLongRows("x", at, format);
+  }
+  return std::nullopt;
+}
+
+std::optional<std::string> NetworkProblem(const NetworkCall& network, const CombineCall& call,
+                                          int num_sms) {
+  if (!call.expand) return "rows that are not expanded are not summed over the network yet";
+  const gpu::RailMemory& at = network.region.rail;
+  if (at.num_nodes > gpu::rail::kMaxCombineNodes) {
+    return AtMost("the nodes of combine", gpu::rail::kMaxCombineNodes, at.num_nodes);
+  }
+  const int32_t on_node = network.region.ranks_per_node;
+  if (on_node > gpu::rail::kMaxRanksOfNode) {
+    return AtMost("the ranks of a node in combine", gpu::rail::kMaxRanksOfNode, on_node);
+  }
+  if (auto problem = TooFewSms(at, num_sms)) return problem;
+  const int64_t most_tokens =
+      gpu::kMaxUnitsPerBlock / network.region.num_ranks - gpu::rail::kTokensAtOnce;
+  if (call.sizes.num_tokens > most_tokens) {
+    return AtMost("T of combine", most_tokens, call.sizes.num_tokens);
+  }
+  const gpu::ChunkFormat format =
+      gpu::combine_chunks(call.sizes.top_k, call.y.row_bytes(), call.values.data != nullptr);
+  if (format.num_rows(at.slot_bytes) < 1) return TooLongRows("y", at, format);
+  return std::nullopt;
+}
+
+}  // namespace jax_ep
