@@ -3,10 +3,11 @@
 import contextlib
 import os
 import re
+from collections.abc import Callable
 
 import gpus
 import launcher
-from context import HERE, Context, Line, Result, Shape, SkippedError, run_job
+from context import HERE, Context, Line, Result, Shape, SkippedError, run_job, run_suite
 
 SCENARIOS = HERE / "network_scenarios.py"
 # No transport but P2P; and NVLink multicast stays off.
@@ -119,6 +120,34 @@ def _exchange(ctx: Context, program: str, num_ranks: int) -> tuple[Line, list[st
     text = processes[0].log.read_text(errors="replace")
     line.notes = re.findall(r"^NOTE: (.*)$", text, re.MULTILINE)
     return line, problems
+
+
+def across_nodes(num_ranks: int) -> Callable[[Context], Result]:
+    """A tier of so many processes, one group whose ranks count as nodes of one and of two."""
+
+    def tier(ctx: Context) -> Result:
+        ctx.skip_without_gpu()
+        lines, problems = [], []
+        for ranks_per_node in (1, 2):
+            if ranks_per_node == num_ranks:
+                continue
+            result = run_suite(
+                ctx,
+                f"network-ep{num_ranks}-by-{ranks_per_node}",
+                Shape(num_ranks, _ranks_per_gpu(ctx, num_ranks)),
+                ["gpu/across_nodes.py"],
+                limit=150,
+                JAX_EP_NETWORK="1",
+                JAX_EP_RANKS_PER_NODE=str(ranks_per_node),
+                NVSHMEM_SYMMETRIC_SIZE=str(num_ranks * 8 << 20),  # for chunks of 32 KiB
+                **ENVIRONMENT,
+            )
+            lines += result.lines
+            problems += result.problems
+        return Result(lines, problems)
+
+    tier.__doc__ = f"EP{num_ranks} across nodes over NVSHMEM's P2P: the verbs and their gradients."
+    return tier
 
 
 def _ranks_per_gpu(ctx: Context, num_ranks: int) -> int:

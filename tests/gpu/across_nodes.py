@@ -1,0 +1,127 @@
+"""The verbs, and gradients, of a group that is the whole job and lies on several nodes.
+
+Run by the tiers network-ep*, in every process of a job: each of them is a rank. One group has the
+network's memory, so the suite, with its groups of all sizes, cannot run there.
+"""
+
+import numpy as np
+import pytest
+import routings
+from backends import LAYOUT_ARRAYS, JaxBackend
+from numpy.typing import DTypeLike
+from routings import Case, assert_same_bits
+from test_dispatch import BF16, F32, ORACLE, check_dispatch, rows_shape
+from test_layout import assert_equals_oracle
+from test_nodes import on_nodes
+
+from jax_ep import nodes, nvshmem, reference
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+# T, K, L, H and what else a case has. Long rows are two a chunk, and some three chunks a channel.
+SIZES = {
+    "small": (5, 2, 2, 8, {}),
+    "aligned": (40, 4, 4, 264, {"expert_alignment": 8}),
+    "drops": (64, 4, 2, 1152, {"capacity": 48}),
+    "own room": (33, 3, 2, 520, {"expert_capacity": 16}),
+    "any tail": (130, 8, 8, 64, {"zero_tail": False}),
+    "long rows": (72, 2, 2, 7168, {"capacity": 200}),
+}
+
+
+@pytest.fixture
+def num_ranks(device_backend: JaxBackend) -> int:
+    assert nvshmem.is_running()
+    return device_backend.num_devices
+
+
+def case_of(size: str, num_ranks: int) -> Case:
+    num_tokens, top_k, num_local_experts, hidden, more = SIZES[size]
+    return Case(num_ranks, num_tokens, top_k, num_local_experts * num_ranks, hidden, **more)
+
+
+@pytest.mark.parametrize("kind", routings.ROUTING_KINDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_layout(device_backend: JaxBackend, num_ranks: int, size: str, kind: str) -> None:
+    case = case_of(size, num_ranks)
+    ids = routings.topk_ids(np.random.default_rng(1), case, kind)
+    assert_equals_oracle(device_backend, case, ids)
+
+
+@pytest.mark.parametrize("kind", routings.ROUTING_KINDS)
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        *[(size, BF16) for size in SIZES],
+        ("small", F32),
+        ("aligned", np.int16),
+        ("long rows", np.uint8),
+    ],
+)
+def test_rows(
+    device_backend: JaxBackend, num_ranks: int, size: str, dtype: DTypeLike, kind: str
+) -> None:
+    case, rng = case_of(size, num_ranks), np.random.default_rng(2)
+    ids = routings.topk_ids(rng, case, kind)
+    if np.issubdtype(dtype, np.integer):
+        x = rng.integers(0, 128, rows_shape(case)).astype(dtype)
+    else:
+        x = routings.random_rows(rng, rows_shape(case), dtype, specials=True)
+    for weights in (None, routings.random_weights(rng, case)):
+        check_dispatch(device_backend, case, ids, x, weights)
+
+
+@pytest.mark.parametrize("size", ["small", "drops"])
+def test_in_one(device_backend: JaxBackend, num_ranks: int, size: str) -> None:
+    """layout_and_dispatch is the two, with tables and rows to the bit."""
+    case, rng = case_of(size, num_ranks), np.random.default_rng(3)
+    ids = routings.topk_ids(rng, case, "uniform")
+    x = routings.random_rows(rng, rows_shape(case), BF16)
+    arguments = (case, ids, x, routings.random_weights(rng, case))
+    layout, received = device_backend.layout_and_dispatch(*arguments)
+    theirs, expected = ORACLE.layout_and_dispatch(*arguments)
+    for name in LAYOUT_ARRAYS:
+        assert_same_bits(getattr(layout, name), getattr(theirs, name))
+    assert_same_bits(received.tokens, expected.tokens)
+    assert_same_bits(received.weights, expected.weights)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("size", SIZES)
+def test_sums(device_backend: JaxBackend, num_ranks: int, size: str, dtype: DTypeLike) -> None:
+    """combine, and the gradient of dispatch, in the order of nodes; that of combine is rows."""
+    case, rng = case_of(size, num_ranks), np.random.default_rng(5)
+    ranks_per_node = nodes.chosen()
+    assert ranks_per_node is not None
+    for kind in ("uniform", "nowhere", "empty_ranks"):
+        ids = routings.topk_ids(rng, case, kind)
+        layout = device_backend.make_layout(case, ids)
+        theirs = on_nodes(ORACLE.make_layout(case, ids), ranks_per_node)
+        shape = (num_ranks, case.num_rows, case.hidden)
+        y = routings.random_rows(rng, shape, dtype, specials=True)
+        y[~layout.row_valid] = np.nan
+        weights = rng.standard_normal(shape[:2]).astype(F32)
+        for given in (None, weights):
+            assert_same_bits(
+                device_backend.combine(y, layout, given), ORACLE.combine(y, theirs, given)
+            )
+        d_x, d_topk_weights = device_backend.dispatch_vjp(layout, y, weights)
+        expected, expected_weights = ORACLE.dispatch_vjp(theirs, y, weights)
+        assert_same_bits(d_x, expected)
+        assert_same_bits(d_topk_weights, expected_weights)
+        g = routings.random_rows(rng, rows_shape(case), dtype)
+        d_y, _ = device_backend.combine_vjp(y, layout, None, g)
+        rows = ORACLE.combine_vjp(y, theirs, None, g)[0]
+        specified = reference.specified_rows(theirs.handle)
+        assert_same_bits(d_y[specified], rows[specified])
+
+
+def test_call_after_call(device_backend: JaxBackend, num_ranks: int) -> None:
+    """Nothing of a call is left for the next one: chunks, credit and epochs go on through all."""
+    rng = np.random.default_rng(4)
+    cases = [case_of(size, num_ranks) for size in ("long rows", "small", "aligned")]
+    for _ in range(20):
+        for case in cases:
+            ids = routings.topk_ids(rng, case, str(rng.choice(routings.ROUTING_KINDS)))
+            x = routings.random_rows(rng, rows_shape(case), BF16)
+            check_dispatch(device_backend, case, ids, x, routings.random_weights(rng, case))
