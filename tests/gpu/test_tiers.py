@@ -188,5 +188,31 @@ def test_a_break_of_slots_that_nothing_sees_is_a_failure(
     assert [(line.what, line.failed) for line in result.lines] == [
         (name, int(name == names[1])) for name in names
     ]
-    assert result.problems == [f"{names[1]}: no test has failed"]
+    assert result.problems == [f"{names[1]}: no race was seen"]
     assert result.lines[0].notes == ["AssertionError: stale or early rows"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ("E   AssertionError: wrong rows, by rank: [3 0]", set()),
+        # Who waits in vain has lost what was written over; without tags nobody waits.
+        ("E   x.JaxRuntimeError: DEADLINE_EXCEEDED: jax_ep_combine: a waited for b", {"kBreakTag"}),
+        ("E   ImportError: jax_ep", {"kBreakTag", "kBreakParity", "kBreakWait"}),
+    ],
+)
+def test_only_a_race_shows_a_break_of_slots(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, text: str, problems: set[str]
+) -> None:
+    monkeypatch.setattr(tiers, "run_broken", lambda *_: (Job([], None, 1.0), [text]))
+    result = slots_race_control(_context(tmp_path, seconds_left=9, platform="cuda"))
+    assert {problem.split(":")[0] for problem in result.problems} == problems
+
+
+def test_blocks_without_a_place_show_no_break_of_slots(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "E   AssertionError: wrong rows\nonly 11 of 12 blocks got a streaming multiprocessor"
+    monkeypatch.setattr(tiers, "run_broken", lambda *_: (Job([], None, 1.0), [text]))
+    result = slots_race_control(_context(tmp_path, seconds_left=9, platform="cuda"))
+    assert len(result.problems) == len(slot_breaks())
