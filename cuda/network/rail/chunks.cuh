@@ -3,6 +3,7 @@
 #define JAX_EP_CUDA_NETWORK_RAIL_CHUNKS_CUH_
 
 #include "cuda/launch.h"
+#include "cuda/network/hop.cuh"
 #include "cuda/network/hop_wait.cuh"
 #include "cuda/network/rail/rail.h"
 #include "cuda/sync/give_up.cuh"
