@@ -299,7 +299,7 @@ def combine(y: Array, layout: Layout, weights: Array | None = _UNWEIGHTED) -> Ar
     token without a kept row gives 0. The inner sum is formed on the expert's rank, so a row crosses
     a link once per (token, rank), and results are the same bits on every backend.
 
-    Where ranks lie on several nodes (CPU only so far), a node's ranks are summed and rounded before
+    Where ranks lie on several nodes, a node's ranks are summed and rounded before
     nodes are, both ascending; one node, or a rank on each, is as above, to the bit. How many ranks
     a node has is settled when the program is lowered, since a trace does not know the devices:
     ``layout.ranks_per_node``, if it is set, else what ``initialize`` was told, else the hosts of
@@ -334,7 +334,8 @@ def combine(y: Array, layout: Layout, weights: Array | None = _UNWEIGHTED) -> Ar
         ValueError: a shape or the layout's group does not fit. When it is lowered: the ranks do not
             lie on nodes evenly. When it is compiled: as in ``dispatch``.
         TypeError: a dtype is not supported.
-        NotImplementedError: as in ``make_layout``; for CUDA, if the group lies on several nodes.
+        NotImplementedError: as in ``make_layout``; for CUDA, what docs/multi_node.md says is not
+            there for a group on several nodes.
     """
     where = "jax_ep.combine"
     checks.check_layout(where, layout)

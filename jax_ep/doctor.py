@@ -246,7 +246,7 @@ def check_machine(gpus: Sequence[Gpu]) -> list[Finding]:
 
 
 def check_network() -> list[Finding]:
-    """What there is for a network between nodes. No kernel uses one yet: nothing is missing."""
+    """What there is for a network between nodes, which nobody needs whose groups lie on one."""
     package = _version(*_NVSHMEM)
     findings = [
         Finding("ok", f"NVSHMEM: {package}")
