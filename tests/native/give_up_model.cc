@@ -16,11 +16,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <string>
-#include <unordered_set>
 
 #include "cuda/memory/control.h"
+#include "tests/native/search.h"
 
 namespace {
 
@@ -67,15 +66,10 @@ class Model {
   Model(const Sizes& sizes, Variant variant) : sizes_(sizes), variant_(variant) {}
 
   int Check() {
-    State first{};
-    Visit(first);
-    while (!left_.empty() && verdict_ == 0) {
-      const State state = left_.front();
-      left_.pop_front();
-      Expand(state);
-    }
+    search_.Visit({});
+    verdict_ = search_.Run([&](const State& state) { return Expand(state); });
     std::printf("%d ranks, %d workers, %d calls: %zu states, %s\n", sizes_.ranks, sizes_.workers,
-                sizes_.calls, seen_.size(),
+                sizes_.calls, search_.num_states(),
                 verdict_ == 0   ? "right"
                 : verdict_ == 3 ? "written after the end"
                                 : "a call does not end");
@@ -83,24 +77,14 @@ class Model {
   }
 
  private:
-  void Visit(const State& state) {
-    uint64_t hash = 0xcbf29ce484222325u;  // a collision hides a state, once in 10^5 runs
-    const auto* bytes = reinterpret_cast<const uint8_t*>(&state);
-    for (size_t i = 0; i < sizeof state; ++i) {
-      hash = (hash ^ bytes[i]) * 0x9e3779b97f4a7c15u;
-      hash ^= hash >> 29;
-    }
-    if (seen_.insert(hash).second) left_.push_back(state);
-  }
-
-  void Expand(const State& state) {
+  int Expand(const State& state) {
     bool moves = false, is_running = false;
     for (int r = 0; r < sizes_.ranks; ++r) {
       const Rank& rank = state[r];
       if (rank.call == 0) {
         State next = state;
         Begin(next[r], 1);
-        Visit(next);
+        search_.Visit(next);
         continue;  // it may also never come
       }
       if (rank.close == kClosed) continue;
@@ -109,7 +93,7 @@ class Model {
         State next = state;
         if (move(next)) {
           moves = true;
-          Visit(next);
+          search_.Visit(next);
         }
       };
       bool all_done = true;
@@ -124,7 +108,7 @@ class Model {
       }
       if (all_done) step([&](State& next) { return CloseCall(next, r); });
     }
-    if (is_running && !moves) verdict_ = 4;
+    return is_running && !moves ? 4 : verdict_;
   }
 
   static void Begin(Rank& rank, uint8_t call) {
@@ -289,8 +273,7 @@ class Model {
   const Sizes sizes_;
   const Variant variant_;
   int verdict_ = 0;
-  std::unordered_set<uint64_t> seen_;
-  std::deque<State> left_;
+  jax_ep::test::Search<State> search_;
 };
 
 }  // namespace

@@ -236,22 +236,28 @@ inline void MakeRows(std::mt19937_64& rng, Data& d) {
   }
 }
 
+// What dispatch leaves on rank r: rows and weights.
+inline void MakeReceived(Data& d, int r) {
+  const int64_t ids_per_rank = d.num_tokens * d.top_k;
+  std::vector<uint8_t> tokens(d.capacity * d.row_bytes, 0);
+  std::vector<float> weights(d.capacity, 0.0f);
+  for (int64_t row = 0; row < d.capacity; ++row) {
+    const int64_t flat = d.recv_src[r][row];
+    if (flat < 0) continue;
+    const int64_t src = flat / ids_per_rank, token = flat % ids_per_rank / d.top_k;
+    std::memcpy(tokens.data() + row * d.row_bytes, d.x[src].data() + token * d.row_bytes,
+                d.row_bytes);
+    weights[row] = d.topk_weights[src][flat % ids_per_rank];
+  }
+  d.tokens.push_back(tokens);
+  d.weights.push_back(weights);
+}
+
 inline void MakeResults(Data& d) {
   const int64_t ids_per_rank = d.num_tokens * d.top_k;
   const int type_bytes = TypeBytes(d.type);
   for (int r = 0; r < d.num_ranks; ++r) {
-    std::vector<uint8_t> tokens(d.capacity * d.row_bytes, 0);
-    std::vector<float> weights(d.capacity, 0.0f);
-    for (int64_t row = 0; row < d.capacity; ++row) {
-      const int64_t flat = d.recv_src[r][row];
-      if (flat < 0) continue;
-      const int64_t src = flat / ids_per_rank, token = flat % ids_per_rank / d.top_k;
-      std::memcpy(tokens.data() + row * d.row_bytes, d.x[src].data() + token * d.row_bytes,
-                  d.row_bytes);
-      weights[row] = d.topk_weights[src][flat % ids_per_rank];
-    }
-    d.tokens.push_back(tokens);
-    d.weights.push_back(weights);
+    MakeReceived(d, r);
 
     // A lane of one of the kernel's seven helpers sums at most H / 224 + 8 products; then lanes add
     // up in 5 steps, and seven sums are added. So many roundings and one more, if products are not
@@ -308,8 +314,8 @@ inline void MakeResults(Data& d) {
   }
 }
 
-inline Data MakeData(const Case& c, int num_ranks, uint64_t seed) {
-  std::mt19937_64 rng(seed);
+// Random ids of a case, and the tables of its layout.
+inline Data MakeLayoutData(const Case& c, int num_ranks, std::mt19937_64& rng) {
   Data d{};
   d.num_ranks = num_ranks;
   d.num_tokens = c.num_tokens;
@@ -325,6 +331,12 @@ inline Data MakeData(const Case& c, int num_ranks, uint64_t seed) {
   d.zero_tail = c.zero_tail;
   MakeIds(c, rng, d);
   MakeTables(c, d);
+  return d;
+}
+
+inline Data MakeData(const Case& c, int num_ranks, uint64_t seed) {
+  std::mt19937_64 rng(seed);
+  Data d = MakeLayoutData(c, num_ranks, rng);
   MakeRows(rng, d);
   MakeResults(d);
   return d;

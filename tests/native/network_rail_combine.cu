@@ -91,7 +91,7 @@ void MakeSums(Data& d, int ranks_per_node) {
 
 Data MakeCombineData(const Case& c, const JobShape& shape, uint64_t seed) {
   std::mt19937_64 rng(seed);
-  Data d = MakeTablesOf(c, shape.num_ranks, rng);
+  Data d = MakeLayoutData(c, shape.num_ranks, rng);
   MakeOperands(d, rng);
   MakeSums(d, shape.ranks_per_node);
   return d;
@@ -275,26 +275,16 @@ void RunWithoutOne(Group& group, const JobShape& shape, const NetworkModel& mode
 
 void TestRailCombine(Group& group, bool is_small) {
   CHECK_CUDA(PrepareRailCombine<FaultyHop>());
-  const int num_seeds = is_small ? 1 : 3, num_calls = is_small ? 6 : 12;
-  for (uint64_t seed = 1; seed <= static_cast<uint64_t>(num_seeds); ++seed) {
-    for (const NetworkModel& model : RailModels(seed)) {
-      for (const JobShape& shape :
-           {JobShape{2, 1, 1, 1, 16384}, JobShape{2, 1, 3, 2, 4096}, JobShape{4, 2, 1, 1, 4096},
-            JobShape{4, 2, 3, 3, 32768}, JobShape{4, 1, 2, 2, 4096}, JobShape{8, 2, 2, 2, 16384},
-            JobShape{8, 4, 4, 3, 32768}, JobShape{8, 1, 2, 2, 16384}}) {
+  RunJobs(
+      is_small,
+      [&](const JobShape& shape, const NetworkModel& model, int num_calls) {
         RunCombine(group, shape, model, num_calls);
-      }
-      if (model.departure == NetworkModel::Departure::kAtOnce) continue;
-      for (const JobShape& shape : {JobShape{2, 1, 2, 2, 4096}, JobShape{4, 2, 2, 2, 4096}}) {
+      },
+      [&](const JobShape& shape, const NetworkModel& model) {
         RunCombine(group, shape, model, 2, Fault::kHeadFirst);
         RunCombine(group, shape, model, 1, Fault::kWithoutCredit);
-      }
-    }
-  }
-  for (const JobShape& shape :
-       {JobShape{2, 1, 2, 2, 4096}, JobShape{4, 2, 2, 2, 4096}, JobShape{8, 4, 2, 2, 4096}}) {
-    RunWithoutOne(group, shape, RailModels(1)[1]);
-  }
+      });
+  for (const JobShape& shape : FailureJobs()) RunWithoutOne(group, shape, RailModels(1)[1]);
 }
 
 }  // namespace jax_ep::gpu::test

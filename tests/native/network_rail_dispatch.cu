@@ -52,7 +52,7 @@ void Launch(Job& job, int rank, DispatchBuffers& buffers, const Data& d, uint64_
 // What ranks send, and what they must get.
 Data MakeDispatchData(const Case& c, int num_ranks, uint64_t seed) {
   std::mt19937_64 rng(seed);
-  Data d = MakeTablesOf(c, num_ranks, rng);
+  Data d = MakeLayoutData(c, num_ranks, rng);
   for (int r = 0; r < num_ranks; ++r) {
     std::vector<uint8_t> x(d.num_tokens * d.row_bytes);
     for (size_t i = 0; i < x.size(); i += sizeof(uint64_t)) {
@@ -64,21 +64,7 @@ Data MakeDispatchData(const Case& c, int num_ranks, uint64_t seed) {
     d.x.push_back(x);
     d.topk_weights.push_back(topk_weights);
   }
-  const int64_t ids_per_rank = d.num_tokens * d.top_k;
-  for (int r = 0; r < num_ranks; ++r) {
-    std::vector<uint8_t> tokens(d.capacity * d.row_bytes, 0);
-    std::vector<float> weights(d.capacity, 0.0f);
-    for (int64_t row = 0; row < d.capacity; ++row) {
-      const int64_t flat = d.recv_src[r][row];
-      if (flat < 0) continue;
-      const int64_t src = flat / ids_per_rank, token = flat % ids_per_rank / d.top_k;
-      std::memcpy(tokens.data() + row * d.row_bytes, d.x[src].data() + token * d.row_bytes,
-                  d.row_bytes);
-      weights[row] = d.topk_weights[src][flat % ids_per_rank];
-    }
-    d.tokens.push_back(tokens);
-    d.weights.push_back(weights);
-  }
+  for (int r = 0; r < num_ranks; ++r) MakeReceived(d, r);
   return d;
 }
 
@@ -293,24 +279,16 @@ void RunOtherCall(Group& group, const JobShape& shape, const NetworkModel& model
 
 void TestRailDispatch(Group& group, bool is_small) {
   CHECK_CUDA(PrepareRailDispatch<FaultyHop>());
-  const int num_seeds = is_small ? 1 : 3, num_calls = is_small ? 6 : 12;
-  for (uint64_t seed = 1; seed <= static_cast<uint64_t>(num_seeds); ++seed) {
-    for (const NetworkModel& model : RailModels(seed)) {
-      for (const JobShape& shape :
-           {JobShape{2, 1, 1, 1, 16384}, JobShape{2, 1, 3, 2, 4096}, JobShape{4, 2, 1, 1, 4096},
-            JobShape{4, 2, 3, 3, 32768}, JobShape{4, 1, 2, 2, 4096}, JobShape{8, 2, 2, 2, 16384},
-            JobShape{8, 4, 4, 3, 32768}, JobShape{8, 1, 2, 2, 16384}}) {
+  RunJobs(
+      is_small,
+      [&](const JobShape& shape, const NetworkModel& model, int num_calls) {
         RunDispatch(group, shape, model, num_calls);
-      }
-      if (model.departure == NetworkModel::Departure::kAtOnce) continue;
-      for (const JobShape& shape : {JobShape{2, 1, 2, 2, 4096}, JobShape{4, 2, 2, 2, 4096}}) {
+      },
+      [&](const JobShape& shape, const NetworkModel& model) {
         RunDispatch(group, shape, model, 4, Fault::kHeadFirst);
         RunDispatch(group, shape, model, 1, Fault::kWithoutCredit);
-      }
-    }
-  }
-  for (const JobShape& shape :
-       {JobShape{2, 1, 2, 2, 4096}, JobShape{4, 2, 2, 2, 4096}, JobShape{8, 4, 2, 2, 4096}}) {
+      });
+  for (const JobShape& shape : FailureJobs()) {
     RunWithoutOne(group, shape, RailModels(1)[1]);
     RunOtherCall(group, shape, RailModels(1)[1]);
   }

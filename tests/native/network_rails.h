@@ -91,26 +91,6 @@ struct JobShape {
   }
 };
 
-// Random ids of a case, and the tables of its layout.
-inline Data MakeTablesOf(const Case& c, int num_ranks, std::mt19937_64& rng) {
-  Data d{};
-  d.num_ranks = num_ranks;
-  d.num_tokens = c.num_tokens;
-  d.top_k = c.top_k;
-  d.num_local = c.experts_per_rank;
-  d.num_experts = c.experts_per_rank * num_ranks;
-  d.alignment = c.alignment;
-  d.num_channels = c.num_channels;
-  d.type = c.type;
-  d.row_bytes = c.num_channels * TypeBytes(c.type);
-  d.routing = c.routing;
-  d.weighted = c.weighted;
-  d.zero_tail = c.zero_tail;
-  MakeIds(c, rng, d);
-  MakeTables(c, d);
-  return d;
-}
-
 inline Case AnyCase(std::mt19937_64& rng, int64_t slot_bytes) {
   const auto choose = [&](std::vector<int64_t> of) { return of[rng() % of.size()]; };
   Case c{};
@@ -286,6 +266,31 @@ class Job {
   SimulatedNetwork network_;
   std::vector<std::unique_ptr<Buffer<RailChunks>>> chunks_;  // by rank
 };
+
+// Calls run(shape, model, num_calls) for all that is tried, run_controls(shape, model) for hops that
+// are wrong.
+template <typename Run, typename RunControls>
+void RunJobs(bool is_small, const Run& run, const RunControls& run_controls) {
+  const int num_seeds = is_small ? 1 : 3, num_calls = is_small ? 6 : 12;
+  for (uint64_t seed = 1; seed <= static_cast<uint64_t>(num_seeds); ++seed) {
+    for (const NetworkModel& model : RailModels(seed)) {
+      for (const JobShape& shape :
+           {JobShape{2, 1, 1, 1, 16384}, JobShape{2, 1, 3, 2, 4096}, JobShape{4, 2, 1, 1, 4096},
+            JobShape{4, 2, 3, 3, 32768}, JobShape{4, 1, 2, 2, 4096}, JobShape{8, 2, 2, 2, 16384},
+            JobShape{8, 4, 4, 3, 32768}, JobShape{8, 1, 2, 2, 16384}}) {
+        run(shape, model, num_calls);
+      }
+      if (model.departure == NetworkModel::Departure::kAtOnce) continue;
+      for (const JobShape& shape : {JobShape{2, 1, 2, 2, 4096}, JobShape{4, 2, 2, 2, 4096}}) {
+        run_controls(shape, model);
+      }
+    }
+  }
+}
+// On which ranks fail.
+inline std::vector<JobShape> FailureJobs() {
+  return {{2, 1, 2, 2, 4096}, {4, 2, 2, 2, 4096}, {8, 4, 2, 2, 4096}};
+}
 
 // Of one call, on a rank's stream.
 using LaunchCall = std::function<void(int rank, int call)>;

@@ -1,4 +1,8 @@
-"""Tries every order of the steps in which rows and sums cross rails, without GPU or network."""
+"""Models of protocols, of which every order of steps is tried, without GPU or network.
+
+How calls fail (give_up_model.cc), how rows (rail_model.cc) and sums (rail_combine_model.cc) cross
+rails.
+"""
 
 import functools
 import pathlib
@@ -10,8 +14,16 @@ import pytest
 _FOLDER = pathlib.Path(__file__).parent
 
 # By model: what it finds, as its exit code, where something is left out or done otherwise.
-_WRONG_CHUNK, _NO_END, _WRONG_ROWS = 3, 4, 5
+_WRITTEN_AFTER, _WRONG_CHUNK, _NO_END, _WRONG_ROWS = 3, 3, 4, 5
 _CONTROLS = {
+    "give_up_model": {
+        "no-wait": _WRITTEN_AFTER,
+        "look": _WRITTEN_AFTER,
+        "two-steps": _WRITTEN_AFTER,
+        "early-left": _WRITTEN_AFTER,
+        "left-last": _NO_END,
+        "no-progress": _NO_END,
+    },
     "rail_model": {
         "no-credit": _WRONG_CHUNK,
         "early-credit": _WRONG_CHUNK,
@@ -50,8 +62,10 @@ def _run(model: pathlib.Path, variant: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([model, variant], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize(("name", "num_sizes"), [("rail_model", 3), ("rail_combine_model", 5)])
-def test_chunks_are_right_and_calls_end(folder: pathlib.Path, name: str, num_sizes: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "num_sizes"), [("give_up_model", 2), ("rail_model", 3), ("rail_combine_model", 5)]
+)
+def test_every_order_is_right(folder: pathlib.Path, name: str, num_sizes: int) -> None:
     done = _run(_built(folder, name), "right")
     print(done.stdout)
     assert done.returncode == 0, done.stdout
