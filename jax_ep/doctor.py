@@ -253,7 +253,7 @@ def check_network() -> list[Finding]:
         if package
         else Finding(
             "info",
-            "NVSHMEM: not installed; only jax_ep.initialize(network=True) needs it",
+            "NVSHMEM: not installed; only groups across nodes need it",
             f"{_PIP} {_NVSHMEM[0]}",
         )
     ]

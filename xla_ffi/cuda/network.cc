@@ -44,28 +44,12 @@ void Network::Join(const gpu::NetworkPart& part, std::vector<int64_t> node_of_pr
   if (part.control_bytes != sizeof(gpu::ControlBlock)) {
     Throw("jax_ep._nvshmem and jax_ep._cuda are of different builds");
   }
-  // The largest group of the job: with as many nodes as there are.
-  const auto most_ranks = std::min<int64_t>(part.num_processes, gpu::kMaxNetworkRanks);
-  const std::set<int64_t> nodes(node_of_process.begin(), node_of_process.end());
-  auto on_node = static_cast<int64_t>(node_of_process.size() / std::max<size_t>(1, nodes.size()));
-  if (ranks_per_node != 0) on_node = std::min<int64_t>(ranks_per_node, part.num_processes);
-  on_node = std::clamp<int64_t>(on_node, 1, most_ranks);
-  const int64_t num_nodes = most_ranks / on_node;
-  const int64_t least = num_nodes < 2
-                            ? 0
-                            : gpu::least_region_bytes(static_cast<int32_t>(num_nodes * on_node),
-                                                      static_cast<int32_t>(on_node));
-  if (part.region_bytes < least) {
-    Throw("groups of " + std::to_string(num_nodes * on_node) + " ranks, " +
-          std::to_string(on_node) + " on each node, need " + std::to_string(least) +
-          " bytes of NVSHMEM's heap, but it has " + std::to_string(part.region_bytes) +
-          " for them, three quarters of all" + kLargerHeap);
-  }
   std::lock_guard<std::mutex> lock(mutex_);
   part_ = part;
   node_of_process_ = std::move(node_of_process);
   ranks_per_node_ = ranks_per_node;
   members_.clear();
+  has_refused_group_ = false;
 }
 
 void Network::Leave() {
@@ -94,14 +78,12 @@ std::optional<std::string> Network::Find(const int64_t* members, int num_ranks, 
   call->reset();
   std::lock_guard<std::mutex> lock(mutex_);
   if (!part_) return std::nullopt;
-  std::set<int64_t> processes;
   for (int r = 0; r < num_ranks; ++r) {
     const int64_t process = process_of(members[r]);
     if (process < 0 || process >= static_cast<int64_t>(node_of_process_.size())) {
       return "rank " + std::to_string(r) + " is of process " + std::to_string(process) +
              ", which is not in this job";
     }
-    processes.insert(process);
   }
   const int on_node = RanksPerNode(members, num_ranks);
   if (on_node == num_ranks) return std::nullopt;
@@ -111,11 +93,16 @@ std::optional<std::string> Network::Find(const int64_t* members, int num_ranks, 
   if (num_ranks > gpu::kMaxNetworkRanks) {
     return AtMost("the group's ranks", gpu::kMaxNetworkRanks, num_ranks);
   }
+  std::set<int64_t> processes;
+  for (int r = 0; r < num_ranks; ++r) processes.insert(process_of(members[r]));
   if (static_cast<int>(processes.size()) != num_ranks) {
     return "over the network each rank must be a process of its own";
   }
   const std::vector<int64_t> group(members, members + num_ranks);
-  if (!members_.empty() && members_ != group) {
+  // Once there has been another, not even the first: ranks that are in the other alone do not refuse
+  // it, and what they send may lie in the region.
+  has_refused_group_ |= !members_.empty() && members_ != group;
+  if (has_refused_group_) {
     return "another group of ranks, or the same in another order, has gone over the network since "
            "jax_ep.initialize(), whose memory is for one. Give all meshes the same groups across "
            "nodes, or call jax_ep.finalize() and jax_ep.initialize() in every process between";

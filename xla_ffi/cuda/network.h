@@ -32,8 +32,7 @@ class Network {
   static Network& Get();
 
   // After NVSHMEM has started: from here on groups may lie on several nodes. `node_of_process`: equal
-  // numbers are one node; `ranks_per_node`, if not 0, counts instead, wherever ranks are. Throws if
-  // the region is too small for groups of that job.
+  // numbers are one node; `ranks_per_node`, if not 0, counts instead, wherever ranks are.
   void Join(const gpu::NetworkPart& part, std::vector<int64_t> node_of_process,
             int64_t ranks_per_node);
 
@@ -42,7 +41,7 @@ class Network {
 
   // Of the group of these members (process << 32 | id), by rank: fills `call` if it lies on several
   // nodes and there is a network; why that cannot be, in words. The first group of the process has
-  // the region until Leave.
+  // the region until Leave, or until another one has asked for it.
   std::optional<std::string> Find(const int64_t* members, int num_ranks, int rank,
                                   std::optional<NetworkCall>* call);
 
@@ -55,6 +54,7 @@ class Network {
   std::vector<int64_t> node_of_process_;
   int64_t ranks_per_node_ = 0;
   std::vector<int64_t> members_;  // of the group that has the region
+  bool has_refused_group_ = false;
 };
 
 // What kernels over the network do not take of a call, in words.

@@ -101,7 +101,8 @@ struct CombineWork {
   __device__ uint64_t own_scratch() const { return shared.address[g.rank][0]; }
   __device__ int64_t num_vectors() const { return format.row_bytes / 16; }
 
-  // [P2], by a warp. False if the group is broken.
+  // [P2], by a warp. False if the group is broken. This rank's own summers come to an end whatever
+  // happens, so the wait for them needs none.
   __device__ bool await_unit(int32_t unit) const {
     while (ld_acquire_cta_shared(&shared.box.written[unit % kRankSummers]) <= unit / kRankSummers) {
       __nanosleep(32);
