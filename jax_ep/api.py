@@ -58,6 +58,7 @@ def make_layout(
     expert_capacity: int | None = None,
     zero_tail: bool = True,
     num_sms: int | None = None,
+    overlap: bool = False,
     check_ids: bool = False,
 ) -> Layout:
     """Exchanges the routing and says where every row goes.
@@ -93,8 +94,12 @@ def make_layout(
         zero_tail: zero the rows beyond the last group (in ``dispatch``, and in the gradient of
             ``combine``). False leaves them unspecified, for experts that never read them.
         num_sms: streaming multiprocessors that this call and every operation on the layout may use
-            on a GPU, so that other work can run beside them; the same on all ranks. None: all.
-            Results do not depend on it, and on CPU it has no effect.
+            on a GPU, so that other work can run beside them; the same on all ranks. None: all,
+            with ``overlap`` 24. Results do not depend on it, and on CPU it has no effect.
+        overlap: on GPUs, let this call and every operation on the layout, backward passes included,
+            run beside computation that does not depend on them: of another micro-batch, say.
+            Results do not depend on it, and on CPU it has no effect. All layouts of a program
+            have the same; ``num_sms`` is then at most 64. See docs/guide.md.
         check_ids: for debugging: ids that are neither -1 nor in [0, E) end the program with a
             JaxRuntimeError whose text names the ranks, how many ids and what range. It costs a
             collective over the whole mesh and a callback to the host in every call; a program with
@@ -106,7 +111,8 @@ def make_layout(
     Raises:
         ValueError: a size or the axis does not fit, or both capacities are given; the message names
             it. R * T * K + E * A and C are at most 2**31 - 2**20. For CUDA, when it is lowered: K
-            is at most 32, E 1024, R 72. When it is compiled: the compiler has split an operand.
+            is at most 32, E 1024, R 72. When it is lowered: another layout of the program has
+            another ``overlap``. When it is compiled: the compiler has split an operand.
         TypeError: ``topk_idx`` is not int32.
         NotImplementedError: ``shard_map`` leaves an Explicit axis, or with ``check_ids`` or over an
             abstract mesh any axis, to the compiler.
@@ -121,6 +127,7 @@ def make_layout(
         expert_alignment=expert_alignment,
         expert_capacity=expert_capacity,
         num_sms=num_sms,
+        overlap=overlap,
     )
     with jax.named_scope(where):
         topk_idx = _ids_of_ranks(where, topk_idx, sizes, check_ids=check_ids)
@@ -211,6 +218,7 @@ def layout_and_dispatch(
     expert_capacity: int | None = None,
     zero_tail: bool = True,
     num_sms: int | None = None,
+    overlap: bool = False,
     check_ids: bool = False,
     fp8: ScaleFormat | None = None,
     dequantize: bool = False,
@@ -241,6 +249,7 @@ def layout_and_dispatch(
         expert_capacity: as in ``make_layout``.
         zero_tail: as in ``make_layout``.
         num_sms: as in ``make_layout``.
+        overlap: as in ``make_layout``.
         check_ids: as in ``make_layout``.
         fp8: as in ``dispatch``.
         dequantize: as in ``dispatch``.
@@ -266,6 +275,7 @@ def layout_and_dispatch(
         expert_alignment=expert_alignment,
         expert_capacity=expert_capacity,
         num_sms=num_sms,
+        overlap=overlap,
     )
     x, scales, topk_weights, form = checks.rows_to_send(
         where,
@@ -375,6 +385,7 @@ def moe(
     expert_capacity: int | None = None,
     zero_tail: bool = True,
     num_sms: int | None = None,
+    overlap: bool = False,
     check_ids: bool = False,
     fp8: ScaleFormat | None = None,
 ) -> tuple[Array, Layout]:
@@ -394,6 +405,7 @@ def moe(
         expert_capacity: as in ``make_layout``.
         zero_tail: as in ``make_layout``.
         num_sms: as in ``make_layout``.
+        overlap: as in ``make_layout``.
         check_ids: as in ``make_layout``.
         fp8: as in ``dispatch``, with ``dequantize=True``: fp8 on the wire, x's type for experts.
 
@@ -422,6 +434,7 @@ def moe(
         expert_capacity=expert_capacity,
         zero_tail=zero_tail,
         num_sms=num_sms,
+        overlap=overlap,
         check_ids=check_ids,
         fp8=fp8,
         dequantize=fp8 is not None,
@@ -501,6 +514,7 @@ def _layout_of(
         expert_capacity=sizes.expert_capacity or None,
         zero_tail=bool(zero_tail),
         num_sms=sizes.num_sms,
+        overlap=sizes.overlap,
     )
     named: Layout = jax.tree.map(lambda a: checkpoint_name(a, "jax_ep_layout"), layout)
     return named

@@ -162,6 +162,8 @@ def check_layout(where: str, layout: Layout) -> tuple[int, int]:
                 f"{where}: layout.ranks_per_node must divide the group's {num_ranks} ranks; got "
                 f"{ranks_per_node}"
             )
+    if layout.overlap:
+        limits.check_overlap(where, "layout.num_sms", layout.num_sms)
     ids_shape = layout.topk_idx.shape
     if len(ids_shape) != 2 or layout.recv_src.shape != (layout.capacity,):
         raise ValueError(
@@ -184,6 +186,7 @@ def routing(
     expert_alignment: Any,
     expert_capacity: Any,
     num_sms: Any,
+    overlap: Any,
 ) -> tuple[Array, ffi.LayoutSizes]:
     """The ids and the static sizes of a layout, from what ``make_layout`` is given."""
     axes = group.axis_names(axis_name, where)
@@ -227,8 +230,19 @@ def routing(
         capacity=capacity,
         expert_alignment=expert_alignment,
         expert_capacity=expert_capacity or 0,
-        num_sms=0 if num_sms is None else positive_int(where, "num_sms", num_sms),
+        num_sms=_sms(where, num_sms, overlap=bool(overlap)),
+        overlap=bool(overlap),
     )
+
+
+def _sms(where: str, num_sms: Any, *, overlap: bool) -> int:
+    """The SMs of a layout's calls; 0 for all."""
+    if num_sms is None:
+        return limits.OVERLAP_SMS if overlap else 0
+    most = positive_int(where, "num_sms", num_sms)
+    if overlap:
+        limits.check_overlap(where, "num_sms", most)
+    return most
 
 
 def rows_to_send(

@@ -7,6 +7,7 @@ import re
 from jax_ep._checks import checked_seconds
 
 SCHEDULING_FLAG = "--xla_gpu_command_buffer_scheduling_mode"
+STREAMS_FLAG = "--xla_gpu_experimental_enable_collective_multi_streaming"
 
 _TIMEOUT = "JAX_EP_TIMEOUT"
 _ARRIVAL_TIMEOUT = "JAX_EP_ARRIVAL_TIMEOUT"
@@ -96,5 +97,20 @@ def command_buffers_keep_order(flags: str) -> bool:
     device's control memory. Outside command buffers a device's stream sees to it. A mode that is
     not known to keep the order counts as one that does not.
     """
-    modes = re.findall(rf"""(?:^|\s){SCHEDULING_FLAG}=("[^"]*"|'[^']*'|\S*)""", flags)
-    return not modes or modes[-1].strip("\"'") in _ORDERED_MODES
+    mode = _last_value(SCHEDULING_FLAG, flags)
+    return mode is None or mode in _ORDERED_MODES
+
+
+def collectives_share_a_stream(flags: str) -> bool:
+    """Whether XLA, under its `flags`, runs a device's collectives on one stream, in their order.
+
+    Calls that overlap are among them, and need that as others need the device's one stream.
+    """
+    value = _last_value(STREAMS_FLAG, flags)
+    return value is None or value.lower() in ("false", "0")
+
+
+def _last_value(flag: str, flags: str) -> str | None:
+    """What the last `flag` says, without quotes: "" without a value; None if it is not there."""
+    values = re.findall(rf"""(?:^|\s){flag}(?:=("[^"]*"|'[^']*'|\S*)|(?=\s|$))""", flags)
+    return values[-1].strip("\"'") if values else None

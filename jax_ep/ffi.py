@@ -3,7 +3,8 @@
 Each primitive is one target: ``jax_ep_layout``, ``jax_ep_dispatch`` and ``jax_ep_combine`` on every
 platform, ``jax_ep_combine_gradient`` on CUDA, in whose place CPU, and groups across nodes, have a
 dispatch and XLA's arithmetic. ``jax_ep_layout_and_dispatch`` is a call on CPU, and on CUDA where
-slots may take it; else it is lowered to the two there.
+slots may take it; else it is lowered to the two there. With ``overlap=True`` the targets for CUDA
+are called ``jax_ep_layout_overlapped`` and so on.
 Operand and result order is that of xla_ffi/calls.h; on CPU the device's coordinates
 come before all operands, and combine has no scratch. Result types derive from the operands' types,
 so that shardings and varying axes carry over.
@@ -19,7 +20,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jax_ep import _cpu, compat, group, limits, nodes, nvshmem, runtime, unsplit
+from jax_ep import _cpu, compat, group, limits, nodes, nvshmem, overlap, runtime, unsplit
 from jax_ep.batching import map_calls
 from jax_ep.layout import Layout
 
@@ -61,6 +62,7 @@ class LayoutSizes(NamedTuple):
     expert_alignment: int
     expert_capacity: int  # 0: the experts share the capacity
     num_sms: int
+    overlap: bool
 
 
 class LayoutTables(NamedTuple):
@@ -78,6 +80,9 @@ class LayoutTables(NamedTuple):
 
 # Those that the operations on a layout take, in this order: cuda/core/tables.h.
 OPERAND_TABLES = LayoutTables._fields[:5]
+
+# The last of these, and those that programs may leave unused: all of one axis.
+_JOINED_TABLES = range(len(OPERAND_TABLES) - 1, len(LayoutTables._fields))
 
 
 def bind_layout(topk_idx: jax.Array, sizes: LayoutSizes) -> LayoutTables:
@@ -104,6 +109,7 @@ def _sizes(layout: Layout) -> dict[str, Any]:
         "num_experts": layout.num_experts,
         "capacity": layout.capacity,
         "num_sms": layout.num_sms,
+        "overlap": layout.overlap,
     }
 
 
@@ -453,7 +459,8 @@ def _checked(
 def _lower_call(
     target: str, platform: str, ctx: Any, *operands: Any, **params: Any
 ) -> Sequence[Any]:
-    axis_name = params.pop("axis_name")
+    axis_name, overlaps = params.pop("axis_name"), params.pop("overlap")
+    overlap.require_agreement(ctx, _VERBS[target], overlaps)
     members = group.members(ctx, axis_name)
     if "ranks_per_node" in params:
         params["ranks_per_node"] = params["ranks_per_node"] or nodes.ranks_per_node(
@@ -469,13 +476,21 @@ def _lower_call(
         values.insert(0, group.coordinates(ctx, axis_name))
     else:
         _check_nodes_of_cuda(target, ctx, axis_name, params)
-        runtime.require_cuda(target)
+        runtime.require_cuda(target, overlaps)
         results += _scratch(target, ctx.avals_in, params)
     attributes = {name: np.int64(value) for name, value in params.items()}
-    rule = jax.ffi.ffi_lowering(target)
+    asynchronous = overlaps and platform == "cuda"
+    rule = jax.ffi.ffi_lowering(overlap.target(target) if asynchronous else target)
     handler_ctx = ctx.replace(avals_in=operand_types, avals_out=results)
-    lowered: Sequence[Any] = rule(handler_ctx, *values, **members.attributes, **attributes)
-    return lowered[: len(ctx.avals_out)]
+
+    def call(*operands: Any) -> Sequence[Any]:
+        lowered: Sequence[Any] = rule(handler_ctx, *operands, **members.attributes, **attributes)
+        return lowered[: len(ctx.avals_out)]
+
+    if not asynchronous:
+        return call(*values)
+    joined = _JOINED_TABLES if target in (_layout_p.name, _layout_and_dispatch_p.name) else ()
+    return overlap.lower(ctx, target, call, values, joined)
 
 
 _VERBS = {

@@ -47,6 +47,8 @@ class Layout:
         num_sms: streaming multiprocessors that each operation on this layout, backward passes
             included, may use on a GPU; 0 is all of them. ``dataclasses.replace(layout, num_sms=n)``
             gives the same layout with another number.
+        overlap: whether calls on this layout, backward passes included, may run beside computation
+            on a GPU that does not depend on them; see ``make_layout``.
         ranks_per_node: how many ranks, one after the other, count as a node in the order in which
             ``combine`` and the gradient of ``dispatch`` sum (see ``combine``); a divisor of R.
             ``dataclasses.replace(layout, ranks_per_node=n)`` gives the same layout with that
@@ -72,6 +74,7 @@ class Layout:
     expert_capacity: int | None
     zero_tail: bool
     num_sms: int
+    overlap: bool = False
     ranks_per_node: int | None = None
 
     @property
@@ -109,6 +112,7 @@ _STATIC_FIELDS = (
     "expert_capacity",
     "zero_tail",
     "num_sms",
+    "overlap",
     "ranks_per_node",
 )
 jax.tree_util.register_dataclass(

@@ -17,6 +17,12 @@ MAX_NETWORK_RANKS = _LIMITS["network_ranks"]  # of a group across nodes
 NETWORK_SMS = _LIMITS["network_sms"]  # that its dispatch and combine take
 MAX_COMBINE_NODES = _LIMITS["network_combine_nodes"]
 
+# SMs of a call that runs beside others. By default as many as keep a wire full that eight fill; at
+# most so many that on the smallest Hopper GPU (78) a kernel of XLA's that waits for its peers, as a
+# call does, still finds room: if each had some of its blocks on an SM, neither would end.
+OVERLAP_SMS = 24
+MAX_OVERLAP_SMS = 64
+
 
 def may_fit_slots(*, num_ranks: int, num_tokens: int, top_k: int) -> bool:
     """Whether slots, if they are large enough, take a call for CUDA."""
@@ -100,6 +106,19 @@ def check_capacity(where: str, capacity: int, num_local_experts: int | None = No
         f"{where}: rows are counted in int32: {rows} must be at most {MAX_ROWS}; got {got}. "
         f"jax_ep.{name} computes one from the number of tokens"
     )
+
+
+def check_overlap(where: str, name: str, num_sms: int) -> None:
+    """Calls with ``overlap`` leave SMs to others.
+
+    Raises:
+        ValueError: ``num_sms``, of this name, is 0, which is all, or too many.
+    """
+    if not 1 <= num_sms <= MAX_OVERLAP_SMS:
+        raise ValueError(
+            f"{where}: with overlap=True {name} must be at least 1 and at most {MAX_OVERLAP_SMS}, "
+            f"so that what runs beside has SMs too; got {num_sms}"
+        )
 
 
 def check_cuda(

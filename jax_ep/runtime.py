@@ -10,7 +10,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from jax_ep import _native, compat, environment, limits, nodes, nvshmem, timeouts
+from jax_ep import _native, compat, environment, limits, nodes, nvshmem, overlap, timeouts
 from jax_ep._checks import checked_bytes, checked_count, checked_seconds
 from jax_ep.errors import Watcher, say
 from jax_ep.join import Attempt
@@ -294,7 +294,7 @@ def _look_for_few_threads() -> None:
 # CUDA ---------------------------------------------------------------------------------------------
 
 
-def require_cuda(target: str) -> None:
+def require_cuda(target: str, overlaps: bool = False) -> None:
     """Prepares this process's GPUs when a program is lowered for CUDA and there is a client."""
     if not compat.has_live_client("cuda"):
         return
@@ -308,6 +308,11 @@ def require_cuda(target: str) -> None:
             f"{target}: since jax_ep was imported, XLA_FLAGS was given a "
             f"{environment.SCHEDULING_FLAG} in which independent calls may run at once. Set "
             "XLA_FLAGS before the import"
+        )
+    if overlaps and not environment.collectives_share_a_stream(environment.xla_flags()):
+        raise RuntimeError(
+            f"{target}: XLA_FLAGS has {environment.STREAMS_FLAG}, with which calls of "
+            "overlap=True may run at once. Leave one of the two out"
         )
     _set_up_cuda()
 
@@ -325,6 +330,8 @@ def register_cuda() -> None:
     if _native.cuda is not None:
         _recordable = environment.command_buffers_keep_order(environment.xla_flags())
         handlers = _native.cuda.handlers(recordable=_recordable)
+        overlapped = _native.cuda.handlers(recordable=False)
+        handlers |= {overlap.target(name): stages for name, stages in overlapped.items()}
         compat.register_cuda_targets("jax_ep_cuda_site", _native.cuda.state_type(), handlers)
 
 
