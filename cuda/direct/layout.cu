@@ -21,8 +21,8 @@
 //           last block sends [E1] only now, and waits.
 // Reuse:    layout_counts is rewritten before [B] of the next call, whose [S2] follows [E2] of
 //           this.
-// Progress: the grid is at most one block an SM; waits are for peers ([S1] waits for nothing) and
-//           for resident blocks.
+// Progress: the grid is at most one block an SM, and two would fit, as ranks under MPS can be given
+//           the same SMs; waits are for peers ([S1] waits for nothing) and for resident blocks.
 // Failure:  a timeout fills the tables with -1 and the counts with 0; see give_up.cuh.
 // Speed:    a call of few ids runs its code once, and each line of it may have to be fetched. So
 //           loops are unrolled only for what is to be under way at once, and what few calls need
@@ -449,10 +449,12 @@ class TableBuilder {
   int32_t* const cached_;      // [num_cached], the block's first ids
 };
 
-__global__ __launch_bounds__(kNumThreads,
-                             1) void layout_kernel(const __grid_constant__ GroupView g,
-                                                   const __grid_constant__ LayoutArguments a,
-                                                   const __grid_constant__ Plan plan) {
+// Of several blocks two fit an SM: a rank that shares its GPU has not its SMs for itself alone, and a
+// block that waits for [E2] on one of them must not keep out the block that it waits for.
+template <bool kIsOneBlock>
+__global__ __launch_bounds__(kNumThreads, kIsOneBlock ? 1 : 2) void layout_kernel(
+    const __grid_constant__ GroupView g, const __grid_constant__ LayoutArguments a,
+    const __grid_constant__ Plan plan) {
   extern __shared__ int4 memory[];
   __shared__ Shared shared;
   timeline::begin();
@@ -522,13 +524,16 @@ int64_t SharedBytes(int64_t num_experts, int64_t num_cached) {
 cudaError_t LaunchLayout(const GroupView& group, const LayoutArguments& a, int num_sms,
                          cudaStream_t stream) {
   const Plan plan(a, group.num_ranks, std::min(num_sms, kMaxLayoutBlocks));
-  layout_kernel<<<static_cast<unsigned>(plan.num_blocks), kNumThreads,
-                  SharedBytes(plan.num_experts, plan.num_cached), stream>>>(group, a, plan);
+  const auto kernel = plan.num_blocks == 1 ? layout_kernel<true> : layout_kernel<false>;
+  kernel<<<static_cast<unsigned>(plan.num_blocks), kNumThreads,
+           SharedBytes(plan.num_experts, plan.num_cached), stream>>>(group, a, plan);
   return cudaGetLastError();
 }
 
 cudaError_t PrepareLayout() {
-  return PrepareKernel(layout_kernel, SharedBytes(kMaxExperts, kMaxCached));
+  const int64_t most_bytes = SharedBytes(kMaxExperts, kMaxCached);
+  if (cudaError_t e = PrepareKernel(layout_kernel<true>, most_bytes); e != cudaSuccess) return e;
+  return PrepareKernel(layout_kernel<false>, most_bytes);
 }
 
 }  // namespace jax_ep::gpu
