@@ -215,7 +215,7 @@ def test_race(
     race = Race(4096 // num_ranks, 2048, top_k) if on_gpu else Race(24, 64, top_k, in_one)
     if on_gpu and in_one:  # 2 MB of each rank, which fits slots
         race = Race(512, 1024, top_k, in_one)
-    num_calls, num_programs = (100, 3) if on_gpu else (2 * num_ranks, 2)
+    num_calls, num_programs = (100, 8) if on_gpu else (2 * num_ranks, 2)
     x, wrong = on_device.race_rows(num_ranks, race), np.zeros((num_ranks, len(RACE_CHECKS)), int)
     function = on_device.race(num_ranks, race, num_calls)
     for program in range(num_programs):
