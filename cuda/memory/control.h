@@ -171,6 +171,9 @@ struct Waiting {
 };
 inline constexpr uint64_t kLongWaitNs = uint64_t{1000} * 1000 * 1000;
 
+// How long a failed call waits for peers to leave this device's memory (cuda/sync/leave.cuh).
+inline constexpr uint64_t kLeaveTimeoutNs = uint64_t{1000} * 1000 * 1000;
+
 // "The ids of this rank have held so many that are without an expert, of so many": never 0.
 JAX_EP_HOST_DEVICE constexpr uint64_t invalid_ids_of(int32_t rank, int32_t num_experts,
                                                      int32_t num_invalid) {

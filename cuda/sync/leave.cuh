@@ -39,8 +39,6 @@
 
 namespace jax_ep::gpu {
 
-inline constexpr uint64_t kLeaveTimeoutNs = uint64_t{1000} * 1000 * 1000;
-
 // [V1], by one thread of each block that is to use a peer's addresses of the call `epoch`: what
 // is_shut is asked of. The block uses them only if that is false.
 __device__ inline uint64_t enter(const GroupView& g, int rank, uint64_t epoch) {

@@ -12,6 +12,8 @@
 //
 // Exit codes: 0 all right; 3 a result was wrong, as it must be with --control, which spoils one
 // number of each result before it is compared; 1 anything else.
+#include "tests/native/kernels_test.h"
+
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -24,35 +26,11 @@
 #include "cuda/launch.h"
 #include "tests/native/check_cuda.h"
 #include "tests/native/kernels_compare.h"
-#include "tests/native/kernels_test.h"
+#include "tests/native/kernels_waits.h"
 
 namespace {
 
 using namespace jax_ep::gpu::test;
-
-// Do kernels of two streams run together?
-
-__global__ void WaitFor(volatile int* flag, int* seen) {
-  const long long start = clock64();
-  while (*flag == 0 && clock64() - start < (1ll << 32)) {
-  }
-  *seen = *flag;
-}
-__global__ void Set(volatile int* flag) { *flag = 1; }
-
-bool KernelsRunTogether(const Group& group) {
-  Buffer<int> flag(1), seen(1);
-  flag.Fill(0);
-  CHECK_CUDA(cudaDeviceSynchronize());
-  cudaFuncAttributes attributes;
-  CHECK_CUDA(cudaFuncGetAttributes(&attributes, WaitFor));  // loads them: no launch waits for that
-  CHECK_CUDA(cudaFuncGetAttributes(&attributes, Set));
-  WaitFor<<<1, 1, 0, group.stream(0)>>>(flag.get(), seen.get());
-  Set<<<1, 1, 0, group.stream(1)>>>(flag.get());
-  CHECK_CUDA(cudaGetLastError());
-  CHECK_CUDA(cudaDeviceSynchronize());
-  return seen.Read()[0] == 1;
-}
 
 }  // namespace
 
@@ -89,7 +67,7 @@ int main(int argc, char** argv) {
   CHECK_CUDA(jax_ep::gpu::PrepareKernels());
   CHECK_CUDA(cudaDeviceSynchronize());
   const Group group;
-  const bool run_together = KernelsRunTogether(group);
+  const bool run_together = KernelsRunTogether(group.stream(0), group.stream(1));
   if (!run_together) {
     std::printf("NOTE: kernels of different streams do not run together here: one rank only\n");
     ranks = {1};

@@ -10,12 +10,12 @@
 #include <memory>
 #include <vector>
 
-#include "cuda/sync/give_up.cuh"
-#include "cuda/sync/leave.cuh"
+#include "cuda/memory/control.h"
 #include "tests/native/check_cuda.h"
 #include "tests/native/kernels_compare.h"
 #include "tests/native/kernels_forms.h"
 #include "tests/native/kernels_test.h"
+#include "tests/native/kernels_waits.h"
 
 namespace jax_ep::gpu::test {
 namespace {
@@ -51,13 +51,6 @@ void SynchronizeOrDie(cudaStream_t stream) {
     }
   }
   CHECK_CUDA(status);
-}
-
-// Ends when a word of a control block is not 0, or after some seconds.
-__global__ void AwaitWord(const volatile uint64_t* word) {
-  const long long start = clock64();
-  while (*word == 0 && clock64() - start < (1ll << 34)) {
-  }
 }
 
 // By the host, while kernels run.
@@ -157,7 +150,7 @@ void RequireFilled(OpKind op, const Buffers& b, const Data& d) {
       REQUIRE(AllOnes(b.d_y.Read(), d.type) && AllNan(b.d_weights.Read()), "gradient: not NaN");
       break;
     case OpKind::kLayoutAndDispatch:
-      break;  // kernels_slots.cu
+      break;  // kernels_slots.cc
   }
 }
 
@@ -353,8 +346,7 @@ void TestMemoryAfterTheEnd() {
     launch(1, 60 * kSecond);
     launch(0, kSecond / 5);
     OverwriteWhatPeersWrite(*buffers[0], group.stream(0));
-    AwaitWord<<<1, 1, 0, group.stream(2)>>>(&group.control(2)->given_up);
-    CHECK_CUDA(cudaGetLastError());
+    LaunchAwait(&group.control(2)->given_up, group.stream(2));
     launch(2, 60 * kSecond);
     for (int r = 0; r < 3; ++r) SynchronizeOrDie(group.stream(r));
 

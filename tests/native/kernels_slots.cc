@@ -10,11 +10,11 @@
 #include <random>
 #include <vector>
 
-#include "cuda/sync/give_up.cuh"
 #include "tests/native/check_cuda.h"
 #include "tests/native/kernels_compare.h"
 #include "tests/native/kernels_forms.h"
 #include "tests/native/kernels_test.h"
+#include "tests/native/kernels_waits.h"
 
 namespace jax_ep::gpu::test {
 namespace {
@@ -121,13 +121,6 @@ void CompareCall(const Call& call) {
     CompareTablesAndSums(call.data, r, *call.buffers[r]);
     CompareForm(call.data, r, call.form_data, *call.form_buffers[r],
                 call.dispatches_in_slots ? "in slots" : "on a layout");
-  }
-}
-
-// Ends when the gate is open, or after some seconds.
-__global__ void AwaitGate(const volatile int* gate) {
-  const long long start = clock64();
-  while (*gate == 0 && clock64() - start < (1ll << 34)) {
   }
 }
 
@@ -297,7 +290,7 @@ void TestSlotReuse() {
   {  // Rank 0's tokens are routed nowhere, so rank 1 sends it no sum; and rank 1 comes late.
     const Case c{16, 4, 2, 1, 64, FloatType::kBF16, Routing::kSilentRank, 100, true, true};
     const Group group;
-    Buffer<int> gate(1);
+    Buffer<uint64_t> gate(1);
     gate.Fill(0);
     std::vector<Call> calls;
     for (uint64_t seed = 0; seed < 3; ++seed) {
@@ -305,8 +298,7 @@ void TestSlotReuse() {
       for (int r = 0; r < 2; ++r) calls.back().buffers[r]->WriteTables(calls.back().data, r);
     }
     CHECK_CUDA(cudaDeviceSynchronize());
-    AwaitGate<<<1, 1, 0, group.stream(1)>>>(gate.get());
-    CHECK_CUDA(cudaGetLastError());
+    LaunchAwait(gate.get(), group.stream(1));
     for (Call& call : calls) {
       for (int r = 0; r < 2; ++r) {
         const GroupView view = group.View(r, 2, 1, kTimeout);
@@ -321,7 +313,7 @@ void TestSlotReuse() {
       has_waited = cudaStreamQuery(group.stream(0)) == cudaErrorNotReady;
     }
     REQUIRE(has_waited, "rank 0 has ended its calls before rank 1 has begun one");
-    CHECK_CUDA(cudaMemsetAsync(gate.get(), 1, sizeof(int), group.stream(2)));
+    CHECK_CUDA(cudaMemsetAsync(gate.get(), 1, sizeof(uint64_t), group.stream(2)));
     CHECK_CUDA(cudaDeviceSynchronize());
     RequireNoError(group, 2);
     for (const Call& call : calls) {
