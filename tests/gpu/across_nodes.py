@@ -4,11 +4,15 @@ Run by the tiers network-ep*, in every process of a job: each of them is a rank.
 network's memory, so the suite, with its groups of all sizes, cannot run there.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
+import random_calls
 import routings
 from backends import LAYOUT_ARRAYS, JaxBackend
 from numpy.typing import DTypeLike
+from on_device import Form, Kind
 from routings import Case, assert_same_bits
 from test_dispatch import BF16, F32, ORACLE, check_dispatch, rows_shape
 from test_layout import assert_equals_oracle
@@ -26,6 +30,20 @@ SIZES = {
     "own room": (33, 3, 2, 520, {"expert_capacity": 16}),
     "any tail": (130, 8, 8, 64, {"zero_tail": False}),
     "long rows": (72, 2, 2, 7168, {"capacity": 200}),
+}
+
+
+# Of random calls: several chunks, chunks of one row, fewer tokens than channels, more than a warp
+# looks at, rooms that drop.
+RANDOM = {
+    "drops": (Case(1, 64, 4, 2, hidden=288, capacity=160), Form()),
+    "one token": (Case(1, 1, 2, 2, hidden=8), Form()),
+    "own room": (Case(1, 24, 4, 4, hidden=32, expert_capacity=24), Form(in_one=True)),
+    "aligned": (Case(1, 33, 4, 4, hidden=136, capacity=192, expert_alignment=16), Form()),
+    "long rows": (Case(1, 72, 2, 2, hidden=3584, capacity=120), Form()),
+    "many tokens": (Case(1, 520, 1, 2, hidden=8), Form()),
+    "not expanded": (Case(1, 96, 4, 4, hidden=520, capacity=400), Form(expand=False)),
+    "two scales": (Case(1, 16, 4, 4, hidden=32, capacity=64), Form(num_scales=2)),
 }
 
 
@@ -125,3 +143,22 @@ def test_call_after_call(device_backend: JaxBackend, num_ranks: int) -> None:
             ids = routings.topk_ids(rng, case, str(rng.choice(routings.ROUTING_KINDS)))
             x = routings.random_rows(rng, rows_shape(case), BF16)
             check_dispatch(device_backend, case, ids, x, routings.random_weights(rng, case))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["queued", "late"])
+def test_random_calls(
+    device_backend: JaxBackend, num_ranks: int, request: pytest.FixtureRequest, late: bool
+) -> None:
+    """Thousands in one program, checked where they are: every kind in turn, or with late ranks."""
+    kinds = tuple(
+        Kind(
+            dataclasses.replace(
+                case, num_ranks=num_ranks, num_experts=num_ranks * case.num_experts
+            ),
+            form,
+            num_sms=12 if name == "aligned" else None,
+            name=name,
+        )
+        for name, (case, form) in RANDOM.items()
+    )
+    random_calls.check(request, device_backend, "across nodes", kinds, late)

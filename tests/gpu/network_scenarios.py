@@ -1,8 +1,11 @@
-"""Scenarios of the tier network-nvshmem: NVSHMEM's start and end, in jobs that may share a GPU.
+"""Scenarios of the tiers network-nvshmem, network-failures and network-tear-down.
+
+NVSHMEM's start and end, ranks that fail and leave across nodes, in jobs that may share a GPU.
 
 Lines that begin with "NOTE: " end up in run_tiers.py's table.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,14 +17,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from job import NUM_PROCESSES, PROCESS, coordinator_leaves_last, join, mark, wait_for_marks
-from scenarios import Layer, call
+from job import (
+    IS_LAST,
+    NUM_PROCESSES,
+    PROCESS,
+    coordinator_leaves_last,
+    join,
+    leave_as,
+    mark,
+    wait_for_marks,
+)
+from scenarios import Layer, call, hear_of_it, right_calls
 
 import jax_ep
-from jax_ep import nvshmem, reference
+from jax_ep import nodes, nvshmem, reference
 
 HEAP_BYTES = 64 << 20
 LAST = NUM_PROCESSES - 1
+RANKS_PER_HOST = 2
+FAR_OFF = 600  # seconds: a timeout that helps nobody
 
 
 def connect(**options: object) -> float:
@@ -173,3 +187,122 @@ def groups_on_hosts() -> None:
         print(f"NOTE: over hosts: {str(error)[:160]}")
     else:
         raise AssertionError("a group over hosts has been made")
+
+
+# Ranks that fail, across nodes --------------------------------------------------------------------
+
+
+def connect_hosts() -> None:
+    """Joins as a job whose every two processes are on a host of their own, as far as they say.
+
+    So a process looks after those of its host alone. Others hear over the network that one failed.
+    """
+    name = f"host{PROCESS // RANKS_PER_HOST}"
+    nodes.socket.gethostname = lambda: name
+    connect()
+    assert nvshmem.is_running()
+
+
+def all_are(name: str) -> None:
+    """Waits until all processes have come here."""
+    mark(name)
+    wait_for_marks(name, NUM_PROCESSES)
+
+
+def a_rank_never_comes() -> None:
+    """The last process does not make the first call. One on another host waits for it in vain.
+
+    That one's timeout alone is near. It tells the others, and the last one when it comes.
+    """
+    connect_hosts()
+    layer = Layer(ranks_per_node=RANKS_PER_HOST)
+    data = layer.data(0)
+    placed = layer.place(data)
+    layer.program = layer.program.lower(*placed).compile()
+    jax_ep.set_timeout(3 if PROCESS == 0 else FAR_OFF)
+    all_are("compiled")
+    hear_in_turn(layer, placed, data, gives_up=0)
+
+
+def a_rank_stalls() -> None:
+    """The last process stops calling; one on its host has a timeout that is near, and tells all."""
+    connect_hosts()
+    layer, placed, data = right_calls(RANKS_PER_HOST)
+    jax_ep.set_timeout(3 if PROCESS == LAST - 1 else FAR_OFF)
+    all_are("right")
+    hear_in_turn(layer, placed, data, gives_up=LAST - 1)
+
+
+def hear_in_turn(layer: Layer, placed: Any, data: Any, gives_up: int) -> None:
+    """All hear of the last process, and then that one, when it comes, of who has given up on it."""
+    if IS_LAST:
+        wait_for_marks("heard", LAST)
+        hear_of_it(layer, placed, data, other=gives_up, most_seconds=2)
+    else:
+        hear_of_it(layer, placed, data, other=LAST, most_seconds=7)
+        mark("heard")
+    all_are("told")
+
+
+def all_are_right_again() -> None:
+    """After a failure and finalize() everywhere, initialize() mends groups across nodes, too."""
+    connect_hosts()
+    jax_ep.set_timeout(30)
+    right_calls(RANKS_PER_HOST)
+
+
+def a_rank_is_killed() -> None:
+    """The last process dies with a call in flight; its host's other one tells the other hosts."""
+    jax.config.update("jax_enable_recoverability", True)  # JAX lets the coordinator outlive it
+    connect_hosts()
+    layer, placed, data = right_calls(RANKS_PER_HOST)
+    jax_ep.set_timeout(FAR_OFF)
+    all_are("right")
+    if IS_LAST:
+        layer.program(*placed)
+        os.kill(os.getpid(), signal.SIGKILL)
+    hear_of_it(layer, placed, data, other=LAST, most_seconds=7)
+    start = time.monotonic()
+    jax_ep.finalize()
+    assert time.monotonic() - start < 10
+    coordinator_leaves_last()
+    os._exit(0)  # jax.distributed's own end would wait for the dead one
+
+
+# Leaving, across nodes ----------------------------------------------------------------------------
+
+
+def begun_again() -> None:
+    """Three times from initialize() to finalize(), each with calls and a region of its own."""
+    for _ in range(3):
+        connect()
+        right_calls(ranks_per_node=1)
+        jax_ep.finalize()
+
+
+def left_unblocked() -> None:
+    """finalize() while calls are on their way: each is right, or raises.
+
+    Those raise whose handlers had not run yet.
+    """
+    connect()
+    layer, placed, data = right_calls(ranks_per_node=1)
+    results = [layer.program(*placed) for _ in range(20)]
+    jax_ep.finalize()
+    for result in results:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            assert not layer.wrong(result, data)
+
+
+def left_in_turn() -> None:
+    """Each process leaves when those before it have. The first waits for them in vain."""
+    connect()
+    right_calls(ranks_per_node=1)
+    leave_as(PROCESS)
+
+
+def shut_down_first() -> None:
+    """jax.distributed is gone when this library leaves, at the end of the process."""
+    connect()
+    right_calls(ranks_per_node=1)
+    jax.distributed.shutdown()

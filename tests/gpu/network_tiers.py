@@ -1,6 +1,7 @@
 """The tiers of the network between nodes."""
 
 import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import Callable
@@ -61,32 +62,79 @@ def nvshmem(ctx: Context) -> Result:
             line, found = _exchange(ctx, str(program), num_ranks)
             lines.append(line)
             problems += found
-    runs: list[tuple[str, int, dict[int, dict[str, str]], dict[int, int]]]
-    runs = [("started_and_ended", n, {}, {}) for n in sizes]
+    runs = [Run(("started_and_ended",), n) for n in sizes]
     runs += [
-        ("one_leaves_alone", 2, {}, {}),
-        ("one_cannot_start", 2, {}, {}),
-        ("one_has_no_transport", 2, {1: {"NVSHMEM_DISABLE_P2P": "1"}}, {}),
-        ("one_is_killed", 2, {}, {1: KILLED}),
-        ("groups_on_hosts", 4, {}, {}),
+        Run(("one_leaves_alone",), 2),
+        Run(("one_cannot_start",), 2),
+        Run(("one_has_no_transport",), 2, {1: {"NVSHMEM_DISABLE_P2P": "1"}}),
+        Run(("one_is_killed",), 2, expected={1: KILLED}),
+        Run(("groups_on_hosts",), 4),
     ]
-    runs = [run for run in runs if any(word in run[0] for word in words)]
-    for name, num_processes, environments, expected in runs:
+    runs = [run for run in runs if any(word in run.name for word in words)]
+    result = _run_scenarios(ctx, "network-nvshmem", runs, limit=60, JAX_EP_TIMEOUT="10")
+    return Result(lines + result.lines, problems + result.problems)
+
+
+def failures(ctx: Context) -> Result:
+    """A rank of a group across nodes that never comes, stalls or is killed: all hear of it soon."""
+    runs = [
+        Run(("a_rank_never_comes", "a_rank_stalls", "all_are_right_again"), 4),
+        Run(("a_rank_is_killed",), 4, expected={3: KILLED}),
+    ]
+    return _run_scenarios(ctx, "network-failures", runs, limit=75)
+
+
+def tear_down(ctx: Context) -> Result:
+    """Processes of a group across nodes leave: again and again, with calls under way, in turn."""
+    runs = [
+        Run(("begun_again", "left_unblocked", "left_in_turn"), 2),
+        Run(("shut_down_first",), 2),
+    ]
+    return _run_scenarios(ctx, "network-tear-down", runs, limit=75, JAX_EP_RANKS_PER_NODE="1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Scenarios that the processes of a job run one after the other.
+
+    Attributes:
+        scenarios: their names.
+        num_processes: of the job.
+        environments: further variables of single processes.
+        expected: return codes that are not 0.
+    """
+
+    scenarios: tuple[str, ...]
+    num_processes: int
+    environments: dict[int, dict[str, str]] = dataclasses.field(default_factory=dict)
+    expected: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.scenarios)
+
+
+def _run_scenarios(
+    ctx: Context, tier: str, runs: list[Run], limit: float, **environment: str
+) -> Result:
+    """A line of the table for each; process 0 and 1 may add notes to it."""
+    ctx.skip_without_gpu()
+    lines, problems = [], []
+    for run in runs:
         folder, job = run_job(
             ctx,
-            f"network-{name}-{num_processes}",
-            Shape(num_processes, _ranks_per_gpu(ctx, num_processes)),
-            (name,),
-            75,
+            f"{tier}-{run.scenarios[0]}-{run.num_processes}",
+            Shape(run.num_processes, _ranks_per_gpu(ctx, run.num_processes)),
+            (run.name,),
+            limit,
             file=SCENARIOS,
-            expected=expected,
-            environments=environments,
-            # A client of MPS that is killed can disturb the others.
-            shared=KILLED in expected.values(),
-            JAX_EP_TIMEOUT="10",
+            expected=run.expected,
+            environments=run.environments,
+            shared=KILLED in run.expected.values(),
+            **environment,
             **ENVIRONMENT,
         )
-        line = Line("network-nvshmem", f"{name}, {num_processes} processes")
+        line = Line(tier, f"{run.name}, {run.num_processes} processes")
         problems += job.judge(line)
         for log in sorted(folder.glob("process_*.log"))[:2]:
             text = log.read_text(errors="replace")
@@ -122,32 +170,46 @@ def _exchange(ctx: Context, program: str, num_ranks: int) -> tuple[Line, list[st
     return line, problems
 
 
-def across_nodes(num_ranks: int) -> Callable[[Context], Result]:
-    """A tier of so many processes, one group whose ranks count as nodes of one and of two."""
+def across_nodes(num_ranks: int, ranks_per_node: int) -> Callable[[Context], Result]:
+    """A tier of so many processes, one group, of which so many each count as a node."""
 
     def tier(ctx: Context) -> Result:
-        ctx.skip_without_gpu()
-        lines, problems = [], []
-        for ranks_per_node in (1, 2):
-            if ranks_per_node == num_ranks:
-                continue
-            result = run_suite(
-                ctx,
-                f"network-ep{num_ranks}-by-{ranks_per_node}",
-                Shape(num_ranks, _ranks_per_gpu(ctx, num_ranks)),
-                ["gpu/across_nodes.py"],
-                limit=150,
-                JAX_EP_NETWORK="1",
-                JAX_EP_RANKS_PER_NODE=str(ranks_per_node),
-                NVSHMEM_SYMMETRIC_SIZE=str(num_ranks * 8 << 20),  # for chunks of 32 KiB
-                **ENVIRONMENT,
-            )
-            lines += result.lines
-            problems += result.problems
-        return Result(lines, problems)
+        # Eight processes have an eighth of the host, and compile for most of the time.
+        keyword = "small or drops or long or call_after_call" if num_ranks == 8 else ""
+        return _run_group(ctx, num_ranks, ranks_per_node, keyword or "not random_calls")
 
-    tier.__doc__ = f"EP{num_ranks} across nodes over NVSHMEM's P2P: the verbs and their gradients."
+    tier.__doc__ = (
+        f"EP{num_ranks} on nodes of {ranks_per_node} over NVSHMEM's P2P: the verbs, their gradients"
+    )
     return tier
+
+
+def stress(ctx: Context) -> Result:
+    """Random calls across nodes, checked on the devices, queued and with late ranks."""
+    lines, problems = [], []
+    for num_ranks, ranks_per_node in ((2, 1), (4, 2)):
+        result = _run_group(ctx, num_ranks, ranks_per_node, "random_calls", "stress-")
+        lines += result.lines
+        problems += result.problems
+    return Result(lines, problems)
+
+
+def _run_group(
+    ctx: Context, num_ranks: int, ranks_per_node: int, keyword: str, kind: str = ""
+) -> Result:
+    ctx.skip_without_gpu()
+    return run_suite(
+        ctx,
+        f"network-{kind}ep{num_ranks}-by-{ranks_per_node}",
+        Shape(num_ranks, _ranks_per_gpu(ctx, num_ranks)),
+        ["gpu/across_nodes.py"],
+        limit=120,
+        keyword=keyword,
+        JAX_EP_NETWORK="1",
+        JAX_EP_RANKS_PER_NODE=str(ranks_per_node),
+        NVSHMEM_SYMMETRIC_SIZE=str(num_ranks * 8 << 20),  # for chunks of 32 KiB
+        **ENVIRONMENT,
+    )
 
 
 def _ranks_per_gpu(ctx: Context, num_ranks: int) -> int:

@@ -1,29 +1,20 @@
 """Many random calls and races of reader and writer, made and checked on the devices.
 
-How long it goes on is set by JAX_EP_TEST_CALLS (of all stress tests together) and
-JAX_EP_TEST_SECONDS (for each; what was begun is ended). On CPU a few calls show that the checks
-themselves are right; tests/gpu/run_tiers.py asks for many.
+How long it goes on random_calls.py says. On CPU a few calls show that the checks themselves are
+right; tests/gpu/run_tiers.py asks for many.
 """
 
-import os
-import time
 from collections.abc import Callable
-from typing import Any
 
-import jax
 import numpy as np
 import on_device
 import pytest
-from backends import AXIS, JaxBackend
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from on_device import CHECKS, EXPANDED, NOT_YET, RACE_CHECKS, STORED_ON, Form, Kind, Race
+import random_calls
+from backends import JaxBackend
+from jax.sharding import Mesh
+from on_device import CHECKS, EXPANDED, RACE_CHECKS, STORED_ON, Form, Kind, Race
 from routings import Case
 from test_groups import mesh_shape
-
-NUM_CALLS = int(os.environ.get("JAX_EP_TEST_CALLS", "80"))
-SECONDS = float(os.environ.get("JAX_EP_TEST_SECONDS", "1e9"))
-CALLS_AT_ONCE = 500  # in one program
 
 
 def sizes(num_ranks: int) -> dict[str, Case]:
@@ -102,81 +93,22 @@ STRESS = [
 ]
 
 
-def program(backend: JaxBackend, name: str, num_calls: int, late: bool) -> Callable[[int], Any]:
-    """Makes so many calls from that number on; counts come as NumPy arrays of all ranks."""
-    num_devices = backend.num_devices
-    shape, axes = ((num_devices,), (AXIS,))
-    if name == "mixed":
-        shape, axes = mesh_shape(num_devices), (X, Y)
-    of_kind = kinds(name, num_devices, backend.platform != "cpu")
-    function = on_device.stress(of_kind, num_calls, late, axes)
-    mesh = Mesh(np.array(backend.devices()).reshape(shape), axes)
-
-    def shard(first_call: jax.Array) -> Any:
-        return jax.tree.map(lambda a: a[None], function(first_call[0]))
-
-    run = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=P(axes), out_specs=P(axes)))
-
-    def calls_from(first_call: int) -> Any:
-        first_calls = np.full(num_devices, first_call, np.int32)
-        placed = jax.make_array_from_callback(
-            first_calls.shape, NamedSharding(mesh, P(axes)), first_calls.__getitem__
-        )
-        return backend.fetch(num_devices, jax.block_until_ready(run(placed)))
-
-    return calls_from
-
-
 @pytest.mark.parametrize(
     ("name", "late"), STRESS, ids=[f"{n}_{'late' if late else 'queued'}" for n, late in STRESS]
 )
 def test_random_calls(
-    device_backend: JaxBackend,
-    request: pytest.FixtureRequest,
-    record_property: Callable[[str, object], None],
-    name: str,
-    late: bool,
+    device_backend: JaxBackend, request: pytest.FixtureRequest, name: str, late: bool
 ) -> None:
-    backend = device_backend
+    backend, num_devices = device_backend, device_backend.num_devices
     if name == "mixed" and not late and backend.platform == "cpu":
         pytest.skip("on CPU calls do not queue: with late ranks it is the same")
     if name == "aligned" and backend.platform == "cpu":
         pytest.skip("on CPU no call has a number of SMs, and padding is not treated in its own way")
-    of_kind = kinds(name, backend.num_devices, backend.platform != "cpu")
-    wanted = -(-NUM_CALLS // _num_chosen(request))
-    at_once = min(wanted, CALLS_AT_ONCE)
-    calls_from = program(backend, name, at_once, late)
-    start, num_done, num_calls = time.monotonic(), 0, np.zeros(len(of_kind), int)
-    while num_done < wanted and backend.agree(time.monotonic() - start < SECONDS):
-        found = calls_from(num_done)
-        wrong = {
-            f"{of_kind[number].name} {check}".strip(): found["wrong"][:, number, i].tolist()
-            for number in range(len(of_kind))
-            for i, check in enumerate(CHECKS)
-            if found["wrong"][:, number, i].any()
-        }
-        assert not wrong, (
-            f"wrong calls by rank: {wrong}, of {at_once} from call {num_done} on; the first by "
-            f"rank: {np.where(found['first_wrong'] == NOT_YET, -1, found['first_wrong'])}"
-        )
-        assert (found["calls"] == found["calls"][0]).all()
-        num_calls += found["calls"][0]
-        num_done += int(found["calls"][0].sum())
-    late_text = ", late ranks" if late else ""
-    record_property(f"calls, {name}{late_text}", num_done)
-    if len(of_kind) > 1:
-        counts = (f"{kind.name}: {n}" for kind, n in zip(of_kind, num_calls, strict=True))
-        record_property(f"of them{late_text}", ", ".join(counts))
-
-
-def _num_chosen(request: pytest.FixtureRequest) -> int:
-    """How many tests share the calls: those of this one that `-k` has left on this backend."""
-    backend = request.node.callspec.params["device_backend"]
-    return sum(
-        getattr(item, "originalname", None) == "test_random_calls"
-        and item.callspec.params["device_backend"] == backend
-        for item in request.session.items
-    )
+    mesh = None
+    if name == "mixed":
+        mesh = Mesh(np.array(backend.devices()).reshape(mesh_shape(num_devices)), (X, Y))
+    of_kind = kinds(name, num_devices, backend.platform != "cpu")
+    random_calls.check(request, backend, name, of_kind, late, mesh)
 
 
 @pytest.mark.parametrize("form", [EXPANDED, NOT_EXPANDED, TWO_SCALES], ids=str)
