@@ -7,6 +7,7 @@ with the interpreter running this file, so there is nothing to download:
     python examples/train_moe_lm.py                      # 8 virtual devices on CPU, or all GPUs
     python examples/train_moe_lm.py --resume             # goes on from the last checkpoint
     python examples/train_moe_lm.py --dispatch dense     # the same model without jax_ep
+    python examples/train_moe_lm.py --micro-batches 2 --overlap     # docs/overlap.md
     python examples/train_moe_lm.py --export DIR         # writes a checkpoint for serve_moe too
     python examples/train_moe_lm.py --init DIR           # begins with such a checkpoint
 
@@ -75,6 +76,8 @@ class Config:
     expert_alignment: int = option(8, "each expert's rows start at a multiple of this")
     balance_weight: float = option(0.01, "weight of the load-balancing loss")
     dispatch: str = option("jax_ep", "dense: every rank computes all", choices=("jax_ep", "dense"))
+    micro_batches: int = option(1, "parts of a step's sequences, each on its own")
+    overlap: bool = option(False, "let one part's rows travel while another computes, on GPUs")
     remat: bool = option(False, "recompute each block in the backward pass")
     dtype: str = option("", "of activations; if not given: float32 on CPU, else bfloat16")
     imported: model.Config | None = None  # of the checkpoint in --init
@@ -154,10 +157,11 @@ def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def balance_loss(probs: jax.Array, load: jax.Array) -> jax.Array:
     """The load-balancing loss of Switch and GShard, 1 when the load is even.
 
-    `load` [E] holds each expert's share of the rows of the whole EP group. The loss is linear in
-    `probs`, so each rank may use its own tokens: the mean over ranks is the loss of the group.
+    `probs` [E] are the router's, a mean over this rank's tokens; `load` [E] holds each expert's
+    share of the rows of the whole EP group. The loss is linear in `probs`, so the mean over ranks
+    is the loss of the group.
     """
-    return probs.shape[-1] * jnp.sum(load * jnp.mean(probs, axis=0))
+    return probs.size * jnp.sum(load * probs)
 
 
 @jax.named_scope("moe")
@@ -165,7 +169,7 @@ def moe_jax_ep(x: jax.Array, layer: dict, config: Config) -> tuple[jax.Array, ja
     """The MoE layer of one shard: x [T, d_model] are this rank's tokens.
 
     Returns:
-        The output [T, d_model], the balance loss and metrics, all of this rank.
+        The output [T, d_model], the router's mean probabilities [E] and metrics, all of this rank.
     """
     probs, topk_probs, topk_idx = model.route(x, layer["router"], config.sizes)
     layout = jax_ep.make_layout(
@@ -180,6 +184,7 @@ def moe_jax_ep(x: jax.Array, layer: dict, config: Config) -> tuple[jax.Array, ja
             expert_alignment=config.expert_alignment,
         ),
         expert_alignment=config.expert_alignment,
+        overlap=config.overlap,
     )
     # What found no room is dropped; the token's other experts then share the whole weight.
     topk_weights = model.normalised(jnp.where(layout.kept, topk_probs, 0.0), config.sizes)
@@ -190,7 +195,7 @@ def moe_jax_ep(x: jax.Array, layer: dict, config: Config) -> tuple[jax.Array, ja
 
     load = layout.expert_load / jnp.sum(layout.expert_load)
     metrics = {"expert_load": load, "dropped": layout.num_dropped / topk_idx.size}
-    return out, balance_loss(probs, load), metrics
+    return out, jnp.mean(probs, axis=0), metrics
 
 
 @jax.named_scope("moe_dense")
@@ -206,13 +211,14 @@ def moe_dense(x: jax.Array, layer: dict, config: Config) -> tuple[jax.Array, jax
 
     load = jnp.mean(jax.lax.all_gather(one_hot, "ep"), axis=(0, 1, 2))
     metrics = {"expert_load": load, "dropped": 0 * load[0]}
-    return out, balance_loss(probs, load), metrics
+    return out, jnp.mean(probs, axis=0), metrics
 
 
 def forward(params: dict, tokens: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, dict]:
     """Per-shard forward pass: tokens int32 [batch, seq] to logits [batch, seq, VOCAB]."""
     layer_of = {"jax_ep": moe_jax_ep, "dense": moe_dense}[config.dispatch]
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length), (batch // config.micro_batches, length))
 
     def moe(x: jax.Array, layer: dict) -> tuple[jax.Array, tuple]:
         out, *aside = layer_of(x, layer, config)
@@ -227,13 +233,16 @@ def forward(params: dict, tokens: jax.Array, config: Config) -> tuple[jax.Array,
         policy = jax.checkpoint_policies.save_only_these_names("jax_ep_layout")
         run_block = jax.checkpoint(run_block, policy=policy)
 
-    x = model.embed(params, tokens, config.dtype)
+    # Micro-batches do not depend on each other, so with `overlap` the rows of one may travel while
+    # another computes. Nothing else is to be done for it: XLA finds what can be beside what.
+    parts = jnp.split(model.embed(params, tokens, config.dtype), config.micro_batches)
     balance, metrics = 0.0, []
     for layer in params["layers"]:
-        x, (layer_balance, layer_metrics) = run_block(layer, x)
-        balance += layer_balance / config.num_layers
+        parts, asides = zip(*(run_block(layer, part) for part in parts), strict=True)
+        probs, layer_metrics = jax.tree.map(lambda *values: sum(values) / len(values), *asides)
+        balance += balance_loss(probs, layer_metrics["expert_load"]) / config.num_layers
         metrics.append(layer_metrics)
-    logits = model.logits(params, x, config.sizes)
+    logits = model.logits(params, jnp.concatenate(parts), config.sizes)
     return logits, balance, jax.tree.map(lambda *m: jnp.stack(m), *metrics)
 
 
@@ -253,7 +262,7 @@ def shard_sample(
     The window slides and is recomputed for each byte: simple, and shapes stay fixed. Nothing is
     dropped here, so no sequence depends on another one.
     """
-    config = dataclasses.replace(config, capacity_factor=0.0)
+    config = dataclasses.replace(config, capacity_factor=0.0, micro_batches=1, overlap=False)
     key = jax.random.fold_in(key, jax.lax.axis_index(AXES))
 
     def next_byte(window: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -404,10 +413,12 @@ def train(args: argparse.Namespace) -> dict:
     config = Config(**{field.name: getattr(args, field.name) for field in FLAGS})
     if args.init:
         config = config.with_sizes_of(checkpoint.read_config(args.init))
-    if dp * ep > jax.device_count() or args.batch % (dp * ep) or config.num_experts % ep:
+    parts = dp * ep * config.micro_batches
+    if dp * ep > jax.device_count() or args.batch % parts or config.num_experts % ep:
         raise SystemExit(
-            f"dp {dp} x ep {ep} must fit {jax.device_count()} devices and divide --batch "
-            f"{args.batch}; ep must divide --num-experts {config.num_experts}"
+            f"dp {dp} x ep {ep} must fit {jax.device_count()} devices, and times --micro-batches "
+            f"{config.micro_batches} divide --batch {args.batch}; ep must divide --num-experts "
+            f"{config.num_experts}"
         )
     if config.sizes.vocab_size < VOCAB:
         raise SystemExit(f"{args.init} has {config.sizes.vocab_size} tokens, fewer than bytes")
