@@ -99,7 +99,7 @@ def make_layout(
         overlap: on GPUs, let this call and every operation on the layout, backward passes included,
             run beside computation that does not depend on them: of another micro-batch, say.
             Results do not depend on it, and on CPU it has no effect. All layouts of a program
-            have the same; ``num_sms`` is then at most 64. See docs/guide.md.
+            have the same; ``num_sms`` is then at most 64. See docs/overlap.md.
         check_ids: for debugging: ids that are neither -1 nor in [0, E) end the program with a
             JaxRuntimeError whose text names the ranks, how many ids and what range. It costs a
             collective over the whole mesh and a callback to the host in every call; a program with
