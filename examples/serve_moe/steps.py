@@ -235,6 +235,26 @@ class Steps:
         num_slots = self.mesh.size * self.limits.slots_per_device
         jax.block_until_ready(self.decode(np.zeros(num_slots, bool)))
 
+    def begin_all(self, length: int, left: int) -> None:
+        """Gives every slot a sequence of `length` tokens that gets `left` more: to measure steps.
+
+        Which tokens they are is left open; keys and values are zeros.
+        """
+
+        def begin(slots: dict) -> dict:
+            def full(name: str, value: Any) -> Array:
+                return jnp.full_like(slots[name], value)
+
+            return slots | {
+                "token": jnp.arange(slots["token"].size, dtype=jnp.int32) % self.config.vocab_size,
+                "length": full("length", length),
+                "left": full("left", left),
+                "active": full("active", True),
+            }
+
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._slots)
+        self._slots = jax.jit(begin, donate_argnums=0, out_shardings=shardings)(self._slots)
+
     def _place(self, array: np.ndarray) -> Array:
         """What every process has in full; each places its own devices' part."""
         return jax.make_array_from_callback(array.shape, self._by_device, lambda at: array[at])

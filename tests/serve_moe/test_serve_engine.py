@@ -1,5 +1,6 @@
 """The engine: tokens do not depend on what else runs, and requests end as they should."""
 
+import json
 import pathlib
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_checkpoint
-from serve_moe import sampling, steps
+from serve_moe import decode_bench, sampling, steps
 from serve_moe.engine import Engine, QueueFullError, Sampling, Sequence, StoppedError
 from serve_moe.metrics import Metrics
 
@@ -209,3 +210,18 @@ def test_sampling_draws_from_the_nucleus() -> None:
         frequency = np.bincount(np.asarray(tokens), minlength=6) / draws
         np.testing.assert_allclose(frequency, expected, atol=0.03)  # four standard deviations
         assert np.all(frequency[: 6 - kept] == 0)
+
+
+def test_decode_bench_times_full_steps(tmp_path: pathlib.Path) -> None:
+    """Each of its steps gives every slot a token, by either way of dispatch."""
+    flags = "--shape=tiny --slots 2 --steps=2 --repeats=2 --length=5 --dtype=float32"
+    rows = decode_bench.main([*flags.split(), f"--json={tmp_path / 'rows.json'}"])
+    num_slots = 2 * len(jax.devices())
+    assert [(row["dispatch"], row["slots"]) for row in rows] == [
+        ("jax_ep", num_slots),
+        ("all_to_all", num_slots),
+    ]
+    for row in rows:
+        assert row["p10_ms"] <= row["step_ms"] <= row["p90_ms"]
+        assert row["tokens_per_s"] * row["step_ms"] == pytest.approx(1000 * num_slots)
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
