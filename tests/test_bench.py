@@ -407,15 +407,15 @@ def test_merged_calls_are_noticed(mesh: Any, prepared: Prepared) -> None:
         measure.require_all_calls(single, merged, 3)
 
 
-def _fake_clock(single: float, per_call: float, calls: int) -> Callable[..., float]:
+def _fake_clock(start: float, per_call: float, calls: int) -> Callable[..., float]:
     turns = iter(range(10**6))
 
     def seconds(call: Callable[[], Any]) -> float:
         turn = next(turns)
         call()
-        # A repeat times bursts of the program with one call, then of the long one; the machine gets
-        # slower.
-        once = single + (per_call * calls if turn % 2 else 0.0)
+        # A repeat times bursts of the short program, then of the long one with twice its calls; the
+        # machine gets slower.
+        once = start + per_call * calls * (1 + turn % 2)
         return measure._BURST * once + 1e-3 * (turn // 2)
 
     return seconds
@@ -445,7 +445,7 @@ def test_calls_are_fewer_where_results_do_not_fit(
     timing = measure.time_chained_calls(
         operation.fn, mesh, operation.args, fresh=0, repeats=1, calls=9
     )
-    assert timing.calls == 3
+    assert timing.calls == 2
     monkeypatch.setattr(measure, "_free_bytes", lambda mesh: (1.5 * per_call + temp) / 0.9)
     with pytest.raises(MemoryError, match="two calls need"):
         measure.time_chained_calls(operation.fn, mesh, operation.args, fresh=0, repeats=1, calls=9)

@@ -5,10 +5,10 @@ carries in each direction while both are busy (rows pushed by bulk copies, for e
 of a flag, and B, what a copy inside a device moves. The bound of an operation is the larger of its
 wire bytes over W and its memory bytes over B; with --num-sms also of the bytes that so many SMs
 have to read or to store, at the rates at which they only read and at most store. A GPU's time is
-the difference between a program with many dependent calls and one with a single call, over their
-number. On CPU a time is that of the whole call, and the bound is a copy by all cores of the rows
-that the operation must write, between warm buffers, measured between the repetitions. All times are
-the slowest rank's.
+the difference between a program with many dependent calls and one with half as many, over those
+that it has more. On CPU a time is that of the whole call, and the bound is a copy by all cores of
+the rows that the operation must write, between warm buffers, measured between the repetitions. All
+times are the slowest rank's.
 
 The first value of --hidden, --top-k, --routing, --capacity, --dtype, --fp8 and --num-sms is the
 base, measured at every --tokens; every further value is measured with the others at their base
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--calls",
         type=positive_argument,
-        help="N of a GPU's long program; default: by the bound, 5 to 40",
+        help="N: a GPU's long program has 2 N calls; default: by the bound, 5 to 40",
     )
     add("--seed", type=int, default=0)
     add(

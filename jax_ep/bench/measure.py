@@ -2,9 +2,11 @@
 
 On CPU a time is that of the whole call, until every rank's result is ready.
 
-On a GPU starting a program costs more than the operations take, so a program with N + 1 calls and
-one with a single call are timed in turn, in bursts of a few runs, and a call takes the difference
-divided by the number of calls. Each call's operands pass an optimization barrier together with the
+On a GPU starting a program costs more than the operations take, so a program with 2 N calls and one
+with N are timed in turn, in bursts of a few runs, and a call takes the difference divided by N. (N
+is so large that the shorter one takes longer on the device than the host does to start it: else the
+host's time would hide the device's in one of them, and the difference would be too small.) Each
+call's operands pass an optimization barrier together with the
 result of the call before, which keeps the calls in order; one operand is another array in each
 call, so that the compiler sees no two equal calls; and a number of each array that a call gives
 leaves the program, so none is dropped. One kernel picks them out at the end; nothing else of this
@@ -51,7 +53,7 @@ class Timing:
     Attributes:
         seconds: of each repeat, ascending. A difference of two programs may be negative where
             the machine's jitter exceeds what it measures.
-        calls: N, 0 where whole programs were timed.
+        calls: N, by which the programs differ; 0 where whole programs were timed.
         output_bytes: results of a call, per device.
         temp_bytes: what XLA allocates besides, per device: the largest use within the call.
         extra_copies: copies that the compiler put between the calls of the long program, per call;
@@ -202,7 +204,7 @@ def time_chained_calls(
     repeats: int,
     calls: int,
 ) -> Timing:
-    """Times a call as the difference between ``calls`` + 1 calls and one, over ``calls``.
+    """Times a call as the difference between 2 * ``calls`` calls and ``calls``, over ``calls``.
 
     Fewer calls are taken if their operands and results would not fit into the devices' memory.
     ``fresh`` is as in ``compile_calls``.
@@ -216,23 +218,26 @@ def time_chained_calls(
     free = _free_bytes(mesh)
     if free is not None:
         per_call = output_bytes + args[fresh].nbytes // mesh.size
-        fitting = int((0.9 * free - temp_bytes) // max(1, per_call)) - 1
+        fitting = int((0.9 * free - temp_bytes) // max(1, per_call)) // 2
         if fitting < 1:
             raise MemoryError(
                 f"two calls need 2 x {per_call / 2**30:.1f} GiB for operands and results and "
                 f"{temp_bytes / 2**30:.1f} GiB of scratch, but {free / 2**30:.1f} GiB are free"
             )
         calls = min(calls, fitting)
-    many = compile_calls(fn, mesh, args, calls + 1, fresh, returns_results=False)
-    require_all_calls(single, many, calls + 1)
-    _warm_up(single)
-    _warm_up(many)
+    short, long = (
+        compile_calls(fn, mesh, args, number, fresh, returns_results=False)
+        for number in (calls, 2 * calls)
+    )
+    for program, number in (short, calls), (long, 2 * calls):
+        require_all_calls(single, program, number)
+        _warm_up(program)
     seconds = []
     for _ in range(repeats):
-        once = _seconds(functools.partial(single.run, _BURST))
-        all_calls = _seconds(functools.partial(many.run, _BURST))
-        seconds.append((all_calls - once) / (_BURST * calls))
-    extra = (_count_copies(many) - _count_copies(single)) / calls
+        of_short = _seconds(functools.partial(short.run, _BURST))
+        of_long = _seconds(functools.partial(long.run, _BURST))
+        seconds.append((of_long - of_short) / (_BURST * calls))
+    extra = (_count_copies(long) - _count_copies(short)) / calls
     return Timing(tuple(sorted(seconds)), calls, output_bytes, temp_bytes, extra)
 
 
@@ -274,7 +279,10 @@ def time_single_calls(
 
 
 def chain_length(expected_seconds: float) -> int:
-    """N for an operation that is expected to take this long: about a millisecond in all."""
+    """N for an operation that is expected to take this long: about a millisecond of work.
+
+    40 at most, 0.25 ms of the smallest calls: a program takes the host 0.1 to 0.2 ms to start.
+    """
     return min(40, max(5, round(1e-3 / max(expected_seconds, 1e-6))))
 
 
