@@ -20,6 +20,7 @@ of one call, and one table has them side by side.
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -35,7 +36,7 @@ import jax
 from jax.sharding import Mesh
 
 import jax_ep
-from jax_ep import _native, doctor, runtime
+from jax_ep import _native, doctor, nodes, runtime
 from jax_ep._checks import positive_argument
 from jax_ep.bench import decode, measure, operations, report, timeline, traffic
 from jax_ep.bench.link import Link, measure_link
@@ -158,6 +159,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of jax_ep.initialize(); with JAX_EP_PATH=staged all rows go through that region",
     )
     add(
+        "--ranks-per-node",
+        type=positive_argument,
+        help="ranks that count as a node, of jax_ep.initialize(): then what a network would carry "
+        "is printed too. Groups across nodes are for CPU, or GPUs with a network",
+    )
+    add(
         "--slot-bytes",
         type=int,
         help="of jax_ep.initialize(); 0: no slots. Default: as JAX_EP_SLOTS says; with --decode "
@@ -263,10 +270,11 @@ class _Bench:
         ids = traffic.expert_ids(point, self.mesh.size, args.experts, args.seed, args.zipf_exponent)
         room = traffic.room(point, ids, args.experts, args.alignment)
         moved = traffic.measure_traffic(ids, args.experts, room, args.alignment)
+        network = self._network(point, ids)
         rows: list[report.Row] = []
 
         def emit(row: report.Row) -> None:
-            rows.append(row)
+            rows.append(row | network)
             print(report.format_row(row), flush=True)
 
         sizes = {"num_experts": args.experts, "alignment": args.alignment}
@@ -299,6 +307,19 @@ class _Bench:
                     self.unsupported[operation.name] = error
                 emit(report.failed_row(operation.name, operation.baseline, point, moved, error))
         return rows
+
+    def _network(self, point: Point, ids: Any) -> report.Row:
+        """What a network carries for these ids: printed, and as fields; none on one node."""
+        size = nodes.chosen() or self.mesh.size
+        if size >= self.mesh.size or self.mesh.size % size:
+            return {}
+        counted = traffic.measure_node_traffic(ids, self.args.experts, size)
+        num_bytes = counted.rows * point.wire_row_bytes
+        print(
+            f"T = {point.tokens}, nodes of {size}: {counted.nodes_per_token:.2f} nodes a token; "
+            f"{num_bytes / 1e6:.2f} MB to or from other nodes, of the rank that has most"
+        )
+        return {"nodes_per_token": counted.nodes_per_token, "network_bytes": num_bytes}
 
     def show_timeline(self, point: Point, title: str) -> None:
         """Runs one operation, and tells and draws when each block of its kernels did what."""
@@ -498,7 +519,10 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
     if args.decode:
         of_path = decode.paths(platform == "gpu", args.slot_bytes)
         args.slot_bytes = next(iter(of_path.values()))
-    jax_ep.initialize(staging_bytes=args.staging_bytes, slot_bytes=args.slot_bytes)
+    set_up = functools.partial(
+        jax_ep.initialize, staging_bytes=args.staging_bytes, ranks_per_node=args.ranks_per_node
+    )
+    set_up(slot_bytes=args.slot_bytes)
     environment = _environment(mesh)
     settings = {name: _plain(value) for name, value in vars(args).items()}
     for name, value in environment.items():
@@ -524,7 +548,7 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
     for number, (bench.path, slot_bytes) in enumerate(of_path.items()):
         if number > 0:
             jax_ep.finalize()
-            jax_ep.initialize(staging_bytes=args.staging_bytes, slot_bytes=slot_bytes)
+            set_up(slot_bytes=slot_bytes)
         for point in all_points:
             description = f"{bench.path}: {_describe(point)}" if bench.path else _describe(point)
             if description != previous:

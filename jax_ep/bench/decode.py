@@ -96,8 +96,8 @@ def table(points: Sequence[Point], rows: Sequence[Row]) -> list[str]:
             ]
             if any(cell != "-" for cell in cells):
                 sms = next((row["sms"] for row in found.values() if "sms" in row), "-")
-                text = "".join(f"{cell:>{_CELL}}" for cell in cells)
-                lines.append(f"{operation:21}{point.tokens:6d}{text}{sms:>6}")
+                text = "".join(f" {cell:>{_CELL - 1}}" for cell in cells)
+                lines.append(f"{operation:21}{point.tokens:6d}{text} {sms:>5}")
     return lines
 
 

@@ -1,19 +1,22 @@
 """What is measured: a point of the parameter space, its expert ids, and what they make move."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
 import jax_ep
-from jax_ep import reference
+from jax_ep import reference, routing
 
 SCALE_BLOCK = reference.QUANTIZATION_GROUP
 _MOST_COPIES = 8  # of a row: from here on the rate of a copy is that of its stores alone
 
-ROUTINGS = ("uniform", "zipf")
+ROUTINGS = ("uniform", "zipf", "group-limited")
+NUM_GROUPS, TOP_GROUPS = 8, 4  # DeepSeek-V3's, of "group-limited"
 EXPERT_PREFIX = "expert-"  # of a capacity that each expert has for itself
 FP8_MODES = (
     "none",
@@ -91,8 +94,25 @@ def expert_ids(
     "uniform": every set of K experts is as likely as any other. "zipf": the experts' popularity is
     1, 1 / 2**s, 1 / 3**s, .. in a random order that all ranks share, and a token's K experts are
     drawn by it without replacement (the K largest of log popularity plus Gumbel noise).
+    "group-limited": ``jax_ep.routing.group_limited`` of random logits, the best 4 of 8 groups of
+    experts.
+
+    Raises:
+        ValueError: "group-limited" asks for more experts, as ``group_limited`` says.
     """
     rng = np.random.default_rng(seed)
+    if point.routing == "group-limited":
+        choose = jax.jit(
+            functools.partial(
+                routing.group_limited,
+                top_k=point.top_k,
+                num_groups=NUM_GROUPS,
+                top_groups=TOP_GROUPS,
+            )
+        )
+        shape = (point.tokens, num_experts)
+        chosen = [choose(rng.standard_normal(shape, np.float32))[0] for _ in range(num_ranks)]
+        return np.stack(chosen)
     log_popularity = np.zeros(num_experts, np.float32)
     if point.routing == "zipf":
         order = rng.permutation(num_experts)
@@ -182,6 +202,39 @@ def measure_traffic(
         wire_rows=int(max(remote.sum(axis=1).max(), remote.sum(axis=0).max())),
         source_tokens=int(pairs.any(axis=0).sum(axis=1).max()),
         dropped_rows=int(layout.num_dropped.sum()),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeTraffic:
+    """What crosses a network, if nothing is dropped: a row once for each node but its own.
+
+    Attributes:
+        nodes_per_token: on which a token has an expert, the mean.
+        rows: (token, other node) pairs, of the rank that sends most or whose index on its node
+            receives most.
+    """
+
+    nodes_per_token: float
+    rows: int
+
+
+def measure_node_traffic(
+    ids: NDArray[np.int32], num_experts: int, ranks_per_node: int
+) -> NodeTraffic:
+    """Counts rows between nodes of so many ranks, one after the other."""
+    num_ranks, num_tokens, _ = ids.shape
+    nodes = ids // (num_experts // num_ranks * ranks_per_node)
+    has = (nodes[..., None] == np.arange(num_ranks // ranks_per_node)).any(axis=2)  # [R, T, nodes]
+    to_node = has.sum(axis=1)  # [R, nodes]
+    own = np.arange(num_ranks) // ranks_per_node
+    crossing = to_node.copy()
+    crossing[np.arange(num_ranks), own] = 0
+    # A row goes to the rank of the same index there, which hands it on.
+    arriving = crossing.reshape(-1, ranks_per_node, crossing.shape[1]).sum(axis=0)
+    return NodeTraffic(
+        nodes_per_token=float(to_node.sum() / (num_ranks * num_tokens)),
+        rows=int(max(crossing.sum(axis=1).max(), arriving.max())),
     )
 
 
