@@ -346,6 +346,19 @@ def transformations(ctx: Context) -> Result:
     return scenarios_tier("transformations", ctx, [run])
 
 
+def overlap(ctx: Context) -> Result:
+    """Calls with overlap=True beside GEMMs: the bits of those without, in every form of program."""
+    several = Shape(max(2, ctx.num_gpus), 1 if ctx.num_gpus > 1 else 2)
+    return scenarios_tier(
+        "overlap",
+        ctx,
+        [
+            (name, shape, ("overlap_scenarios.beside",), {}, "--xla_gpu_autotune_level=0", "20")
+            for name, shape in (("one-process", Shape(1)), ("several-processes", several))
+        ],
+    )
+
+
 def example(ctx: Context) -> Result:
     """examples/train_moe_lm.py, unchanged: the losses are the CPU's, in one process and several."""
     ctx.skip_without_gpu()
@@ -479,6 +492,7 @@ TIERS = (
     Tier("failures", failures),
     Tier("command-buffers", command_buffers, quick=False),
     Tier("transformations", transformations, quick=False),
+    Tier("overlap", overlap),
     Tier("race-control", race_control, needs=("broken",)),
     Tier("native", native, needs=("native",)),
     Tier("example", example, quick=False),
@@ -498,6 +512,7 @@ TIERS = (
     Tier("slots-ep8", with_slots(several_on_a_gpu(8)), quick=False),
     Tier("slots-multi-process", with_slots(multi_process), quick=False),
     Tier("slots-failures", with_slots(failures)),
+    Tier("slots-overlap", with_slots(overlap), quick=False),
     Tier("slots-command-buffers", with_slots(command_buffers), quick=False),
     Tier("slots-race-control", slots_race_control, quick=False, needs=("broken-slots",)),
 )
