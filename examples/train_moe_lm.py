@@ -8,6 +8,7 @@ with the interpreter running this file, so there is nothing to download:
     python examples/train_moe_lm.py --resume             # goes on from the last checkpoint
     python examples/train_moe_lm.py --dispatch dense     # the same model without jax_ep
     python examples/train_moe_lm.py --micro-batches 2 --overlap     # docs/overlap.md
+    python examples/train_moe_lm.py --router group-limited          # DeepSeek-V3's, docs/recipes.md
     python examples/train_moe_lm.py --export DIR         # writes a checkpoint for serve_moe too
     python examples/train_moe_lm.py --init DIR           # begins with such a checkpoint
 
@@ -75,6 +76,12 @@ class Config:
     capacity_factor: float = option(1.25, "room for rows, over their mean number; 0: no drops")
     expert_alignment: int = option(8, "each expert's rows start at a multiple of this")
     balance_weight: float = option(0.01, "weight of the load-balancing loss")
+    router: str = option(
+        "softmax",
+        "group-limited: DeepSeek-V3's, 4 of 8 groups",
+        choices=("softmax", "group-limited"),
+    )
+    bias_rate: float = option(1e-3, "a step's change of the group-limited router's bias")
     dispatch: str = option("jax_ep", "dense: every rank computes all", choices=("jax_ep", "dense"))
     micro_batches: int = option(1, "parts of a step's sequences, each on its own")
     overlap: bool = option(False, "let one part's rows travel while another computes, on GPUs")
@@ -164,6 +171,35 @@ def balance_loss(probs: jax.Array, load: jax.Array) -> jax.Array:
     return probs.size * jnp.sum(load * probs)
 
 
+def route(x: jax.Array, layer: dict, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns probs [T, E] of x [T, d_model], and their top-k, weights [T, K] and ids [T, K]."""
+    if config.router == "softmax":
+        return model.route(x, layer["router"], config.sizes)
+    logits = x.astype(jnp.float32) @ layer["router"].astype(jnp.float32)
+    topk_idx, topk_scores = jax_ep.routing.group_limited(
+        logits, layer["bias"], top_k=config.top_k, num_groups=8, top_groups=4, normalize=False
+    )
+    scores = jax.nn.sigmoid(logits)
+    return scores / jnp.sum(scores, axis=-1, keepdims=True), topk_scores, topk_idx
+
+
+def begin_biases(params: dict, config: Config) -> dict:
+    """Adds what the router has beside its matrix."""
+    if config.router == "softmax":
+        return params
+    bias = jnp.zeros(config.num_experts)
+    return params | {"layers": [layer | {"bias": bias} for layer in params["layers"]]}
+
+
+def move_biases(params: dict, before: dict, load: jax.Array, config: Config) -> dict:
+    """Moves the routers' biases from what they were towards an even load [layers, E]."""
+    if config.router == "softmax":
+        return params
+    change = config.bias_rate * jnp.sign(jnp.mean(load, axis=1, keepdims=True) - load)
+    layers = zip(params["layers"], before["layers"], change, strict=True)
+    return params | {"layers": [new | {"bias": old["bias"] + by} for new, old, by in layers]}
+
+
 @jax.named_scope("moe")
 def moe_jax_ep(x: jax.Array, layer: dict, config: Config) -> tuple[jax.Array, jax.Array, dict]:
     """The MoE layer of one shard: x [T, d_model] are this rank's tokens.
@@ -171,7 +207,7 @@ def moe_jax_ep(x: jax.Array, layer: dict, config: Config) -> tuple[jax.Array, ja
     Returns:
         The output [T, d_model], the router's mean probabilities [E] and metrics, all of this rank.
     """
-    probs, topk_probs, topk_idx = model.route(x, layer["router"], config.sizes)
+    probs, topk_probs, topk_idx = route(x, layer, config)
     layout = jax_ep.make_layout(
         topk_idx,
         num_experts=config.num_experts,
@@ -201,7 +237,7 @@ def moe_jax_ep(x: jax.Array, layer: dict, config: Config) -> tuple[jax.Array, ja
 @jax.named_scope("moe_dense")
 def moe_dense(x: jax.Array, layer: dict, config: Config) -> tuple[jax.Array, jax.Array, dict]:
     """The same layer without jax_ep: every rank fetches all experts and runs all its tokens."""
-    probs, topk_probs, topk_idx = model.route(x, layer["router"], config.sizes)
+    probs, topk_probs, topk_idx = route(x, layer, config)
     one_hot = jax.nn.one_hot(topk_idx, config.num_experts)  # [T, K, E]
     weights = jnp.einsum("tk,tke->te", model.normalised(topk_probs, config.sizes), one_hot)
 
@@ -308,6 +344,7 @@ def build_steps(config: Config, mesh: jax.sharding.Mesh, optimizer, shardings: d
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
             params = optax.apply_updates(state["params"], updates)
+            params = move_biases(params, state["params"], metrics["expert_load"], config)
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
     @jax.jit
@@ -420,6 +457,8 @@ def train(args: argparse.Namespace) -> dict:
             f"{config.micro_batches} divide --batch {args.batch}; ep must divide --num-experts "
             f"{config.num_experts}"
         )
+    if args.export and config.router != "softmax":
+        raise SystemExit("--export: checkpoints of that format have --router softmax")
     if config.sizes.vocab_size < VOCAB:
         raise SystemExit(f"{args.init} has {config.sizes.vocab_size} tokens, fewer than bytes")
     mesh = jax.make_mesh((dp, ep), AXES, devices=jax.devices()[: dp * ep])
@@ -448,14 +487,15 @@ def train(args: argparse.Namespace) -> dict:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98))
 
     def init_state(key: jax.Array) -> dict:
-        params = model.init_params(key, config.sizes)
+        params = begin_biases(model.init_params(key, config.sizes), config)
         return {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
 
     key = jax.random.key(args.seed)
     shardings = state_shardings(jax.eval_shape(init_state, key), mesh)
     state = jax.jit(init_state, out_shardings=shardings)(key)
     if args.init:
-        state["params"] = checkpoint.load_params(args.init, config.sizes, mesh, "float32")
+        loaded = checkpoint.load_params(args.init, config.sizes, mesh, "float32")
+        state["params"] = begin_biases(loaded, config)
     history = {"loss": [], "dropped": [], "expert_load": [], "heldout": []}
     checkpoints = ocp.CheckpointManager(
         (args.out / "checkpoints").absolute(),

@@ -122,7 +122,10 @@ def runs(whole_run: pathlib.Path) -> pathlib.Path:
         ["--out=resumed", "--resume"],
         ["--out=no_drops", "--capacity-factor=0", "--remat", "--micro-batches=2", "--overlap"],
         ["--out=dense", "--dispatch=dense"],
-        ["--out=imported", "--init=exported", "--stop-after=1", "--d-model=99"],
+        [
+            *("--out=imported", "--init=exported", "--stop-after=1", "--d-model=99"),
+            *("--router=group-limited", "--bias-rate=0.5"),
+        ],
     )
     return whole_run
 
@@ -174,7 +177,7 @@ def test_loss_curve_equals_the_dense_one_without_drops(runs: pathlib.Path) -> No
 def test_exported_checkpoint_is_what_was_trained_and_can_be_trained_on(
     runs: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit; sizes of a checkpoint win over flags; training goes on where it was."""
+    """To the bit; sizes of a checkpoint win over flags; training goes on, by another router too."""
     monkeypatch.syspath_prepend(str(_EXAMPLES))
     checkpoint = importlib.import_module("checkpoint")
     config = checkpoint.read_config(runs / "exported")
@@ -186,6 +189,11 @@ def test_exported_checkpoint_is_what_was_trained_and_can_be_trained_on(
         np.testing.assert_array_equal(np.asarray(leaf), trained[name], strict=True)
     whole, imported = _summary(runs / "whole"), _summary(runs / "imported")
     assert imported["losses"][0] < whole["losses"][0] - 0.5
+    # Its router's bias has moved towards an even load, which it was not, and by nothing else.
+    arrays = np.load(runs / "imported/params.npz")
+    (bias,) = (arrays[name] for name in arrays.files if arrays[name].shape == (8,))
+    assert set(np.abs(bias)) <= {0.0, 0.5}
+    assert {-0.5, 0.5} <= set(bias)
 
 
 def test_several_processes_train_as_one_does(runs: pathlib.Path) -> None:
