@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from sharded_layers import DP_EP, EP, Placement
+from sharded_layers import CUDA_OPS, DP_EP, EP, Placement
 
 import jax_ep
 from jax_ep import _native, compat, environment, runtime
@@ -163,6 +163,18 @@ def test_without_it_nothing_is_annotated() -> None:
     text = lower(layer, "cuda", differentiated=True)
     assert "overlapped" not in text
     assert "_xla_stream_annotation" not in text
+
+
+@pytest.mark.parametrize("ending", ["", "_overlapped"])
+def test_export_names_targets_of_their_own(ending: str) -> None:
+    run, args = sharded(with_options(layer, overlap=True))
+    checks = [jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{op}{ending}") for op in CUDA_OPS]
+    export = jax.export.export(jax.jit(run), platforms=["cuda"], disabled_checks=checks)
+    if not ending:
+        with pytest.raises(ValueError, match="jax_ep_layout_overlapped"):
+            export(*args)
+        return
+    assert "_xla_stream_annotation" in export(*args).mlir_module()
 
 
 # SMs, and what is refused -------------------------------------------------------------------------
