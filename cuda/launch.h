@@ -24,6 +24,14 @@ struct PeerView {
   int32_t slot_there;     // this device's slot in its control block
 };
 
+// A group across nodes as ranks of all of them, beside its part on this one: by what they tell each other
+// that they have given up (cuda/network/tell.cuh). All null, and 0, of one on one node.
+struct NodesView {
+  uint64_t* given_up;  // [num_ranks], of a hop's signals: as ControlBlock::given_up, from each rank
+  uint64_t* has_told;  // of this device: whether it has
+  int32_t rank, num_ranks;
+};
+
 struct GroupView {
   ControlBlock* control;  // of this device
   ErrorRecord* error;     // host-mapped
@@ -35,6 +43,7 @@ struct GroupView {
   int32_t rank;
   int32_t num_ranks;
   PeerView peer[kMaxPeers];  // by rank
+  NodesView nodes;
 };
 static_assert(sizeof(GroupView) <= 2560, "fits the 4 KB of kernel parameters");
 

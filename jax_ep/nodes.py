@@ -67,10 +67,10 @@ def on_this_host(process: int) -> list[bool]:
     return [host == _hosts[process] for host in _hosts]
 
 
-def by_process() -> list[int]:
-    """By process, a number that those on its host have alike, as they have told each other."""
+def hosts() -> tuple[str, ...]:
+    """The host's name of each process, as they have told each other."""
     assert _hosts is not None
-    return [_hosts.index(host) for host in _hosts]
+    return _hosts
 
 
 def chosen() -> int | None:

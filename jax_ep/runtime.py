@@ -210,7 +210,7 @@ def _connect(
     nvshmem.start(attempt, timeout, told, process, ordinals)
     if nvshmem.is_running():
         part = nvshmem.load().part()
-        _native.cuda.join_network(part, nodes.by_process(), nodes.chosen() or 0)
+        _native.cuda.join_network(part, nodes.hosts(), nodes.chosen() or 0)
         attempt.exchange("joined")
 
 

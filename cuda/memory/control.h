@@ -194,11 +194,16 @@ static_assert(rank_of_invalid_ids(invalid_ids_of(71, kMaxExperts, INT32_MAX)) ==
                   kMaxExperts &&
               num_invalid_of(invalid_ids_of(71, kMaxExperts, INT32_MAX)) == INT32_MAX);
 
+// Devices of other nodes have no slot in the domain. Of a job with a network, where each process has one
+// device, records and waits name them by these, which are the same on all nodes.
+inline constexpr int kMaxProcesses = 8192 - kMaxPeers;
+JAX_EP_HOST_DEVICE constexpr int slot_of_process(int process) { return kMaxPeers + process; }
+
 // A bit for each slot.
-inline constexpr int kSlotWords = (kMaxPeers + 63) / 64;
+inline constexpr int kSlotWords = (slot_of_process(kMaxProcesses) + 63) / 64;
 JAX_EP_HOST_DEVICE constexpr int word_of(int slot) { return slot / 64; }
 JAX_EP_HOST_DEVICE constexpr uint64_t bit_of(int slot) { return uint64_t{1} << (slot % 64); }
-static_assert(word_of(kMaxPeers - 1) == kSlotWords - 1);
+static_assert(word_of(slot_of_process(kMaxProcesses - 1)) == kSlotWords - 1);
 
 // What a device and its host tell each other: lies in host-mapped memory. The device writes why it
 // has given up, once, and what is no error; the host writes how long to wait, and that a wait has to

@@ -15,6 +15,7 @@
 //             add_signal(queue, rank, signal, value)      signal += value, as one operation
 //             wait_signal(signal, at_least)               until this rank's own word is that
 //             flush(queue)                                see [F]
+//           Beside them process_of(rank) is the number of its process, by which records name it.
 //           Bytes are rows, one behind the other; addresses and sizes are multiples of 8.
 //           Each has a last argument, `may_go_on`, which a wait asks now and then (poll_at_least);
 //           if that says no the call returns false, and has done nothing that can be relied on.

@@ -31,7 +31,7 @@
 //           e + 1, which it sent when it had ended e: of that parity nothing is in use.
 // Progress: [N1] waits for nothing but own blocks, [N3] for [N2], [N4] for [N3]: no cycle. The grid is
 //           at most one block an SM.
-// Failure:  as cuda/direct/layout.cu's. Peers that are not told find out for themselves.
+// Failure:  as cuda/direct/layout.cu's; other nodes are told (cuda/network/tell.cuh).
 // Limits:   E <= 1024, R <= kMaxNetworkRanks, an even E; rows as kMaxRows says.
 #ifndef JAX_EP_CUDA_NETWORK_LAYOUT_CUH_
 #define JAX_EP_CUDA_NETWORK_LAYOUT_CUH_
@@ -44,6 +44,7 @@
 #include "cuda/network/hop.cuh"
 #include "cuda/network/hop_wait.cuh"
 #include "cuda/network/layout.h"
+#include "cuda/network/tell.cuh"
 #include "cuda/sync/grid.cuh"
 #include "cuda/sync/notice.cuh"
 
@@ -112,9 +113,9 @@ class Builder {
         offset_(total_ + plan.num_experts),
         most_(offset_ + plan.num_experts),
         next_(most_ + plan.num_experts),
-        sent_begin_(next_ + kNumWarps * n.num_ranks),
-        there_begin_(sent_begin_ + n.num_ranks + 1),
-        from_begin_(there_begin_ + n.num_ranks) {
+        sent_begin_(next_ + kNumWarps * g.nodes.num_ranks),
+        there_begin_(sent_begin_ + g.nodes.num_ranks + 1),
+        from_begin_(there_begin_ + g.nodes.num_ranks) {
     const int32_t block_begin = static_cast<int32_t>(blockIdx.x) * plan.ids_per_block;
     const int32_t block_end = min(plan.num_ids, block_begin + plan.ids_per_block);
     begin_ = min(block_end, block_begin + warp_ * plan.ids_per_warp);
@@ -189,15 +190,15 @@ class Builder {
 
   // 2. By block 0.
   __device__ bool send_counts() {
-    int32_t* row = at_.counts(n_.memory, epoch_, n_.rank);
+    int32_t* row = at_.counts(n_.memory, epoch_, g_.nodes.rank);
     for (int32_t e = threadIdx.x; e < plan_.num_experts; e += kNumThreads) row[e] = own_[e];
     __syncthreads();
     bool ok = true;
-    for (int r = warp_; r < n_.num_ranks; r += kNumWarps) {
-      if (r == n_.rank) continue;
-      HopWait wait(g_, OpKind::kLayout, slot_of_rail_rank(r));
+    for (int r = warp_; r < g_.nodes.num_ranks; r += kNumWarps) {
+      if (r == g_.nodes.rank) continue;
+      HopWait wait(g_, OpKind::kLayout, slot_of_rank(g_, hop_, r));
       ok = hop_.put_signal(r, r, row, row, plan_.num_experts * sizeof(int32_t),
-                           at_.counted(n_.memory, epoch_, n_.rank), epoch_,
+                           at_.counted(n_.memory, epoch_, g_.nodes.rank), epoch_,
                            wait.until(kProgress, epoch_)) &&
            ok;  // [N1]
     }
@@ -206,9 +207,9 @@ class Builder {
 
   // 3.
   __device__ bool await_counts() {
-    for (int r = warp_; r < n_.num_ranks; r += kNumWarps) {
-      if (r == n_.rank) continue;
-      HopWait wait(g_, OpKind::kLayout, slot_of_rail_rank(r));
+    for (int r = warp_; r < g_.nodes.num_ranks; r += kNumWarps) {
+      if (r == g_.nodes.rank) continue;
+      HopWait wait(g_, OpKind::kLayout, slot_of_rank(g_, hop_, r));
       if (!hop_.wait_signal(at_.counted(n_.memory, epoch_, r), epoch_,
                             wait.until(kStart, epoch_))) {
         return false;  // [N2]
@@ -221,16 +222,16 @@ class Builder {
   __device__ void sum_ranks() {
     for (int32_t e = threadIdx.x; e < plan_.num_experts; e += kNumThreads) {
       int32_t sum = 0;
-      for (int first = 0; first < n_.num_ranks; first += kCountsAtOnce) {
+      for (int first = 0; first < g_.nodes.num_ranks; first += kCountsAtOnce) {
         int32_t rows[kCountsAtOnce];
 #pragma unroll
         for (int j = 0; j < kCountsAtOnce; ++j) {
           const int r = first + j;
-          rows[j] = r < n_.num_ranks ? rows_of(r, e) : 0;
+          rows[j] = r < g_.nodes.num_ranks ? rows_of(r, e) : 0;
         }
 #pragma unroll
         for (int j = 0; j < kCountsAtOnce; ++j) {
-          if (first + j == n_.rank) before_[e] = sum;
+          if (first + j == g_.nodes.rank) before_[e] = sum;
           sum += rows[j];
         }
       }
@@ -241,13 +242,13 @@ class Builder {
 
   // Of rank r for expert e.
   __device__ int32_t rows_of(int r, int32_t e) const {
-    return r == n_.rank ? own_[e] : __ldcg(at_.counts(n_.memory, epoch_, r) + e);
+    return r == g_.nodes.rank ? own_[e] : __ldcg(at_.counts(n_.memory, epoch_, r) + e);
   }
 
   // By expert: offset_, most_. By rank: how many entries this one has for it (in sent_begin_, at
   // first), and those of ranks before. The experts of a rank by one warp.
   __device__ void place_experts() {
-    for (int rank = warp_; rank < n_.num_ranks; rank += kNumWarps) {
+    for (int rank = warp_; rank < g_.nodes.num_ranks; rank += kNumWarps) {
       int32_t begin = 0, kept = 0, there = 0;
       int32_t used = 0, received = 0, routed = 0;
       for (int32_t step = 0; step < plan_.num_local; step += 32) {
@@ -281,7 +282,7 @@ class Builder {
       if (lane_ != 0) continue;
       sent_begin_[rank + 1] = kept;
       there_begin_[rank] = there;
-      if (rank != n_.rank) continue;
+      if (rank != g_.nodes.rank) continue;
       totals_.num_used = used;
       totals_.num_received = received;
       totals_.num_routed = routed;
@@ -289,18 +290,18 @@ class Builder {
     __syncthreads();
     if (threadIdx.x == 0) {
       sent_begin_[0] = 0;
-      for (int r = 0; r < n_.num_ranks; ++r) sent_begin_[r + 1] += sent_begin_[r];
+      for (int r = 0; r < g_.nodes.num_ranks; ++r) sent_begin_[r + 1] += sent_begin_[r];
     }
-    for (int r = threadIdx.x; r <= n_.num_ranks; r += kNumThreads) from_begin_[r] = 0;
+    for (int r = threadIdx.x; r <= g_.nodes.num_ranks; r += kNumThreads) from_begin_[r] = 0;
     __syncthreads();
   }
 
   // By source: where its entries begin among those of this rank.
   __device__ void begin_sources() {
     for (int32_t l = threadIdx.x; l < plan_.num_local; l += kNumThreads) {
-      const int32_t e = n_.rank * plan_.num_local + l;
+      const int32_t e = g_.nodes.rank * plan_.num_local + l;
       int32_t sum = 0;
-      for (int r = 0; r < n_.num_ranks; ++r) {
+      for (int r = 0; r < g_.nodes.num_ranks; ++r) {
         sum += rows_of(r, e);
         atomicAdd(&from_begin_[r + 1], min(sum, most_[e]));
       }
@@ -315,8 +316,8 @@ class Builder {
 
   // 4. By a warp, its ids in order.
   __device__ void place_rows() {
-    int32_t* const next = next_ + warp_ * n_.num_ranks;  // by destination, in `sent`
-    for (int r = lane_; r < n_.num_ranks; r += 32) {
+    int32_t* const next = next_ + warp_ * g_.nodes.num_ranks;  // by destination, in `sent`
+    for (int r = lane_; r < g_.nodes.num_ranks; r += 32) {
       int32_t entries = sent_begin_[r];
       for (int32_t e = r * plan_.num_local; e < (r + 1) * plan_.num_local; ++e) {
         entries += kept_before(e) - min(before_[e], most_[e]);
@@ -351,13 +352,14 @@ class Builder {
   // 5.
   __device__ bool send_entries() {
     bool ok = true;
-    for (int r = warp_of_grid_; r < n_.num_ranks; r += num_warps_) {
+    for (int r = warp_of_grid_; r < g_.nodes.num_ranks; r += num_warps_) {
       const int32_t begin = sent_begin_[r], num_entries = sent_begin_[r + 1] - begin;
-      if (r == n_.rank || num_entries == 0) continue;
-      HopWait wait(g_, OpKind::kLayout, slot_of_rail_rank(r));
+      if (r == g_.nodes.rank || num_entries == 0) continue;
+      HopWait wait(g_, OpKind::kLayout, slot_of_rank(g_, hop_, r));
       ok = hop_.put_signal(r, r, at_.received(n_.memory) + there_begin_[r],
                            at_.sent(n_.memory) + begin, num_entries * sizeof(RowEntry),
-                           at_.listed(n_.memory, n_.rank), epoch_, wait.until(kProgress, epoch_)) &&
+                           at_.listed(n_.memory, g_.nodes.rank), epoch_,
+                           wait.until(kProgress, epoch_)) &&
            ok;  // [N3]
     }
     return ok;
@@ -365,21 +367,21 @@ class Builder {
 
   // 6. Several warps a source, where there are enough.
   __device__ bool receive_entries() {
-    const int32_t num_parts = max(1, num_warps_ / n_.num_ranks);
+    const int32_t num_parts = max(1, num_warps_ / g_.nodes.num_ranks);
     bool ok = true;
-    for (int32_t item = warp_of_grid_; item < n_.num_ranks * num_parts; item += num_warps_) {
-      const int r = item % n_.num_ranks;
+    for (int32_t item = warp_of_grid_; item < g_.nodes.num_ranks * num_parts; item += num_warps_) {
+      const int r = item % g_.nodes.num_ranks;
       const int32_t begin = from_begin_[r], num_entries = from_begin_[r + 1] - begin;
       const RowEntry* entries = at_.received(n_.memory) + begin;
-      if (r == n_.rank) entries = at_.sent(n_.memory) + sent_begin_[r];
-      if (r != n_.rank && num_entries > 0) {
-        HopWait wait(g_, OpKind::kLayout, slot_of_rail_rank(r));
+      if (r == g_.nodes.rank) entries = at_.sent(n_.memory) + sent_begin_[r];
+      if (r != g_.nodes.rank && num_entries > 0) {
+        HopWait wait(g_, OpKind::kLayout, slot_of_rank(g_, hop_, r));
         if (!hop_.wait_signal(at_.listed(n_.memory, r), epoch_, wait.until(kProgress, epoch_))) {
           ok = false;  // [N4]
           continue;
         }
       }
-      read_entries(r, entries, begin, num_entries, item / n_.num_ranks, num_parts);
+      read_entries(r, entries, begin, num_entries, item / g_.nodes.num_ranks, num_parts);
     }
     return ok;
   }
@@ -411,7 +413,7 @@ class Builder {
   // What holds no row, and all numbers of rows.
   __device__ void fill_rest() {
     for (int32_t l = warp_of_grid_; l < plan_.num_local; l += num_warps_) {
-      const int32_t e = n_.rank * plan_.num_local + l;
+      const int32_t e = g_.nodes.rank * plan_.num_local + l;
       const auto size = static_cast<int32_t>(a_.room.group_size(offset_[e], total_[e]));
       for (int32_t i = min(total_[e], size) + lane_; i < size; i += 32) {
         a_.recv_src[offset_[e] + i] = kNoSource;
@@ -429,7 +431,7 @@ class Builder {
   __device__ void write_counters() {
     for (int32_t e = threadIdx.x; e < plan_.num_experts; e += kNumThreads) {
       a_.expert_load[e] = total_[e];
-      const int32_t l = e - n_.rank * plan_.num_local;
+      const int32_t l = e - g_.nodes.rank * plan_.num_local;
       if (l < 0 || l >= plan_.num_local) continue;
       a_.group_sizes[l] = static_cast<int32_t>(a_.room.group_size(offset_[e], total_[e]));
       a_.expert_counts[l] = total_[e];
@@ -439,7 +441,7 @@ class Builder {
     for (uint32_t b = 0; b < gridDim.x; ++b) {
       num_invalid += __ldcg(&g_.control->layout_counts[b][kMaxExperts]);
     }
-    a_.recv_offsets[n_.num_ranks * a_.num_tokens] = totals_.num_received;
+    a_.recv_offsets[g_.nodes.num_ranks * a_.num_tokens] = totals_.num_received;
     a_.counters[0] = totals_.num_received;
     a_.counters[1] = totals_.num_routed - totals_.num_received;
     a_.counters[2] = num_invalid;
@@ -488,8 +490,9 @@ __global__ __launch_bounds__(kNumThreads, 1) void kernel(const __grid_constant__
     if (threadIdx.x == 0) *n.epoch += 1;
     return end_call(g);
   }
+  tell_other_nodes(g, hop);                           // [T1]
   const auto num_units = [](uint32_t) { return 1; };  // peers tell of none
-  fill_without_rows(a, n.num_ranks, fail_call(g, finish, num_units));
+  fill_without_rows(a, g.nodes.num_ranks, fail_call(g, finish, num_units));
 }
 
 }  // namespace network_layout
@@ -505,11 +508,11 @@ cudaError_t PrepareNetworkLayout() {
 template <typename Hop>
 cudaError_t LaunchNetworkLayout(const GroupView& group, const NetworkView& network, const Hop& hop,
                                 const LayoutArguments& a, int num_sms, cudaStream_t stream) {
-  if (network.num_ranks > kMaxNetworkRanks ||
+  if (group.nodes.num_ranks > kMaxNetworkRanks ||
       !network.layout.fits(a.num_tokens * a.top_k, a.num_experts, a.room.capacity)) {
     return cudaErrorInvalidValue;
   }
-  const network_layout::Plan plan(a, network.num_ranks, std::min(num_sms, kMaxLayoutBlocks));
+  const network_layout::Plan plan(a, group.nodes.num_ranks, std::min(num_sms, kMaxLayoutBlocks));
   network_layout::kernel<Hop>
       <<<static_cast<unsigned>(plan.num_blocks), network_layout::kNumThreads,
          static_cast<size_t>(plan.shared_bytes()), stream>>>(group, network, hop, a, plan);

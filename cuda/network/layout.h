@@ -11,7 +11,7 @@
 
 namespace jax_ep::gpu {
 
-inline constexpr int kMaxNetworkRanks = kMaxRailRanks;  // error records name no more
+inline constexpr int kMaxNetworkRanks = kMaxRailRanks;
 
 // A kept row, as its source tells the rank of its expert.
 struct alignas(8) RowEntry {
@@ -50,12 +50,11 @@ struct NetworkLayoutMemory {
   }
 };
 
-// The group as ranks of the network: beside GroupView, which is of this node.
+// Beside GroupView, which says whose it is.
 struct NetworkView {
   HopMemory memory;
   NetworkLayoutMemory layout;
   uint64_t* epoch;  // in this device's memory: layouts finished
-  int32_t rank, num_ranks;
 };
 
 }  // namespace jax_ep::gpu

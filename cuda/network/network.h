@@ -50,8 +50,8 @@ struct NetworkGroup {
 // What handlers need of the network. All pointers stay for the life of the process, but for the
 // region, which is there while NVSHMEM runs.
 struct NetworkPart {
-  size_t control_bytes;  // sizeof(ControlBlock): the two libraries must agree on it
-  char* region;          // of this device (cuda/network/region.h)
+  size_t control_bytes, view_bytes;  // of ControlBlock and GroupView: the two libraries must agree
+  char* region;                      // of this device (cuda/network/region.h)
   int64_t region_bytes;
   int32_t num_processes;  // of the job, each of which has one device
   cudaError_t (*launch_layout)(const GroupView& group, const NetworkGroup& network,
@@ -62,6 +62,9 @@ struct NetworkPart {
   cudaError_t (*launch_combine)(const GroupView& group, const NetworkGroup& network,
                                 const CombineArguments& arguments, int num_sms,
                                 cudaStream_t stream);
+  // In place of a call that is refused since the group is broken (cuda/network/tell.cuh).
+  cudaError_t (*launch_tell)(const GroupView& group, const NetworkGroup& network,
+                             cudaStream_t stream);
 };
 inline constexpr char kNetworkPartName[] = "jax_ep.NetworkPart";  // of Python's capsule of one
 // With the launches over NVSHMEM; the rest is the host's.

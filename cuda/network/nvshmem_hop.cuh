@@ -15,6 +15,8 @@
 namespace jax_ep::gpu {
 
 struct NvshmemHop {
+  __device__ int process_of(int rank) const { return rank; }
+
   template <typename MayGoOn>
   __device__ bool put(int /*queue*/, int rank, void* dst, const void* src, size_t num_bytes,
                       MayGoOn& /*may_go_on*/) const {
@@ -54,6 +56,8 @@ struct NvshmemHop {
 
 struct NvshmemGroupHop : NvshmemHop {
   uint16_t pe[kMaxNetworkRanks];  // by rank of the group
+
+  __device__ int process_of(int rank) const { return pe[rank]; }
 
   template <typename MayGoOn>
   __device__ bool put(int queue, int rank, void* dst, const void* src, size_t num_bytes,

@@ -4,6 +4,7 @@
 #include "cuda/network/nvshmem_hop.cuh"
 #include "cuda/network/rail/combine.cuh"
 #include "cuda/network/rail/dispatch.cuh"
+#include "cuda/network/tell.cuh"
 
 namespace jax_ep::gpu {
 namespace {
@@ -32,6 +33,12 @@ cudaError_t LaunchCombineOverNvshmem(const GroupView& group, const NetworkGroup&
   return LaunchRailCombine(group, network.combine, HopOf(network), arguments, num_sms, stream);
 }
 
+cudaError_t LaunchTellOverNvshmem(const GroupView& group, const NetworkGroup& network,
+                                  cudaStream_t stream) {
+  tell_kernel<<<1, 32, 0, stream>>>(group, HopOf(network));
+  return cudaGetLastError();
+}
+
 }  // namespace
 
 cudaError_t LaunchLinkCheck(const LinkCheck& check, cudaStream_t stream) {
@@ -42,15 +49,21 @@ cudaError_t LaunchLinkCheck(const LinkCheck& check, cudaStream_t stream) {
 NetworkPart MakeNetworkPart() {
   NetworkPart part{};
   part.control_bytes = sizeof(ControlBlock);
+  part.view_bytes = sizeof(GroupView);
   part.launch_layout = LaunchLayoutOverNvshmem;
   part.launch_dispatch = LaunchDispatchOverNvshmem;
   part.launch_combine = LaunchCombineOverNvshmem;
+  part.launch_tell = LaunchTellOverNvshmem;
   return part;
 }
 
 cudaError_t PrepareNetworkKernels() {
   cudaFuncAttributes attributes;
   if (cudaError_t e = cudaFuncGetAttributes(&attributes, &link_check<NvshmemHop>);
+      e != cudaSuccess) {
+    return e;
+  }
+  if (cudaError_t e = cudaFuncGetAttributes(&attributes, &tell_kernel<NvshmemGroupHop>);
       e != cudaSuccess) {
     return e;
   }

@@ -5,8 +5,9 @@
 // size follows where everything lies, whatever the calls are, since a rank may be in a call when
 // another is still in the one before. R ranks on M nodes, Q channels, S slots; by offset:
 //   what    | bytes                   | for
-//   words   | 8 + 32 M Q              | this rank alone: layouts finished; chunks sent and received
-//   signals | 8 (3 R + 2 M Q (S + 1)) | layouts, dispatch's rails, combine's rails
+//   words   | 16 + 32 M Q             | this rank alone: layouts finished, whether it has told that it
+//           |                         | has given up; chunks sent and received
+//   signals | 8 (4 R + 2 M Q (S + 1)) | layouts, dispatch's rails, combine's rails; who has given up
 //   rails   | 4 M Q S slot_bytes      | staging and landing of dispatch, then of combine
 //   counts  | 8 R kMaxExperts         | layouts
 //   lists   | the rest                | layouts: 8 bytes for each id, and for each row of a capacity
@@ -43,8 +44,9 @@ struct NetworkRegion {
   constexpr int32_t num_nodes() const { return num_ranks / ranks_per_node; }
 
   uint64_t* epoch(char* region) const { return reinterpret_cast<uint64_t*>(region); }
+  uint64_t* has_told(char* region) const { return epoch(region) + 1; }
   RailChunks* dispatch_chunks_of(char* region) const {
-    return reinterpret_cast<RailChunks*>(region + sizeof(uint64_t));
+    return reinterpret_cast<RailChunks*>(epoch(region) + 2);
   }
   RailChunks* combine_chunks_of(char* region) const {
     return dispatch_chunks_of(region) + rail.num_nodes * rail.num_channels;
@@ -56,13 +58,19 @@ struct NetworkRegion {
   HopMemory combine_memory(char* region) const {
     return {region + combine_at, signals(region) + layout.num_signals() + rail.num_signals()};
   }
+  uint64_t* given_up(char* region) const {
+    return combine_memory(region).signals + rail.num_signals();
+  }
+  constexpr int64_t num_signals() const {
+    return layout.num_signals() + 2 * rail.num_signals() + num_ranks;
+  }
 
  private:
   uint64_t* signals(char* region) const { return reinterpret_cast<uint64_t*>(region + signals_at); }
 };
 
 constexpr int64_t network_words_bytes(int64_t num_nodes) {
-  return int64_t{sizeof(uint64_t)} +
+  return 2 * int64_t{sizeof(uint64_t)} +
          2 * num_nodes * kRailChannels * static_cast<int64_t>(sizeof(RailChunks));
 }
 
@@ -77,9 +85,8 @@ constexpr NetworkRegion MakeNetworkRegion(int64_t num_bytes, int32_t num_ranks,
   region.rail = {num_nodes, kRailChannels, kRailSlots, 0};
   region.layout = {num_ranks, 0, kMaxExperts, 0};
   region.signals_at = round_up(network_words_bytes(num_nodes), kLineBytes);
-  const int64_t num_signals = region.layout.num_signals() + 2 * region.rail.num_signals();
   region.dispatch_at =
-      round_up(region.signals_at + num_signals * int64_t{sizeof(uint64_t)}, kLineBytes);
+      round_up(region.signals_at + region.num_signals() * int64_t{sizeof(uint64_t)}, kLineBytes);
 
   const int64_t rest = num_bytes - region.dispatch_at - region.layout.counts_bytes();
   const int64_t num_slots = 4 * region.rail.num_all_slots();
@@ -100,7 +107,7 @@ constexpr int64_t least_region_bytes(int32_t num_ranks, int32_t ranks_per_node) 
   const RailMemory rail{num_ranks / ranks_per_node, kRailChannels, kRailSlots, kLeastSlotBytes};
   const NetworkLayoutMemory layout{num_ranks, kLeastIds, kMaxExperts, kLeastIds * num_ranks};
   const int64_t rails = 2 * rail.num_bytes(), lists = layout.num_bytes() - layout.counts_bytes();
-  const int64_t signals = (layout.num_signals() + 2 * rail.num_signals()) * 8;
+  const int64_t signals = (layout.num_signals() + 2 * rail.num_signals() + num_ranks) * 8;
   const int64_t rest = 4 * (rails / 3 > lists ? rails / 3 : lists);
   // Lines: of both roundings, and of each slot's.
   return network_words_bytes(rail.num_nodes) + signals + layout.counts_bytes() + rest +

@@ -43,6 +43,8 @@ struct SimulatedHop {
   HopMemory own;
   int num_queues, num_ranks;
 
+  __device__ int process_of(int rank) const { return rank; }
+
   template <typename MayGoOn>
   __device__ bool put(int queue, int rank, void* dst, const void* src, size_t num_bytes,
                       MayGoOn& may_go_on) const {

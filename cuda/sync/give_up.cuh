@@ -8,7 +8,8 @@
 //           Each of the first two breaks the group on this device, once: sets `broken`, writes the
 //           error record for the host, and tells the peers (`given_up`), who break their groups in
 //           turn, and so do the other groups of theirs. What is told names devices, not ranks, and
-//           is passed on as it came. Who finds the group broken at the start of a call opens no
+//           is passed on as it came. Ranks of other nodes are told over the network, in words that
+//           waits look at too (cuda/network/tell.cuh). Who finds the group broken at the start of a call opens no
 //           door and tells its peers (start_end.cuh); a call that fails sees its peers out of this
 //           device's memory (leave.cuh), and fills its outputs.
 //           The host sets `broken` too, to kHostHasLeft, when it leaves the group: a call that
@@ -16,7 +17,8 @@
 // Reuse:    `broken` and `given_up` are set once, and stay until the host sets the device up anew.
 // Progress: a waiting thread looks after every 256 polls at `broken` and `given_up`, which lie in
 //           this device's memory, and every millisecond at what the host has written, which takes
-//           microseconds; so all waits end soon after the first. A wait that has lasted for
+//           microseconds, and, across nodes, at what other nodes tell; so all waits end soon after the
+//           first. A wait that has lasted for
 //           kLongWaitNs is shown to the host, which can tell of it long before the timeout.
 // Failure:  Waits within a block, for its copies and for warps that work on what has been copied
 //           (mbarriers), and for its messenger (mailbox), need no timeout: those end by themselves,
@@ -84,6 +86,15 @@ __device__ inline bool is_gone(const GroupView& g, int slot) {
   return (ld_relaxed_sys(&g.error->gone[word_of(slot)]) & bit_of(slot)) != 0;
 }
 
+// What ranks of other nodes have told, 0 if nothing.
+__device__ inline uint64_t told_by_other_nodes(const GroupView& g) {
+  uint64_t given_up = 0;
+  for (int r = 0; r < g.nodes.num_ranks && given_up == 0; ++r) {
+    given_up = ld_relaxed_sys(&g.nodes.given_up[r]);
+  }
+  return given_up;
+}
+
 // What a wait finds that has lasted for a millisecond more.
 struct Look {
   bool goes_on;   // false: the group is broken now
@@ -110,12 +121,16 @@ __device__ __noinline__ inline void hide_wait(const GroupView& g) {
   atomicExch(&g.control->local.is_waiting, 0u);
 }
 
-__device__ __noinline__ inline Look look_at_host(const GroupView& g, OpKind kind, int slot,
+__device__ __noinline__ inline Look look_further(const GroupView& g, OpKind kind, int slot,
                                                  uint32_t phase, uint64_t expected, uint64_t seen,
                                                  uint64_t start, uint64_t now, bool is_shown) {
   const ErrorRecord& host = *g.error;
   const uint64_t timeout_ns =
       ld_relaxed_sys(phase == kStart ? &host.arrival_timeout_ns : &host.progress_timeout_ns);
+  if (const uint64_t given_up = told_by_other_nodes(g)) {
+    break_as_told(g, kind, given_up);
+    return {false, is_shown};
+  }
   if (is_gone(g, slot)) {
     break_group(g, kind, slot, kPeerDied, expected, seen);
     return {false, is_shown};
@@ -153,7 +168,7 @@ class Wait {
     if (start_ == 0) start_ = looked_ = now;
     if (now - looked_ <= kMillisecond) return true;
     looked_ = now;
-    const Look look = look_at_host(g_, kind_, slot, phase, expected, seen, start_, now, is_shown_);
+    const Look look = look_further(g_, kind_, slot, phase, expected, seen, start_, now, is_shown_);
     is_shown_ = look.is_shown;
     return look.goes_on;
   }

@@ -506,6 +506,7 @@ gpu::NetworkGroup g_network;
 gpu::NetworkPart FakeNetwork() {
   gpu::NetworkPart part{};
   part.control_bytes = sizeof(gpu::ControlBlock);
+  part.view_bytes = sizeof(gpu::GroupView);
   part.region_bytes = int64_t{64} << 20;
   part.num_processes = 4;
   part.launch_layout = [](const gpu::GroupView& group, const gpu::NetworkGroup& network,
@@ -528,6 +529,11 @@ gpu::NetworkPart FakeNetwork() {
     g_network = network;
     return Note("combine over the network", group, num_sms, stream);
   };
+  part.launch_tell = [](const gpu::GroupView& group, const gpu::NetworkGroup& network,
+                        cudaStream_t stream) {
+    g_network = network;
+    return Note("telling the other nodes", group, 0, stream);
+  };
   return part;
 }
 
@@ -545,7 +551,7 @@ void AcrossNodes() {
   const std::string op = "jax_ep_layout_and_dispatch: ";
   g_launched.clear();
   CHECK(Contains(call.Run(0), op + "rank 1 lives on device 0 of process 2, which this process is"));
-  Network::Get().Join(FakeNetwork(), {0, 0, 1, 1}, 0);
+  Network::Get().Join(FakeNetwork(), {"a", "a", "b", "b"}, 0);
 
   // As two calls, with or without slots, each on this node's view and the network's.
   CHECK(call.Run(0).empty() && g_launched.size() == 2);
@@ -559,7 +565,8 @@ void AcrossNodes() {
   CheckLayout(g_layout, call);
   CHECK(g_dispatch.x == call.operands[0].data && g_dispatch.tokens == call.results[8].data);
   CHECK(g_dispatch.weights == call.results[9].data && g_dispatch.landing == nullptr);
-  CHECK(g_network.layout.rank == 0 && g_network.layout.num_ranks == kRanks);
+  const gpu::NodesView& nodes = g_launched[0].group.nodes;
+  CHECK(nodes.rank == 0 && nodes.num_ranks == kRanks && nodes.given_up != nullptr);
   CHECK(g_network.dispatch.node == 0 && g_network.dispatch.ranks_per_node == 1);
   CHECK(g_network.pe[0] == 0 && g_network.pe[1] == 2);
   // The other axis lies on a node, whose other process this one has not met here.
@@ -606,9 +613,24 @@ void AcrossNodes() {
   CHECK(call.Run(0) == op + "a fake error" && g_launched.size() == 1);
   g_status = cudaSuccess;
 
+  // In place of a call of a broken group the other nodes are told.
+  Memory().SetHosts({"a", "a", "b", "b"});
+  gpu::ErrorRecord& record = *g_launched[0].group.error;
+  record.kind = static_cast<uint32_t>(OpKind::kDispatch);
+  record.phase = gpu::kStart;
+  record.peer_slot = gpu::slot_of_process(2);
+  record.valid = 1;
+  g_launched.clear();
+  CHECK(Contains(call.Run(0),
+                 "jax_ep_dispatch: device 0 (process 0) waited for rank 1 of the group "
+                 "across nodes (process 2 on b) to come until the timeout"));
+  CHECK(g_launched.size() == 1 && g_launched[0].kernel == "telling the other nodes");
+  CHECK(g_launched[0].group.nodes.given_up != nullptr && g_launched[0].stream == call.stream);
+  record.valid = 0;
+
   // Ranks of one host that count as nodes.
   Network::Get().Leave();
-  Network::Get().Join(FakeNetwork(), {0, 0, 0, 0}, 1);
+  Network::Get().Join(FakeNetwork(), {"a", "a", "a", "a"}, 1);
   g_launched.clear();
   CHECK(on(LayoutAndDispatchCallOf(4, 2), dp_ep).Run(0).empty() && g_launched.size() == 2);
   CHECK(g_network.pe[0] == 0 && g_network.pe[1] == 1 && g_network.dispatch.at.num_nodes == 2);

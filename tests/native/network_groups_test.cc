@@ -20,6 +20,7 @@ char* const kRegion = reinterpret_cast<char*>(uintptr_t{1} << 40);  // nobody lo
 gpu::NetworkPart Part(int num_processes, int64_t region_bytes = kRegionBytes) {
   gpu::NetworkPart part{};
   part.control_bytes = sizeof(gpu::ControlBlock);
+  part.view_bytes = sizeof(gpu::GroupView);
   part.region = kRegion;
   part.region_bytes = region_bytes;
   part.num_processes = num_processes;
@@ -45,11 +46,15 @@ Found Find(const std::vector<int64_t>& processes, int rank) {
   return found;
 }
 
-// Of each process its node; or how many ranks are one.
-void JoinAgain(std::vector<int64_t> node_of_process, int64_t ranks_per_node = 0) {
-  const auto num_processes = static_cast<int>(node_of_process.size());
+std::vector<std::string> Hosts(const std::vector<int>& numbers) {
+  std::vector<std::string> hosts;
+  for (int number : numbers) hosts.push_back("host" + std::to_string(number));
+  return hosts;
+}
+// Of each process its host; or how many ranks are a node.
+void JoinAgain(const std::vector<int>& hosts, int64_t ranks_per_node = 0) {
   Network::Get().Leave();
-  Network::Get().Join(Part(num_processes), std::move(node_of_process), ranks_per_node);
+  Network::Get().Join(Part(static_cast<int>(hosts.size())), Hosts(hosts), ranks_per_node);
 }
 int RanksOfNode(const std::vector<int64_t>& processes) {
   const Found found = Find(processes, 0);
@@ -62,7 +67,7 @@ bool IsUneven(const std::vector<int64_t>& processes) {
 
 void WhichSpanNodes() {
   CHECK(!Find({0, 1}, 0).call && Find({0, 1}, 0).problem.empty());  // without a network
-  const std::vector<int64_t> two_hosts{0, 0, 0, 0, 1, 1, 1, 1};
+  const std::vector<int> two_hosts{0, 0, 0, 0, 1, 1, 1, 1};
   JoinAgain(two_hosts);
   CHECK(RanksOfNode({0, 1, 2, 3, 4, 5, 6, 7}) == 4);
   // One region, one group: another is refused, also in another order; those on a node are not.
@@ -79,7 +84,7 @@ void WhichSpanNodes() {
   CHECK(IsUneven({0, 4, 1, 5}) && IsUneven({0, 1, 4}) && IsUneven({0, 1, 4, 5, 2, 3}));
   CHECK(Contains(Find({0, 8}, 0).problem, "rank 1 is of process 8, which is not in this job"));
 
-  const std::vector<int64_t> one_host(8, 0);
+  const std::vector<int> one_host(8, 0);
   JoinAgain(one_host);
   CHECK(RanksOfNode({0, 1, 2, 3, 4, 5, 6, 7}) == 8);
   JoinAgain(one_host, 2);
@@ -98,16 +103,17 @@ void WhatIsRefused() {
   JoinAgain({0, 1}, 1);
   CHECK(Contains(Network::Get().Find(of_one_process, 2, 0, &found.call).value_or(""),
                  "each rank must be a process of its own"));
-  std::vector<int64_t> nodes(60), all(60);
-  for (int i = 0; i < 60; ++i) nodes[i] = all[i] = i;
+  std::vector<int> hosts(60);
+  std::vector<int64_t> all(60);
+  for (int i = 0; i < 60; ++i) all[i] = hosts[i] = i;
   Network::Get().Leave();
-  Network::Get().Join(Part(60, int64_t{1} << 30), nodes, 0);
+  Network::Get().Join(Part(60, int64_t{1} << 30), Hosts(hosts), 0);
   CHECK(Contains(Find(all, 0).problem, "the group's ranks must be at most 56; got 60"));
   Network::Get().Leave();
   // A region that is too small is one for jobs whose groups do not span nodes.
   const int64_t least = gpu::least_region_bytes(8, 4);
   for (const int64_t region_bytes : {least, least / 2}) {
-    Network::Get().Join(Part(8, region_bytes), {0, 0, 0, 0, 1, 1, 1, 1}, 0);
+    Network::Get().Join(Part(8, region_bytes), Hosts({0, 0, 0, 0, 1, 1, 1, 1}), 0);
     CHECK(RanksOfNode({0, 1, 2, 3}) == 4);
     const std::string problem = Find({0, 1, 2, 3, 4, 5, 6, 7}, 0).problem;
     const std::string needs = "the group needs " + std::to_string(least) +
@@ -115,9 +121,13 @@ void WhatIsRefused() {
     CHECK(region_bytes == least ? problem.empty() : Contains(problem, needs));
     Network::Get().Leave();
   }
-  gpu::NetworkPart other = Part(2);
-  ++other.control_bytes;
-  CHECK(Contains(Thrown([&] { Network::Get().Join(other, {0, 1}, 0); }), "different builds"));
+  for (size_t gpu::NetworkPart::* bytes :
+       {&gpu::NetworkPart::control_bytes, &gpu::NetworkPart::view_bytes}) {
+    gpu::NetworkPart other = Part(2);
+    ++(other.*bytes);
+    CHECK(Contains(Thrown([&] { Network::Get().Join(other, Hosts({0, 1}), 0); }),
+                   "different builds"));
+  }
 }
 
 // Where everything lies: the same for all ranks, inside the region, apart, and as kernels want it.
@@ -142,11 +152,13 @@ void Region() {
       const int64_t chunks_bytes = num_chunks * int64_t{sizeof(gpu::RailChunks)};
       std::vector<Interval> intervals{
           {at(region.epoch(kRegion)), 8},
+          {at(region.has_told(kRegion)), 8},
           {at(region.dispatch_chunks_of(kRegion)), chunks_bytes},
           {at(region.combine_chunks_of(kRegion)), chunks_bytes},
           {at(region.layout_memory(kRegion).signals), region.layout.num_signals() * 8},
           {at(region.dispatch_memory(kRegion).signals), rail.num_signals() * 8},
           {at(region.combine_memory(kRegion).signals), rail.num_signals() * 8},
+          {at(region.given_up(kRegion)), num_ranks * 8},
           {at(region.dispatch_memory(kRegion).bytes), rail.num_bytes()},
           {at(region.combine_memory(kRegion).bytes), rail.num_bytes()},
           {at(region.layout_memory(kRegion).bytes), region.layout.num_bytes()}};
@@ -156,7 +168,7 @@ void Region() {
         end = interval.begin + interval.bytes;
       }
       CHECK(end <= num_bytes);
-      for (size_t i = 6; i < intervals.size(); ++i) CHECK(intervals[i].begin % 128 == 0);
+      for (size_t i = 8; i < intervals.size(); ++i) CHECK(intervals[i].begin % 128 == 0);
     }
   }
   // That of a heap of NVSHMEM's own size, for the largest group, takes rows of 14336 bytes by fives.
@@ -204,7 +216,10 @@ void Views() {
   const gpu::NetworkRegion& region = network.region;
   CHECK(region.num_ranks == 4 && region.ranks_per_node == 2);
   const gpu::NetworkView& layout = network.group.layout;
-  CHECK(layout.rank == 2 && layout.num_ranks == 4 && layout.epoch == region.epoch(kRegion));
+  CHECK(layout.epoch == region.epoch(kRegion));
+  CHECK(call.nodes.rank == 2 && call.nodes.num_ranks == 4);
+  CHECK(call.nodes.given_up == region.given_up(kRegion));
+  CHECK(call.nodes.has_told == region.has_told(kRegion));
   CHECK(layout.memory.bytes == region.layout_memory(kRegion).bytes);
   CHECK(layout.layout.max_ids == region.layout.max_ids);
   const gpu::RailView& rail = network.group.dispatch;
@@ -224,14 +239,27 @@ void Views() {
   GroupCall here;
   CHECK(enter(Site(MembersOf({0, 1}), 2), &here).empty() && here.in_slots());
   CHECK(here.num_ranks == 2 && here.network() == nullptr && here.operation != across);
-  // What a kernel has waited for over the network is named by its rank.
-  here.error->kind = static_cast<uint32_t>(OpKind::kDispatch);
-  here.error->phase = gpu::kProgress;
-  here.error->peer_slot = gpu::slot_of_rail_rank(3);
-  here.error->valid = 1;
-  CHECK(Contains(Memory().RecordedError().value_or(""),
-                 "device 0 (process 0) waited for rank 3 of the group across nodes"));
-  here.error->valid = 0;
+  CHECK(here.nodes.given_up == nullptr && here.nodes.num_ranks == 0);
+  // Devices of other nodes are named by their processes, and where those are.
+  Memory().SetHosts(Hosts({0, 0, 1, 1}));
+  const auto error = [&](uint32_t phase, int peer, uint64_t seen) {
+    here.error->kind = static_cast<uint32_t>(OpKind::kDispatch);
+    here.error->phase = phase;
+    here.error->peer_slot = gpu::slot_of_process(peer);
+    here.error->expected_epoch = 7;
+    here.error->seen_epoch = seen;
+    here.error->valid = 1;
+    const std::string text = Memory().RecordedError().value_or("");
+    here.error->valid = 0;
+    return text;
+  };
+  CHECK(Contains(error(gpu::kProgress, 3, 5),
+                 "device 0 (process 0) waited for rank 1 of the group across nodes (process 3 on "
+                 "host1) to finish until the timeout (expected 7 in its signal, seen 5)"));
+  CHECK(Contains(error(gpu::kToldByPeer, 2, gpu::slot_of_process(3)),
+                 "was told by rank 0 of the group across nodes (process 2 on host1), which has "
+                 "given up on rank 1 of the group across nodes (process 3 on host1) and says why"));
+  CHECK(Contains(error(gpu::kPeerDied, 4, 0), "the process of the device of process 4 has died"));
   Network::Get().Leave();
   GroupCall alone;
   CHECK(Contains(enter(Site(MembersOf({2, 3, 0, 1}), 4), &alone),

@@ -43,7 +43,7 @@ void RunCalls(const NetworkModel& model, int num_ranks, int num_calls, uint64_t 
   std::vector<std::unique_ptr<LoneRank>> ranks;
   for (int r = 0; r < num_ranks; ++r) ranks.push_back(std::make_unique<LoneRank>(timeout_ns));
   const SimulatedNetwork network(num_ranks, 4, static_cast<size_t>(memory.num_bytes()),
-                                 static_cast<size_t>(memory.num_signals()), model);
+                                 static_cast<size_t>(memory.num_signals() + num_ranks), model);
   std::mt19937_64 rng(model.seed);
   num_wrong = num_ended = 0;
   for (int call = 0; call < num_calls && num_ended == 0; ++call) {
@@ -63,9 +63,11 @@ void RunCalls(const NetworkModel& model, int num_ranks, int num_calls, uint64_t 
     for (int r = 0; r < num_ranks; ++r) {
       Hop hop;
       static_cast<SimulatedHop&>(hop) = network.hop(r);
-      const NetworkView view{network.memory(r), memory, ranks[r]->epoch(), r, num_ranks};
-      CHECK_CUDA(LaunchNetworkLayout(ranks[r]->View(), view, hop, buffers[r]->Arguments(d), kNumSms,
-                                     ranks[r]->stream()));
+      const NetworkView view{network.memory(r), memory, ranks[r]->epoch()};
+      const NodesView nodes{network.memory(r).signals + memory.num_signals(), nullptr, r,
+                            num_ranks};
+      CHECK_CUDA(LaunchNetworkLayout(ranks[r]->View(nodes), view, hop, buffers[r]->Arguments(d),
+                                     kNumSms, ranks[r]->stream()));
     }
     for (int r = 0; r < num_ranks; ++r) {
       CHECK_CUDA(cudaStreamSynchronize(ranks[r]->stream()));

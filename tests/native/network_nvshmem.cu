@@ -118,7 +118,7 @@ class Program {
 uint64_t RunLayouts(int rank, int num_ranks, int num_calls) {
   const NetworkLayoutMemory memory = LayoutMemory(num_ranks);
   const Heap heap(static_cast<size_t>(memory.num_bytes()),
-                  static_cast<size_t>(memory.num_signals()));
+                  static_cast<size_t>(memory.num_signals() + num_ranks));
   LoneRank own(kTimeoutNs);
   CHECK_CUDA(PrepareNetworkLayout<NvshmemHop>());
   std::mt19937_64 rng(1);  // the same on all ranks
@@ -126,9 +126,10 @@ uint64_t RunLayouts(int rank, int num_ranks, int num_calls) {
   for (int call = 0; call < num_calls && own.error().valid == 0; ++call) {
     const Data d = AnyLayoutData(num_ranks, rng);
     LayoutBuffers buffers(d, rank, false);
-    const NetworkView view{heap.memory(), memory, own.epoch(), rank, num_ranks};
-    CHECK_CUDA(
-        LaunchNetworkLayout(own.View(), view, NvshmemHop{}, buffers.Arguments(d), 4, own.stream()));
+    const NetworkView view{heap.memory(), memory, own.epoch()};
+    const NodesView nodes{heap.memory().signals + memory.num_signals(), nullptr, rank, num_ranks};
+    CHECK_CUDA(LaunchNetworkLayout(own.View(nodes), view, NvshmemHop{}, buffers.Arguments(d), 4,
+                                   own.stream()));
     CHECK_CUDA(cudaStreamSynchronize(own.stream()));
     num_wrong += buffers.NumWrong(d, rank);
   }

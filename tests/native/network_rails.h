@@ -45,13 +45,15 @@ enum class Fault {
   kNone,
   kHeadFirst,      // the signal comes with a chunk's head: rows are forwarded before they are whole
   kWithoutCredit,  // staging is used again before there is credit for it
+  kNotTold,        // other nodes do not hear of who has given up
 };
-inline constexpr const char* kFaultNames[] = {"", ", signal with the head", ", without credit"};
+inline constexpr const char* kFaultNames[] = {"", ", signal with the head", ", without credit",
+                                              ", other nodes are not told"};
 
 // The simulated network's, or one that is wrong.
 struct FaultyHop : SimulatedHop {
   Fault fault;
-  const uint64_t* first_credit;  // of this rank's signals
+  const uint64_t *first_credit, *given_up;  // of this rank's signals, in their order
 
   template <typename MayGoOn>
   __device__ bool put_signal(int queue, int rank, void* dst, const void* src, size_t num_bytes,
@@ -68,6 +70,12 @@ struct FaultyHop : SimulatedHop {
   __device__ bool wait_signal(const uint64_t* signal, uint64_t at_least, MayGoOn& may_go_on) const {
     return (fault == Fault::kWithoutCredit && signal >= first_credit) ||
            SimulatedHop::wait_signal(signal, at_least, may_go_on);
+  }
+  template <typename MayGoOn>
+  __device__ bool add_signal(int queue, int rank, uint64_t* signal, uint64_t value,
+                             MayGoOn& may_go_on) const {
+    return (fault == Fault::kNotTold && signal >= given_up) ||
+           SimulatedHop::add_signal(queue, rank, signal, value, may_go_on);
   }
 };
 
@@ -120,17 +128,22 @@ inline Case CaseOfControls() {
 // The ranks of a group on several nodes.
 class Job {
  public:
-  Job(Group& group, const JobShape& shape, const NetworkModel& model, uint64_t timeout_ns)
+  // `others_timeout_ns`, if not 0, is of all ranks but the first.
+  Job(Group& group, const JobShape& shape, const NetworkModel& model, uint64_t timeout_ns,
+      uint64_t others_timeout_ns = 0)
       : group_(group),
         shape_(shape),
         timeout_ns_(timeout_ns),
+        others_timeout_ns_(others_timeout_ns == 0 ? timeout_ns : others_timeout_ns),
         network_(shape.num_ranks, shape.num_channels, static_cast<size_t>(shape.rail().num_bytes()),
-                 static_cast<size_t>(shape.rail().num_signals()), model) {
+                 static_cast<size_t>(shape.rail().num_signals() + shape.num_ranks), model) {
     group_.SetUpAgain();
     for (int r = 0; r < shape.num_ranks; ++r) {
       chunks_.push_back(std::make_unique<Buffer<RailChunks>>(
           static_cast<size_t>(shape.num_nodes() * shape.num_channels)));
       chunks_.back()->Fill(0);
+      has_told_.push_back(std::make_unique<Buffer<uint64_t>>(size_t{1}));
+      has_told_.back()->Fill(0);
     }
     CHECK_CUDA(cudaDeviceSynchronize());
   }
@@ -140,14 +153,18 @@ class Job {
     const int node = rank / shape_.ranks_per_node, index = rank % shape_.ranks_per_node;
     std::vector<int> slots(static_cast<size_t>(shape_.ranks_per_node));
     for (int i = 0; i < shape_.ranks_per_node; ++i) slots[i] = node * shape_.ranks_per_node + i;
-    return group_.View(index, slots, operation, timeout_ns_);
+    GroupView view =
+        group_.View(index, slots, operation, rank == 0 ? timeout_ns_ : others_timeout_ns_);
+    view.nodes = {GivenUp(rank), has_told_[rank]->get(), rank, shape_.num_ranks};
+    return view;
   }
   RailView Rail(int rank) const {
     return {shape_.rail(), network_.memory(rank), chunks_[rank]->get(),
             rank / shape_.ranks_per_node, shape_.ranks_per_node};
   }
   FaultyHop HopOf(int rank, Fault fault) const {
-    return {network_.hop(rank), fault, shape_.rail().credit(network_.memory(rank), 0, 0)};
+    return {network_.hop(rank), fault, shape_.rail().credit(network_.memory(rank), 0, 0),
+            GivenUp(rank)};
   }
 
   // Whether a rank's calls have ended. Ends the program if they should have by now.
@@ -251,6 +268,9 @@ class Job {
   }
 
  private:
+  uint64_t* GivenUp(int rank) const {
+    return network_.memory(rank).signals + shape_.rail().num_signals();
+  }
   cudaStream_t Other() const {
     static cudaStream_t stream = [] {
       cudaStream_t made;
@@ -262,9 +282,10 @@ class Job {
 
   Group& group_;
   const JobShape shape_;
-  const uint64_t timeout_ns_;
+  const uint64_t timeout_ns_, others_timeout_ns_;
   SimulatedNetwork network_;
   std::vector<std::unique_ptr<Buffer<RailChunks>>> chunks_;  // by rank
+  std::vector<std::unique_ptr<Buffer<uint64_t>>> has_told_;  // likewise
 };
 
 // Calls run(shape, model, num_calls) for all that is tried, run_controls(shape, model) for hops that
@@ -291,6 +312,23 @@ void RunJobs(bool is_small, const Run& run, const RunControls& run_controls) {
 inline std::vector<JobShape> FailureJobs() {
   return {{2, 1, 2, 2, 4096}, {4, 2, 2, 2, 4096}, {8, 4, 2, 2, 4096}};
 }
+// There the last rank does not come. The first one's timeout is near, those of the others are far off,
+// so they have to be told.
+constexpr uint64_t kNearTimeoutNs = kSecond / 2, kFarTimeoutNs = 4 * kSecond;
+constexpr double kMostSeconds = 2.5;  // the first one's, and leave.cuh's for who stands still
+// What is known of a rank that ended so by itself, or was told.
+inline bool HasHeard(const Job& job, int rank) {
+  const ErrorRecord& error = job.error(rank);
+  const int on_node = job.shape().ranks_per_node;
+  if (error.valid == 0) return false;
+  if (rank == 0) return error.phase == kStart && error.peer_slot >= kMaxPeers;
+  const int teller = rank < on_node ? 0 : slot_of_process(0);
+  return error.phase == kToldByPeer && error.peer_slot == teller &&
+         error.seen_epoch >= static_cast<uint64_t>(kMaxPeers);
+}
+// A line for all of them: `num_wrong` ranks are not as they should be.
+void ReportWithoutOne(Job& job, const NetworkModel& model, const char* what, Fault fault,
+                      int num_wrong, double seconds);
 
 // Of one call, on a rank's stream.
 using LaunchCall = std::function<void(int rank, int call)>;

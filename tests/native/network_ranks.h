@@ -20,6 +20,8 @@ class LoneRank {
     CHECK_CUDA(cudaMalloc(&control_, sizeof(ControlBlock)));
     CHECK_CUDA(cudaMalloc(&epoch_, sizeof *epoch_));
     CHECK_CUDA(cudaMemset(epoch_, 0, sizeof *epoch_));
+    CHECK_CUDA(cudaMalloc(&has_told_, sizeof *has_told_));
+    CHECK_CUDA(cudaMemset(has_told_, 0, sizeof *has_told_));
     CHECK_CUDA(cudaHostAlloc(&error_, sizeof(ErrorRecord), cudaHostAllocMapped));
     Clear();
   }
@@ -27,6 +29,7 @@ class LoneRank {
     cudaStreamDestroy(stream_);
     cudaFree(control_);
     cudaFree(epoch_);
+    cudaFree(has_told_);
     cudaFreeHost(error_);
   }
   LoneRank(const LoneRank&) = delete;
@@ -39,9 +42,11 @@ class LoneRank {
     error_->arrival_timeout_ns = error_->progress_timeout_ns = timeout_ns_;
     CHECK_CUDA(cudaDeviceSynchronize());
   }
-  // For the next call.
-  GroupView View() {
+  // For the next call, of a group of the network's ranks, whose words for failures are given.
+  GroupView View(const NodesView& nodes = {}) {
     GroupView view{};
+    view.nodes = nodes;
+    view.nodes.has_told = has_told_;
     view.control = control_;
     CHECK_CUDA(cudaHostGetDevicePointer(&view.error, error_, 0));
     view.call = ++num_calls_;
@@ -58,6 +63,7 @@ class LoneRank {
   cudaStream_t stream_ = nullptr;
   ControlBlock* control_ = nullptr;
   uint64_t* epoch_ = nullptr;
+  uint64_t* has_told_ = nullptr;
   ErrorRecord* error_ = nullptr;
   uint64_t num_calls_ = 0;
 };

@@ -292,8 +292,10 @@ void NoAtomicsBetweenProcesses(const Link& link) {
 bool AreGone(const View& view, const std::set<int>& ranks) {
   uint64_t expected[gpu::kSlotWords] = {};
   for (int r : ranks) {
-    const int slot = view.peer[r].slot_here;
-    expected[gpu::word_of(slot)] |= gpu::bit_of(slot);
+    const auto process = static_cast<int>(kMembers[r] >> 32);
+    for (int slot : {view.peer[r].slot_here, gpu::slot_of_process(process)}) {
+      expected[gpu::word_of(slot)] |= gpu::bit_of(slot);
+    }
   }
   return std::equal(std::begin(expected), std::end(expected), view.error->gone);
 }

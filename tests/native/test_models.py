@@ -1,7 +1,7 @@
 """Models of protocols, of which every order of steps is tried, without GPU or network.
 
-How calls fail (give_up_model.cc), how rows (rail_model.cc) and sums (rail_combine_model.cc) cross
-rails.
+How calls fail (give_up_model.cc), how other nodes hear of it (tell_model.cc), how rows cross rails
+(rail_model.cc), and sums (rail_combine_model.cc).
 """
 
 import functools
@@ -14,7 +14,7 @@ import pytest
 _FOLDER = pathlib.Path(__file__).parent
 
 # By model: what it finds, as its exit code, where something is left out or done otherwise.
-_WRITTEN_AFTER, _WRONG_CHUNK, _NO_END, _WRONG_ROWS = 3, 3, 4, 5
+_WRITTEN_AFTER, _WRONG_CHUNK, _TOLD_TWICE, _NO_END, _WRONG_ROWS = 3, 3, 3, 4, 5
 _CONTROLS = {
     "give_up_model": {
         "no-wait": _WRITTEN_AFTER,
@@ -23,6 +23,12 @@ _CONTROLS = {
         "early-left": _WRITTEN_AFTER,
         "left-last": _NO_END,
         "no-progress": _NO_END,
+    },
+    "tell_model": {
+        "not-told": _NO_END,
+        "rail": _NO_END,
+        "own-only": _NO_END,
+        "no-record": _TOLD_TWICE,
     },
     "rail_model": {
         "no-credit": _WRONG_CHUNK,
@@ -63,7 +69,8 @@ def _run(model: pathlib.Path, variant: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "num_sizes"), [("give_up_model", 2), ("rail_model", 3), ("rail_combine_model", 5)]
+    ("name", "num_sizes"),
+    [("give_up_model", 2), ("tell_model", 4), ("rail_model", 3), ("rail_combine_model", 5)],
 )
 def test_every_order_is_right(folder: pathlib.Path, name: str, num_sizes: int) -> None:
     done = _run(_built(folder, name), "right")

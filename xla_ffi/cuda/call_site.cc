@@ -28,16 +28,23 @@ void CopyGivenUp(const gpu::GroupView& group, const uint64_t* given_up, cudaStre
   }
 }
 
+void TellOn(cudaStream_t stream, const GroupCall& group, const uint64_t* given_up) {
+  CopyGivenUp(group, given_up, stream);
+  if (const NetworkCall* network = group.network()) {
+    (void)network->part.launch_tell(group, network->group, stream);
+  }
+}
+
 // On the call's stream, behind the calls that are under way. While XLA records that for a command
 // buffer, which it throws away when the call fails, on another one.
-void TellThePeers(const gpu::GroupView& group, const uint64_t* given_up, cudaStream_t stream) {
+void TellThePeers(const GroupCall& group, const uint64_t* given_up, cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   (void)cudaStreamIsCapturing(stream, &status);
-  if (status == cudaStreamCaptureStatusNone) return CopyGivenUp(group, given_up, stream);
+  if (status == cudaStreamCaptureStatusNone) return TellOn(stream, group, given_up);
   const AnyCallScope scope;
   try {
     const OwnStream own("a stream to tell the other ranks");
-    CopyGivenUp(group, given_up, own.get());
+    TellOn(own.get(), group, given_up);
   } catch (const std::runtime_error&) {
   }
 }
@@ -113,6 +120,7 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t 
   if (auto error = memory.FillGroup(members, num_ranks, ordinal, call, &staging)) {
     return fail(*error);
   }
+  if (network != nullptr) call->nodes = network->nodes;
   if (const uint64_t* given_up = memory.GivenUp(ordinal)) {
     TellThePeers(*call, given_up, stream);
     return {ffi::ErrorCode::kDeadlineExceeded, memory.RecordedError().value_or("")};

@@ -90,11 +90,12 @@ NB_MODULE(_cuda, m) {
       nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "join_network",
-      [](const nb::capsule& part, std::vector<int64_t> node_of_process, int64_t ranks_per_node) {
+      [](const nb::capsule& part, const std::vector<std::string>& hosts, int64_t ranks_per_node) {
         Network::Get().Join(*static_cast<const gpu::NetworkPart*>(part.data(gpu::kNetworkPartName)),
-                            std::move(node_of_process), ranks_per_node);
+                            hosts, ranks_per_node);
+        SymmetricMemory::Get().SetHosts(hosts);
       },
-      nb::arg("part"), nb::arg("node_of_process"), nb::arg("ranks_per_node"));
+      nb::arg("part"), nb::arg("hosts"), nb::arg("ranks_per_node"));
   m.def(
       "release",
       [](bool ended) {

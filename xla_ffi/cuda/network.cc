@@ -7,6 +7,7 @@
 #include "cuda/network/rail/combine.h"
 #include "xla_ffi/groups.h"
 #include "xla_ffi/memory/driver.h"
+#include "xla_ffi/memory/symmetric_memory.h"
 
 namespace jax_ep {
 namespace {
@@ -39,22 +40,28 @@ Network& Network::Get() {
   return *network;
 }
 
-void Network::Join(const gpu::NetworkPart& part, std::vector<int64_t> node_of_process,
+void Network::Join(const gpu::NetworkPart& part, const std::vector<std::string>& hosts,
                    int64_t ranks_per_node) {
-  if (part.control_bytes != sizeof(gpu::ControlBlock)) {
+  if (part.control_bytes != sizeof(gpu::ControlBlock) ||
+      part.view_bytes != sizeof(gpu::GroupView)) {
     Throw("jax_ep._nvshmem and jax_ep._cuda are of different builds");
   }
   std::lock_guard<std::mutex> lock(mutex_);
   part_ = part;
-  node_of_process_ = std::move(node_of_process);
+  node_of_process_.clear();
+  for (const std::string& host : hosts) {
+    node_of_process_.push_back(std::find(hosts.begin(), hosts.end(), host) - hosts.begin());
+  }
   ranks_per_node_ = ranks_per_node;
   members_.clear();
+  found_.reset();
   has_refused_group_ = false;
 }
 
 void Network::Leave() {
   std::lock_guard<std::mutex> lock(mutex_);
   part_.reset();
+  found_.reset();
 }
 
 int Network::RanksPerNode(const int64_t* members, int num_ranks) const {
@@ -78,11 +85,19 @@ std::optional<std::string> Network::Find(const int64_t* members, int num_ranks, 
   call->reset();
   std::lock_guard<std::mutex> lock(mutex_);
   if (!part_) return std::nullopt;
+  if (found_ && found_->nodes.rank == rank &&
+      std::equal(members, members + num_ranks, members_.begin(), members_.end())) {
+    *call = found_;
+    return std::nullopt;
+  }
   for (int r = 0; r < num_ranks; ++r) {
     const int64_t process = process_of(members[r]);
     if (process < 0 || process >= static_cast<int64_t>(node_of_process_.size())) {
       return "rank " + std::to_string(r) + " is of process " + std::to_string(process) +
              ", which is not in this job";
+    }
+    if (process >= gpu::kMaxProcesses) {
+      return AtMost("the number of a process", gpu::kMaxProcesses - 1, process);
     }
   }
   const int on_node = RanksPerNode(members, num_ranks);
@@ -103,6 +118,7 @@ std::optional<std::string> Network::Find(const int64_t* members, int num_ranks, 
   // it, and what they send may lie in the region.
   has_refused_group_ |= !members_.empty() && members_ != group;
   if (has_refused_group_) {
+    found_.reset();
     return "another group of ranks, or the same in another order, has gone over the network since "
            "jax_ep.initialize(), whose memory is for one. Give all meshes the same groups across "
            "nodes, or call jax_ep.finalize() and jax_ep.initialize() in every process between";
@@ -115,13 +131,15 @@ std::optional<std::string> Network::Find(const int64_t* members, int num_ranks, 
            " bytes of NVSHMEM's heap, but it has " + std::to_string(part_->region_bytes) +
            " for that, three quarters of all" + kLargerHeap;
   }
+  if (members_.empty()) SymmetricMemory::Get().SetGroupAcrossNodes(group);
   members_ = group;
   char* const at = part_->region;
-  NetworkCall& made = call->emplace();
+  NetworkCall& made = found_.emplace();
   made.part = *part_;
   made.region = region;
   made.node = rank / on_node;
-  made.group.layout = {region.layout_memory(at), region.layout, region.epoch(at), rank, num_ranks};
+  made.nodes = {region.given_up(at), region.has_told(at), rank, num_ranks};
+  made.group.layout = {region.layout_memory(at), region.layout, region.epoch(at)};
   made.group.dispatch = {region.rail, region.dispatch_memory(at), region.dispatch_chunks_of(at),
                          made.node, on_node};
   made.group.combine = {region.rail, region.combine_memory(at), region.combine_chunks_of(at),
@@ -130,6 +148,7 @@ std::optional<std::string> Network::Find(const int64_t* members, int num_ranks, 
   for (int r = 0; r < num_ranks; ++r) {
     made.group.pe[r] = static_cast<uint16_t>(process_of(members[r]));
   }
+  *call = made;
   return std::nullopt;
 }
 

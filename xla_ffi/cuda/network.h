@@ -20,6 +20,7 @@ struct NetworkCall {
   gpu::NetworkPart part;
   gpu::NetworkRegion region;
   gpu::NetworkGroup group;
+  gpu::NodesView nodes;
   int32_t node;  // this rank's; `region.ranks_per_node` ranks one after the other are one
 
   int first_rank() const { return node * region.ranks_per_node; }
@@ -31,9 +32,9 @@ class Network {
   // Never destroyed.
   static Network& Get();
 
-  // After NVSHMEM has started: from here on groups may lie on several nodes. `node_of_process`: equal
-  // numbers are one node; `ranks_per_node`, if not 0, counts instead, wherever ranks are.
-  void Join(const gpu::NetworkPart& part, std::vector<int64_t> node_of_process,
+  // After NVSHMEM has started: from here on groups may lie on several nodes. `hosts`, by process: equal
+  // names are one node; `ranks_per_node`, if not 0, counts instead, wherever ranks are.
+  void Join(const gpu::NetworkPart& part, const std::vector<std::string>& hosts,
             int64_t ranks_per_node);
 
   // Before NVSHMEM's end. No call may be on its way to a device.
@@ -53,7 +54,8 @@ class Network {
   std::optional<gpu::NetworkPart> part_;
   std::vector<int64_t> node_of_process_;
   int64_t ranks_per_node_ = 0;
-  std::vector<int64_t> members_;  // of the group that has the region
+  std::vector<int64_t> members_;      // of the group that has the region
+  std::optional<NetworkCall> found_;  // of that group, unless another has been refused
   bool has_refused_group_ = false;
 };
 

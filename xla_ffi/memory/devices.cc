@@ -296,6 +296,8 @@ void SymmetricMemory::Release(bool devices_have_ended) {
     presence_ = nullptr;
     descriptors.swap(descriptors_);
     slot_.clear();
+    hosts_.clear();
+    across_nodes_.clear();
     pool_problem_.clear();
     own_waits_end_ = false;
     devices_end_ = {};
@@ -325,6 +327,16 @@ void SymmetricMemory::Release(bool devices_have_ended) {
   for (const auto& [member, peer] : remote) {
     kept_.insert({peer.control, peer.slots, peer.pool, peer.staging});
   }
+}
+
+void SymmetricMemory::SetHosts(std::vector<std::string> hosts) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  hosts_ = std::move(hosts);
+}
+
+void SymmetricMemory::SetGroupAcrossNodes(std::vector<int64_t> members) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  across_nodes_ = std::move(members);
 }
 
 void SymmetricMemory::SetTimeouts(const Timeouts& timeouts) {
@@ -362,6 +374,7 @@ std::optional<std::string> SymmetricMemory::FillGroup(const int64_t* members, in
   view->call = ++num_calls_;
   view->num_ranks = num_ranks;
   view->rank = -1;
+  view->nodes = {};
   for (int r = 0; r < num_ranks; ++r) {
     gpu::PeerView& peer = view->peer[r];
     peer = {};

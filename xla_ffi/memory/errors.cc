@@ -1,6 +1,7 @@
 // What kernels have recorded, in words.
 #include <sstream>
 
+#include "xla_ffi/groups.h"
 #include "xla_ffi/memory/symmetric_memory.h"
 
 namespace jax_ep {
@@ -11,11 +12,18 @@ std::string SymmetricMemory::NameOfSlot(int slot) const {
     const std::string name = "device " + std::to_string(member & 0xffffffff);
     return num_processes_ == 1 ? name : name + " (process " + std::to_string(member >> 32) + ")";
   }
-  // cuda/network/rail/rail.h
-  if (slot >= gpu::kMaxPeers) {
-    return "rank " + std::to_string(slot - gpu::kMaxPeers) + " of the group across nodes";
-  }
+  if (slot >= gpu::kMaxPeers) return NameOfProcess(slot - gpu::kMaxPeers);
   return "slot " + std::to_string(slot);
+}
+
+std::string SymmetricMemory::NameOfProcess(int64_t process) const {
+  std::string name = "process " + std::to_string(process);
+  if (process < static_cast<int64_t>(hosts_.size())) name += " on " + hosts_[process];
+  for (size_t r = 0; r < across_nodes_.size(); ++r) {
+    if (process_of(across_nodes_[r]) != process) continue;
+    return "rank " + std::to_string(r) + " of the group across nodes (" + name + ")";
+  }
+  return "the device of " + name;
 }
 
 const gpu::ErrorRecord* SymmetricMemory::FirstRecord() const {
@@ -66,9 +74,13 @@ std::optional<std::string> SymmetricMemory::RecordedError() {
       out << " and says why";
       break;
     case gpu::kProgress:
-      out << own << " waited for " << peer << " to finish" << until << " (expected epoch "
-          << gpu::epoch_of(expected) << ", seen " << gpu::epoch_of(seen) << " with "
-          << gpu::units_of(seen, gpu::epoch_of(expected)) << " of "
+      out << own << " waited for " << peer << " to finish" << until;
+      if (record->peer_slot >= gpu::kMaxPeers) {
+        out << " (expected " << expected << " in its signal, seen " << seen << ")";
+        break;
+      }
+      out << " (expected epoch " << gpu::epoch_of(expected) << ", seen " << gpu::epoch_of(seen)
+          << " with " << gpu::units_of(seen, gpu::epoch_of(expected)) << " of "
           << gpu::units_of(expected, gpu::epoch_of(expected))
           << " steps; if several processes share that GPU, pass a smaller num_sms to "
              "jax_ep.make_layout)";

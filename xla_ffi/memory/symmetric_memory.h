@@ -73,6 +73,11 @@ class SymmetricMemory {
   // Everybody has imported.
   void CloseDescriptors();
 
+  // Until Release, of a job with a network: how errors name other nodes' devices. The hosts by process;
+  // of the group across nodes the members, by rank.
+  void SetHosts(std::vector<std::string> hosts);
+  void SetGroupAcrossNodes(std::vector<int64_t> members);
+
   // Until Release this process's kernels, those that wait already too, wait for others no longer.
   void EndOwnWaits();
 
@@ -181,6 +186,7 @@ class SymmetricMemory {
   // Of each device of this process; 0 without slots.
   size_t SlotBytes() const { return devices_.empty() ? 0 : devices_.front().slot_bytes; }
   std::string NameOfSlot(int slot) const;
+  std::string NameOfProcess(int64_t process) const;  // of its device, which is on another node
   std::optional<std::string> LookAtWait(Device* device, std::chrono::steady_clock::time_point now);
   std::optional<std::string> LookAtIds(const Device& device);
   const gpu::ErrorRecord* FirstRecord() const;
@@ -214,6 +220,8 @@ class SymmetricMemory {
   bool told_invalid_ids_ = false;                          // by Watch; once in a process
   std::set<MemberPair> without_atomics_;  // the first cannot use them on the second's memory
   std::map<int64_t, int> slot_;           // of every device, by member
+  std::vector<std::string> hosts_;        // see SetHosts
+  std::vector<int64_t> across_nodes_;     // see SetGroupAcrossNodes
   uint64_t num_calls_ = 0;                // that FillGroup has numbered
   std::vector<Descriptor> descriptors_;   // of what is exported
 };

@@ -71,6 +71,7 @@ bool SymmetricMemory::HasLeft(int slot) const {
 }
 
 int64_t SymmetricMemory::ProcessOfSlot(int slot) const {
+  if (slot >= gpu::kMaxPeers) return slot - gpu::kMaxPeers;
   for (const auto& [member, its_slot] : slot_) {
     if (its_slot == slot) return process_of(member);
   }
@@ -78,13 +79,17 @@ int64_t SymmetricMemory::ProcessOfSlot(int slot) const {
 }
 
 void SymmetricMemory::EndWaits(int64_t process) {
-  for (const auto& [member, slot] : slot_) {
-    if (process_of(member) != process) continue;
+  const auto end = [&](int slot) {
     for (const Device& device : devices_) {
       uint64_t* word = &device.error->gone[gpu::word_of(slot)];
       __atomic_store_n(word, *word | gpu::bit_of(slot), __ATOMIC_RELEASE);
     }
+  };
+  for (const auto& [member, slot] : slot_) {
+    if (process_of(member) == process) end(slot);
   }
+  // Nodes may be smaller than a host.
+  if (process < gpu::kMaxProcesses) end(gpu::slot_of_process(static_cast<int>(process)));
 }
 
 }  // namespace jax_ep

@@ -75,7 +75,9 @@ class Channel {
 
  private:
   __device__ int32_t rank_of(int32_t node) const { return rail_.rank_of(node, g_.rank); }
-  __device__ int slot_of(int32_t node) const { return slot_of_rail_rank(rank_of(node)); }
+  __device__ int slot_of(int32_t node) const {
+    return slot_of_process(hop_.process_of(rank_of(node)));
+  }
 
   const GroupView& g_;
   const RailView& rail_;

@@ -59,6 +59,7 @@
 #include "cuda/network/rail/combine.h"
 #include "cuda/network/rail/rail.h"
 #include "cuda/network/rail/sums.cuh"
+#include "cuda/network/tell.cuh"
 #include "cuda/sync/give_up.cuh"
 #include "cuda/sync/grid.cuh"
 #include "cuda/sync/progress.cuh"
@@ -436,6 +437,7 @@ __global__ __launch_bounds__(kMaxCombineThreads,
   const Finish finish = finish_block(g, kKind, is_claimed, ok);
   if (finish == Finish::kNotLast) return;
   if (finish == Finish::kEnd) return end_call(g);
+  tell_other_nodes(g, hop);  // [T1]
   const Share share = fail_call(g, finish, num_units);
   fill(a.out, a.num_tokens * row_bytes, kNan, share);
   if (a.values != nullptr) fill(a.collected, a.num_tokens * a.top_k * 4, kNan, share);

@@ -59,14 +59,12 @@
 //           one from each other node, so when its roles are through, every rank has come, and what it
 //           still waits for is progress. Before, waits have the time that a rank may take to come.
 // Failure:  rows and weights become NaN, integers 0; see give_up.cuh. What breaks is the node's group:
-//           peers on the rail find out for themselves, as chunks or credit fail to come, and tell
-//           their nodes. Final rows are written from this node alone, and leave.cuh sees to those
+//           other nodes are told (cuda/network/tell.cuh). Final rows are written from this node alone, and leave.cuh sees to those
 //           who do; late chunks come to landing. chunks and signals no longer agree then: the group
 //           is set up anew with both of them zero before it is used again.
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses, and fit a slot with their head; they
 //           cross as x has them (kCopy, kScaled); the same channels, slots and their size on all
-//           ranks; at most kMaxRailRanks ranks. Records name ranks of other nodes by
-//           slot_of_rail_rank.
+//           ranks; at most kMaxRailRanks ranks.
 #ifndef JAX_EP_CUDA_NETWORK_RAIL_DISPATCH_CUH_
 #define JAX_EP_CUDA_NETWORK_RAIL_DISPATCH_CUH_
 
@@ -77,6 +75,7 @@
 #include "cuda/network/rail/rail.h"
 #include "cuda/network/rail/row_mover.cuh"
 #include "cuda/network/rail/sender.cuh"
+#include "cuda/network/tell.cuh"
 #include "cuda/sync/give_up.cuh"
 #include "cuda/sync/grid.cuh"
 #include "cuda/sync/progress.cuh"
@@ -189,6 +188,7 @@ __global__ __launch_bounds__(kMaxThreads,
   const Finish finish = finish_block(g, kKind, is_claimed, ok);
   if (finish == Finish::kNotLast) return;
   if (finish == Finish::kEnd) return end_call(g);
+  tell_other_nodes(g, hop);  // [T1]
   const Share share = fail_call(g, finish, [](uint32_t) { return 1; });
   fill(a.tokens, a.num_rows * a.row_bytes, a.is_integer ? 0 : kNan, share);
   fill(a.scales, a.num_rows * a.num_scales * 4, kNan, share);

@@ -78,10 +78,7 @@ struct RailView {
   }
 };
 
-// Ranks of other nodes have no slot in this node's control blocks. Error records name them by these.
-inline constexpr int kMaxRailRanks = kSlotWords * 64 - kMaxPeers;
-JAX_EP_HOST_DEVICE constexpr int slot_of_rail_rank(int rank) { return kMaxPeers + rank; }
-static_assert(word_of(slot_of_rail_rank(kMaxRailRanks - 1)) == kSlotWords - 1);
+inline constexpr int kMaxRailRanks = 56;
 
 // What a chunk begins with.
 struct alignas(16) ChunkHead {
