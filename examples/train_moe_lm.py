@@ -407,7 +407,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint-every", type=int, default=200, help="steps between checkpoints")
     add("--eval-every", type=int, default=100, help="steps between held-out evaluations")
     add("--prompt", default="import os\n\n\ndef ", help="what the sample continues")
-    add("--sample-bytes", type=int, default=300, help="length of the sample")
+    add("--sample-bytes", type=int, default=300, help="length of the sample; 0: none")
     add("--temperature", type=float, default=0.7, help="of sampling; 0: always the likeliest byte")
     add("--distributed", action="store_true", help="this is one of several processes")
     add("--coordinator", help="HOST:PORT of process 0; like the next two, if JAX cannot find it")
@@ -575,13 +575,14 @@ def train(args: argparse.Namespace) -> dict:
         say(f"the checkpoint is in {args.export}")
 
     # One sequence per device continues the prompt; process 0 shows its first.
-    say(f"sampling {args.sample_bytes} bytes (compiles once more) ..")
-    prompt = (b"\n" * args.seq_len + args.prompt.encode())[-args.seq_len :]
-    window = place(
-        np.tile(np.frombuffer(prompt, np.uint8), (dp * ep, 1)).astype(np.int32), by_batch
-    )
-    sampled = sample(state["params"], window, key, args.temperature, length=args.sample_bytes)
-    sampled = np.asarray(sampled.addressable_shards[0].data[0], np.uint8).tobytes()
+    sampled = b""
+    if args.sample_bytes:
+        say(f"sampling {args.sample_bytes} bytes (compiles once more) ..")
+        prompt = (b"\n" * args.seq_len + args.prompt.encode())[-args.seq_len :]
+        window = np.tile(np.frombuffer(prompt, np.uint8), (dp * ep, 1)).astype(np.int32)
+        window = place(window, by_batch)
+        sampled = sample(state["params"], window, key, args.temperature, length=args.sample_bytes)
+        sampled = np.asarray(sampled.addressable_shards[0].data[0], np.uint8).tobytes()
     summary = {
         "versions": versions,
         "config": settings,

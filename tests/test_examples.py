@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 from cpu_devices import FAST_COMPILATION, cpu_devices
 
-for _module in ("optax", "orbax.checkpoint", "matplotlib", "tqdm"):
-    pytest.importorskip(_module, reason="the example needs jax-ep[examples]")
+# Looked for, not imported: that takes seconds, in each worker.
+for _module in ("optax", "orbax", "matplotlib", "tqdm"):
+    if importlib.util.find_spec(_module) is None:
+        pytest.skip("the example needs jax-ep[examples]", allow_module_level=True)
 
 pytestmark = pytest.mark.timeout(600)  # the fixtures below do all the work: 40 s on two free cores
 
@@ -27,6 +30,13 @@ _TINY = (
     f"--steps={_NUM_STEPS} --num-layers=1 --num-heads=2 --d-model=32 --d-expert=32 --seq-len=32 "
     "--learning-rate=1e-2 --eval-every=4 --sample-bytes=16"
 ).split()
+
+# Neither evaluated nor sampled: each of these is a program to compile.
+_LOSSES_ONLY = [
+    f"--eval-every={2 * _NUM_STEPS}",
+    f"--stop-after={_NUM_STEPS - 1}",
+    "--sample-bytes=0",
+]
 
 # Calls main() once per list of flags, all in one process, and keeps the final parameters.
 _DRIVER = """
@@ -108,7 +118,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     _run(
         root,
         ["--out=whole", "--export=exported"],
-        ["--out=resumed", f"--stop-after={_NUM_STEPS // 2}"],
+        ["--out=resumed", f"--stop-after={_NUM_STEPS // 2}", "--sample-bytes=0"],
     )
     assert len(_summary(root / "resumed")["losses"]) == _NUM_STEPS // 2
     return root
@@ -120,19 +130,21 @@ def runs(whole_run: pathlib.Path) -> pathlib.Path:
     _run(
         whole_run,
         ["--out=resumed", "--resume"],
-        ["--out=no_drops", "--capacity-factor=0", "--remat", "--micro-batches=2", "--overlap"],
-        ["--out=dense", "--dispatch=dense"],
         [
-            *("--out=imported", "--init=exported", "--stop-after=1", "--d-model=99"),
-            *("--router=group-limited", "--bias-rate=0.5"),
+            *("--out=no_drops", "--capacity-factor=0", "--remat"),
+            *("--micro-batches=2", "--overlap", *_LOSSES_ONLY),
+        ],
+        ["--out=dense", "--dispatch=dense", *_LOSSES_ONLY],
+        [
+            *("--out=imported", "--init=exported", *_LOSSES_ONLY, "--stop-after=1"),
+            *("--d-model=99", "--router=group-limited", "--bias-rate=0.5"),
         ],
     )
     return whole_run
 
 
-@pytest.mark.versions
 def test_learns_and_leaves_its_results(whole_run: pathlib.Path) -> None:
-    """The loss falls, and summary, sample and plot are there: under every version of JAX."""
+    """The loss falls, and summary, sample and plot are there."""
     summary = _summary(whole_run / "whole")
     assert list(summary)[:2] == ["versions", "config"]
     assert summary["config"]["d_model"] == 32
@@ -171,7 +183,7 @@ def test_loss_curve_equals_the_dense_one_without_drops(runs: pathlib.Path) -> No
     # The bounds are tight enough to see the dropped rows of the run with a capacity.
     whole = _summary(runs / "whole")
     assert whole["dropped"] > 0
-    assert np.max(np.abs(np.divide(whole["losses"], dense["losses"]) - 1)) > 1e-3
+    assert np.max(np.abs(np.divide(whole["losses"][:-1], dense["losses"]) - 1)) > 1e-3
 
 
 def test_exported_checkpoint_is_what_was_trained_and_can_be_trained_on(
@@ -198,7 +210,7 @@ def test_exported_checkpoint_is_what_was_trained_and_can_be_trained_on(
 
 def test_several_processes_train_as_one_does(runs: pathlib.Path) -> None:
     """Also that they read the same sources, which each of them checks at the start."""
-    _run_together(runs, "--out=together")
+    _run_together(runs, "--out=together", "--sample-bytes=0")
     together, whole = _summary(runs / "together"), _summary(runs / "whole")
     # XLA adds up over processes in another order; see above for what that may come to.
     np.testing.assert_allclose(together["losses"][0], whole["losses"][0], rtol=1e-6)

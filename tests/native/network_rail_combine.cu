@@ -234,8 +234,8 @@ void RunCombine(Group& group, const JobShape& shape, const NetworkModel& model, 
 }
 
 // A rank that never comes: all others end within the timeout of one, and their results say so.
-void RunWithoutOne(Group& group, const JobShape& shape, const NetworkModel& model,
-                   Fault fault = Fault::kNone) {
+void RunCombineWithoutOne(Group& group, const JobShape& shape, const NetworkModel& model,
+                          Fault fault = Fault::kNone) {
   if (g_num_failed >= kEnoughFailures) return;
   const int missing = shape.num_ranks - 1;
   Job job(group, shape, model, kNearTimeoutNs, kFarTimeoutNs);
@@ -278,8 +278,8 @@ void TestRailCombine(Group& group, bool is_small) {
         RunCombine(group, shape, model, 2, Fault::kHeadFirst);
         RunCombine(group, shape, model, 1, Fault::kWithoutCredit);
       });
-  for (const JobShape& shape : FailureJobs()) RunWithoutOne(group, shape, RailModels(1)[1]);
-  RunWithoutOne(group, FailureJobs().back(), RailModels(1)[1], Fault::kNotTold);
+  for (const JobShape& shape : FailureJobs()) RunCombineWithoutOne(group, shape, RailModels(1)[1]);
+  RunCombineWithoutOne(group, FailureJobs().back(), RailModels(1)[1], Fault::kNotTold);
 }
 
 }  // namespace jax_ep::gpu::test

@@ -201,8 +201,8 @@ void RunDispatch(Group& group, const JobShape& shape, const NetworkModel& model,
 }
 
 // A rank that never comes: all others end within the timeout of one, and their results say so.
-void RunWithoutOne(Group& group, const JobShape& shape, const NetworkModel& model,
-                   Fault fault = Fault::kNone) {
+void RunDispatchWithoutOne(Group& group, const JobShape& shape, const NetworkModel& model,
+                           Fault fault = Fault::kNone) {
   if (g_num_failed >= kEnoughFailures) return;
   const int missing = shape.num_ranks - 1;
   Job job(group, shape, model, kNearTimeoutNs, kFarTimeoutNs);
@@ -275,10 +275,10 @@ void TestRailDispatch(Group& group, bool is_small) {
         RunDispatch(group, shape, model, 1, Fault::kWithoutCredit);
       });
   for (const JobShape& shape : FailureJobs()) {
-    RunWithoutOne(group, shape, RailModels(1)[1]);
+    RunDispatchWithoutOne(group, shape, RailModels(1)[1]);
     RunOtherCall(group, shape, RailModels(1)[1]);
   }
-  RunWithoutOne(group, FailureJobs().back(), RailModels(1)[1], Fault::kNotTold);
+  RunDispatchWithoutOne(group, FailureJobs().back(), RailModels(1)[1], Fault::kNotTold);
 }
 
 }  // namespace jax_ep::gpu::test

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-import openai
 import pytest
 from serve_moe import protocol, steps
 from serve_moe.engine import Engine
@@ -83,6 +82,8 @@ def _send(port: int, method: str, path: str, body: dict | None = None) -> tuple[
 
 def test_failure_of_a_device_is_an_error_everywhere(one_layer: pathlib.Path) -> None:
     """Of a stream that has begun, of requests that wait or come, and of /health."""
+    import openai  # takes seconds, which not every worker should
+
     failing = threading.Event()
 
     def check() -> None:

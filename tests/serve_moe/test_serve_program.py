@@ -14,9 +14,7 @@ import struct
 import time
 from collections.abc import Iterator
 
-import openai
 import pytest
-from serve_moe import load_test
 from server_process import SECONDS, ServerProcess
 
 _FLAGS = [
@@ -26,6 +24,14 @@ _FLAGS = [
     "--max-body-bytes=5000",
     "--model-name=tiny",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports() -> None:
+    """What takes seconds, which only the worker that runs these tests should."""
+    global openai, load_test
+    import openai
+    from serve_moe import load_test
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +47,13 @@ def port(server: ServerProcess) -> int:
     return server.port()
 
 
-def _client(port: int) -> openai.OpenAI:
+def _client(port: int) -> "openai.OpenAI":
     url = f"http://127.0.0.1:{port}/v1"
     return openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=SECONDS)
 
 
 @pytest.fixture
-def client(port: int) -> Iterator[openai.OpenAI]:
+def client(port: int) -> Iterator["openai.OpenAI"]:
     with _client(port) as client:
         yield client
 
@@ -76,7 +82,7 @@ def _wait_for(condition) -> None:
         time.sleep(0.02)
 
 
-def test_greedy_completion_is_the_same_again(client: openai.OpenAI) -> None:
+def test_greedy_completion_is_the_same_again(client: "openai.OpenAI") -> None:
     asked = {"model": "tiny", "prompt": [3, 200, 65], "temperature": 0}
     first, second = (client.completions.create(**asked, seed=seed) for seed in (1, 2))
     assert first.choices[0].text == second.choices[0].text
@@ -85,7 +91,7 @@ def test_greedy_completion_is_the_same_again(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
-def test_streams_are_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
+def test_streams_are_the_whole_answer_in_pieces(client: "openai.OpenAI") -> None:
     """Of chats and completions; both end before a stop string."""
     chat = {
         "model": "tiny",
@@ -116,7 +122,7 @@ def test_streams_are_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in chunks) == text[: text.find(stop)]
 
 
-def test_many_clients_that_come_and_go(port: int, client: openai.OpenAI) -> None:
+def test_many_clients_that_come_and_go(port: int, client: "openai.OpenAI") -> None:
     """32 at once: those that stay get what they get alone; the others' slots are free again."""
 
     def request(i: int) -> dict:
@@ -125,7 +131,7 @@ def test_many_clients_that_come_and_go(port: int, client: openai.OpenAI) -> None
     alone = [client.completions.create(**request(i)).choices[0].text for i in (0, 9, 18, 27)]
     cancelled = _metric(port, 'serve_moe_requests_total{reason="cancelled"}')
 
-    async def ask(client: openai.AsyncOpenAI, i: int) -> str:
+    async def ask(client: "openai.AsyncOpenAI", i: int) -> str:
         await asyncio.sleep(0.005 * i)
         text = ""
         stream = await client.completions.create(**request(i), stream=True)
@@ -252,7 +258,7 @@ def _free_port() -> int:
 
 
 def test_two_processes_give_the_same_bits_and_one_that_dies_is_an_error(
-    one_layer: pathlib.Path, client: openai.OpenAI
+    one_layer: pathlib.Path, client: "openai.OpenAI"
 ) -> None:
     """In the middle of a stream, and from then on; process 0 then ends with exit code 1."""
     flags = f"--distributed --coordinator=127.0.0.1:{_free_port()} --num-processes=2".split()
@@ -278,7 +284,7 @@ def test_two_processes_give_the_same_bits_and_one_that_dies_is_an_error(
 
 
 def test_sigterm_finishes_what_runs(
-    server: ServerProcess, port: int, client: openai.OpenAI
+    server: ServerProcess, port: int, client: "openai.OpenAI"
 ) -> None:
     """The last test of this server: new requests are refused, the stream comes to its end."""
     asked = {"model": "tiny", "prompt": "a", "max_tokens": 240, "seed": 3}
