@@ -32,9 +32,7 @@ SMs: that the operation may use; temp MB: what XLA allocates beside operands and
 
 _GPU_LEGEND = """
 A time is that of one of many calls that follow one another in a program, so it has in it what lies
-between two of them. That does not count where calls are long. On two H200 at T = 1 make_layout and
-dispatch, each alone, stand 10 us above what their kernels take without JAX, combine and all three
-in a row do not."""
+between two of them, which does not count where calls are long."""
 
 
 def legend(on_gpu: bool) -> str:
