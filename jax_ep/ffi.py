@@ -2,9 +2,10 @@
 
 Each primitive is one target: ``jax_ep_layout``, ``jax_ep_dispatch`` and ``jax_ep_combine`` on every
 platform, ``jax_ep_combine_gradient`` on CUDA, in whose place CPU, and groups across nodes, have a
-dispatch and XLA's arithmetic. ``jax_ep_layout_and_dispatch`` is a call on CPU, and on CUDA where
-slots may take it; else it is lowered to the two there. With ``overlap=True`` the targets for CUDA
-are called ``jax_ep_layout_overlapped`` and so on.
+dispatch and XLA's arithmetic. Across nodes a dispatch that quantises is ``jax_ep_quantize``, which
+no other rank takes part in, and one of such rows. ``jax_ep_layout_and_dispatch`` is a call on CPU,
+and on CUDA where slots may take it; else it is lowered to the two there. With ``overlap=True`` the
+targets for CUDA are called ``jax_ep_layout_overlapped`` and so on.
 Operand and result order is that of xla_ffi/calls.h; on CPU the device's coordinates
 come before all operands, and combine has no scratch. Result types derive from the operands' types,
 so that shardings and varying axes carry over.
@@ -20,7 +21,18 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jax_ep import _cpu, compat, group, limits, nodes, nvshmem, overlap, runtime, unsplit
+from jax_ep import (
+    _cpu,
+    across_nodes,
+    compat,
+    group,
+    limits,
+    nodes,
+    nvshmem,
+    overlap,
+    runtime,
+    unsplit,
+)
 from jax_ep.batching import map_calls
 from jax_ep.layout import Layout
 
@@ -397,8 +409,40 @@ def _layout_and_dispatch_on_cuda(ctx: Any, *operands: Any, **params: Any) -> Seq
         avals_out=row_types,
     )
     on_layout = (topk_idx, *tables[:num_tables])
-    rows = _lower_call(_dispatch_p.name, "cuda", dispatch_ctx, x, *on_layout, *rest, **of_dispatch)
+    rows = _lower_dispatch_on_cuda(dispatch_ctx, x, *on_layout, *rest, **of_dispatch)
     return [*tables, *rows]
+
+
+def _dispatch_on_cuda(ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:
+    checked = _checked(_dispatch_p.name, "cuda", ctx, operands, params)
+    return _lower_dispatch_on_cuda(ctx, *checked, **params)
+
+
+def _lower_dispatch_on_cuda(ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:
+    """One call; across nodes rows that it would quantise come to it, and from it, with scales."""
+    target, num_ranks = _dispatch_p.name, params["num_ranks"]
+    call = functools.partial(_lower_call, target, "cuda")
+    form = RowForm(*(params[name] for name in RowForm._fields))
+    if form.quantization in (NO_QUANTIZATION, GIVEN_SCALES):
+        return call(ctx, *operands, **params)
+    if _ranks_per_node(target, ctx, params["axis_name"], params) == num_ranks:
+        return call(ctx, *operands, **params)
+    num_first = 2 + len(OPERAND_TABLES)  # x, topk_idx and the tables
+    x, *on_layout = operands[:num_first]
+    x_type, *layout_types = ctx.avals_in[:num_first]
+    power_of_two = form.quantization == QUANTIZATIONS["power_of_two"]
+    types, quantized = across_nodes.quantize(ctx, x_type, x, params["num_sms"], power_of_two)
+    given = params | {"quantization": GIVEN_SCALES, "dequantize": False}
+    arguments = (quantized[0], *on_layout, quantized[1], *operands[num_first:])
+    argument_types = [types[0], *layout_types, types[1], *ctx.avals_in[num_first:]]
+    row_types = _dispatch_shapes(*argument_types, **given)
+    rows = call(ctx.replace(avals_in=argument_types, avals_out=row_types), *arguments, **given)
+    if not form.dequantize:
+        return rows
+    tokens = across_nodes.dequantize(
+        ctx.replace(avals_in=row_types[:2], avals_out=ctx.avals_out[:1]), *rows[:2]
+    )
+    return [*tokens, *rows[2:]]
 
 
 def _map_layout_and_dispatch(
@@ -519,7 +563,7 @@ def _check_nodes_of_cuda(
     ranks_per_node = _ranks_per_node(target, ctx, axis_name, params)
     order = params.get("ranks_per_node", ranks_per_node)
     if ranks_per_node < num_ranks and nvshmem.is_running():
-        _check_network(target, verb, ranks_per_node, params)
+        across_nodes.check(verb, target == _layout_p.name, ranks_per_node, params)
     elif order != num_ranks or ranks_per_node != num_ranks:
         raise NotImplementedError(
             f"{verb}: a group of {num_ranks} ranks with {min(order, ranks_per_node)} on each node "
@@ -527,44 +571,6 @@ def _check_nodes_of_cuda(
             "the group then lies on one node. Make the mesh axes of axis_name smaller, or, where "
             f"the ranks are on one node, pass ranks_per_node={num_ranks} to jax_ep.initialize, or "
             "to dataclasses.replace where the layout has its own"
-        )
-
-
-def _check_network(target: str, verb: str, ranks_per_node: int, params: dict[str, Any]) -> None:
-    """What kernels over the network do not take."""
-    num_ranks, num_sms = params["num_ranks"], params["num_sms"]
-    where = f"{verb}: for a group across nodes ({num_ranks} ranks, {ranks_per_node} on each)"
-    if num_ranks > limits.MAX_NETWORK_RANKS:
-        raise ValueError(f"{where} the ranks must be at most {limits.MAX_NETWORK_RANKS}")
-    if params["num_experts"] % 2:
-        raise ValueError(f"{where} num_experts must be even; got {params['num_experts']}")
-    if target == "jax_ep_layout":
-        return
-    if 0 < num_sms < limits.NETWORK_SMS:
-        raise ValueError(
-            f"{where} num_sms must be 0 or at least {limits.NETWORK_SMS}; got {num_sms}"
-        )
-    if params.get("quantization", NO_QUANTIZATION) not in (NO_QUANTIZATION, GIVEN_SCALES):
-        raise NotImplementedError(
-            f"{where} rows are not quantised on CUDA yet: leave out fp8, or pass float8 rows and "
-            "their scales"
-        )
-    if target != "jax_ep_combine":
-        return
-    if not params["expand"]:
-        raise NotImplementedError(
-            f"{where} rows that are not expanded are not summed on CUDA yet, nor is there a "
-            "gradient of dispatch with expand=False"
-        )
-    order = params["ranks_per_node"]
-    if order != ranks_per_node:
-        raise ValueError(
-            f"{where} sums are in that order on CUDA; the layout has ranks_per_node={order}"
-        )
-    num_nodes = num_ranks // ranks_per_node
-    if num_nodes > limits.MAX_COMBINE_NODES:
-        raise ValueError(
-            f"{where} the nodes must be at most {limits.MAX_COMBINE_NODES}; got {num_nodes}"
         )
 
 
@@ -629,7 +635,7 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Call
 
 
 _layout_p = _make_primitive("jax_ep_layout", _layout_shapes)
-_dispatch_p = _make_primitive("jax_ep_dispatch", _dispatch_shapes)
+_dispatch_p = _make_primitive("jax_ep_dispatch", _dispatch_shapes, cuda=_dispatch_on_cuda)
 _combine_p = _make_primitive("jax_ep_combine", _combine_shapes)
 _combine_gradient_p = _make_primitive(
     "jax_ep_combine_gradient",

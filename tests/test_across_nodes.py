@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from test_lowering import calls, lower
 
 import jax_ep
-from jax_ep import nvshmem, runtime
+from jax_ep import ffi, nvshmem, runtime
 
 
 @pytest.fixture
@@ -94,25 +94,31 @@ def test_sums() -> None:
         *("dispatch", "combine"),
     ]
     assert ops(num_ranks=2, combined=True, gradient=True)[-2:] == ["combine_gradient", "combine"]
+    *_, combine = lowered(expand=False, gradient=True)
+    assert (combine.op, combine.attributes["expand"]) == ("combine", 0)
+
+
+@pytest.mark.usefixtures("nodes_of_two")
+@pytest.mark.parametrize("in_one", [False, True])
+def test_fp8(in_one: bool) -> None:
+    """Rows are quantised before they are sent, and cross with their scales."""
+    layout, quantize, dispatch = lowered(fp8="power_of_two", in_one=in_one, num_sms=12)
+    assert [layout.op, quantize.op, dispatch.op] == ["layout", "quantize", "dispatch"]
+    assert quantize.attributes == {"num_sms": 12, "power_of_two_scales": 1}
+    assert quantize.operands == ("4x128xbf16",)
+    assert quantize.results == ("4x128xf8E4M3FN", "4x1xf32")
+    assert dispatch.operands[0] == "4x128xf8E4M3FN"
+    assert dispatch.operands[-1] == "4x1xf32"
+    assert dispatch.attributes["quantization"] == ffi.GIVEN_SCALES
+    assert dispatch.results == ("64x128xf8E4M3FN", "64x1xf32")
+    _, quantize, dispatch = lowered(fp8="float32", dequantize=True, in_one=in_one, num_sms=12)
+    assert quantize.attributes["power_of_two_scales"] == 0
+    assert dispatch.results == ("64x128xf8E4M3FN", "64x1xf32")
+    assert dispatch.attributes["dequantize"] == 0
 
 
 WHERE = "for a group across nodes (8 ranks, 2 on each) "
 REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "fp8": (
-        {"fp8": "float32"},
-        NotImplementedError,
-        f"jax_ep.dispatch: {WHERE}rows are not quantised on CUDA yet",
-    ),
-    "in_one": (
-        {"fp8": "float32", "in_one": True},
-        NotImplementedError,
-        f"jax_ep.dispatch: {WHERE}rows are not quantised on CUDA yet",
-    ),
-    "not_expanded": (
-        {"expand": False, "gradient": True},
-        NotImplementedError,
-        f"jax_ep.combine: {WHERE}rows that are not expanded are not summed on CUDA yet",
-    ),
     "num_sms": (
         {"num_sms": 11},
         ValueError,

@@ -1,5 +1,5 @@
 // Rows as float8_e4m3fn with a scale per 128 channels: the numbers as jax_ep/reference_fp8.py
-// defines them, laid out as they cross a link (cuda/core/wire_row.h).
+// defines them.
 #ifndef JAX_EP_CUDA_ROWS_FP8_ROWS_CUH_
 #define JAX_EP_CUDA_ROWS_FP8_ROWS_CUH_
 
@@ -39,10 +39,10 @@ __device__ inline __nv_fp8x2_storage_t quantize_two(float a, float b, float inve
                                   __NV_E4M3);
 }
 
-// Quantises a row of x into a row as it crosses, by a warp: kAtOnce vectors of each lane at a time.
-// Of a last block that is shorter the missing vectors are zeros, which change no amax.
+// Quantises a row of x, by a warp: kAtOnce vectors of each lane at a time. Of a last block that is shorter the missing vectors are zeros, which change no amax.
 template <typename Vector>
-__device__ void quantize_row(const DispatchArguments& a, const char* x, char* wire) {
+__device__ void quantize_row(const DispatchArguments& a, const char* x, char* values,
+                             float* scales) {
   constexpr int kAtOnce = 8;
   constexpr int kLanes = kScaleBlock / Vector::kCount;  // that share a scale
   constexpr int kGroups = 32 / kLanes;                  // of lanes
@@ -75,7 +75,7 @@ __device__ void quantize_row(const DispatchArguments& a, const char* x, char* wi
     const float2 scale = scale_and_inverse(largest, a.power_of_two_scales);
     const int32_t s = begin / 32 * kGroups + lane;
     if (lane < kAtOnce * kGroups && s < num_scales) {
-      reinterpret_cast<float*>(wire + a.num_channels)[s] = scale.x;
+      scales[s] = scale.x;
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
@@ -91,7 +91,7 @@ __device__ void quantize_row(const DispatchArguments& a, const char* x, char* wi
         quantized.pair[c / 2] = quantize_two(value[c], value[c + 1], inverse);
       }
       if (i < num_vectors) {
-        *reinterpret_cast<decltype(quantized)*>(wire + i * Vector::kCount) = quantized;
+        *reinterpret_cast<decltype(quantized)*>(values + i * Vector::kCount) = quantized;
       }
     }
 #pragma unroll

@@ -11,10 +11,11 @@
 
 namespace jax_ep::gpu {
 
-// Fills a stage with a row of x, quantised by the calling warp.
+// Fills a stage with a row of x, quantised by the calling warp, as it crosses (cuda/core/wire_row.h).
 __device__ inline void quantize_to_stage(const DispatchArguments& a, const char* x, char* stage,
                                          uint64_t* full) {
-  with_vector(a.type, [&](auto vector) { quantize_row<decltype(vector)>(a, x, stage); });
+  auto* scales = reinterpret_cast<float*>(stage + a.num_channels);
+  with_vector(a.type, [&](auto vector) { quantize_row<decltype(vector)>(a, x, stage, scales); });
   fence_proxy_async_shared();  // the copy engine reads what was written
   __syncwarp();
   if (lane_of_warp() == 0) mbarrier_arrive(full);

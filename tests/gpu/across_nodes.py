@@ -104,6 +104,52 @@ def test_in_one(device_backend: JaxBackend, num_ranks: int, size: str) -> None:
     assert_same_bits(received.weights, expected.weights)
 
 
+@pytest.mark.parametrize(
+    ("size", "fp8", "form"),
+    [
+        ("aligned", "float32", {}),
+        ("drops", "power_of_two", {"expand": False}),
+        ("own room", "float32", {"dequantize": True}),
+        ("long rows", "power_of_two", {"dequantize": True, "expand": False}),
+    ],
+)
+def test_fp8(
+    device_backend: JaxBackend, num_ranks: int, size: str, fp8: str, form: dict[str, bool]
+) -> None:
+    """Rows are quantised here, cross as such, and may be multiplied with their scales there."""
+    case, rng = case_of(size, num_ranks), np.random.default_rng(6)
+    case = dataclasses.replace(case, hidden=case.hidden // 16 * 16)
+    ids = routings.topk_ids(rng, case, "uniform")
+    x = routings.random_rows(rng, rows_shape(case), BF16, specials=True)
+    weights = routings.random_weights(rng, case)
+    layout, theirs = device_backend.make_layout(case, ids), ORACLE.make_layout(case, ids)
+    received = device_backend.dispatch(x, layout, weights, fp8=fp8, **form)
+    expected = ORACLE.dispatch(x, theirs, weights, fp8=fp8, **form)
+    for array, right in zip(received, expected, strict=True):
+        assert (array is None) == (right is None)
+        if right is not None:
+            assert_same_bits(array, right)
+
+
+@pytest.mark.parametrize("size", ["drops", "own room", "long rows"])
+def test_sums_of_rows_per_token(device_backend: JaxBackend, num_ranks: int, size: str) -> None:
+    """The gradient of dispatch with expand=False."""
+    case, rng = case_of(size, num_ranks), np.random.default_rng(7)
+    ranks_per_node = nodes.chosen()
+    assert ranks_per_node is not None
+    ids = routings.topk_ids(rng, case, "uniform")
+    layout = device_backend.make_layout(case, ids)
+    theirs = on_nodes(ORACLE.make_layout(case, ids), ranks_per_node)
+    d_tokens = routings.random_rows(
+        rng, (num_ranks, num_ranks * case.num_tokens + 1, case.hidden), BF16, specials=True
+    )
+    d_weights = rng.standard_normal((num_ranks, case.num_rows)).astype(F32)
+    d_x, d_topk_weights = device_backend.dispatch_vjp(layout, d_tokens, d_weights, expand=False)
+    expected, expected_weights = ORACLE.dispatch_vjp(theirs, d_tokens, d_weights, expand=False)
+    assert_same_bits(d_x, expected)
+    assert_same_bits(d_topk_weights, expected_weights)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("size", SIZES)
 def test_sums(device_backend: JaxBackend, num_ranks: int, size: str, dtype: DTypeLike) -> None:

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#include "cuda/rows/quantize.h"
 #include "cuda/slots/fits.h"
 #include "tests/native/fake_ffi.h"
 #include "tests/native/symmetric_memory_support.h"
@@ -28,6 +29,7 @@ gpu::LayoutArguments g_layout;
 gpu::DispatchArguments g_dispatch;
 gpu::CombineArguments g_combine;
 gpu::LayoutAndDispatchArguments g_both;
+gpu::QuantizeArguments g_quantize;
 cudaError_t g_status = cudaSuccess;  // of the next launches
 
 cudaError_t Note(const char* kernel, const gpu::GroupView& group, int num_sms,
@@ -56,6 +58,10 @@ cudaError_t LaunchCombine(const GroupView& group, const CombineArguments& argume
                           cudaStream_t stream) {
   test::g_combine = arguments;
   return test::Note("combine", group, num_sms, stream);
+}
+cudaError_t LaunchQuantize(const QuantizeArguments& arguments, int num_sms, cudaStream_t stream) {
+  test::g_quantize = arguments;
+  return test::Note("quantize", {}, num_sms, stream);
 }
 cudaError_t LaunchLayoutAndDispatchInSlots(const GroupView& group,
                                            const LayoutAndDispatchArguments& arguments, int num_sms,
@@ -577,7 +583,7 @@ void AcrossNodes() {
   const auto refusal = [&](Call refused) { return on(std::move(refused), ep_dp).Run(0); };
   const std::string over = op + "over the network ";
   CHECK(Contains(refusal(LayoutAndDispatchCallOf(4, 2, {ffi::BF16, 2, 1})),
-                 op + "rows are not quantised for the network yet"));
+                 op + "the program quantises rows for a group on one node: compile it where"));
   Call small = LayoutAndDispatchCallOf(4, 2);
   small.attributes["num_sms"] = int64_t{11};
   CHECK(Contains(refusal(std::move(small)), over + "a call takes 12 SMs, but it has 11"));
@@ -638,6 +644,41 @@ void AcrossNodes() {
   Memory().Release(true);
 }
 
+// Rows of this device alone, whether or not it is set up.
+void Quantize() {
+  alignas(16) char memory[2048];
+  Array x{ffi::BF16, {3, 144}, memory}, values{ffi::F8E4M3FN, {3, 144}, memory + 1024},
+      scales{ffi::F32, {3, 2}, memory + 1536};
+  const auto run = [&] {
+    return CallHandler(kQuantizeCuda, nullptr, 0, nullptr, {x}, {values, scales},
+                       {{"num_sms", int64_t{12}}, {"power_of_two_scales", int64_t{1}}});
+  };
+  g_launched.clear();
+  CHECK(run().empty() && g_launched.size() == 1 && g_launched[0].num_sms == 12);
+  CHECK(g_quantize.x == x.data && g_quantize.values == values.data);
+  CHECK(g_quantize.scales == scales.data && g_quantize.power_of_two_scales);
+  CHECK(g_quantize.num_rows == 3 && g_quantize.num_channels == 144);
+  CHECK(g_quantize.type == FloatType::kBF16);
+  const std::string op = "jax_ep_quantize: ";
+  x.type = ffi::S32;
+  CHECK(run() == op + "x must be bf16, f16 or f32");
+  x.type = ffi::F32;
+  CHECK(run().empty() && g_quantize.type == FloatType::kF32);
+  scales.shape = {3, 1};
+  CHECK(run() == op + "scales has shape [3, 1], expected [3, 2]");
+  scales.shape = {3, 2};
+  values.type = ffi::F8E5M2;
+  CHECK(Contains(run(), op + "values has element type"));
+  values.type = ffi::F8E4M3FN;
+  values.data = memory + 1025;
+  CHECK(run() == op + "rows must lie at a multiple of 16 bytes");
+  values.data = memory + 1024;
+  x.shape = values.shape = {3, 136};
+  CHECK(Contains(run(), op + "x must have a multiple of 16 channels, at most 32768"));
+  x.shape = {3};
+  CHECK(Contains(run(), op + "x has shape [3], expected [any, any]"));
+}
+
 // In slots too a launch that fails is an error, and a broken group's call is refused and told of.
 void Failures() {
   SetUp(kSlotBytes);
@@ -672,6 +713,7 @@ int main() {
   Run("wrong calls", WrongCalls);
   Run("no bytes", NoBytes);
   Run("across nodes", AcrossNodes);
+  Run("quantize", Quantize);
   Run("failures", Failures);
   return 0;
 }

@@ -6,6 +6,7 @@
 
 #include "cuda/network/rail/combine.cuh"
 #include "tests/native/call_arguments.h"
+#include "tests/native/kernels_forms.h"
 #include "tests/native/network_rails.h"
 
 namespace jax_ep::gpu::test {
@@ -20,17 +21,30 @@ float AnyNumber(std::mt19937_64& rng) {
   return bits >> 60 == 0 ? number * 1e-39f : bits >> 59 == 2 ? -0.0f : number;
 }
 
+// What ranks sum, and must get: rows as they are expanded, or one for each token.
+struct SumData : Data {
+  bool expand = true;
+
+  int64_t num_rows() const { return expand ? capacity : num_ranks * num_tokens + 1; }
+  bool has_row(int rank, int64_t row) const {
+    return expand ? recv_src[rank][row] >= 0 : HoldsToken(*this, rank, row);
+  }
+};
+
 // Rows that hold none are NaN, which must not be read.
-void MakeOperands(Data& d, std::mt19937_64& rng) {
+void MakeOperands(SumData& d, std::mt19937_64& rng) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const int type_bytes = TypeBytes(d.type);
   for (int r = 0; r < d.num_ranks; ++r) {
-    std::vector<uint8_t> y(d.capacity * d.row_bytes);
+    std::vector<uint8_t> y(d.num_rows() * d.row_bytes);
     std::vector<float> row_weights(d.capacity), values(d.capacity);
     for (int64_t row = 0; row < d.capacity; ++row) {
       const bool is_valid = d.recv_src[r][row] >= 0;
       row_weights[row] = is_valid ? AnyNumber(rng) : nan;
       values[row] = is_valid ? AnyNumber(rng) : nan;
+    }
+    for (int64_t row = 0; row < d.num_rows(); ++row) {
+      const bool is_valid = d.has_row(r, row);
       for (int64_t at = 0; at < d.row_bytes; at += type_bytes) {
         WriteNumber(d.type, is_valid ? AnyNumber(rng) : nan, y.data() + row * d.row_bytes + at);
       }
@@ -41,7 +55,7 @@ void MakeOperands(Data& d, std::mt19937_64& rng) {
   }
 }
 
-void MakeSums(Data& d, int ranks_per_node) {
+void MakeSums(SumData& d, int ranks_per_node) {
   const int type_bytes = TypeBytes(d.type);
   for (int r = 0; r < d.num_ranks; ++r) {
     std::vector<uint8_t> out(d.num_tokens * d.row_bytes);
@@ -65,6 +79,15 @@ void MakeSums(Data& d, int ranks_per_node) {
       }
       std::stable_sort(parts.begin(), parts.end(),
                        [](const Part& a, const Part& b) { return a.rank < b.rank; });
+      if (!d.expand) {  // one of each rank
+        parts.erase(std::unique(parts.begin(), parts.end(),
+                                [](const Part& a, const Part& b) { return a.rank == b.rank; }),
+                    parts.end());
+        for (Part& part : parts) {
+          part = {part.rank, d.y[part.rank].data() + (r * d.num_tokens + token) * d.row_bytes,
+                  1.0f};
+        }
+      }
       for (int64_t at = 0; at < d.row_bytes; at += type_bytes) {
         float total = 0.0f;
         for (size_t i = 0; i < parts.size();) {
@@ -89,9 +112,11 @@ void MakeSums(Data& d, int ranks_per_node) {
   }
 }
 
-Data MakeCombineData(const Case& c, const JobShape& shape, uint64_t seed) {
+SumData MakeCombineData(const Case& c, const JobShape& shape, uint64_t seed, bool expand = true) {
   std::mt19937_64 rng(seed);
-  Data d = MakeLayoutData(c, shape.num_ranks, rng);
+  SumData d;
+  static_cast<Data&>(d) = MakeLayoutData(c, shape.num_ranks, rng);
+  d.expand = expand;
   MakeOperands(d, rng);
   MakeSums(d, shape.ranks_per_node);
   return d;
@@ -113,7 +138,7 @@ struct CombineBuffers {
         values(d.values[r]),
         collected(d.num_tokens * d.top_k) {}
 
-  CombineArguments Arguments(const Data& d) {
+  CombineArguments Arguments(const SumData& d) {
     CallBuffers<uint8_t> b{};
     b.ids = ids.get();
     b.send_row = send_row.get();
@@ -124,8 +149,9 @@ struct CombineBuffers {
     b.partial = scratch.get();
     b.out = out.get();
     CombineArguments a = CombineOf(Buffers::Sizes(d), b);
+    a.expand = d.expand;
     if (d.weighted) {
-      a.weights = row_weights.get();
+      a.weights = d.expand ? row_weights.get() : nullptr;
       a.values = values.get();
       a.collected = collected.get();
     }
@@ -137,7 +163,7 @@ struct CombineBuffers {
   Buffer<float> row_weights, values, collected;
 };
 
-void Launch(Job& job, int rank, CombineBuffers& buffers, const Data& d, uint64_t operation,
+void Launch(Job& job, int rank, CombineBuffers& buffers, const SumData& d, uint64_t operation,
             Fault fault = Fault::kNone) {
   CHECK_CUDA(LaunchRailCombine(job.View(rank, operation), job.Rail(rank), job.HopOf(rank, fault),
                                buffers.Arguments(d), job.shape().num_channels, job.stream(rank)));
@@ -193,7 +219,7 @@ void RunCombine(Group& group, const JobShape& shape, const NetworkModel& model, 
   std::mt19937_64 rng(model.seed * 104729 + static_cast<uint64_t>(shape.num_ranks) * 31 +
                       static_cast<uint64_t>(shape.ranks_per_node));
   Job job(group, shape, model, is_control ? kSecond : 8 * kSecond);
-  std::vector<Data> data;
+  std::vector<SumData> data;
   std::vector<std::vector<std::unique_ptr<CombineBuffers>>> buffers(static_cast<size_t>(num_calls));
   for (int call = 0; call < num_calls; ++call) {
     Case c = CaseOfControls();
@@ -203,7 +229,7 @@ void RunCombine(Group& group, const JobShape& shape, const NetworkModel& model, 
       // Plain loops over every number take a while.
       c.num_tokens = std::min<int64_t>(c.num_tokens, c.num_channels > 600 ? 12 : 100);
     }
-    data.push_back(MakeCombineData(c, shape, rng()));
+    data.push_back(MakeCombineData(c, shape, rng(), is_control || rng() % 3 != 0));
     for (int r = 0; r < shape.num_ranks; ++r) {
       buffers[call].push_back(std::make_unique<CombineBuffers>(data[call], shape, r));
     }
@@ -222,13 +248,16 @@ void RunCombine(Group& group, const JobShape& shape, const NetworkModel& model, 
       num_wrong += NumWrongRows(shape, data[call], r, call, *buffers[call][r], num_to_print);
     }
     if (num_wrong == before || is_control) continue;
-    const Data& d = data[call];
+    const SumData& d = data[call];
     std::printf(
         "  call %d: %d rows wrong; T %lld, K %lld, L %lld, C %lld, H %lld %s, routing %d, %s\n",
         call, num_wrong - before, static_cast<long long>(d.num_tokens),
         static_cast<long long>(d.top_k), static_cast<long long>(d.num_local),
         static_cast<long long>(d.capacity), static_cast<long long>(d.num_channels),
-        TypeName(d.type), static_cast<int>(d.routing), d.weighted ? "weighted" : "plain");
+        TypeName(d.type), static_cast<int>(d.routing),
+        !d.expand    ? "not expanded"
+        : d.weighted ? "weighted"
+                     : "plain");
   }
   ReportCalls(job, model, "combine", fault, num_calls, num_wrong, seconds);
 }
@@ -239,7 +268,7 @@ void RunCombineWithoutOne(Group& group, const JobShape& shape, const NetworkMode
   if (g_num_failed >= kEnoughFailures) return;
   const int missing = shape.num_ranks - 1;
   Job job(group, shape, model, kNearTimeoutNs, kFarTimeoutNs);
-  const Data d = MakeCombineData(CaseOfControls(), shape, model.seed);
+  const SumData d = MakeCombineData(CaseOfControls(), shape, model.seed);
   std::vector<std::unique_ptr<CombineBuffers>> buffers;
   for (int r = 0; r < shape.num_ranks; ++r) {
     buffers.push_back(std::make_unique<CombineBuffers>(d, shape, r));

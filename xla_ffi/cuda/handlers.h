@@ -1,4 +1,4 @@
-// The XLA FFI handlers for CUDA. Each operation has an instantiate handler, which makes the call
+// The XLA FFI handlers for CUDA. Each operation of a group has an instantiate handler, which makes the call
 // site's state, and an execute handler; module.cc registers them.
 #ifndef JAX_EP_XLA_FFI_CUDA_HANDLERS_H_
 #define JAX_EP_XLA_FFI_CUDA_HANDLERS_H_
@@ -29,6 +29,11 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(kDispatchCudaRecordable);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineCudaRecordable);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kCombineGradientCudaRecordable);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(kLayoutAndDispatchCudaRecordable);
+
+// Of this device alone: what a dispatch across nodes is preceded by. Without a state.
+inline constexpr char kQuantizeOp[] = "jax_ep_quantize";
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kQuantizeCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(kQuantizeCudaRecordable);
 
 // What XLA passes to each: the operands and results of xla_ffi/calls.h.
 template <typename Attributes>

@@ -39,6 +39,11 @@ nb::dict Handlers(bool recordable) {
   handlers[LayoutAndDispatchAttributes::kOp] = Stages(
       kInstantiateLayoutAndDispatchCuda,
       recordable ? Poisoned<kLayoutAndDispatchCudaRecordable> : Poisoned<kLayoutAndDispatchCuda>);
+  nb::dict quantize;
+  XLA_FFI_Handler* const execute =
+      recordable ? Poisoned<kQuantizeCudaRecordable> : Poisoned<kQuantizeCuda>;
+  quantize["execute"] = nb::capsule(reinterpret_cast<void*>(execute));
+  handlers[kQuantizeOp] = quantize;
   return handlers;
 }
 

@@ -170,7 +170,7 @@ std::optional<std::string> NetworkProblem(const NetworkCall& network, const Disp
                                           int num_sms) {
   if (call.quantization != QuantizationKind::kNone &&
       call.quantization != QuantizationKind::kGivenScales) {
-    return "rows are not quantised for the network yet: leave out fp8, or pass rows with scales";
+    return "the program quantises rows for a group on one node: compile it where it runs";
   }
   const gpu::RailMemory& at = network.region.rail;
   if (auto problem = TooFewSms(at, num_sms)) return problem;
@@ -186,7 +186,6 @@ std::optional<std::string> NetworkProblem(const NetworkCall& network, const Disp
 
 std::optional<std::string> NetworkProblem(const NetworkCall& network, const CombineCall& call,
                                           int num_sms) {
-  if (!call.expand) return "rows that are not expanded are not summed over the network yet";
   const gpu::RailMemory& at = network.region.rail;
   if (at.num_nodes > gpu::rail::kMaxCombineNodes) {
     return AtMost("the nodes of combine", gpu::rail::kMaxCombineNodes, at.num_nodes);

@@ -48,6 +48,7 @@
 #include "cuda/direct/combine/shared.cuh"
 #include "cuda/direct/kernels.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
+#include "cuda/rows/quantize.h"
 #include "cuda/rows/row_types.cuh"
 #include "cuda/sync/give_up.cuh"
 #include "cuda/sync/grid.cuh"
@@ -234,7 +235,8 @@ cudaError_t PrepareKernels() {
   if (cudaError_t e = PrepareDispatch(); e != cudaSuccess) return e;
   if (cudaError_t e = PrepareCombine(); e != cudaSuccess) return e;
   if (cudaError_t e = PrepareLayoutAndDispatchInSlots(); e != cudaSuccess) return e;
-  return PrepareCombineInSlots();
+  if (cudaError_t e = PrepareCombineInSlots(); e != cudaSuccess) return e;
+  return PrepareQuantize();
 }
 
 }  // namespace jax_ep::gpu

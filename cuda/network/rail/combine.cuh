@@ -3,7 +3,8 @@
 // After:    out[t] = round(sum over nodes ascending of round(sum over the node's ranks ascending of
 //           round(sum over the kept rows of t on the rank, in k order, of weight * y))), sums and
 //           products f32, each rounded on its own, from +0; who has none adds nothing.
-//           collected[t, k] = values[row of (t, k)], 0 if there is none.
+//           collected[t, k] = values[row of (t, k)], 0 if there is none. Without `expand`, as in
+//           cuda/direct/combine.
 // Roles:    one block a channel, all resident; block b has a b-th of each rank's tokens, and meets the
 //           blocks b of other ranks alone. Its tokens are taken in batches of 32; a unit is a batch of
 //           one rank's tokens. The first warp tells the peers on the node which units are summed, and
@@ -46,7 +47,7 @@
 //           have the time that a rank may take to come. After, all that is waited for is progress.
 // Failure:  out and collected become NaN; all else as in dispatch.cuh.
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses, and fit a slot with their head;
-//           expanded; at most kMaxCombineNodes nodes of kMaxRanksOfNode ranks, and kMaxCombineSlots
+//           at most kMaxCombineNodes nodes of kMaxRanksOfNode ranks, and kMaxCombineSlots
 //           slots. Scratch is as large as all ranks' tokens.
 #ifndef JAX_EP_CUDA_NETWORK_RAIL_COMBINE_CUH_
 #define JAX_EP_CUDA_NETWORK_RAIL_COMBINE_CUH_
@@ -162,11 +163,12 @@ __device__ void sum_own_rows(const CombineWork& work, int32_t index) {
       }
       const auto addend = [&](int32_t i) -> Addend {
         const int64_t of_lane = __shfl_sync(~0u, row, i);
-        return {static_cast<const char*>(a.y) + of_lane * work.format.row_bytes,
+        const int64_t at = a.expand ? of_lane : rank * a.num_tokens + token;
+        return {static_cast<const char*>(a.y) + at * work.format.row_bytes,
                 __shfl_sync(~0u, weight, i)};
       };
-      sum_rows<Vector, 4>(scratch.partial(to, node, work.g.rank, token), work.num_vectors(), count,
-                          addend);
+      sum_rows<Vector, 4>(scratch.partial(to, node, work.g.rank, token), work.num_vectors(),
+                          a.expand ? count : 1, addend);
     }
     __syncwarp();
     ++num_done;
@@ -450,11 +452,11 @@ cudaError_t launch_combine(const GroupView& group, const RailView& view, const H
   const ChunkFormat format = combine_chunks(a.top_k, row_bytes, a.values != nullptr);
   const int64_t rows_per_chunk = format.num_rows(view.at.slot_bytes);
   const int64_t num_ranks = int64_t{view.at.num_nodes} * view.ranks_per_node;
-  if (!a.expand || row_bytes <= 0 || rows_per_chunk < 1 || view.at.num_nodes < 2 ||
-      view.at.num_nodes > kMaxCombineNodes || view.ranks_per_node > kMaxRanksOfNode ||
-      view.at.num_slots > kMaxCombineSlots || view.at.num_channels > num_sms ||
-      view.at.num_channels > kMaxBlocks || num_ranks > kMaxRailRanks ||
-      (a.num_tokens + kTokensAtOnce) * num_ranks > kMaxUnitsPerBlock) {
+  if ((!a.expand && a.weights != nullptr) || row_bytes <= 0 || rows_per_chunk < 1 ||
+      view.at.num_nodes < 2 || view.at.num_nodes > kMaxCombineNodes ||
+      view.ranks_per_node > kMaxRanksOfNode || view.at.num_slots > kMaxCombineSlots ||
+      view.at.num_channels > num_sms || view.at.num_channels > kMaxBlocks ||
+      num_ranks > kMaxRailRanks || (a.num_tokens + kTokensAtOnce) * num_ranks > kMaxUnitsPerBlock) {
     return cudaErrorInvalidValue;
   }
   const int num_warps = kFirstNodeSummer + view.at.num_nodes - 1;
