@@ -153,7 +153,7 @@ def check_cuda(
             "the group's ranks",
             num_ranks,
             _LIMITS["cuda_ranks"],
-            "A group lies on one node: make the mesh axes of axis_name smaller",
+            "Make the mesh axes of axis_name smaller",
         ),
         (
             "k, the second axis of topk_idx,",

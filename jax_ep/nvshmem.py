@@ -109,13 +109,13 @@ def offer(
     """
     if heap_bytes is not None:
         os.environ[HEAP_VARIABLE] = str(heap_bytes)
+    heap = os.environ.get(HEAP_VARIABLE, _DEFAULT).replace(" ", "")
     ability = _NONE
     if wanted or (wanted is None and spans_nodes):
         try:
-            ability = f"NVSHMEM {_able_module(ordinals).loaded_version()}"
+            ability = f"NVSHMEM {_able_module(ordinals, heap).loaded_version()}"
         except UnavailableError as error:
             ability = f"!{error}"
-    heap = os.environ.get(HEAP_VARIABLE, _DEFAULT).replace(" ", "")
     return f"{wanted} {heap} {ability}"
 
 
@@ -169,24 +169,32 @@ def region_bytes(heap: str) -> int:
     """What calls have of the heap: three quarters, the rest is NVSHMEM's own and for its checks.
 
     Args:
-        heap: its size as NVSHMEM takes it: a number, with K, M, G or T behind it; or "default".
+        heap: as for `num_heap_bytes`.
+    """
+    return num_heap_bytes(heap) // 4 * 3 // 128 * 128
+
+
+def num_heap_bytes(heap: str) -> int:
+    """The size of the heap, in bytes.
+
+    Args:
+        heap: the size as NVSHMEM takes it: a number, with K, M, G or T behind it; or "default".
 
     Raises:
-        RuntimeError: if it is no such size.
+        UnavailableError: if it is no such size.
     """
     if heap == _DEFAULT:
-        return DEFAULT_HEAP_BYTES // 4 * 3
+        return DEFAULT_HEAP_BYTES
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)([kmgt]?)b?", heap.lower())
     if match is None:
-        raise RuntimeError(
-            f"jax_ep.initialize: {HEAP_VARIABLE} must be a number of bytes, or one with K, M, G or "
-            f"T behind it; got {heap!r}"
+        raise UnavailableError(
+            f"{HEAP_VARIABLE} must be a number of bytes, or one with K, M, G or T behind it; got "
+            f"{heap!r}"
         )
-    num_bytes = int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
-    return num_bytes // 4 * 3 // 128 * 128
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
 
 
-def _able_module(ordinals: Sequence[int]) -> Any:
+def _able_module(ordinals: Sequence[int], heap: str) -> Any:
     if _lost:
         raise UnavailableError(f"NVSHMEM cannot be started again: {_lost}. Start the job again")
     if len(ordinals) != 1:
@@ -198,7 +206,14 @@ def _able_module(ordinals: Sequence[int]) -> Any:
     if wish and not has_interface(wish):
         # NVSHMEM would end the process.
         raise UnavailableError(f"no network interface is as {INTERFACE_VARIABLE}={wish} says")
-    return load()
+    native, num_bytes = load(), num_heap_bytes(heap)
+    free = native.free_bytes(ordinals[0])
+    if free < num_bytes:
+        raise UnavailableError(
+            f"its GPU has {free} bytes left, but NVSHMEM's heap takes {num_bytes}: leave it memory "
+            "by a smaller XLA_PYTHON_CLIENT_MEM_FRACTION, or pass heap_bytes"
+        )
+    return native
 
 
 def has_interface(wish: str) -> bool:

@@ -105,8 +105,8 @@ def initialize(
         RuntimeError: if a process is missing or late (it is named), runs on another host (on CPU),
             may not be read, or has failed; if the processes are joined already, or do not agree in
             ``ranks_per_node``, ``network`` or ``heap_bytes``; if a network is demanded and one of
-            them cannot take part in it; if NVSHMEM does not start (a device has no memory for its
-            heap, for one) or a row does not arrive; if XLA's memory cannot be mapped by peers and
+            them cannot take part in it (its device has no memory for the heap, for one); if NVSHMEM
+            does not start or a row does not arrive; if XLA's memory cannot be mapped by peers and
             ``staging_bytes`` is 0; if a device has no memory for the ``slot_bytes`` that are asked
             for, or they are too small for the job's devices, differ between processes, or have
             another size already.

@@ -58,8 +58,41 @@ def test_what_calls_have_of_the_heap() -> None:
     ):
         assert nvshmem.region_bytes(heap) == num_bytes
     for heap in ("", "1X", "-1", "G", "1e9"):
-        with pytest.raises(RuntimeError, match="NVSHMEM_SYMMETRIC_SIZE must be a number of bytes"):
+        with pytest.raises(
+            nvshmem.UnavailableError, match="NVSHMEM_SYMMETRIC_SIZE must be a number of bytes"
+        ):
             nvshmem.region_bytes(heap)
+
+
+class Native:
+    """A module on a GPU with a gibibyte left."""
+
+    def free_bytes(self, ordinal: int) -> int:
+        assert ordinal == 3
+        return 1 << 30
+
+    def loaded_version(self) -> str:
+        return "3.4.5"
+
+
+@pytest.mark.parametrize(
+    ("heap", "told"),
+    [
+        (None, "default NVSHMEM 3.4.5"),
+        ("1G", "1G NVSHMEM 3.4.5"),
+        ("1025 M", "1025M !its GPU has 1073741824 bytes left, but NVSHMEM's heap takes 1074790400"),
+        ("much", "much !NVSHMEM_SYMMETRIC_SIZE must be a number of bytes"),
+    ],
+)
+def test_a_heap_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, heap: str | None, told: str
+) -> None:
+    """It is known before NVSHMEM starts, which could not be tried again."""
+    monkeypatch.setattr(nvshmem, "load", Native)
+    monkeypatch.delenv("NVSHMEM_SYMMETRIC_SIZE", raising=False)
+    if heap is not None:
+        monkeypatch.setenv("NVSHMEM_SYMMETRIC_SIZE", heap)
+    assert nvshmem.offer(None, True, [3], None).startswith(f"None {told}")
 
 
 def test_a_build_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,9 @@ NB_MODULE(_nvshmem, m) {
         return nb::bytes(id.data(), id.size());
       },
       "By which the processes find each other: one makes it, all start with it.");
+  m.def(
+      "free_bytes", [](int ordinal) { return Nvshmem::FreeBytes(ordinal); }, nb::arg("ordinal"),
+      nb::call_guard<nb::gil_scoped_release>(), "That the device has left for a heap.");
   m.def("start", &Start, nb::arg("unique_id"), nb::arg("rank"), nb::arg("num_ranks"),
         nb::arg("ordinal"), nb::arg("region_bytes"), "Collective.");
   m.def(

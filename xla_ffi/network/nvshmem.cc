@@ -51,6 +51,13 @@ std::string Nvshmem::UniqueId() {
   return std::string(reinterpret_cast<const char*>(&id), sizeof id);
 }
 
+size_t Nvshmem::FreeBytes(int ordinal) {
+  const DeviceScope scope(ordinal);
+  size_t free = 0, total = 0;
+  Check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo" + OnDevice(ordinal));
+  return free;
+}
+
 void Nvshmem::Start(const std::string& unique_id, int rank, int num_ranks, int ordinal,
                     int64_t region_bytes) {
   std::lock_guard<std::mutex> lock(mutex_);

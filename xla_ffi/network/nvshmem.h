@@ -43,6 +43,9 @@ class Nvshmem {
   // By which processes find each other: one process makes it, all start with it.
   static std::string UniqueId();
 
+  // That a device has left, which a heap has to fit into.
+  static size_t FreeBytes(int ordinal);
+
   // Collective. This process is the rank-th of `num_ranks`, with this CUDA device. `region_bytes`: of
   // the region for calls (cuda/network/region.h), zero when all have come out of this; 0 for none.
   void Start(const std::string& unique_id, int rank, int num_ranks, int ordinal,

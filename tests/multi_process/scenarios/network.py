@@ -52,6 +52,9 @@ class FakeNative:
     def loaded_version(self) -> str:
         return self.version
 
+    def free_bytes(self, ordinal: int) -> int:
+        return 1 << 30
+
     def unique_id(self) -> bytes:
         assert PROCESS == 0
         return b"unique" + bytes(122)
