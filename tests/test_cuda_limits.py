@@ -77,8 +77,8 @@ LIMITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "ranks": (
         {"num_ranks": 72},
         {"num_ranks": 73},
-        "jax_ep.make_layout: for CUDA the group's ranks must be at most 72; got 73. A group lies "
-        "on one node: make the mesh axes of axis_name smaller",
+        "jax_ep.make_layout: for CUDA the group's ranks must be at most 72; got 73. Make the "
+        "mesh axes of axis_name smaller",
     ),
     "fp8_channels": (
         {"hidden": 2**15, "fp8": "float32"},
