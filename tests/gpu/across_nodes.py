@@ -180,6 +180,25 @@ def test_sums(device_backend: JaxBackend, num_ranks: int, size: str, dtype: DTyp
         assert_same_bits(d_y[specified], rows[specified])
 
 
+@pytest.mark.parametrize("size", ["drops", "aligned"])
+def test_weighted_gradient(device_backend: JaxBackend, num_ranks: int, size: str) -> None:
+    """Of combine with weights: rows times weights to the bit, dot products but for their order."""
+    case, rng = case_of(size, num_ranks), np.random.default_rng(8)
+    ids = routings.topk_ids(rng, case, "uniform")
+    layout, theirs = device_backend.make_layout(case, ids), ORACLE.make_layout(case, ids)
+    shape = (num_ranks, case.num_rows, case.hidden)
+    y, g = (routings.random_rows(rng, s, F32) for s in (shape, rows_shape(case)))
+    weights = rng.standard_normal(shape[:2]).astype(F32)
+    y[~layout.row_valid] = weights[~layout.row_valid] = np.nan
+    d_y, d_weights = device_backend.combine_vjp(y, layout, weights, g)
+    expected, expected_weights = ORACLE.combine_vjp(y, theirs, weights, g)
+    specified = reference.specified_rows(theirs.handle)
+    assert_same_bits(d_y[specified], expected[specified])
+    assert d_weights is not None
+    assert expected_weights is not None
+    np.testing.assert_allclose(d_weights, expected_weights, rtol=1e-4, atol=1e-3)
+
+
 def test_call_after_call(device_backend: JaxBackend, num_ranks: int) -> None:
     """Nothing of a call is left for the next one: chunks, credit and epochs go on through all."""
     rng = np.random.default_rng(4)

@@ -197,6 +197,8 @@ def connect_hosts() -> None:
 
     So a process looks after those of its host alone. Others hear over the network that one failed.
     """
+    join()
+    jax.devices()  # JAX asks, too
     name = f"host{PROCESS // RANKS_PER_HOST}"
     nodes.socket.gethostname = lambda: name
     connect()

@@ -62,6 +62,12 @@ struct LayoutBuffers {
     a.counters = tables[7];
     return a;
   }
+  std::vector<int32_t> Read(size_t table) const {
+    std::vector<int32_t> got(sizes[table]);
+    CHECK_CUDA(cudaMemcpy(got.data(), tables[table], sizes[table] * sizeof(int32_t),
+                          cudaMemcpyDeviceToHost));
+    return got;
+  }
   // Numbers that are not those of the book.
   uint64_t NumWrong(const Data& d, int rank) const {
     const std::vector<int32_t>* expected[] = {
@@ -69,9 +75,7 @@ struct LayoutBuffers {
         &d.group_sizes[rank], &d.expert_counts[rank], &d.expert_load,      &d.counters[rank]};
     uint64_t num_wrong = 0;
     for (size_t t = 0; t < tables.size(); ++t) {
-      std::vector<int32_t> got(sizes[t]);
-      CHECK_CUDA(
-          cudaMemcpy(got.data(), tables[t], sizes[t] * sizeof(int32_t), cudaMemcpyDeviceToHost));
+      const std::vector<int32_t> got = Read(t);
       for (size_t i = 0; i < got.size(); ++i) num_wrong += got[i] != (*expected[t])[i];
     }
     return num_wrong;
