@@ -11,12 +11,15 @@ from jax.interpreters import mlir
 from jax_ep import limits
 
 
-def check(verb: str, is_layout: bool, ranks_per_node: int, params: dict[str, Any]) -> None:
+def check(
+    verb: str, is_layout: bool, in_slots: bool, ranks_per_node: int, params: dict[str, Any]
+) -> None:
     """What kernels over the network do not take.
 
     Args:
         verb: for messages.
         is_layout: whether the call is ``make_layout``'s.
+        in_slots: whether it may go through slots; what turns out not to fit the handler refuses.
         ranks_per_node: of the group.
         params: of the call.
 
@@ -31,7 +34,7 @@ def check(verb: str, is_layout: bool, ranks_per_node: int, params: dict[str, Any
         raise ValueError(f"{where} num_experts must be even; got {params['num_experts']}")
     if is_layout:
         return
-    if 0 < num_sms < limits.NETWORK_SMS:
+    if 0 < num_sms < limits.NETWORK_SMS and not in_slots:
         raise ValueError(
             f"{where} num_sms must be 0 or at least {limits.NETWORK_SMS}; got {num_sms}"
         )
@@ -43,7 +46,7 @@ def check(verb: str, is_layout: bool, ranks_per_node: int, params: dict[str, Any
             f"{where} sums are in that order on CUDA; the layout has ranks_per_node={order}"
         )
     num_nodes = num_ranks // ranks_per_node
-    if num_nodes > limits.MAX_COMBINE_NODES:
+    if num_nodes > limits.MAX_COMBINE_NODES and not in_slots:
         raise ValueError(
             f"{where} the nodes must be at most {limits.MAX_COMBINE_NODES}; got {num_nodes}"
         )

@@ -17,6 +17,7 @@ _PATHS = ("direct", "staged")
 _SLOTS = "JAX_EP_SLOTS"
 _RANKS_PER_NODE = "JAX_EP_RANKS_PER_NODE"
 _NETWORK = "JAX_EP_NETWORK"
+_NETWORK_SLOTS = "JAX_EP_NETWORK_SLOTS"
 _ORDERED_MODES = ("LHS", "SERIALIZE")  # the first is XLA's default
 
 
@@ -58,6 +59,11 @@ def network() -> bool | None:
     """Whether there is to be a network, where ``initialize`` does not say; None: as needed."""
     text = _switch(_NETWORK, None)
     return None if text is None else text == "1"
+
+
+def has_network_slots() -> bool:
+    """Whether small calls of groups across nodes go through slots."""
+    return _switch(_NETWORK_SLOTS, "0") == "1"
 
 
 def _switch(variable: str, default: str | None) -> str | None:

@@ -381,19 +381,21 @@ def _params_of_two(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     )
 
 
-def _in_slots(params: dict[str, Any]) -> bool:
-    """Whether a layout_and_dispatch for CUDA is one call: static, and the same on all ranks.
+def _in_slots(params: dict[str, Any], crosses_nodes: bool) -> bool:
+    """Whether a call for CUDA may go through slots: static, and the same on all ranks.
 
-    Its handler still makes two calls of it where the slots are too small for it.
+    Its handler still goes another way, or for layout_and_dispatch makes two calls of it, where the
+    slots are too small; across nodes it refuses to quantise rows then.
     """
     sizes = {name: params[name] for name in ("num_ranks", "num_tokens", "top_k")}
-    return runtime.has_slots() and limits.may_fit_slots(**sizes)
+    has_slots = runtime.has_network_slots() if crosses_nodes else runtime.has_slots()
+    return has_slots and limits.may_fit_slots(**sizes)
 
 
 def _layout_and_dispatch_on_cuda(ctx: Any, *operands: Any, **params: Any) -> Sequence[Any]:
     target, num_ranks = _layout_and_dispatch_p.name, params["num_ranks"]
     crosses_nodes = _ranks_per_node(target, ctx, params["axis_name"], params) < num_ranks
-    if _in_slots(params) and not crosses_nodes:
+    if _in_slots(params, crosses_nodes):
         return _lower(target, "cuda", ctx, *operands, **params)
     checked = _checked(_layout_and_dispatch_p.name, "cuda", ctx, operands, params)
     x, topk_idx, *rest = checked
@@ -563,7 +565,9 @@ def _check_nodes_of_cuda(
     ranks_per_node = _ranks_per_node(target, ctx, axis_name, params)
     order = params.get("ranks_per_node", ranks_per_node)
     if ranks_per_node < num_ranks and nvshmem.is_running():
-        across_nodes.check(verb, target == _layout_p.name, ranks_per_node, params)
+        has_slots = target in (_layout_and_dispatch_p.name, _combine_p.name)
+        in_slots = has_slots and _in_slots(params, crosses_nodes=True)
+        across_nodes.check(verb, target == _layout_p.name, in_slots, ranks_per_node, params)
     elif order != num_ranks or ranks_per_node != num_ranks:
         raise NotImplementedError(
             f"{verb}: a group of {num_ranks} ranks with {min(order, ranks_per_node)} on each node "

@@ -210,7 +210,12 @@ def _connect(
     nvshmem.start(attempt, timeout, told, process, ordinals)
     if nvshmem.is_running():
         part = nvshmem.load().part()
-        _native.cuda.join_network(part, nodes.hosts(), nodes.chosen() or 0)
+        has_slots = environment.has_network_slots()
+        if len(set(attempt.exchange(str(has_slots)))) > 1:
+            raise RuntimeError(
+                "jax_ep.initialize: JAX_EP_NETWORK_SLOTS must be the same in all processes"
+            )
+        _native.cuda.join_network(part, nodes.hosts(), nodes.chosen() or 0, has_slots)
         attempt.exchange("joined")
 
 
@@ -341,6 +346,11 @@ def has_slots() -> bool:
     Those of a device may turn out not to fit into its memory; its handlers see to that.
     """
     return _slot_bytes > 0
+
+
+def has_network_slots() -> bool:
+    """Likewise, for groups across nodes."""
+    return has_slots() and environment.has_network_slots()
 
 
 def _set_up_cuda(staging_bytes: int = 0, slot_bytes: int | None = None) -> list[int]:

@@ -21,7 +21,7 @@ from jax_ep import ffi, nvshmem, runtime
 
 @pytest.fixture
 def nodes_of_two(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """With a network, and slots, which no call across nodes takes."""
+    """With a network, and slots, which calls across nodes take where they are told to."""
     monkeypatch.setattr(nvshmem, "is_running", lambda: True)
     monkeypatch.setattr(runtime, "has_slots", lambda: True)
     jax_ep.initialize(ranks_per_node=2)
@@ -78,6 +78,15 @@ def test_calls() -> None:
     assert ops(num_ranks=2, in_one=True) == ["layout_and_dispatch"]  # on a node
     assert ops(num_ranks=56, num_sms=12) == ["layout", "dispatch"]
     assert ops(num_ranks=2, num_sms=8, fp8="float32", expand=False) == ["layout", "dispatch"]
+
+
+@pytest.mark.usefixtures("nodes_of_two")
+def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With slots between nodes small calls are as on one node, in every form."""
+    monkeypatch.setenv("JAX_EP_NETWORK_SLOTS", "1")
+    assert ops(in_one=True) == ["layout_and_dispatch"]
+    assert ops(in_one=True, fp8="float32", num_sms=4) == ["layout_and_dispatch"]
+    assert ops(num_ranks=34, combined=True)[-1] == "combine"  # on 17 nodes
 
 
 @pytest.mark.usefixtures("nodes_of_two")

@@ -11,6 +11,7 @@
 #include "cuda/launch.h"
 #include "cuda/network/layout.h"
 #include "cuda/network/rail/rail.h"
+#include "cuda/network/slots.h"
 
 namespace jax_ep::gpu {
 
@@ -44,6 +45,7 @@ cudaError_t LaunchLinkCheck(const LinkCheck& check, cudaStream_t stream);
 struct NetworkGroup {
   NetworkView layout;
   RailView dispatch, combine;
+  FarView slots;
   uint16_t pe[kMaxNetworkRanks];  // by rank of the group: its number among NVSHMEM's
 };
 
@@ -65,6 +67,13 @@ struct NetworkPart {
   // In place of a call that is refused since the group is broken (cuda/network/tell.cuh).
   cudaError_t (*launch_tell)(const GroupView& group, const NetworkGroup& network,
                              cudaStream_t stream);
+  // In slots.
+  cudaError_t (*launch_layout_and_dispatch)(const GroupView& group, const NetworkGroup& network,
+                                            const LayoutAndDispatchArguments& arguments,
+                                            int num_sms, cudaStream_t stream);
+  cudaError_t (*launch_combine_in_slots)(const GroupView& group, const NetworkGroup& network,
+                                         const CombineArguments& arguments, int num_sms,
+                                         cudaStream_t stream);
 };
 inline constexpr char kNetworkPartName[] = "jax_ep.NetworkPart";  // of Python's capsule of one
 // With the launches over NVSHMEM; the rest is the host's.

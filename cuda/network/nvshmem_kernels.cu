@@ -4,6 +4,7 @@
 #include "cuda/network/nvshmem_hop.cuh"
 #include "cuda/network/rail/combine.cuh"
 #include "cuda/network/rail/dispatch.cuh"
+#include "cuda/network/slots.cuh"
 #include "cuda/network/tell.cuh"
 
 namespace jax_ep::gpu {
@@ -33,6 +34,20 @@ cudaError_t LaunchCombineOverNvshmem(const GroupView& group, const NetworkGroup&
   return LaunchRailCombine(group, network.combine, HopOf(network), arguments, num_sms, stream);
 }
 
+cudaError_t LaunchLayoutAndDispatchOverNvshmem(const GroupView& group, const NetworkGroup& network,
+                                               const LayoutAndDispatchArguments& arguments,
+                                               int num_sms, cudaStream_t stream) {
+  return LaunchNetworkLayoutAndDispatchInSlots(group, network.slots, HopOf(network), arguments,
+                                               num_sms, stream);
+}
+
+cudaError_t LaunchCombineInSlotsOverNvshmem(const GroupView& group, const NetworkGroup& network,
+                                            const CombineArguments& arguments, int num_sms,
+                                            cudaStream_t stream) {
+  return LaunchNetworkCombineInSlots(group, network.slots, HopOf(network), arguments, num_sms,
+                                     stream);
+}
+
 cudaError_t LaunchTellOverNvshmem(const GroupView& group, const NetworkGroup& network,
                                   cudaStream_t stream) {
   tell_kernel<<<1, 32, 0, stream>>>(group, HopOf(network));
@@ -54,6 +69,8 @@ NetworkPart MakeNetworkPart() {
   part.launch_dispatch = LaunchDispatchOverNvshmem;
   part.launch_combine = LaunchCombineOverNvshmem;
   part.launch_tell = LaunchTellOverNvshmem;
+  part.launch_layout_and_dispatch = LaunchLayoutAndDispatchOverNvshmem;
+  part.launch_combine_in_slots = LaunchCombineInSlotsOverNvshmem;
   return part;
 }
 
@@ -69,7 +86,8 @@ cudaError_t PrepareNetworkKernels() {
   }
   if (cudaError_t e = PrepareNetworkLayout<NvshmemGroupHop>(); e != cudaSuccess) return e;
   if (cudaError_t e = PrepareRailDispatch<NvshmemGroupHop>(); e != cudaSuccess) return e;
-  return PrepareRailCombine<NvshmemGroupHop>();
+  if (cudaError_t e = PrepareRailCombine<NvshmemGroupHop>(); e != cudaSuccess) return e;
+  return PrepareNetworkSlots<NvshmemGroupHop>();
 }
 
 }  // namespace jax_ep::gpu

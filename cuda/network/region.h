@@ -5,12 +5,14 @@
 // size follows where everything lies, whatever the calls are, since a rank may be in a call when
 // another is still in the one before. R ranks on M nodes, Q channels, S slots; by offset:
 //   what    | bytes                   | for
-//   words   | 16 + 32 M Q             | this rank alone: layouts finished, whether it has told that it
-//           |                         | has given up; chunks sent and received
-//   signals | 8 (4 R + 2 M Q (S + 1)) | layouts, dispatch's rails, combine's rails; who has given up
+//   words   | 24 + 32 M Q             | this rank alone: layouts finished, whether it has told that it
+//           |                         | has given up, calls in slots finished; chunks sent and received
+//   signals | 8 (4 R + 2 M Q (S + 1)) | layouts, dispatch's rails, combine's rails; who has given up;
+//           |                         | then those of slots
 //   rails   | 4 M Q S slot_bytes      | staging and landing of dispatch, then of combine
 //   counts  | 8 R kMaxExperts         | layouts
 //   lists   | the rest                | layouts: 8 bytes for each id, and for each row of a capacity
+//   slots   | a sixth, or none        | staging and landing of calls in slots (far_slots.h)
 // Slots are of kMostSlotBytes, where that leaves a quarter of the region to lists, else as large as it
 // does. Lists take calls of max_ids ids a rank, with the capacity by which no row is dropped.
 #ifndef JAX_EP_CUDA_NETWORK_REGION_H_
@@ -20,6 +22,7 @@
 #include <cstdint>
 
 #include "cuda/core/limits.h"
+#include "cuda/network/far_slots.h"
 #include "cuda/network/hop_memory.h"
 #include "cuda/network/layout.h"
 #include "cuda/network/rail/rail.h"
@@ -39,14 +42,17 @@ struct NetworkRegion {
   int32_t num_ranks, ranks_per_node;
   RailMemory rail;  // of each direction
   NetworkLayoutMemory layout;
-  int64_t signals_at, dispatch_at, combine_at, layout_at;  // bytes from the region's begin
+  FarSlots slots;
+  int64_t signals_at, dispatch_at, combine_at, layout_at,
+      slots_at;  // bytes from the region's begin
 
   constexpr int32_t num_nodes() const { return num_ranks / ranks_per_node; }
 
   uint64_t* epoch(char* region) const { return reinterpret_cast<uint64_t*>(region); }
   uint64_t* has_told(char* region) const { return epoch(region) + 1; }
+  uint64_t* slots_epoch(char* region) const { return epoch(region) + 2; }
   RailChunks* dispatch_chunks_of(char* region) const {
-    return reinterpret_cast<RailChunks*>(epoch(region) + 2);
+    return reinterpret_cast<RailChunks*>(epoch(region) + 3);
   }
   RailChunks* combine_chunks_of(char* region) const {
     return dispatch_chunks_of(region) + rail.num_nodes * rail.num_channels;
@@ -61,8 +67,11 @@ struct NetworkRegion {
   uint64_t* given_up(char* region) const {
     return combine_memory(region).signals + rail.num_signals();
   }
+  HopMemory slots_memory(char* region) const {
+    return {region + slots_at, given_up(region) + num_ranks};
+  }
   constexpr int64_t num_signals() const {
-    return layout.num_signals() + 2 * rail.num_signals() + num_ranks;
+    return layout.num_signals() + 2 * rail.num_signals() + num_ranks + slots.num_signals();
   }
 
  private:
@@ -70,13 +79,13 @@ struct NetworkRegion {
 };
 
 constexpr int64_t network_words_bytes(int64_t num_nodes) {
-  return 2 * int64_t{sizeof(uint64_t)} +
+  return 3 * int64_t{sizeof(uint64_t)} +
          2 * num_nodes * kRailChannels * static_cast<int64_t>(sizeof(RailChunks));
 }
 
 // Of a region of so many bytes. `is_enough` is whether it takes the least.
 constexpr NetworkRegion MakeNetworkRegion(int64_t num_bytes, int32_t num_ranks,
-                                          int32_t ranks_per_node, bool* is_enough) {
+                                          int32_t ranks_per_node, bool has_slots, bool* is_enough) {
   constexpr auto kLineBytes = static_cast<int64_t>(kLine);
   NetworkRegion region{};
   region.num_ranks = num_ranks;
@@ -84,6 +93,11 @@ constexpr NetworkRegion MakeNetworkRegion(int64_t num_bytes, int32_t num_ranks,
   const int32_t num_nodes = region.num_nodes();
   region.rail = {num_nodes, kRailChannels, kRailSlots, 0};
   region.layout = {num_ranks, 0, kMaxExperts, 0};
+  if (has_slots) {
+    region.slots = MakeFarSlots(num_bytes / 6, num_ranks, ranks_per_node);
+    num_bytes = (num_bytes - region.slots.num_bytes()) / kLineBytes * kLineBytes;
+    region.slots_at = num_bytes;
+  }
   region.signals_at = round_up(network_words_bytes(num_nodes), kLineBytes);
   region.dispatch_at =
       round_up(region.signals_at + region.num_signals() * int64_t{sizeof(uint64_t)}, kLineBytes);

@@ -1,6 +1,8 @@
 // The forms that rows have in slots: what a thread's vectors of x are as words that cross, and as
 // tokens. A form is a class with
 //   kAtoms, has_atom(place, j)  which atoms a thread has (teams.cuh)
+//   packed_bytes(size)          of a unit of so many vectors, as it crosses the network; multiples of 16
+//   pack(to, size, thread, place, stride, word), unpack(from, ..)  a team's thread's part of that
 //   load(place, word)           of x, as words that cross
 //   decode(place, word)         what has crossed, as words of tokens
 //   store(row, place, word)     those, to a row of tokens
@@ -125,6 +127,40 @@ class Float8Rows {
     return place.count > 0 && leads();
   }
 
+  // Packed: the numbers, then the scales.
+  __device__ static int32_t packed_bytes(int32_t size) {
+    return round_up(scales_at(size) + (size + kLanes - 1) / kLanes * 4, 16);
+  }
+  __device__ static void pack(char* to, int32_t size, int32_t thread, const Place& place,
+                              int32_t stride, const Words& word) {
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      if (j >= place.count) continue;
+      const int32_t vector = thread + j * stride;
+      reinterpret_cast<Quantized*>(to)[vector] = quantized_of(word, j);
+      if (leads()) {
+        reinterpret_cast<uint32_t*>(to + scales_at(size))[vector / kLanes] = word[kScales + j];
+      }
+    }
+  }
+  __device__ static void unpack(const char* from, int32_t size, int32_t thread, const Place& place,
+                                int32_t stride, Words& word) {
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      if (j >= place.count) continue;
+      const int32_t vector = thread + j * stride;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        word[j * kWords + w] =
+            __ldcg(reinterpret_cast<const uint32_t*>(from) + vector * kWords + w);
+      }
+      if (leads()) {
+        word[kScales + j] =
+            __ldcg(reinterpret_cast<const uint32_t*>(from + scales_at(size)) + vector / kLanes);
+      }
+    }
+  }
+
   __device__ Float8Rows(const LayoutAndDispatchArguments& a, int32_t stride)
       : a_(a), stride_(stride) {}
 
@@ -154,36 +190,44 @@ class Float8Rows {
   }
 
  protected:
+  struct alignas(4 * kWords) Quantized {
+    uint32_t word[kWords];
+  };
+  // The thread's j-th vector.
+  __device__ static Quantized quantized_of(const Words& word, int j) {
+    Quantized quantized;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) quantized.word[w] = word[j * kWords + w];
+    return quantized;
+  }
   __device__ static bool leads() { return threadIdx.x % kLanes == 0; }
 
   const LayoutAndDispatchArguments& a_;
   const int32_t stride_;
+
+ private:
+  __device__ static int32_t scales_at(int32_t size) { return round_up(size * kWords * 4, 16); }
 };
 
 // Tokens and scales hold them as they cross.
 template <typename Vector>
 class QuantizedRows : public Float8Rows<Vector> {
   using Base = Float8Rows<Vector>;
-  using Base::a_, Base::stride_, Base::kWords, Base::kScales;
+  using Base::a_, Base::stride_, Base::kScales;
 
  public:
   using Base::Base;
 
   __device__ void decode(const Place&, Words&) const {}
   __device__ void store(int64_t row, const Place& place, const Words& word) const {
-    struct alignas(4 * kWords) Quantized {
-      uint32_t word[kWords];
-    };
+    using Quantized = typename Base::Quantized;
     auto* to = reinterpret_cast<Quantized*>(static_cast<char*>(a_.tokens) + row * a_.num_channels);
     float* scales = a_.scales + row * a_.num_scales;
 #pragma unroll
     for (int j = 0; j < kVectorsEach; ++j) {
       if (j >= place.count) continue;
       const int32_t vector = place.first + j * stride_;
-      Quantized quantized;
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) quantized.word[w] = word[j * kWords + w];
-      to[vector] = quantized;
+      to[vector] = Base::quantized_of(word, j);
       if (Base::leads()) scales[vector / Base::kLanes] = __uint_as_float(word[kScales + j]);
     }
   }

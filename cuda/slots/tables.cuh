@@ -1,6 +1,6 @@
 // The tables of a layout, computed by each block that receives, from all ranks' ids as they come. It
 // keeps where each of this rank's rows goes, and writes its share of the tables to memory: what
-// cuda/direct/layout.cu writes, to the bit. layout_and_dispatch.cu states the protocol.
+// cuda/direct/layout.cu writes, to the bit. layout_and_dispatch.cuh states the protocol.
 //
 // In calls of a few microseconds each instruction runs once, and has to be fetched first: so loops
 // are not unrolled where few loads wait for each other, and what only some calls need is called.
@@ -24,7 +24,13 @@ struct TablesShared {
   int32_t num_received, num_routed;  // of all experts of this rank
 };
 
-class BlockTables {
+// What a block knows of a row of its rank's experts that there is no room for; kNoRow is what is none.
+inline constexpr int32_t kDroppedRow = -2;
+static_assert(kDroppedRow != kNoRow);
+
+// Far: of OneNode or AcrossNodes.
+template <typename Far>
+class BlockTables : Far {
   static constexpr int kIdsAtOnce = 4;  // of a lane, on their way
   static constexpr int kExpertsPerThread = kMaxExperts / kNumThreads;
   static_assert(kExpertsPerThread == 2);
@@ -35,17 +41,18 @@ class BlockTables {
 
  public:
   // For block `block` of `num_blocks` that have a share of what is written.
-  __device__ BlockTables(const GroupView& g, const LayoutAndDispatchArguments& a,
+  __device__ BlockTables(const GroupView& g, const Far& far, const LayoutAndDispatchArguments& a,
                          const TableSteps& steps, SlotAreas& areas, int32_t* memory,
                          TablesShared& shared, int32_t block, int32_t num_blocks)
-      : g_(g),
+      : Far(far),
+        g_(g),
         a_(a),
         steps_(steps),
         areas_(areas),
         shared_(shared),
         num_experts_(static_cast<int32_t>(a.num_experts)),
-        first_local_(g.rank * steps.experts_per_rank.divisor()),
-        num_ids_(steps.ids_per_rank.divisor() * g.num_ranks),
+        first_local_(far.rank(g) * steps.experts_per_rank.divisor()),
+        num_ids_(steps.ids_per_rank.divisor() * far.num_ranks(g)),
         warp_(static_cast<int32_t>(threadIdx.x) / 32),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
         block_(block),
@@ -71,6 +78,10 @@ class BlockTables {
   // By all threads of the block. False if the group is broken; the same on all threads. Then all of
   // the block know where rows go.
   __device__ bool make(SlotWait& wait) {
+    if constexpr (Far::kExists) {
+      const bool has_told = this->await_told(warp_, kNumWarps);  // [T2]
+      if (__syncthreads_and(has_told) == 0) return false;
+    }
     bool ok = get_ids(wait);
     if (block_ == 0 && warp_ == kNumWarps - 1) {
       ok &= receive_slot_flags(g_, OpKind::kLayoutAndDispatch, areas_, wait);  // [W2]
@@ -84,7 +95,8 @@ class BlockTables {
     return true;
   }
 
-  // The rows here of (source rank, token, k), by flat number; kNoRow: none.
+  // The rows here of (source rank, token, k), by flat number; kNoRow: none; of another node's rank
+  // also kDroppedRow.
   __device__ int32_t row(int32_t flat) const { return row_[flat]; }
 
   // Where the rows of this rank's experts end, padding included.
@@ -128,7 +140,7 @@ class BlockTables {
       a_.expert_counts[local] = total;
     }
     if (thread != 0) return;
-    a_.recv_offsets[g_.num_ranks * a_.num_tokens] = shared_.num_received;
+    a_.recv_offsets[Far::num_ranks(g_) * a_.num_tokens] = shared_.num_received;
     a_.counters[0] = shared_.num_received;
     a_.counters[1] = shared_.num_routed - shared_.num_received;
     a_.counters[2] = shared_.num_invalid;
@@ -165,10 +177,17 @@ class BlockTables {
         if (flat >= end_) continue;
         src[j] = steps_.ids_per_rank.quotient(flat);
         const int32_t i = flat - src[j] * steps_.ids_per_rank.divisor();
-        if (src[j] == g_.rank) {
+        if (src[j] == Far::rank(g_)) {
           row_[flat] = a_.topk_idx[i];
           weight_[flat] = a_.weights != nullptr ? a_.topk_weights[i] : 0.0f;
+        } else if (Far::is_far(src[j])) {
+          if constexpr (Far::kExists) {
+            const auto told = this->entry(src[j], i);
+            row_[flat] = told.id;
+            weight_[flat] = told.weight;
+          }
         } else {
+          src[j] = Far::index(src[j]);
           entry[j] = entries_of(areas_.here[src[j]]) + i;
           missing |= 1u << j;
         }
@@ -331,7 +350,9 @@ class BlockTables {
       if (owner == block_ && flat < end_) {
         write_step(flat, row, here, next + __popc(kept & ((1u << lane_) - 1)));
       }
-      if (flat < end_) row_[flat] = here ? row : kNoRow;
+      const bool is_dropped = Far::kExists && kept_of_id >= 0 && !here &&
+                              is_here(kept_of_id & ((1 << kExpertBits) - 1));
+      if (flat < end_) row_[flat] = here ? row : is_dropped ? kDroppedRow : kNoRow;
       next += __popc(kept);
       if (++owner == num_blocks_) owner = 0;
     }
@@ -343,7 +364,7 @@ class BlockTables {
   }
   // Of this rank's tokens.
   __device__ int32_t own_of(int32_t flat) const {
-    return flat - g_.rank * steps_.ids_per_rank.divisor();
+    return flat - Far::rank(g_) * steps_.ids_per_rank.divisor();
   }
   __device__ bool is_own(int32_t flat) const {
     return static_cast<uint32_t>(own_of(flat)) <

@@ -5,6 +5,7 @@
 #include "cuda/core/divider.h"
 #include "cuda/core/placement.h"
 #include "cuda/direct/kernels.cuh"
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/slots/units.h"
 #include "cuda/sync/slots.cuh"
 
@@ -30,6 +31,23 @@ class Team {
   __device__ int32_t count() const { return kNumWarps / units_.team_warps; }  // of the block
   // Of warps that are left over.
   __device__ bool is_none() const { return number_ >= count(); }
+
+  // Of the team: the thread, and its warp.
+  __device__ int32_t thread() const { return thread_; }
+  __device__ int32_t warp() const { return thread_ / 32; }
+  __device__ int32_t num_warps() const { return units_.team_warps; }
+  // Until all of the team have come.
+  __device__ void meet() const {
+    if (units_.team_warps == 1) return __syncwarp();
+    bar_sync(1 + number_, units_.team_warps * 32);
+  }
+  static_assert(1 + kNumWarps / 2 < 16, "a barrier for each team of several warps");
+
+  // A unit's vectors.
+  __device__ int32_t size(int32_t unit) const {
+    const int32_t piece = unit & ((1 << units_.piece_shift) - 1);
+    return min(units_.piece_vectors, units_.row_vectors - piece * units_.piece_vectors);
+  }
 
   __device__ Place place(int32_t unit) const {
     const int32_t piece = unit & ((1 << units_.piece_shift) - 1);
@@ -75,7 +93,12 @@ struct Turn {
   const int32_t num_units_;
 };
 
-// The i-th rank after this one: each link has its turn.
+// The i-th rank after this one: each link has its turn. Of the whole group, or of this node.
+template <typename Far>
+__device__ int successor(const Far& far, const GroupView& g, int i) {
+  const int r = far.rank(g) + i;
+  return r < far.num_ranks(g) ? r : r - far.num_ranks(g);
+}
 __device__ inline int successor(const GroupView& g, int i) {
   const int r = g.rank + i;
   return r < g.num_ranks ? r : r - g.num_ranks;
@@ -116,6 +139,26 @@ struct PlainAtoms {  // as many as its vectors fill
   static constexpr int kAtoms = kMaxAtoms;
   __device__ static bool has_atom(const Place& place, int j) {
     return place.count > 0 && j <= place.count;
+  }
+
+  // Packed, as its vectors are.
+  __device__ static int32_t packed_bytes(int32_t size) { return size * 16; }
+  __device__ static void pack(char* to, int32_t, int32_t thread, const Place& place, int32_t stride,
+                              const Words& word) {
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      if (j < place.count) {
+        reinterpret_cast<uint4*>(to)[thread + j * stride] = vector_of(word, j);
+      }
+    }
+  }
+  __device__ static void unpack(const char* from, int32_t, int32_t thread, const Place& place,
+                                int32_t stride, Words& word) {
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      if (j >= place.count) continue;
+      set_vector(word, j, __ldcg(reinterpret_cast<const uint4*>(from) + thread + j * stride));
+    }
   }
 };
 

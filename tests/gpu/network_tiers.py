@@ -35,6 +35,11 @@ def rails(ctx: Context) -> Result:
     return _over_simulated_network(ctx, "network-rails", "dispatch and combine in two hops")
 
 
+def slots(ctx: Context) -> Result:
+    """Calls in slots over the simulated network; wrong hops and wrong memory are caught."""
+    return _over_simulated_network(ctx, "network-slots", "calls in slots across nodes")
+
+
 def _over_simulated_network(ctx: Context, tier: str, what: str) -> Result:
     ctx.skip_without_gpu()
     program = ctx.builds.wait(tier, ctx.deadline) / tier.replace("-", "_")
@@ -184,6 +189,14 @@ def across_nodes(num_ranks: int, ranks_per_node: int) -> Callable[[Context], Res
     return tier
 
 
+def slots_across_nodes(ctx: Context) -> Result:
+    """EP2 on nodes of one over NVSHMEM's P2P, with slots between them."""
+    ctx = dataclasses.replace(ctx, has_slots=True)
+    return _run_group(
+        ctx, 2, 1, "", "slots-", file="gpu/slots_across_nodes.py", JAX_EP_NETWORK_SLOTS="1"
+    )
+
+
 def stress(ctx: Context) -> Result:
     """Random calls across nodes, checked on the devices, queued and with late ranks."""
     lines, problems = [], []
@@ -195,19 +208,26 @@ def stress(ctx: Context) -> Result:
 
 
 def _run_group(
-    ctx: Context, num_ranks: int, ranks_per_node: int, keyword: str, kind: str = ""
+    ctx: Context,
+    num_ranks: int,
+    ranks_per_node: int,
+    keyword: str,
+    kind: str = "",
+    file: str = "gpu/across_nodes.py",
+    **environment: str,
 ) -> Result:
     ctx.skip_without_gpu()
     return run_suite(
         ctx,
         f"network-{kind}ep{num_ranks}-by-{ranks_per_node}",
         Shape(num_ranks, _ranks_per_gpu(ctx, num_ranks)),
-        ["gpu/across_nodes.py"],
+        [file],
         limit=120,
         keyword=keyword,
         JAX_EP_NETWORK="1",
         JAX_EP_RANKS_PER_NODE=str(ranks_per_node),
         NVSHMEM_SYMMETRIC_SIZE=str(num_ranks * 8 << 20),  # for chunks of 32 KiB
+        **environment,
         **ENVIRONMENT,
     )
 

@@ -174,7 +174,7 @@ def start_builds(ctx: Context, tiers: list[Tier]) -> None:
     wanted = {need for tier in tiers for need in tier.needs}
     if "native" in wanted:
         ctx.builds.start("native", "kernels_test", "-DJAX_EP_TESTS=ON")
-    for need in {"network-simulated", "network-rails"} & wanted:
+    for need in {"network-simulated", "network-rails", "network-slots"} & wanted:
         ctx.builds.start(need, need.replace("-", "_"), "-DJAX_EP_TESTS=ON")
     if "network-nvshmem" in wanted:
         options = ("-DJAX_EP_TESTS=ON", "-DJAX_EP_NVSHMEM=ON")

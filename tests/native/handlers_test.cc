@@ -540,6 +540,20 @@ gpu::NetworkPart FakeNetwork() {
     g_network = network;
     return Note("telling the other nodes", group, 0, stream);
   };
+  part.launch_layout_and_dispatch =
+      [](const gpu::GroupView& group, const gpu::NetworkGroup& network,
+         const gpu::LayoutAndDispatchArguments& arguments, int num_sms, cudaStream_t stream) {
+        g_both = arguments;
+        g_network = network;
+        return Note("layout and dispatch in slots over the network", group, num_sms, stream);
+      };
+  part.launch_combine_in_slots = [](const gpu::GroupView& group, const gpu::NetworkGroup& network,
+                                    const gpu::CombineArguments& arguments, int num_sms,
+                                    cudaStream_t stream) {
+    g_combine = arguments;
+    g_network = network;
+    return Note("combine in slots over the network", group, num_sms, stream);
+  };
   return part;
 }
 
@@ -557,9 +571,9 @@ void AcrossNodes() {
   const std::string op = "jax_ep_layout_and_dispatch: ";
   g_launched.clear();
   CHECK(Contains(call.Run(0), op + "rank 1 lives on device 0 of process 2, which this process is"));
-  Network::Get().Join(FakeNetwork(), {"a", "a", "b", "b"}, 0);
+  Network::Get().Join(FakeNetwork(), {"a", "a", "b", "b"}, 0, false);
 
-  // As two calls, with or without slots, each on this node's view and the network's.
+  // As two calls, where a node has slots too, each on this node's view and the network's.
   CHECK(call.Run(0).empty() && g_launched.size() == 2);
   for (const Launched& launched : g_launched) {
     CHECK(launched.group.num_ranks == 1 && launched.group.rank == 0);
@@ -596,8 +610,8 @@ void AcrossNodes() {
 
   // Combine, whose program says how many ranks of a node it sums first, and has scratch for that.
   g_launched.clear();
-  const auto combine_of = [&](int64_t ranks_per_node) {
-    Call made = on(CombineCallOf(4, 2), ep_dp);
+  const auto combine_of = [&](int64_t ranks_per_node, bool expand = true) {
+    Call made = on(CombineCallOf(4, 2, expand), ep_dp);
     made.attributes["ranks_per_node"] = ranks_per_node;
     if (ranks_per_node < kRanks) {  // sums, values, and whether there is one, of each node
       made.results.back() = made.At(ffi::U8, {2 * 4 * 32 + 2 * 4 * 2 * 4 + 2 * 4 + 8});
@@ -634,9 +648,42 @@ void AcrossNodes() {
   CHECK(g_launched[0].group.nodes.given_up != nullptr && g_launched[0].stream == call.stream);
   record.valid = 0;
 
+  // With slots between nodes small calls go through those, in every form, on any number of SMs; calls
+  // that do not fit go as without.
+  Network::Get().Leave();
+  Network::Get().Join(FakeNetwork(), {"a", "a", "b", "b"}, 0, true);
+  const auto kernels_of = [&](Call made) {
+    g_launched.clear();
+    CHECK(on(std::move(made), ep_dp).Run(0).empty());
+    std::string names;
+    for (const Launched& launched : g_launched) {
+      names += (names.empty() ? "" : ", ") + launched.kernel;
+    }
+    return names;
+  };
+  const std::string both = "layout and dispatch in slots over the network";
+  CHECK(kernels_of(LayoutAndDispatchCallOf(4, 2)) == both && g_both.expand);
+  CHECK(g_network.slots.at.num_far == 1 && g_network.pe[1] == 2);
+  CHECK(g_launched[0].group.num_ranks == 1 && g_launched[0].group.nodes.num_ranks == 2);
+  CHECK(kernels_of(LayoutAndDispatchCallOf(4, 2, {ffi::BF16, 2, 1})) == both);
+  CHECK(g_both.mode == gpu::DispatchMode::kDequantize);
+  CHECK(kernels_of(LayoutAndDispatchCallOf(4, 2, {ffi::F8E4M3FN, 3, 0, 0, 1, 4})) == both);
+  CHECK(g_both.mode == gpu::DispatchMode::kScaled && !g_both.expand);
+  Call few = LayoutAndDispatchCallOf(4, 2);
+  few.attributes["num_sms"] = int64_t{1};
+  CHECK(kernels_of(std::move(few)) == both);
+  CHECK(kernels_of(combine_of(1)) == "combine in slots over the network" && g_combine.expand);
+  CHECK(kernels_of(combine_of(1, /*expand=*/false)) == "combine in slots over the network");
+  CHECK(!g_combine.expand);
+  CHECK(kernels_of(LayoutAndDispatchCallOf(513, 2)) ==
+        "layout over the network, dispatch over the network");
+  CHECK(
+      Contains(refusal(LayoutAndDispatchCallOf(513, 2, {ffi::BF16, 2, 1})),
+               op + "with fp8 the call must fit the slots between nodes, but they are too small"));
+
   // Ranks of one host that count as nodes.
   Network::Get().Leave();
-  Network::Get().Join(FakeNetwork(), {"a", "a", "a", "a"}, 1);
+  Network::Get().Join(FakeNetwork(), {"a", "a", "a", "a"}, 1, false);
   g_launched.clear();
   CHECK(on(LayoutAndDispatchCallOf(4, 2), dp_ep).Run(0).empty() && g_launched.size() == 2);
   CHECK(g_network.pe[0] == 0 && g_network.pe[1] == 1 && g_network.dispatch.at.num_nodes == 2);

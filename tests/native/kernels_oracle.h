@@ -253,7 +253,8 @@ inline void MakeReceived(Data& d, int r) {
   d.weights.push_back(weights);
 }
 
-inline void MakeResults(Data& d) {
+// Sums are of ranks, then of nodes of so many ranks.
+inline void MakeResults(Data& d, int ranks_per_node) {
   const int64_t ids_per_rank = d.num_tokens * d.top_k;
   const int type_bytes = TypeBytes(d.type);
   for (int r = 0; r < d.num_ranks; ++r) {
@@ -290,8 +291,9 @@ inline void MakeResults(Data& d) {
     std::vector<float> collected(ids_per_rank, 0.0f);
     for (int64_t token = 0; token < d.num_tokens; ++token) {
       for (int64_t h = 0; h < d.num_channels; ++h) {
-        float total = 0.0f;
+        float total = 0.0f, of_node = 0.0f;
         for (int q = 0; q < d.num_ranks; ++q) {
+          if (q % ranks_per_node == 0) of_node = 0.0f;
           float sum = 0.0f;
           bool any = false;
           for (int64_t k = 0; k < d.top_k; ++k) {
@@ -304,7 +306,8 @@ inline void MakeResults(Data& d) {
             const float product = d.weighted ? d.row_weights[q][row] * number : number;
             sum = sum + product;
           }
-          if (any) total = total + Rounded(d.type, sum);
+          if (any) of_node = of_node + Rounded(d.type, sum);
+          if ((q + 1) % ranks_per_node == 0) total = total + Rounded(d.type, of_node);
         }
         WriteNumber(d.type, total, out.data() + token * d.row_bytes + h * type_bytes);
       }
@@ -334,11 +337,12 @@ inline Data MakeLayoutData(const Case& c, int num_ranks, std::mt19937_64& rng) {
   return d;
 }
 
-inline Data MakeData(const Case& c, int num_ranks, uint64_t seed) {
+// `ranks_per_node`: 0 if there is one node.
+inline Data MakeData(const Case& c, int num_ranks, uint64_t seed, int ranks_per_node = 0) {
   std::mt19937_64 rng(seed);
   Data d = MakeLayoutData(c, num_ranks, rng);
   MakeRows(rng, d);
-  MakeResults(d);
+  MakeResults(d, ranks_per_node > 0 ? ranks_per_node : num_ranks);
   return d;
 }
 

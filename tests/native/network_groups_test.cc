@@ -52,9 +52,10 @@ std::vector<std::string> Hosts(const std::vector<int>& numbers) {
   return hosts;
 }
 // Of each process its host; or how many ranks are a node.
-void JoinAgain(const std::vector<int>& hosts, int64_t ranks_per_node = 0) {
+void JoinAgain(const std::vector<int>& hosts, int64_t ranks_per_node = 0, bool has_slots = false) {
   Network::Get().Leave();
-  Network::Get().Join(Part(static_cast<int>(hosts.size())), Hosts(hosts), ranks_per_node);
+  Network::Get().Join(Part(static_cast<int>(hosts.size())), Hosts(hosts), ranks_per_node,
+                      has_slots);
 }
 int RanksOfNode(const std::vector<int64_t>& processes) {
   const Found found = Find(processes, 0);
@@ -107,13 +108,13 @@ void WhatIsRefused() {
   std::vector<int64_t> all(60);
   for (int i = 0; i < 60; ++i) all[i] = hosts[i] = i;
   Network::Get().Leave();
-  Network::Get().Join(Part(60, int64_t{1} << 30), Hosts(hosts), 0);
+  Network::Get().Join(Part(60, int64_t{1} << 30), Hosts(hosts), 0, false);
   CHECK(Contains(Find(all, 0).problem, "the group's ranks must be at most 56; got 60"));
   Network::Get().Leave();
   // A region that is too small is one for jobs whose groups do not span nodes.
   const int64_t least = gpu::least_region_bytes(8, 4);
   for (const int64_t region_bytes : {least, least / 2}) {
-    Network::Get().Join(Part(8, region_bytes), Hosts({0, 0, 0, 0, 1, 1, 1, 1}), 0);
+    Network::Get().Join(Part(8, region_bytes), Hosts({0, 0, 0, 0, 1, 1, 1, 1}), 0, true);
     CHECK(RanksOfNode({0, 1, 2, 3}) == 4);
     const std::string problem = Find({0, 1, 2, 3, 4, 5, 6, 7}, 0).problem;
     const std::string needs = "the group needs " + std::to_string(least) +
@@ -125,7 +126,7 @@ void WhatIsRefused() {
        {&gpu::NetworkPart::control_bytes, &gpu::NetworkPart::view_bytes}) {
     gpu::NetworkPart other = Part(2);
     ++(other.*bytes);
-    CHECK(Contains(Thrown([&] { Network::Get().Join(other, Hosts({0, 1}), 0); }),
+    CHECK(Contains(Thrown([&] { Network::Get().Join(other, Hosts({0, 1}), 0, false); }),
                    "different builds"));
   }
 }
@@ -136,10 +137,19 @@ void Region() {
     for (const int64_t num_bytes : {gpu::least_region_bytes(num_ranks, on_node),
                                     gpu::least_region_bytes(num_ranks, on_node) + 12345,
                                     int64_t{768} << 20, int64_t{8} << 30}) {
-      bool is_enough = false;
-      const gpu::NetworkRegion region =
-          gpu::MakeNetworkRegion(num_bytes, num_ranks, on_node, &is_enough);
+      bool is_enough = false, is_enough_with_slots = false;
+      gpu::NetworkRegion region =
+          gpu::MakeNetworkRegion(num_bytes, num_ranks, on_node, false, &is_enough);
       CHECK(is_enough && region.num_nodes() == num_ranks / on_node);
+      CHECK(region.slots.num_bytes() == 0 && region.slots.num_signals() == 0);
+      const gpu::NetworkRegion with_slots =
+          gpu::MakeNetworkRegion(num_bytes, num_ranks, on_node, true, &is_enough_with_slots);
+      CHECK(is_enough_with_slots == (num_bytes >= int64_t{768} << 20));
+      if (is_enough_with_slots) {
+        const int64_t unused = num_bytes / 6 - with_slots.slots.num_bytes();
+        CHECK(unused >= 0 && unused < 4 * 128 * num_ranks);
+        region = with_slots;
+      }
       const gpu::RailMemory& rail = region.rail;
       CHECK(rail.slot_bytes >= gpu::kLeastSlotBytes && rail.slot_bytes <= gpu::kMostSlotBytes);
       CHECK(rail.slot_bytes % 16 == 0 && rail.num_nodes == region.num_nodes());
@@ -153,28 +163,74 @@ void Region() {
       std::vector<Interval> intervals{
           {at(region.epoch(kRegion)), 8},
           {at(region.has_told(kRegion)), 8},
+          {at(region.slots_epoch(kRegion)), 8},
           {at(region.dispatch_chunks_of(kRegion)), chunks_bytes},
           {at(region.combine_chunks_of(kRegion)), chunks_bytes},
           {at(region.layout_memory(kRegion).signals), region.layout.num_signals() * 8},
           {at(region.dispatch_memory(kRegion).signals), rail.num_signals() * 8},
           {at(region.combine_memory(kRegion).signals), rail.num_signals() * 8},
           {at(region.given_up(kRegion)), num_ranks * 8},
+          {at(region.slots_memory(kRegion).signals), region.slots.num_signals() * 8},
           {at(region.dispatch_memory(kRegion).bytes), rail.num_bytes()},
           {at(region.combine_memory(kRegion).bytes), rail.num_bytes()},
           {at(region.layout_memory(kRegion).bytes), region.layout.num_bytes()}};
+      if (is_enough_with_slots) {
+        intervals.push_back({at(region.slots_memory(kRegion).bytes), region.slots.num_bytes()});
+      }
       int64_t end = 0;
       for (const Interval& interval : intervals) {  // which are in order
         CHECK(interval.begin >= end && interval.begin % 8 == 0);
         end = interval.begin + interval.bytes;
       }
       CHECK(end <= num_bytes);
-      for (size_t i = 8; i < intervals.size(); ++i) CHECK(intervals[i].begin % 128 == 0);
+      for (size_t i = 10; i < intervals.size(); ++i) CHECK(intervals[i].begin % 128 == 0);
     }
   }
   // That of a heap of NVSHMEM's own size, for the largest group, takes rows of 14336 bytes by fives.
   bool is_enough = false;
-  const gpu::NetworkRegion region = gpu::MakeNetworkRegion(int64_t{768} << 20, 56, 1, &is_enough);
+  const gpu::NetworkRegion region =
+      gpu::MakeNetworkRegion(int64_t{768} << 20, 56, 1, false, &is_enough);
   CHECK(is_enough && region.rail.slot_bytes / 14416 == 5 && region.layout.max_ids > 300000);
+  // Slots of that take as many tokens as those of a node do, also with a rank a node.
+  for (const int num_ranks : {2, 8, 16, 32, 56}) {
+    const gpu::FarSlots slots =
+        gpu::MakeNetworkRegion(int64_t{768} << 20, num_ranks, 1, true, &is_enough).slots;
+    const int64_t num_tokens = std::min<int64_t>(512, gpu::kMaxSlotGroupIds / (8 * num_ranks));
+    CHECK(is_enough && slots.num_signals() * 8 < 1 << 18);
+    CHECK(gpu::fits_far_slots(slots, {num_ranks, num_tokens, 8, 8 * num_ranks, {14336}}));
+  }
+}
+
+// What of each pair's slots is where: apart, and the same place seen from both of its ranks.
+void FarRanks() {
+  for (const auto& [num_ranks, on_node] : {std::pair{2, 1}, {4, 2}, {6, 3}, {8, 1}, {16, 8}}) {
+    const gpu::FarSlots at = gpu::MakeFarSlots(1 << 20, num_ranks, on_node);
+    CHECK(at.num_far == num_ranks - on_node);
+    for (int r = 0; r < num_ranks; ++r) {
+      int next = 0;
+      for (int q = 0; q < num_ranks; ++q) {
+        if (q / on_node == r / on_node) continue;
+        CHECK(at.far_index(r, q) == next && at.far_rank(r, next) == q);
+        ++next;
+      }
+      CHECK(next == at.num_far);
+    }
+    const gpu::HopMemory memory{kRegion, reinterpret_cast<uint64_t*>(kRegion)};
+    for (int far = 0; far < at.num_far; ++far) {
+      for (const uint64_t epoch : {4, 5}) {
+        const bool is_odd = epoch % 2 == 1;
+        CHECK(at.staging(memory, epoch, far) ==
+              kRegion + (2 * is_odd * at.num_far + far) * at.slot_bytes);
+        CHECK(at.landing(memory, epoch, far) ==
+              at.staging(memory, epoch, far) + at.num_far * at.slot_bytes);
+        CHECK(at.arrived(memory, epoch, far, at.max_units - 1) + 1 ==
+              memory.signals + (is_odd * at.num_far + far + 1) * (1 + at.max_units));
+      }
+    }
+    CHECK(at.landing(memory, 1, at.num_far - 1) + at.slot_bytes == kRegion + at.num_bytes());
+    CHECK(at.arrived(memory, 1, at.num_far - 1, at.max_units - 1) + 1 ==
+          memory.signals + at.num_signals());
+  }
 }
 
 // This node's part by symmetric memory, the rest by the region. Process 1 is this one once more.
@@ -234,6 +290,17 @@ void Views() {
   const std::vector<int> pes(network.group.pe, network.group.pe + 4);
   CHECK(pes == std::vector<int>({2, 3, 0, 1}));
 
+  // With slots between nodes such a call goes through them.
+  JoinAgain({0, 0, 1, 1}, 0, true);
+  GroupCall small;
+  CHECK(enter(Site(MembersOf({2, 3, 0, 1}), 4), &small).empty() && small.in_slots());
+  CHECK(small.num_ranks == 2 && small.operation != call.operation);
+  const gpu::FarView& far = small.network()->group.slots;
+  CHECK(far.at.ranks_per_node == 2 && far.at.num_far == 2);
+  CHECK(far.memory.bytes == small.network()->region.slots_memory(kRegion).bytes);
+  CHECK(far.epoch == small.network()->region.slots_epoch(kRegion));
+  JoinAgain({0, 0, 1, 1});
+
   // The same ranks on one node are in another call, with all that it has there.
   const uint64_t across = call.operation;
   GroupCall here;
@@ -273,6 +340,7 @@ void RunTestsOfNetworkGroups() {
   Run("which groups span nodes", WhichSpanNodes);
   Run("groups across nodes that are refused", WhatIsRefused);
   Run("the region", Region);
+  Run("slots of ranks of other nodes", FarRanks);
   Run("views across nodes", Views);
 }
 

@@ -131,7 +131,8 @@ ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t 
     call->operation = Mix(Mix(call->operation, kOverNetwork), static_cast<uint64_t>(num_ranks));
   }
   call->in_slots_ =
-      network == nullptr && slot_sizes && gpu::fits_slots(*slot_sizes, call->slot_area_bytes);
+      slot_sizes && gpu::fits_slots(*slot_sizes, call->slot_area_bytes) &&
+      (network == nullptr || gpu::fits_far_slots(network->group.slots.at, *slot_sizes));
   if (call->in_slots_) call->operation = Mix(call->operation, kInSlots);
   if (num_ranks == 1 || call->in_slots_) return ffi::Error::Success();
 

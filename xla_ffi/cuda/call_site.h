@@ -119,7 +119,7 @@ class GroupCall : public gpu::GroupView {
 //
 // `slot_sizes`: of a call that slots may take; they do if it fits. That follows from what the ranks
 // have agreed on (attributes, slots, devices), and is part of the operation all the same. A group
-// across nodes has no slots and no landing areas, and nobody reads another rank's buffers.
+// across nodes has no landing areas, and nobody reads another rank's buffers.
 xla::ffi::Error EnterGroup(const CudaSiteState& state, int32_t ordinal, cudaStream_t stream,
                            std::initializer_list<SharedBuffer> buffers, GroupCall* call,
                            const std::optional<gpu::SlotSizes>& slot_sizes = std::nullopt);

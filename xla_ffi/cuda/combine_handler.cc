@@ -49,7 +49,10 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
   arguments.expand = call.expand;
   const int num_sms = NumSms(ordinal, a.num_sms);
   cudaError_t launched;
-  if (network != nullptr) {
+  if (network != nullptr && group.in_slots()) {
+    launched =
+        network->part.launch_combine_in_slots(group, network->group, arguments, num_sms, stream);
+  } else if (network != nullptr) {
     if (auto problem = NetworkProblem(*network, call, num_sms)) return Refused(a.kOp, *problem);
     launched = network->part.launch_combine(group, network->group, arguments, num_sms, stream);
   } else {

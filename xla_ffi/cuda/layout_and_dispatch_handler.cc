@@ -31,10 +31,14 @@ cudaError_t LaunchInSlots(const GroupCall& group, const LayoutAndDispatchCall& c
   arguments.power_of_two_scales = dispatch.quantization == QuantizationKind::kPowerOfTwoScales;
   arguments.zero_tail = dispatch.zero_tail;
   arguments.is_integer = IsInteger(dispatch.x.type);
+  if (const NetworkCall* network = group.network()) {
+    return network->part.launch_layout_and_dispatch(group, network->group, arguments, num_sms,
+                                                    stream);
+  }
   return gpu::LaunchLayoutAndDispatchInSlots(group, arguments, num_sms, stream);
 }
 
-// One kernel where slots take the call, else the two.
+// One kernel where slots take the call, else the two; which do not quantise for the network.
 ffi::Error LayoutAndDispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState* state,
                              LayoutAndDispatchAttributes a, ffi::RemainingArgs operands,
                              ffi::RemainingRets results) {
@@ -55,6 +59,13 @@ ffi::Error LayoutAndDispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState
     group.Distinguish(
         {dispatch.x.num_channels, static_cast<int64_t>(dispatch.x.type), dispatch.num_scales});
     return CudaStatus(a.kOp, LaunchInSlots(group, call, NumSms(ordinal, a.num_sms), stream));
+  }
+  const NetworkCall* const network = group.network();
+  if (network != nullptr && network->region.slots.num_far > 0 && dispatch.is_quantised()) {
+    return Refused(a.kOp,
+                   "with fp8 the call must fit the slots between nodes, but they are too small for "
+                   "it. Pass a larger jax_ep.initialize(heap_bytes=...) in every process, after "
+                   "jax_ep.finalize(), or do without them: JAX_EP_NETWORK_SLOTS=0");
   }
   if (ffi::Error e = LaunchLayout(*state, ordinal, stream, call.layout, a.num_sms); e.failure()) {
     return e;

@@ -95,12 +95,13 @@ NB_MODULE(_cuda, m) {
       nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "join_network",
-      [](const nb::capsule& part, const std::vector<std::string>& hosts, int64_t ranks_per_node) {
+      [](const nb::capsule& part, const std::vector<std::string>& hosts, int64_t ranks_per_node,
+         bool has_slots) {
         Network::Get().Join(*static_cast<const gpu::NetworkPart*>(part.data(gpu::kNetworkPartName)),
-                            hosts, ranks_per_node);
+                            hosts, ranks_per_node, has_slots);
         SymmetricMemory::Get().SetHosts(hosts);
       },
-      nb::arg("part"), nb::arg("hosts"), nb::arg("ranks_per_node"));
+      nb::arg("part"), nb::arg("hosts"), nb::arg("ranks_per_node"), nb::arg("has_slots"));
   m.def(
       "release",
       [](bool ended) {

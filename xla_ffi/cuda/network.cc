@@ -41,7 +41,7 @@ Network& Network::Get() {
 }
 
 void Network::Join(const gpu::NetworkPart& part, const std::vector<std::string>& hosts,
-                   int64_t ranks_per_node) {
+                   int64_t ranks_per_node, bool has_slots) {
   if (part.control_bytes != sizeof(gpu::ControlBlock) ||
       part.view_bytes != sizeof(gpu::GroupView)) {
     Throw("jax_ep._nvshmem and jax_ep._cuda are of different builds");
@@ -53,6 +53,7 @@ void Network::Join(const gpu::NetworkPart& part, const std::vector<std::string>&
     node_of_process_.push_back(std::find(hosts.begin(), hosts.end(), host) - hosts.begin());
   }
   ranks_per_node_ = ranks_per_node;
+  has_slots_ = has_slots;
   members_.clear();
   found_.reset();
   has_refused_group_ = false;
@@ -124,8 +125,11 @@ std::optional<std::string> Network::Find(const int64_t* members, int num_ranks, 
            "nodes, or call jax_ep.finalize() and jax_ep.initialize() in every process between";
   }
   bool is_enough = false;
-  const gpu::NetworkRegion region =
-      gpu::MakeNetworkRegion(part_->region_bytes, num_ranks, on_node, &is_enough);
+  gpu::NetworkRegion region =
+      gpu::MakeNetworkRegion(part_->region_bytes, num_ranks, on_node, has_slots_, &is_enough);
+  if (!is_enough) {  // with slots
+    region = gpu::MakeNetworkRegion(part_->region_bytes, num_ranks, on_node, false, &is_enough);
+  }
   if (!is_enough) {
     return "the group needs " + std::to_string(gpu::least_region_bytes(num_ranks, on_node)) +
            " bytes of NVSHMEM's heap, but it has " + std::to_string(part_->region_bytes) +
@@ -144,6 +148,7 @@ std::optional<std::string> Network::Find(const int64_t* members, int num_ranks, 
                          made.node, on_node};
   made.group.combine = {region.rail, region.combine_memory(at), region.combine_chunks_of(at),
                         made.node, on_node};
+  made.group.slots = {region.slots, region.slots_memory(at), region.slots_epoch(at)};
   std::fill(std::begin(made.group.pe), std::end(made.group.pe), uint16_t{0});
   for (int r = 0; r < num_ranks; ++r) {
     made.group.pe[r] = static_cast<uint16_t>(process_of(members[r]));

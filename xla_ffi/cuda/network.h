@@ -33,9 +33,10 @@ class Network {
   static Network& Get();
 
   // After NVSHMEM has started: from here on groups may lie on several nodes. `hosts`, by process: equal
-  // names are one node; `ranks_per_node`, if not 0, counts instead, wherever ranks are.
+  // names are one node; `ranks_per_node`, if not 0, counts instead, wherever ranks are. `has_slots`:
+  // whether small calls go through slots. All processes agree on these.
   void Join(const gpu::NetworkPart& part, const std::vector<std::string>& hosts,
-            int64_t ranks_per_node);
+            int64_t ranks_per_node, bool has_slots);
 
   // Before NVSHMEM's end. No call may be on its way to a device.
   void Leave();
@@ -54,6 +55,7 @@ class Network {
   std::optional<gpu::NetworkPart> part_;
   std::vector<int64_t> node_of_process_;
   int64_t ranks_per_node_ = 0;
+  bool has_slots_ = false;
   std::vector<int64_t> members_;      // of the group that has the region
   std::optional<NetworkCall> found_;  // of that group, unless another has been refused
   bool has_refused_group_ = false;
