@@ -187,8 +187,8 @@ def begin_biases(params: dict, config: Config) -> dict:
     """Adds what the router has beside its matrix."""
     if config.router == "softmax":
         return params
-    bias = jnp.zeros(config.num_experts)
-    return params | {"layers": [layer | {"bias": bias} for layer in params["layers"]]}
+    layers = [layer | {"bias": jnp.zeros(config.num_experts)} for layer in params["layers"]]
+    return params | {"layers": layers}
 
 
 def move_biases(params: dict, before: dict, load: jax.Array, config: Config) -> dict:
@@ -450,8 +450,13 @@ def train(args: argparse.Namespace) -> dict:
     config = Config(**{field.name: getattr(args, field.name) for field in FLAGS})
     if args.init:
         config = config.with_sizes_of(checkpoint.read_config(args.init))
-    parts = dp * ep * config.micro_batches
-    if dp * ep > jax.device_count() or args.batch % parts or config.num_experts % ep:
+    parts = dp * ep * max(1, config.micro_batches)
+    if (
+        config.micro_batches < 1
+        or dp * ep > jax.device_count()
+        or args.batch % parts
+        or config.num_experts % ep
+    ):
         raise SystemExit(
             f"dp {dp} x ep {ep} must fit {jax.device_count()} devices, and times --micro-batches "
             f"{config.micro_batches} divide --batch {args.batch}; ep must divide --num-experts "

@@ -129,6 +129,7 @@ def make_layout(
         num_sms=num_sms,
         overlap=overlap,
     )
+    zero_tail = checks.static_bool(where, "zero_tail", zero_tail)
     with jax.named_scope(where):
         topk_idx = _ids_of_ranks(where, topk_idx, sizes, check_ids=check_ids)
         return _layout_of(topk_idx, sizes, ffi.bind_layout(topk_idx, sizes), zero_tail)
@@ -288,12 +289,13 @@ def layout_and_dispatch(
         expand=expand,
         scales=scales,
     )
+    zero_tail = checks.static_bool(where, "zero_tail", zero_tail)
     with jax.named_scope(where):
         topk_idx = _ids_of_ranks(where, topk_idx, sizes, check_ids=check_ids)
         # The ids, and so the layout, may vary over fewer axes than the rows.
         _, x, scales, topk_weights = _vary_together(topk_idx, x, scales, topk_weights)
         tables, rows = autodiff.layout_and_dispatch(
-            topk_idx, x, scales, topk_weights, sizes, form, zero_tail=bool(zero_tail)
+            topk_idx, x, scales, topk_weights, sizes, form, zero_tail=zero_tail
         )
         layout = _layout_of(topk_idx, sizes, tables, zero_tail)
         varying, x, scales, topk_weights = _vary_together(layout, x, scales, topk_weights)
@@ -484,7 +486,7 @@ def _ids_of_ranks(where: str, topk_idx: Array, sizes: ffi.LayoutSizes, *, check_
     """The ids as they are exchanged: they vary over the EP axes, and are checked if need be."""
     checks.warn_if_replicated(where, topk_idx, sizes.axis_name)
     topk_idx = compat.vary_over(topk_idx, sizes.axis_name)
-    if check_ids:
+    if checks.static_bool(where, "check_ids", check_ids):
         topk_idx = id_check.require_valid_ids(where, topk_idx, sizes.num_experts, sizes.axis_name)
     return topk_idx
 
@@ -512,7 +514,7 @@ def _layout_of(
         capacity=sizes.capacity,
         expert_alignment=sizes.expert_alignment,
         expert_capacity=sizes.expert_capacity or None,
-        zero_tail=bool(zero_tail),
+        zero_tail=zero_tail,
         num_sms=sizes.num_sms,
         overlap=sizes.overlap,
     )

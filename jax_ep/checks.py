@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_ep import compat, ffi, group, limits
 from jax_ep.layout import Layout, default_capacity
@@ -51,6 +52,13 @@ def positive_int(where: str, name: str, value: Any, remedy: str = "") -> int:
     if value < 1:
         raise ValueError(f"{where}: {name} must be at least 1; got {value}")
     return int(value)
+
+
+def static_bool(where: str, name: str, value: Any) -> bool:
+    """``value``, if it is a static bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{where}: {name} must be a static Python bool; got {_kind(value)}")
+    return bool(value)
 
 
 def aligned_rows(where: str, name: str, value: Any, expert_alignment: int) -> int:
@@ -230,7 +238,7 @@ def routing(
         capacity=capacity,
         expert_alignment=expert_alignment,
         expert_capacity=expert_capacity or 0,
-        num_sms=_sms(where, num_sms, overlap=bool(overlap)),
+        num_sms=_sms(where, num_sms, overlap=static_bool(where, "overlap", overlap)),
         overlap=bool(overlap),
     )
 
@@ -277,7 +285,12 @@ def rows_to_send(
             where, "topk_weights", topk_weights, ids_shape, "one for each id of topk_idx"
         )
     quantization = ffi.QUANTIZATIONS[fp8] if scales is None else ffi.GIVEN_SCALES
-    return x, scales, topk_weights, ffi.RowForm(quantization, dequantize, bool(expand))
+    return (
+        x,
+        scales,
+        topk_weights,
+        ffi.RowForm(quantization, dequantize, static_bool(where, "expand", expand)),
+    )
 
 
 def _float8_scales(

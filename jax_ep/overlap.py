@@ -39,7 +39,8 @@ def require_agreement(ctx: Any, where: str, overlap: bool) -> None:
     if _programs.setdefault(ctx.module_context.module, overlap) != overlap:
         raise ValueError(
             f"{where}: this layout has overlap={overlap}, but another one of the same program has "
-            f"overlap={not overlap}: pass the same to all of them"
+            f"overlap={not overlap}: pass the same to all of them, or change a layout "
+            "of another program: dataclasses.replace(layout, overlap=.., num_sms=..)"
         )
 
 

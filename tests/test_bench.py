@@ -198,13 +198,14 @@ def test_calls_are_fewer_where_results_do_not_fit(
     operation = prepared.operations["all_gather+gather"]
     single = measure.compile_calls(operation.fn, mesh, operation.args, 1, returns_results=False)
     output, temp = measure._memory_of_call(single)
-    per_call = output + POINT.tokens * POINT.row_bytes  # a copy of x for every call
-    monkeypatch.setattr(measure, "_free_bytes", lambda mesh: (4.5 * per_call + temp) / 0.9)
+    # Of N calls more: results of 2 N in the long program, copies of 3 N - 2 in both.
+    of_both = 2 * output + 3 * POINT.tokens * POINT.row_bytes
+    monkeypatch.setattr(measure, "_free_bytes", lambda mesh: (2.5 * of_both + temp) / 0.9)
     timing = measure.time_chained_calls(
         operation.fn, mesh, operation.args, fresh=0, repeats=1, calls=9
     )
     assert timing.calls == 2
-    monkeypatch.setattr(measure, "_free_bytes", lambda mesh: (1.5 * per_call + temp) / 0.9)
+    monkeypatch.setattr(measure, "_free_bytes", lambda mesh: (0.9 * of_both + temp) / 0.9)
     with pytest.raises(MemoryError, match="two calls need"):
         measure.time_chained_calls(operation.fn, mesh, operation.args, fresh=0, repeats=1, calls=9)
 
@@ -434,6 +435,9 @@ def test_exit_code_tells_that_an_operation_failed() -> None:
             "--only gather_all: no operation has that in its name: make",
         ),
         ("--tokens 0", "must be at least 1"),
+        ("--routing group-limited --experts 20 --ranks 2", "--experts must be a multiple of 8"),
+        ("--routing group-limited --experts 8 --top-k 5", "--top-k must be at most 4"),
+        ("--ranks-per-node 3", "--ranks-per-node 3: must divide the 8 ranks"),
         ("--platform nowhere", "invalid choice"),
         ("--decode --only dispatch+", "no operation has that in its name: layout_and_dispatch, "),
         ("--decode --plot a.png", "--decode: it has no --plot"),

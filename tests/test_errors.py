@@ -127,6 +127,30 @@ LAYOUT_ERRORS: list[tuple[str, type[Exception], str, Verb]] = [
         lambda ids, _: make(ids, num_experts=True),
     ),
     (
+        "overlap_number",
+        TypeError,
+        "make_layout: overlap must be a static Python bool; got int",
+        lambda ids, _: make(ids, overlap=24),
+    ),
+    (
+        "zero_tail_text",
+        TypeError,
+        "make_layout: zero_tail must be a static Python bool; got str",
+        lambda ids, _: make(ids, zero_tail="False"),
+    ),
+    (
+        "check_ids_traced",
+        TypeError,
+        "make_layout: check_ids must be a static Python bool; got an array int32[]",
+        lambda ids, _: make(ids, check_ids=ids[0, 0]),
+    ),
+    (
+        "expand_number",
+        TypeError,
+        "dispatch: expand must be a static Python bool; got int",
+        lambda _, layout: jax_ep.dispatch(zeros(4, 8), layout, expand=0),
+    ),
+    (
         "capacity_traced",
         TypeError,
         "make_layout: capacity must be a static Python int; got an array int32[]",

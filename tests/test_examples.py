@@ -9,6 +9,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import types
 import zlib
 
 import jax
@@ -220,10 +221,7 @@ def test_several_processes_train_as_one_does(runs: pathlib.Path) -> None:
 @pytest.mark.versions
 def test_processes_can_compare_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """They do so in JAX, which has no integers above 2**31 - 1 by default."""
-    for name in ("XLA_FLAGS", "NPROC"):  # the example sets them; then they are put back
-        monkeypatch.setenv(name, os.environ.get(name, ""))
-    monkeypatch.syspath_prepend(str(_EXAMPLES))
-    example = importlib.import_module("train_moe_lm")
+    example = _imported(monkeypatch)
     text = np.frombuffer(b"a", np.uint8)
     checksum = np.array([zlib.crc32(text)])
     assert checksum[0] >= 2**31
@@ -231,3 +229,18 @@ def test_processes_can_compare_their_sources(monkeypatch: pytest.MonkeyPatch) ->
     digest = example.digest(text)
     np.testing.assert_array_equal(np.asarray(jnp.asarray(digest)), digest, strict=True)
     assert np.any(digest != example.digest(np.frombuffer(b"b", np.uint8)))
+
+
+def test_each_layer_has_a_bias_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes the buffers that it is given, each once."""
+    example = _imported(monkeypatch)
+    config = example.Config(router="group-limited")
+    first, second = example.begin_biases({"layers": [{}, {}]}, config)["layers"]
+    assert first["bias"].unsafe_buffer_pointer() != second["bias"].unsafe_buffer_pointer()
+
+
+def _imported(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    for name in ("XLA_FLAGS", "NPROC"):  # the example sets them; then they are put back
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.syspath_prepend(str(_EXAMPLES))
+    return importlib.import_module("train_moe_lm")

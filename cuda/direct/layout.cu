@@ -45,8 +45,9 @@ namespace {
 constexpr int kNumThreads = 512;
 constexpr int kNumWarps = kNumThreads / 32;
 constexpr uint32_t kAllLanes = 0xffffffff;
-constexpr int32_t kMaxCached = 32768;  // ids of a block that are kept in shared memory
-constexpr int kExpertBits = 10;        // of an id
+// Dynamic shared memory of one of several blocks, at most: two of them fit an SM.
+constexpr int64_t kMostSharedBytes = 112'000;
+constexpr int kExpertBits = 10;  // of an id
 static_assert(kMaxExperts <= 1 << kExpertBits);
 // Of a thread, on their way at once.
 constexpr int kIdsAtOnce = 4;
@@ -496,6 +497,16 @@ int64_t NumBlocks(int64_t num_ids, int64_t most) {
   return std::min(most, std::max(std::min(with_one, kMany), with_one / 2));
 }
 
+constexpr int64_t SharedBytes(int64_t num_experts, int64_t num_cached) {
+  return ((kNumWarps + 5) * num_experts + num_cached) * int64_t{sizeof(int32_t)};
+}
+
+// Ids of a block that are kept in shared memory, at most. One block alone has fewer, but on one SM.
+constexpr int64_t MostCached(int64_t num_experts) {
+  return (kMostSharedBytes - SharedBytes(num_experts, 0)) / int64_t{sizeof(int32_t)};
+}
+static_assert(MostCached(kMaxExperts) >= kIdsAtOnce * kNumThreads);
+
 Plan::Plan(const LayoutArguments& a, int64_t num_ranks, int64_t most_blocks)
     : ids_per_rank(a.num_tokens * a.top_k),
       top_k(a.top_k),
@@ -506,17 +517,13 @@ Plan::Plan(const LayoutArguments& a, int64_t num_ranks, int64_t most_blocks)
   num_blocks = narrow(NumBlocks(all_ids, most_blocks));
   ids_per_block = narrow((all_ids + num_blocks - 1) / num_blocks);
   ids_per_warp = (ids_per_block / kNumWarps + 31) / 32 * 32;
-  num_cached = std::min(ids_per_block, kMaxCached);
   num_experts = narrow(a.num_experts);
+  num_cached = narrow(std::min<int64_t>(ids_per_block, MostCached(a.num_experts)));
   num_local = narrow(a.num_experts / num_ranks);
   capacity = narrow(a.room.capacity);
   expert_capacity = narrow(a.room.expert_capacity);
   log2_quads = 0;
   while (4 << log2_quads < num_experts) ++log2_quads;
-}
-
-int64_t SharedBytes(int64_t num_experts, int64_t num_cached) {
-  return ((kNumWarps + 5) * num_experts + num_cached) * int64_t{sizeof(int32_t)};
 }
 
 }  // namespace
@@ -531,9 +538,10 @@ cudaError_t LaunchLayout(const GroupView& group, const LayoutArguments& a, int n
 }
 
 cudaError_t PrepareLayout() {
-  const int64_t most_bytes = SharedBytes(kMaxExperts, kMaxCached);
-  if (cudaError_t e = PrepareKernel(layout_kernel<true>, most_bytes); e != cudaSuccess) return e;
-  return PrepareKernel(layout_kernel<false>, most_bytes);
+  for (const auto kernel : {layout_kernel<true>, layout_kernel<false>}) {
+    if (cudaError_t e = PrepareKernel(kernel, kMostSharedBytes); e != cudaSuccess) return e;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace jax_ep::gpu

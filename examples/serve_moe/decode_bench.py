@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--layers", type=int, help="of the model; if not given: 4, or 2 of the tiny one")
     add("--dispatch", nargs="+", default=["jax_ep", "all_to_all"], choices=sorted(moe.LAYERS))
     add("--slots", type=int, nargs="+", default=[32, 128], help="of a device")
-    add("--length", type=int, default=512, help="tokens that each sequence has, half of its room")
+    add("--length", type=int, default=512, help="tokens that each sequence has at first")
     add("--steps", type=int, default=40, help="between two looks at the clock")
     add("--repeats", type=int, default=9)
     add("--steps-ahead", type=int, default=2, help="steps that run before one's result is fetched")
@@ -112,6 +112,8 @@ def time_steps(run: steps.Steps, args: argparse.Namespace) -> tuple[list[float],
 def main(argv: list[str] | None = None) -> list[dict]:
     """Prints a row for each point; returns them."""
     args = parse_args(argv)
+    if min(args.steps, args.repeats, args.length, *args.slots) < 1:
+        raise SystemExit("--steps, --repeats, --length and --slots must be at least 1")
     config = SHAPES[args.shape]
     if args.layers:
         config = dataclasses.replace(config, num_hidden_layers=args.layers)

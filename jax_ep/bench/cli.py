@@ -306,19 +306,17 @@ class _Bench:
                 if str(error).startswith(_UNSUPPORTED):
                     self.unsupported[operation.name] = error
                 emit(report.failed_row(operation.name, operation.baseline, point, moved, error))
+        if network:
+            print(report.network_line(point, network))
         return rows
 
     def _network(self, point: Point, ids: Any) -> report.Row:
-        """What a network carries for these ids: printed, and as fields; none on one node."""
+        """What a network carries for these ids, as fields of rows; none on one node."""
         size = nodes.chosen() or self.mesh.size
-        if size >= self.mesh.size or self.mesh.size % size:
+        if size >= self.mesh.size:
             return {}
         counted = traffic.measure_node_traffic(ids, self.args.experts, size)
         num_bytes = counted.rows * point.wire_row_bytes
-        print(
-            f"T = {point.tokens}, nodes of {size}: {counted.nodes_per_token:.2f} nodes a token; "
-            f"{num_bytes / 1e6:.2f} MB to or from other nodes, of the rank that has most"
-        )
         return {"nodes_per_token": counted.nodes_per_token, "network_bytes": num_bytes}
 
     def show_timeline(self, point: Point, title: str) -> None:
@@ -513,6 +511,16 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
         parser.error(f"--experts {args.experts}: must be a multiple of {args.ranks} ranks")
     if max(args.top_k) > args.experts:
         parser.error(f"--top-k {max(args.top_k)}: must be at most --experts {args.experts}")
+    if "group-limited" in args.routing:
+        if args.experts % traffic.NUM_GROUPS:
+            parser.error(
+                f"--routing group-limited: --experts must be a multiple of {traffic.NUM_GROUPS}"
+            )
+        most = args.experts // traffic.NUM_GROUPS * traffic.TOP_GROUPS
+        if max(args.top_k) > most:
+            parser.error(f"--routing group-limited: --top-k must be at most {most}")
+    if args.ranks_per_node and args.ranks % args.ranks_per_node:
+        parser.error(f"--ranks-per-node {args.ranks_per_node}: must divide the {args.ranks} ranks")
     mesh = jax.make_mesh((args.ranks,), (operations.AXIS,), devices=devices[: args.ranks])
 
     of_path: dict[str, int | None] = {"": args.slot_bytes}

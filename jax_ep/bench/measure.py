@@ -217,8 +217,11 @@ def time_chained_calls(
     output_bytes, temp_bytes = _memory_of_call(single)
     free = _free_bytes(mesh)
     if free is not None:
-        per_call = output_bytes + args[fresh].nbytes // mesh.size
-        fitting = int((0.9 * free - temp_bytes) // max(1, per_call)) // 2
+        operand_bytes = args[fresh].nbytes // mesh.size
+        per_call = output_bytes + operand_bytes
+        # The long program's results, and copies of the operand for both programs.
+        of_both = 2 * output_bytes + 3 * operand_bytes
+        fitting = int((0.9 * free - temp_bytes) // max(1, of_both))
         if fitting < 1:
             raise MemoryError(
                 f"two calls need 2 x {per_call / 2**30:.1f} GiB for operands and results and "

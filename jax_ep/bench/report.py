@@ -137,6 +137,14 @@ def format_row(row: Row) -> str:
     return line
 
 
+def network_line(point: Point, network: Row) -> str:
+    """What a network carries at a point."""
+    return (
+        f"T = {point.tokens}: {network['nodes_per_token']:.2f} nodes a token; between nodes "
+        f"{network['network_bytes'] / 1e6:.2f} MB one direction, of the rank that has most"
+    )
+
+
 def write_json(path: Path, environment: Row, settings: Row, link: Any, rows: Sequence[Row]) -> None:
     """Writes everything that was measured so far."""
     content = {"environment": environment, "settings": settings, "link": link, "results": rows}
