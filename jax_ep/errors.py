@@ -3,10 +3,12 @@
 import contextlib
 import sys
 import threading
+import time
 
-from jax_ep import _native
+from jax_ep import _native, nvshmem
 
 _WATCH_INTERVAL = 0.25  # seconds
+_ASK_INTERVAL = 2.0  # likewise, between questions to JAX's coordination service
 
 
 def check() -> None:
@@ -45,10 +47,12 @@ class Watcher:
     When another process of the job has died it ends the waits for it. It prints that, the first
     error that a kernel records, and that a layout has had ids without an expert, once each; the
     error again when its text has changed, since more has been recorded. All this is in host memory
-    that the kernels share: there is no call into CUDA.
+    that the kernels share: there is no call into CUDA. A long wait for a process of another host
+    ends when that one has left, of which JAX's coordination service is asked.
     """
 
     def __init__(self) -> None:
+        self._next_question = 0.0
         self._stopped = threading.Event()
         self._printed: str | None = None
         self._thread = threading.Thread(target=self._watch, name="jax_ep watcher", daemon=True)
@@ -61,6 +65,11 @@ class Watcher:
     def _look(self) -> None:
         for line in _native.cuda.watch():
             say(line)
+        awaited = _native.cuda.awaited_elsewhere()
+        if awaited and time.monotonic() >= self._next_question:
+            self._next_question = time.monotonic() + _ASK_INTERVAL
+            for process in nvshmem.have_left().intersection(awaited):
+                _native.cuda.tell_left(process)
         error = _native.cuda.recorded_error()
         if error is not None and error != self._printed:
             self._printed = error

@@ -149,6 +149,18 @@ class Attempt:
                 self._client.key_value_delete(f"{keys}/{self._process}")
         return missing
 
+    def tell_left(self) -> None:
+        """Says that this process takes part no more, for `have_left`."""
+        with contextlib.suppress(Exception):  # the service may be gone
+            self._client.key_value_set(f"{self._keys}/left/{self._process}", "left")
+
+    def have_left(self) -> set[int]:
+        """The processes that have said so."""
+        with contextlib.suppress(Exception):  # likewise, or nobody has
+            told = self._client.key_value_dir_get(f"{self._keys}/left/")
+            return {int(key.rsplit("/", 1)[1]) for key, _ in told}
+        return set()
+
     def tell_failure(self, error: BaseException) -> None:
         """Ends the others' wait in the next round."""
         if self._keys:

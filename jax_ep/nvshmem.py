@@ -267,11 +267,17 @@ def leave(devices_have_ended: bool) -> None:
     _absence = "jax_ep.finalize() has been called"
     if attempt is None or not devices_have_ended:
         return
+    attempt.tell_left()
     if attempt.meet("leave", _LEAVE_TIMEOUT):
         return
     with contextlib.suppress(Exception):  # what `_lost` says is true then
         _result(load().finalize(), _LEAVE_TIMEOUT, "NVSHMEM has not ended")
         _lost = ""
+
+
+def have_left() -> set[int]:
+    """Processes whose GPUs take part in no call over the network any more, for they have left."""
+    return _attempt.have_left() if _attempt is not None else set()
 
 
 def is_running() -> bool:

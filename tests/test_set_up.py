@@ -12,7 +12,7 @@ import jax
 import pytest
 
 import jax_ep
-from jax_ep import _native, compat, environment, limits, runtime
+from jax_ep import _native, compat, environment, limits, nvshmem, runtime
 from jax_ep.errors import Watcher
 
 RECORD = "jax_ep_dispatch: rank 0 waited for rank 1 to come until the timeout"
@@ -30,6 +30,15 @@ class FakeCuda:
         self.no_slots: str | None = None  # why
         self.problem: str | None = None  # of the next one
         self.looked = threading.Event()
+        self.awaited: list[int] = []
+        self.left: list[int] = []
+
+    def awaited_elsewhere(self) -> list[int]:
+        return self.awaited
+
+    def tell_left(self, process: int) -> None:
+        self.left.append(process)
+        self.awaited = []
 
     def watch(self) -> list[str]:
         news, self.news = self.news, []
@@ -135,6 +144,18 @@ def test_watcher_goes_on_after_an_error(
     wait_for_look(cuda)
     watcher.stop()
     assert capfd.readouterr().err == f"jax_ep: {RECORD}\njax_ep: process 1 has died\n"
+
+
+def test_watcher_asks_who_has_left(
+    cuda: FakeCuda, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of processes of other hosts, once a device has waited for one."""
+    monkeypatch.setattr(nvshmem, "have_left", lambda: {2, 3})
+    wait_for_look(cuda)
+    assert cuda.left == []
+    cuda.awaited = [1, 3]
+    wait_for_look(cuda)
+    assert cuda.left == [3]
 
 
 def test_watcher_goes_on_without_stderr(

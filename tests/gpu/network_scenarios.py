@@ -303,6 +303,20 @@ def left_in_turn() -> None:
     leave_as(PROCESS)
 
 
+def one_leaves_the_rest() -> None:
+    """The last process leaves; the others make a call, which no timeout ends, and hear of that."""
+    connect_hosts()
+    layer, placed, data = right_calls(RANKS_PER_HOST)
+    jax_ep.set_timeout(FAR_OFF)
+    all_are("right")
+    if IS_LAST:
+        jax_ep.finalize()
+        wait_for_marks("heard", LAST)
+        return
+    hear_of_it(layer, placed, data, other=LAST, most_seconds=10)
+    mark("heard")
+
+
 def shut_down_first() -> None:
     """jax.distributed is gone when this library leaves, at the end of the process."""
     connect()

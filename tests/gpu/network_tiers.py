@@ -90,12 +90,15 @@ def failures(ctx: Context) -> Result:
 
 
 def tear_down(ctx: Context) -> Result:
-    """Processes of a group across nodes leave: again and again, with calls under way, in turn."""
+    """Processes of a group across nodes leave: again and again, with calls under way, or alone."""
+    tier, on_nodes = "network-tear-down", {"JAX_EP_RANKS_PER_NODE": "1"}
     runs = [
         Run(("begun_again", "left_unblocked", "left_in_turn"), 2),
         Run(("shut_down_first",), 2),
     ]
-    return _run_scenarios(ctx, "network-tear-down", runs, limit=75, JAX_EP_RANKS_PER_NODE="1")
+    result = _run_scenarios(ctx, tier, runs, limit=75, **on_nodes)
+    on_hosts = _run_scenarios(ctx, tier, [Run(("one_leaves_the_rest",), 4)], limit=75)
+    return Result(result.lines + on_hosts.lines, result.problems + on_hosts.problems)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -327,6 +327,23 @@ void Views() {
                  "was told by rank 0 of the group across nodes (process 2 on host1), which has "
                  "given up on rank 1 of the group across nodes (process 3 on host1) and says why"));
   CHECK(Contains(error(gpu::kPeerDied, 4, 0), "the process of the device of process 4 has died"));
+  // Of those on other hosts somebody else knows that they have left.
+  CHECK(Memory().AwaitedElsewhere().empty());
+  for (const int slot : {1, gpu::slot_of_process(3)}) {
+    here.error->waiting.peer_slot = slot;
+    here.error->waiting.since = 1;
+    const std::vector<int64_t> expected(slot == 1 ? 0 : 1, 3);
+    CHECK(Memory().AwaitedElsewhere() == expected);
+    here.error->waiting.since = 0;
+  }
+  const auto is_gone = [&](int slot) {
+    return (here.error->gone[gpu::word_of(slot)] & gpu::bit_of(slot)) != 0;
+  };
+  CHECK(!is_gone(gpu::slot_of_process(3)));
+  Memory().TellLeft(3);
+  CHECK(is_gone(gpu::slot_of_process(3)) && !is_gone(gpu::slot_of_process(2)));
+  CHECK(Contains(error(gpu::kPeerDied, 3, 0),
+                 "the process of rank 1 of the group across nodes (process 3 on host1) has left"));
   Network::Get().Leave();
   GroupCall alone;
   CHECK(Contains(enter(Site(MembersOf({2, 3, 0, 1}), 4), &alone),

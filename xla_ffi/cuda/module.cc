@@ -113,6 +113,13 @@ NB_MODULE(_cuda, m) {
       "watch", [] { return SymmetricMemory::Get().Watch(); },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
+      "awaited_elsewhere", [] { return SymmetricMemory::Get().AwaitedElsewhere(); },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "Processes of other nodes for which devices have waited for some time.");
+  m.def(
+      "tell_left", [](int64_t process) { SymmetricMemory::Get().TellLeft(process); },
+      nb::arg("process"), nb::call_guard<nb::gil_scoped_release>());
+  m.def(
       "recorded_error", [] { return SymmetricMemory::Get().RecordedError(); },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(

@@ -298,6 +298,7 @@ void SymmetricMemory::Release(bool devices_have_ended) {
     slot_.clear();
     hosts_.clear();
     across_nodes_.clear();
+    left_elsewhere_.clear();
     pool_problem_.clear();
     own_waits_end_ = false;
     devices_end_ = {};

@@ -118,6 +118,11 @@ class SymmetricMemory {
   std::vector<std::string> Watch(
       std::chrono::steady_clock::time_point now = std::chrono::steady_clock::now());
 
+  // Of processes of other nodes this one sees nothing. For which of them devices have waited for a second;
+  // and that one has left, as it has told: waits for it end.
+  std::vector<int64_t> AwaitedElsewhere();
+  void TellLeft(int64_t process);
+
   // The first error that a kernel has recorded since Setup, if any, in words, with all devices that
   // may yet write to one of this process.
   std::optional<std::string> RecordedError();
@@ -187,6 +192,7 @@ class SymmetricMemory {
   size_t SlotBytes() const { return devices_.empty() ? 0 : devices_.front().slot_bytes; }
   std::string NameOfSlot(int slot) const;
   std::string NameOfProcess(int64_t process) const;  // of its device, which is on another node
+  static std::optional<gpu::Waiting> ShownWait(const Device& device);
   std::optional<std::string> LookAtWait(Device* device, std::chrono::steady_clock::time_point now);
   std::optional<std::string> LookAtIds(const Device& device);
   const gpu::ErrorRecord* FirstRecord() const;
@@ -216,6 +222,7 @@ class SymmetricMemory {
   std::map<int64_t, RemoteDevice> remote_;                 // by member
   std::unique_ptr<Presence> presence_;                     // of this process; shown by Export
   std::map<int64_t, std::unique_ptr<PeerProcess>> peers_;  // by process, those with devices
+  std::set<int64_t> left_elsewhere_;                       // processes: see TellLeft
   std::set<int64_t> told_dead_;                            // processes that Watch has told of
   bool told_invalid_ids_ = false;                          // by Watch; once in a process
   std::set<MemberPair> without_atomics_;  // the first cannot use them on the second's memory

@@ -38,15 +38,23 @@ std::optional<std::string> SymmetricMemory::LookAtIds(const Device& device) {
                         gpu::num_experts_of_invalid_ids(word));
 }
 
-std::optional<std::string> SymmetricMemory::LookAtWait(Device* device,
-                                                       std::chrono::steady_clock::time_point now) {
-  const gpu::Waiting& shown = device->error->waiting;
+std::optional<gpu::Waiting> SymmetricMemory::ShownWait(const Device& device) {
+  const gpu::Waiting& shown = device.error->waiting;
   const uint64_t since = __atomic_load_n(&shown.since, __ATOMIC_ACQUIRE);
-  if (since != device->wait.since) device->wait = {since, now, false};
   if (since == 0) return std::nullopt;
   const gpu::Waiting waiting = shown;
   __atomic_thread_fence(__ATOMIC_ACQUIRE);
   if (__atomic_load_n(&shown.since, __ATOMIC_RELAXED) != since) return std::nullopt;  // it is over
+  return waiting;
+}
+
+std::optional<std::string> SymmetricMemory::LookAtWait(Device* device,
+                                                       std::chrono::steady_clock::time_point now) {
+  const auto shown = ShownWait(*device);
+  const uint64_t since = shown ? shown->since : 0;
+  if (since != device->wait.since) device->wait = {since, now, false};
+  if (!shown) return std::nullopt;
+  const gpu::Waiting& waiting = *shown;
   if (HasLeft(waiting.peer_slot)) EndWaits(ProcessOfSlot(waiting.peer_slot));  // it never comes
   const auto unseen = std::chrono::nanoseconds(gpu::kLongWaitNs);  // before the device showed it
   if (device->wait.is_told || now - device->wait.seen + unseen < kTellAfter) return std::nullopt;
@@ -65,7 +73,25 @@ std::optional<std::string> SymmetricMemory::LookAtWait(Device* device,
   return out.str();
 }
 
+std::vector<int64_t> SymmetricMemory::AwaitedElsewhere() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<int64_t> processes;
+  for (const Device& device : devices_) {
+    if (const auto waiting = ShownWait(device); waiting && waiting->peer_slot >= gpu::kMaxPeers) {
+      processes.push_back(ProcessOfSlot(waiting->peer_slot));
+    }
+  }
+  return processes;
+}
+
+void SymmetricMemory::TellLeft(int64_t process) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  left_elsewhere_.insert(process);
+  EndWaits(process);
+}
+
 bool SymmetricMemory::HasLeft(int slot) const {
+  if (left_elsewhere_.count(ProcessOfSlot(slot)) != 0) return true;
   const auto peer = peers_.find(ProcessOfSlot(slot));
   return peer != peers_.end() && peer->second->Look() == PeerProcess::State::kLeft;
 }

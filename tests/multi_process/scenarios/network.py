@@ -164,6 +164,9 @@ def all_start_and_end(native: FakeNative) -> None:
         native.name, native.ended = f"all{again}", False
         start(native)
         assert nvshmem.is_running()
+        assert nvshmem.have_left() == set(), "those of an earlier network do not count"
+        mark(f"{native.name} seen")
+        wait_for_marks(f"{native.name} seen", NUM_PROCESSES)
         nvshmem.leave(devices_have_ended=True)
         assert native.ended
         assert not nvshmem.is_running()
@@ -244,7 +247,10 @@ def one_does_not_leave(native: FakeNative) -> None:
         assert not native.ended
         mark("left")
     wait_for_marks("left", NUM_PROCESSES - 1)
+    if PROCESS == LAST:
+        assert nvshmem.have_left() == set(range(LAST)), "who waits for them is to hear of it"
     nvshmem.leave(devices_have_ended=True)
+    assert nvshmem.have_left() == set()
     assert not native.ends, "NVSHMEM's end would wait for those who have gone"
     cannot_again(native)
 
