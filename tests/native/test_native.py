@@ -4,6 +4,7 @@ import functools
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -119,6 +120,24 @@ def test_plans(tmp_path: pathlib.Path) -> None:
     program = _build(tmp_path, "address,undefined", [_TEST.with_name("plan_test.cc")])
     done = subprocess.run([program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_exit_guard(tmp_path: pathlib.Path) -> None:
+    """A process that has started NVSHMEM twice, and has not ended it, ends with its own status."""
+    sources = [_TEST.with_name("exit_guard_test.cc"), _ROOT / "xla_ffi/network/exit_guard.cc"]
+    program = _build(tmp_path, "address,undefined", sources)
+
+    def end(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [program, *arguments], stdout=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+        return done.returncode, done.stdout
+
+    for num_starts in ("1", "2", "3"):
+        assert end(num_starts, "ended", "guarded") == (7, "begun\n")
+        assert end(num_starts, "open", "guarded") == (7, "begun\nended\n")
+    assert end("1", "open", "not") == (7, "begun\nended\n")
+    assert end("2", "open", "not")[0] == -signal.SIGABRT
 
 
 def _cuda_headers() -> pathlib.Path:

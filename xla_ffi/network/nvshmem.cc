@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "xla_ffi/memory/driver.h"
+#include "xla_ffi/network/exit_guard.h"
 
 namespace jax_ep {
 namespace {
@@ -87,6 +88,7 @@ void Nvshmem::Start(const std::string& unique_id, int rank, int num_ranks, int o
   RequireZero(nvshmemx_set_attr_uniqueid_args(rank, num_ranks, &id, &attributes),
               "nvshmemx_set_attr_uniqueid_args");
   state_ = State::kSpent;  // until all is well
+  GuardExit([] { return nvshmemx_init_status() >= NVSHMEM_STATUS_IS_BOOTSTRAPPED; });
   // The host's part gives a status where nvshmemx_init_attr would call exit(). It gives 0 also if
   // processes have met and nothing else has come about, and what comes next would call exit().
   RequireZero(nvshmemx_hostlib_init_attr(NVSHMEMX_INIT_WITH_UNIQUEID, &attributes),

@@ -39,6 +39,7 @@ endif()
 add_library(jax_ep_nvshmem STATIC
   cuda/network/nvshmem_kernels.cu
   xla_ffi/memory/driver.cc
+  xla_ffi/network/exit_guard.cc
   xla_ffi/network/nvshmem.cc)
 set_target_properties(jax_ep_nvshmem PROPERTIES
   CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON POSITION_INDEPENDENT_CODE ON
