@@ -428,7 +428,7 @@ class TableBuilder {
     a_.counters[0] = shared_.num_received;
     a_.counters[1] = shared_.num_routed - shared_.num_received;
     a_.counters[2] = num_invalid;
-    tell_of_invalid_ids(g_, plan_.num_experts, num_invalid);
+    tell_of_invalid_ids(g_, g_.rank, plan_.num_experts, num_invalid);
   }
 
   const GroupView& g_;

@@ -10,9 +10,9 @@
 
 namespace jax_ep::gpu {
 
-// Where what calls in slots send ranks of other nodes lies in a hop's memory: the same on all ranks, and for all calls, since a rank may be in
-// a call when another is still in the one before. A far rank is one of another node; they are counted
-// in their order. Each of it twice, for even epochs and for odd ones:
+// Where what calls in slots send ranks of other nodes lies in a hop's memory: the same on all ranks,
+// and for all calls, since a rank may be in a call when another is still in the one before. A far rank
+// is one of another node; they are counted in their order. Twice, for even epochs and for odd ones:
 //   bytes   | staging, landing [far ranks][slot_bytes]
 //   signals | told [far ranks], arrived [far ranks][max_units]
 struct FarSlots {

@@ -445,7 +445,7 @@ class Builder {
     a_.counters[0] = totals_.num_received;
     a_.counters[1] = totals_.num_routed - totals_.num_received;
     a_.counters[2] = num_invalid;
-    tell_of_invalid_ids(g_, plan_.num_experts, num_invalid);
+    tell_of_invalid_ids(g_, g_.nodes.rank, plan_.num_experts, num_invalid);
   }
 
   const GroupView& g_;

@@ -144,7 +144,7 @@ class BlockTables : Far {
     a_.counters[0] = shared_.num_received;
     a_.counters[1] = shared_.num_routed - shared_.num_received;
     a_.counters[2] = shared_.num_invalid;
-    tell_of_invalid_ids(g_, num_experts_, shared_.num_invalid);
+    tell_of_invalid_ids(g_, Far::rank(g_), num_experts_, shared_.num_invalid);
   }
 
  private:

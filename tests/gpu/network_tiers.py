@@ -193,12 +193,25 @@ def across_nodes(num_ranks: int, ranks_per_node: int) -> Callable[[Context], Res
     return tier
 
 
-def slots_across_nodes(ctx: Context) -> Result:
-    """EP2 on nodes of one over NVSHMEM's P2P, with slots between them."""
-    ctx = dataclasses.replace(ctx, has_slots=True)
-    return _run_group(
-        ctx, 2, 1, "", "slots-", file="gpu/slots_across_nodes.py", JAX_EP_NETWORK_SLOTS="1"
-    )
+def slots_across_nodes(num_ranks: int, ranks_per_node: int) -> Callable[[Context], Result]:
+    """A tier as those, whose small calls go in slots; and random calls, of which some do."""
+
+    def tier(ctx: Context) -> Result:
+        ctx = dataclasses.replace(ctx, has_slots=True)
+        lines, problems = [], []
+        for kind, file, keyword in (
+            ("slots-", "gpu/slots_across_nodes.py", ""),
+            ("slots-stress-", "gpu/across_nodes.py", "random_calls"),
+        ):
+            result = _run_group(
+                ctx, num_ranks, ranks_per_node, keyword, kind, file, JAX_EP_NETWORK_SLOTS="1"
+            )
+            lines += result.lines
+            problems += result.problems
+        return Result(lines, problems)
+
+    tier.__doc__ = f"EP{num_ranks} on nodes of {ranks_per_node}, with slots between them."
+    return tier
 
 
 def stress(ctx: Context) -> Result:

@@ -33,11 +33,11 @@ double SecondsSince(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// What is wrong, on purpose.
+// What is wrong, on purpose; the first two with units alone, so that it is not the ids that show it.
 enum class Fault {
   kNone,
-  kSignalApart,  // a put's signal goes by another queue pair
-  kWithoutWait,  // what is sent is not waited for
+  kSignalApart,  // a unit's signal goes by another queue pair
+  kWithoutWait,  // a unit is not waited for
   kOneParity,    // staging and landing of a call are those of the one before
 };
 constexpr const char* kFaultNames[] = {"as it is", "signals apart", "without waits",
@@ -45,11 +45,15 @@ constexpr const char* kFaultNames[] = {"as it is", "signals apart", "without wai
 
 struct FaultyHop : SimulatedHop {
   Fault fault;
+  FarSlots at;
 
+  __device__ bool is_of_unit(const uint64_t* signal) const {
+    return (signal - own.signals) % (1 + at.max_units) != 0;
+  }
   template <typename MayGoOn>
   __device__ bool put_signal(int queue, int rank, void* dst, const void* src, size_t num_bytes,
                              uint64_t* signal, uint64_t value, MayGoOn& may_go_on) const {
-    if (fault != Fault::kSignalApart) {
+    if (fault != Fault::kSignalApart || !is_of_unit(signal)) {
       return SimulatedHop::put_signal(queue, rank, dst, src, num_bytes, signal, value, may_go_on);
     }
     return put(queue, rank, dst, src, num_bytes, may_go_on) &&
@@ -57,7 +61,8 @@ struct FaultyHop : SimulatedHop {
   }
   template <typename MayGoOn>
   __device__ bool wait_signal(const uint64_t* signal, uint64_t at_least, MayGoOn& may_go_on) const {
-    return fault == Fault::kWithoutWait || SimulatedHop::wait_signal(signal, at_least, may_go_on);
+    return (fault == Fault::kWithoutWait && is_of_unit(signal)) ||
+           SimulatedHop::wait_signal(signal, at_least, may_go_on);
   }
 };
 
@@ -103,7 +108,7 @@ class Job {
     return view;
   }
   FarView Far(int rank) const { return {at_, network_.memory(rank), words_[rank]->get() + 1}; }
-  FaultyHop Hop(int rank) const { return {network_.hop(rank), fault_}; }
+  FaultyHop Hop(int rank) const { return {network_.hop(rank), fault_, at_}; }
   bool Fits(const Data& d, const SlotRow& row) const {
     const SlotSizes sizes{d.num_ranks, d.num_tokens, d.top_k, d.num_experts, row};
     return fits_slots(sizes, kSlotAreaBytes) && fits_far_slots(at_, sizes);
@@ -300,6 +305,15 @@ void Run(Group& group, const Shape& shape, const NetworkModel& model, int num_ca
                 static_cast<long long>(d.num_local), static_cast<long long>(d.capacity),
                 static_cast<long long>(d.num_channels), TypeName(d.type),
                 static_cast<int>(d.routing), calls[i]->form_data.form.name().c_str());
+  }
+  for (int r = 0; r < shape.num_ranks && !is_control; ++r) {  // of the last call that had any
+    uint64_t invalid_ids = 0;
+    for (const auto& call : calls) {
+      const Data& d = call->data;
+      if (d.counters[r][2] == 0) continue;
+      invalid_ids = invalid_ids_of(r, static_cast<int32_t>(d.num_experts), d.counters[r][2]);
+    }
+    Compare("invalid_ids", r, std::vector<uint64_t>{job.error(r).invalid_ids}, {invalid_ids});
   }
   const int num_wrong = g_tally.num_wrong - num_before, num_errors = job.NumErrors();
   g_tally = before;
