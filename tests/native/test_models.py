@@ -1,7 +1,7 @@
 """Models of protocols, of which every order of steps is tried, without GPU or network.
 
 How calls fail (give_up_model.cc), how other nodes hear of it (tell_model.cc), how rows cross rails
-(rail_model.cc), and sums (rail_combine_model.cc).
+(rail_model.cc), and sums (rail_combine_model.cc), how calls in slots cross (far_slots_model.cc).
 """
 
 import functools
@@ -15,6 +15,7 @@ _FOLDER = pathlib.Path(__file__).parent
 
 # By model: what it finds, as its exit code, where something is left out or done otherwise.
 _WRITTEN_AFTER, _WRONG_CHUNK, _TOLD_TWICE, _NO_END, _WRONG_ROWS = 3, 3, 3, 4, 5
+_WRONG_UNIT, _FALLS = 3, 5
 _CONTROLS = {
     "give_up_model": {
         "no-wait": _WRITTEN_AFTER,
@@ -45,6 +46,13 @@ _CONTROLS = {
         "first-leaves": _WRONG_CHUNK,
         "one-count": _WRONG_CHUNK,
     },
+    "far_slots_model": {
+        "one-area": _WRONG_UNIT,
+        "one-word": _WRONG_UNIT,
+        "not-told": _FALLS,
+        "dropped-unit": _FALLS,
+        "signal-first": _WRONG_UNIT,
+    },
 }
 
 
@@ -70,7 +78,13 @@ def _run(model: pathlib.Path, variant: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("name", "num_sizes"),
-    [("give_up_model", 2), ("tell_model", 4), ("rail_model", 3), ("rail_combine_model", 5)],
+    [
+        ("give_up_model", 2),
+        ("tell_model", 4),
+        ("rail_model", 3),
+        ("rail_combine_model", 5),
+        ("far_slots_model", 2),
+    ],
 )
 def test_every_order_is_right(folder: pathlib.Path, name: str, num_sizes: int) -> None:
     done = _run(_built(folder, name), "right")
