@@ -223,15 +223,15 @@ def finalize() -> None:
     """Leaves the processes' group; also called at interpreter exit. Harmless if there is none.
 
     In any order with ``jax.distributed.shutdown()``. Calls of other processes that wait for this
-    one end with an error that says so, on CUDA within a second or two. No operation may be started
-    while it runs. On CUDA it waits for this process's devices to end their work, for both timeouts
-    at most: an operation of theirs may wait for a rank that has yet to come. Ctrl-C ends such waits
-    at once, in all ranks as after a timeout; ``KeyboardInterrupt`` is raised when all is left. Then
-    the peers' memory is unmapped, unless this process's devices are still at work, and the error
-    that ``check`` raises is forgotten. Last, where NVSHMEM runs, it waits for up to 5 s until all
-    processes have come as far, and ends it, which frees the symmetric heap; if one does not come,
-    or a device is still at work, that stays until this process ends, and no network can be started
-    in it again. In a forked child it does nothing.
+    one end with an error that says so, on CUDA within a second or two, on other hosts some more. No
+    operation may be started while it runs. On CUDA it waits for this process's devices to end their
+    work, for both timeouts at most: an operation of theirs may wait for a rank that has yet to
+    come. Ctrl-C ends such waits at once, in all ranks as after a timeout; ``KeyboardInterrupt`` is
+    raised when all is left. Then the peers' memory is unmapped, unless this process's devices are
+    still at work, and the error that ``check`` raises is forgotten. Last, where NVSHMEM runs, it
+    waits for up to 5 s until all processes have come as far, and ends it, which frees the symmetric
+    heap; if one does not come, or a device is still at work, that stays until this process ends,
+    and no network can be started in it again. In a forked child it does nothing.
 
     Later calls fail with an error that says what to do, and work again after ``initialize()``.
     Where XLA replays a program from a command buffer, no code of ours runs that could raise: there
