@@ -296,7 +296,7 @@ def gpus_on_two_hosts(native: FakeNative) -> None:
         ["", "", everywhere[LAST]] if PROCESS == LAST else [*everywhere[:2], ""]
     )
     assert native.region_bytes == 3 << 18  # of the heap that the cases before have asked for
-    assert cuda.joined == ("part", ("host0", "host0", "host1"), 0)
+    assert cuda.joined == ("part", ("host0", "host0", "host1"), 0, False)
     refusal = ""
     try:
         runtime.require_cpu("a call", across_processes=True)
