@@ -22,7 +22,8 @@
 //                far rank that is to have it. Nothing else is sent with it, and no unit is cut.
 //           [U2] who receives waits for the signal of each unit that was sent to this rank, also of one
 //                that it has no room for, and reads landing
-// Proof:    (tests/native/far_slots_model.cc tries it in every order.) A unit is whole: [U2] sees e in its word, which is set with the unit's bytes, so by [D] of
+// Proof:    tests/native/far_slots_model.cc tries it in every order.
+//           A unit is whole: [U2] sees e in its word, which is set with the unit's bytes, so by [D] of
 //           hop.cuh they are there. Which units come both sides know alike: of layout_and_dispatch
 //           those of a token with an id of the rank's experts, from the ids, which came with [T1]; of
 //           combine those of a token with a kept row there, from the layout.
