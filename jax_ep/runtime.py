@@ -19,6 +19,7 @@ _path = environment.path()
 _default_slot_bytes = limits.DEFAULT_SLOT_BYTES if environment.has_slots() else 0
 _slot_bytes = _default_slot_bytes  # of each CUDA device that is set up, or will be
 _told_of_no_slots = False
+_has_network_slots = False  # as all processes have agreed
 _recordable = True  # whether XLA may record calls in command buffers; fixed at registration
 _connected = False
 _cpu_connected = False  # likewise, so that they can meet on CPU
@@ -176,6 +177,7 @@ def _connect(
     network: bool | None,
     heap_bytes: int | None,
 ) -> None:
+    global _has_network_slots
     process = compat.process_index()
     addresses = attempt.join(_native.cpu.listen())
     nodes.learn(attempt.exchange(nodes.as_told(ranks_per_node)))
@@ -210,12 +212,9 @@ def _connect(
     nvshmem.start(attempt, timeout, told, process, ordinals)
     if nvshmem.is_running():
         part = nvshmem.load().part()
-        has_slots = environment.has_network_slots()
-        if len(set(attempt.exchange(str(has_slots)))) > 1:
-            raise RuntimeError(
-                "jax_ep.initialize: JAX_EP_NETWORK_SLOTS must be the same in all processes"
-            )
-        _native.cuda.join_network(part, nodes.hosts(), nodes.chosen() or 0, has_slots)
+        _has_network_slots = _agree_on_network_slots(attempt)
+        chosen = nodes.chosen() or 0
+        _native.cuda.join_network(part, nodes.hosts(), chosen, _has_network_slots)
         attempt.exchange("joined")
 
 
@@ -349,8 +348,26 @@ def has_slots() -> bool:
 
 
 def has_network_slots() -> bool:
-    """Likewise, for groups across nodes."""
-    return has_slots() and environment.has_network_slots()
+    """Whether small calls of groups across nodes go through slots, in all processes."""
+    return _has_network_slots
+
+
+def _agree_on_network_slots(attempt: Attempt) -> bool:
+    """Whether they do: if it is wanted, and the nodes' devices have slots of one size."""
+    wanted = environment.has_network_slots()
+    told = attempt.exchange(f"{wanted} {_native.cuda.slot_area_bytes()}")
+    wishes, areas = ({text.split(" ")[i] for text in told} for i in range(2))
+    if len(wishes) > 1:
+        raise RuntimeError(
+            "jax_ep.initialize: JAX_EP_NETWORK_SLOTS must be the same in all processes"
+        )
+    if wanted and (len(areas) > 1 or areas == {"0"}):
+        say(
+            "small calls across nodes do not go through slots, for that all nodes must have slots "
+            "of one size (JAX_EP_SLOTS, jax_ep.initialize(slot_bytes=...)) and as many devices"
+        )
+        return False
+    return wanted
 
 
 def _set_up_cuda(staging_bytes: int = 0, slot_bytes: int | None = None) -> list[int]:
@@ -404,14 +421,14 @@ def _export_cuda() -> str:
 
 def _release_cuda(must_end: bool = False) -> bool:
     """Whether the devices had no work left then."""
-    global _watcher, _slot_bytes
+    global _watcher, _slot_bytes, _has_network_slots
     if _watcher is None:
         return True
     ended, interrupt = _end_work()
     try:
         _watcher.stop()
     finally:
-        _watcher, _slot_bytes = None, _default_slot_bytes
+        _watcher, _slot_bytes, _has_network_slots = None, _default_slot_bytes, False
         _native.cuda.release(ended)
         _pool_anchors.clear()
     if interrupt is not None:

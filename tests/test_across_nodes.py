@@ -83,7 +83,7 @@ def test_calls() -> None:
 @pytest.mark.usefixtures("nodes_of_two")
 def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """With slots between nodes small calls are as on one node, in every form."""
-    monkeypatch.setenv("JAX_EP_NETWORK_SLOTS", "1")
+    monkeypatch.setattr(runtime, "has_network_slots", lambda: True)
     assert ops(in_one=True) == ["layout_and_dispatch"]
     assert ops(in_one=True, fp8="float32", num_sms=4) == ["layout_and_dispatch"]
     assert ops(num_ranks=34, combined=True)[-1] == "combine"  # on 17 nodes

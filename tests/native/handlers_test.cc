@@ -193,6 +193,7 @@ void Combine() {
   CHECK(call.last_operations != general);  // ranks that choose otherwise are in different calls
   const gpu::GroupView& group = g_launched[0].group;
   CHECK(group.slot_area_bytes == gpu::slot_area_bytes(kSlotBytes, 2));
+  CHECK(Memory().SlotAreaBytes() == group.slot_area_bytes);
   CHECK(g_combine.y == call.operands[0].data && g_combine.topk_idx == call.operands[1].data);
   CHECK(g_combine.send_row == call.operands[2].data);
   CHECK(g_combine.recv_src == call.operands[3].data);

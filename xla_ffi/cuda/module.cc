@@ -126,6 +126,9 @@ NB_MODULE(_cuda, m) {
       "describe", [] { return SymmetricMemory::Get().Describe(); },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
+      "slot_area_bytes", [] { return SymmetricMemory::Get().SlotAreaBytes(); },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
       "slots_problem", [] { return SymmetricMemory::Get().SlotsProblem(); },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(

@@ -441,4 +441,9 @@ std::optional<std::string> SymmetricMemory::SlotsProblem() {
   return slots_problem_;
 }
 
+uint64_t SymmetricMemory::SlotAreaBytes() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return gpu::slot_area_bytes(SlotBytes(), static_cast<int32_t>(slot_.size()));
+}
+
 }  // namespace jax_ep

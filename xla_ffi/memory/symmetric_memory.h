@@ -137,6 +137,9 @@ class SymmetricMemory {
   // Why there are no slots, in words, where they were asked for.
   std::optional<std::string> SlotsProblem();
 
+  // GroupView::slot_area_bytes of all groups.
+  uint64_t SlotAreaBytes();
+
  private:
   struct Device {
     int ordinal = -1;

@@ -1,6 +1,7 @@
 """NVSHMEM's start and end with a native module that does what a test says, in several processes."""
 
 import importlib
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -279,6 +280,11 @@ class FakeCuda:
     def slots_problem(self) -> None:
         pass
 
+    slot_areas = (4096, 4096, 4096)  # by process
+
+    def slot_area_bytes(self) -> int:
+        return self.slot_areas[PROCESS]
+
 
 def gpus_on_two_hosts(native: FakeNative) -> None:
     """The last process is on another host: memory is mapped within a host, all start NVSHMEM."""
@@ -289,14 +295,16 @@ def gpus_on_two_hosts(native: FakeNative) -> None:
     runtime._set_up_cuda = lambda *options: [3]
     runtime._export_cuda = lambda: f"memory {PROCESS}"
     runtime._release_cuda = lambda must_end=False: True
+    os.environ["JAX_EP_NETWORK_SLOTS"] = "1"
     jax_ep.initialize()
     assert nvshmem.is_running()
+    assert runtime.has_network_slots()
     everywhere = [f"memory {p}" for p in range(NUM_PROCESSES)]
     assert cuda.imported == (
         ["", "", everywhere[LAST]] if PROCESS == LAST else [*everywhere[:2], ""]
     )
     assert native.region_bytes == 3 << 18  # of the heap that the cases before have asked for
-    assert cuda.joined == ("part", ("host0", "host0", "host1"), 0, False)
+    assert cuda.joined == ("part", ("host0", "host0", "host1"), 0, True)
     refusal = ""
     try:
         runtime.require_cpu("a call", across_processes=True)
@@ -305,3 +313,9 @@ def gpus_on_two_hosts(native: FakeNative) -> None:
     assert "run on several hosts" in refusal, "ranks of two hosts would wait for each other on CPU"
     jax_ep.finalize()
     assert native.ended
+    # Without slots on one host none has them across nodes.
+    FakeCuda.slot_areas = (4096, 4096, 0)
+    jax_ep.initialize()
+    assert cuda.joined[-1] is False
+    assert not runtime.has_network_slots()
+    jax_ep.finalize()
