@@ -4,9 +4,10 @@
 
 namespace jax_ep::gpu {
 
-// By whole warps, `num_threads` in all; 0 is that of __syncthreads, there are 16.
-__device__ inline void bar_sync(int barrier, int num_threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+// By whole warps, `num_threads` in all, whose lanes may come one after the other; 0 is the barrier of
+// __syncthreads, there are 16.
+__device__ inline void barrier_sync(int barrier, int num_threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
 }  // namespace jax_ep::gpu

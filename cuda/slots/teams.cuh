@@ -39,7 +39,7 @@ class Team {
   // Until all of the team have come.
   __device__ void meet() const {
     if (units_.team_warps == 1) return __syncwarp();
-    bar_sync(1 + number_, units_.team_warps * 32);
+    barrier_sync(1 + number_, units_.team_warps * 32);
   }
   static_assert(1 + kNumWarps / 2 < 16, "a barrier for each team of several warps");
 
