@@ -19,7 +19,8 @@
 //           [T2] a rank waits for that of each far rank, before it uses what came with it, and before
 //                it ends
 //           [U1] a team packs a unit into staging, meets, and puts it: put_signal, arrived = e, to each
-//                far rank that is to have it. Nothing else is sent with it, and no unit is cut.
+//                far rank that is to have it. Nothing else is sent with it, and no unit is cut; one
+//                without vectors is not sent.
 //           [U2] who receives waits for the signal of each unit that was sent to this rank, also of one
 //                that it has no room for, and reads landing
 // Proof:    tests/native/far_slots_model.cc tries it in every order.

@@ -280,7 +280,7 @@ class Combiner : Far {
         } else if (!peers.has(r)) {
           continue;
         } else if (this->is_far(r)) {
-          if (!this->await_unit(r, unit)) return false;  // [U2]
+          if (team_.size(unit) > 0 && !this->await_unit(r, unit)) return false;  // [U2]
           PlainAtoms::unpack(this->landed_unit(r, unit) + this->values_bytes(), team_.size(unit),
                              team_.thread(), place, units_.stride, word);
         } else {
@@ -321,8 +321,9 @@ class Combiner : Far {
   // A unit's sum, by its team, with the values of the token that begins with it. False if the group is
   // broken; not the same on all warps.
   __device__ bool send_to_far_rank(const Unit& unit, const Place& place, const Words& word) const {
-    char* const staged = this->staged_unit(unit.rank, unit.number);
     const int32_t size = team_.size(unit.number), values_bytes = this->values_bytes();
+    if (size == 0) return true;
+    char* const staged = this->staged_unit(unit.rank, unit.number);
     const bool has_values = a_.values != nullptr && begins_token(units_, unit.number);
     if (has_values && team_.warp() == 0) {
       stage_values(unit.rank, place.token, reinterpret_cast<float*>(staged));

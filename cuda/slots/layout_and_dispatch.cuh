@@ -116,7 +116,8 @@ class Dispatcher : Far {
       const bool is_kept = row != kNoRow && !(Far::kExists && row == kDroppedRow);
       const uint32_t kept = __ballot_sync(0xffffffffu, is_kept);
       if constexpr (Far::kExists) {
-        const bool comes = __any_sync(0xffffffffu, Far::is_far(r) && row != kNoRow) != 0;
+        const bool is_wanted = __any_sync(0xffffffffu, Far::is_far(r) && row != kNoRow) != 0;
+        const bool comes = is_wanted && team_.size(turn.unit) > 0;
         if (comes && !this->await_unit(r, turn.unit)) return false;  // [U2]
       }
       if (kept == 0 && (a_.expand || !a_.zero_tail)) continue;
@@ -196,9 +197,9 @@ class Dispatcher : Far {
     for (int n = 1; n < num_ranks && !is_wanted; ++n) {
       is_wanted = goes_to(successor(far(), g_, n));
     }
-    if (!is_wanted) return true;
-    char* const staged = this->staged_unit(unit);
     const int32_t size = team_.size(unit);
+    if (!is_wanted || size == 0) return true;
+    char* const staged = this->staged_unit(unit);
     Rows::pack(staged, size, team_.thread(), place_, units_.stride, word_);
     team_.meet();
     bool ok = true;

@@ -43,10 +43,11 @@ class Team {
   }
   static_assert(1 + kNumWarps / 2 < 16, "a barrier for each team of several warps");
 
-  // A unit's vectors.
+  // A unit's vectors; the last ones of a row may have none.
   __device__ int32_t size(int32_t unit) const {
     const int32_t piece = unit & ((1 << units_.piece_shift) - 1);
-    return min(units_.piece_vectors, units_.row_vectors - piece * units_.piece_vectors);
+    const int32_t left = units_.row_vectors - piece * units_.piece_vectors;
+    return max(0, min(units_.piece_vectors, left));
   }
 
   __device__ Place place(int32_t unit) const {

@@ -100,6 +100,9 @@ static_assert(DivideRows(1, 896, 132, 1).count == 4 &&
 static_assert(DivideRows(16, 896, 132, 1).stride == 75 &&
               DivideRows(16, 896, 132, 1).team_warps == 3);
 static_assert(UnitsOf(1, kMaxPieceVectors, 0, 1).team_warps <= kMaxTeamWarps);
+static_assert(DivideRows(1, 1540, 132, 32).count == 8 &&
+                  7 * DivideRows(1, 1540, 132, 32).piece_vectors > 1540,
+              "the last pieces of a row may have nothing");
 static_assert(DivideRows(1, 896, 132, 16).piece_vectors == 224 &&
               DivideRows(1, 896, 132, 16).stride == 80);
 

@@ -181,6 +181,11 @@ Case CaseOfControls() {
   return {48, 4, 8, 1, 2048, FloatType::kBF16, Routing::kUniform, 100, true, true};
 }
 
+// Of rows whose last units, as they are quantised, have no vectors.
+Case CaseOfEmptyUnits() {
+  return {1, 4, 2, 1, 6160, FloatType::kF32, Routing::kUniform, 100, true, true};
+}
+
 Form AnyForm(std::mt19937_64& rng, const Data& d) {
   const bool expand = rng() % 3 != 0;
   switch (rng() % 5) {
@@ -260,9 +265,12 @@ void Run(Group& group, const Shape& shape, const NetworkModel& model, int num_ca
   std::vector<std::unique_ptr<Calls>> calls;
   for (int i = 0; i < num_calls; ++i) {
     for (;;) {
-      const Case c = is_control ? CaseOfControls() : AnyCase(rng, shape);
+      const Case c = is_control ? CaseOfControls()
+                     : i == 0   ? CaseOfEmptyUnits()
+                                : AnyCase(rng, shape);
       const Data d = MakeData(c, shape.num_ranks, rng(), shape.ranks_per_node);
-      const Form form = is_control ? Form{} : AnyForm(rng, d);
+      Form form = is_control ? Form{} : AnyForm(rng, d);
+      if (!is_control && i == 0) form = Quantizing(d, DispatchMode::kQuantize, true, false);
       const SlotRow row = slot_row(form.mode, d.type, form.x_row_bytes(d), form.num_scales);
       if (!job.Fits(d, row) || !job.Fits(d, {d.row_bytes})) continue;
       calls.push_back(MakeCalls(d, form, rng()));
