@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from jax_ep import environment
 from jax_ep.join import Attempt
 
 INTERFACE_VARIABLE = "NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME"
@@ -154,7 +155,14 @@ def start(
     native, (ordinal,) = load(), ordinals
     ids = attempt.exchange(native.unique_id().hex() if process == 0 else "")
     _lost = "it was started before in this process, and not all came to its end"
-    call = native.start(bytes.fromhex(ids[0]), process, len(told), ordinal, num_region_bytes)
+    call = native.start(
+        bytes.fromhex(ids[0]),
+        process,
+        len(told),
+        ordinal,
+        num_region_bytes,
+        environment.has_network_slots(),
+    )
     _result(call, timeout, "NVSHMEM has not started", attempt)
     attempt.exchange("started")
     links = _result(native.check_links(timeout), 2 * timeout, "the network's check has not ended")

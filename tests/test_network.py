@@ -113,10 +113,10 @@ def error_of(call):
 def end(call):
     assert call.wait(30)
     return call.result()
-error_of(lambda: end(native.start(identifier[1:], 0, 1, 0, 1 << 20)))
+error_of(lambda: end(native.start(identifier[1:], 0, 1, 0, 1 << 20, False)))
 error_of(lambda: end(native.check_links(1.0)))
 error_of(native.mapped_peers)
-error_of(lambda: end(native.start(identifier, 0, 1, 1000, 1 << 20)))
+error_of(lambda: end(native.start(identifier, 0, 1, 1000, 1 << 20, False)))
 end(native.finalize())
 print("ALIVE")
 """

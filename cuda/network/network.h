@@ -80,7 +80,7 @@ inline constexpr char kNetworkPartName[] = "jax_ep.NetworkPart";  // of Python's
 NetworkPart MakeNetworkPart();
 
 // Loads the kernels on the current device: their first launch must not be while a peer waits.
-cudaError_t PrepareNetworkKernels();
+cudaError_t PrepareNetworkKernels(bool has_slots);
 
 }  // namespace jax_ep::gpu
 

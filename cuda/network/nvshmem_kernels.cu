@@ -74,7 +74,7 @@ NetworkPart MakeNetworkPart() {
   return part;
 }
 
-cudaError_t PrepareNetworkKernels() {
+cudaError_t PrepareNetworkKernels(bool has_slots) {
   cudaFuncAttributes attributes;
   if (cudaError_t e = cudaFuncGetAttributes(&attributes, &link_check<NvshmemHop>);
       e != cudaSuccess) {
@@ -87,7 +87,7 @@ cudaError_t PrepareNetworkKernels() {
   if (cudaError_t e = PrepareNetworkLayout<NvshmemGroupHop>(); e != cudaSuccess) return e;
   if (cudaError_t e = PrepareRailDispatch<NvshmemGroupHop>(); e != cudaSuccess) return e;
   if (cudaError_t e = PrepareRailCombine<NvshmemGroupHop>(); e != cudaSuccess) return e;
-  return PrepareNetworkSlots<NvshmemGroupHop>();
+  return has_slots ? PrepareNetworkSlots<NvshmemGroupHop>() : cudaSuccess;
 }
 
 }  // namespace jax_ep::gpu

@@ -23,7 +23,7 @@
 //                without vectors is not sent.
 //           [U2] who receives waits for the signal of each unit that was sent to this rank, also of one
 //                that it has no room for, and reads landing
-// Proof:    tests/native/far_slots_model.cc tries it in every order.
+// Proof:    tests/native/far_slots_model.cc tries it in every order, of two ranks.
 //           A unit is whole: [U2] sees e in its word, which is set with the unit's bytes, so by [D] of
 //           hop.cuh they are there. Which units come both sides know alike: of layout_and_dispatch
 //           those of a token with an id of the rank's experts, from the ids, which came with [T1]; of

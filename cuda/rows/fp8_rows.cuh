@@ -39,7 +39,8 @@ __device__ inline __nv_fp8x2_storage_t quantize_two(float a, float b, float inve
                                   __NV_E4M3);
 }
 
-// Quantises a row of x, by a warp: kAtOnce vectors of each lane at a time. Of a last block that is shorter the missing vectors are zeros, which change no amax.
+// Quantises a row of x, by a warp: kAtOnce vectors of each lane at a time. Of a last block that is
+// shorter the missing vectors are zeros, which change no amax.
 template <typename Vector>
 __device__ void quantize_row(const DispatchArguments& a, const char* x, char* values,
                              float* scales) {

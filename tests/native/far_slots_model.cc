@@ -7,8 +7,9 @@
 //   far_slots_model [VARIANT]
 //
 // Every rank is a node. In a call it tells the others of it, and sends some of them its unit, the same
-// one to each; which ones a routing of the calls says. Who gets a unit may have no room for it. Telling, sending, and waiting for each other rank's word and unit are done by blocks,
-// at the same time. The network reads a word of staging when it brings it, which is the latest it may.
+// one to each; which ones a routing of the calls says. Who gets a unit may have no room for it.
+// Telling, sending, and waiting for each other rank's word and unit are done by blocks, at the same
+// time. The network reads a word of staging when it brings it, which is the latest it may.
 // Control variants leave something out; the model has to find what that does.
 //
 // Exit codes: 0 right; 3 a unit that is not whole, or another one, or another call's word; 4 a call that

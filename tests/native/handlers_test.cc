@@ -682,6 +682,15 @@ void AcrossNodes() {
       Contains(refusal(LayoutAndDispatchCallOf(513, 2, {ffi::BF16, 2, 1})),
                op + "with fp8 the call must fit the slots between nodes, but they are too small"));
 
+  // A heap that has room for the general way alone.
+  Network::Get().Leave();
+  gpu::NetworkPart small_heap = FakeNetwork();
+  small_heap.region_bytes = gpu::least_region_bytes(4, 2);
+  Network::Get().Join(small_heap, {"a", "a", "b", "b"}, 0, true);
+  CHECK(
+      Contains(refusal(LayoutAndDispatchCallOf(4, 2, {ffi::BF16, 2, 1})),
+               op + "with fp8 the call must fit the slots between nodes, but they are too small"));
+
   // Ranks of one host that count as nodes.
   Network::Get().Leave();
   Network::Get().Join(FakeNetwork(), {"a", "a", "a", "a"}, 1, false);

@@ -61,7 +61,7 @@ ffi::Error LayoutAndDispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState
     return CudaStatus(a.kOp, LaunchInSlots(group, call, NumSms(ordinal, a.num_sms), stream));
   }
   const NetworkCall* const network = group.network();
-  if (network != nullptr && network->region.slots.num_far > 0 && dispatch.is_quantised()) {
+  if (network != nullptr && network->has_slots && dispatch.is_quantised()) {
     return Refused(a.kOp,
                    "with fp8 the call must fit the slots between nodes, but they are too small for "
                    "it. Pass a larger jax_ep.initialize(heap_bytes=...) in every process, after "

@@ -97,12 +97,13 @@ std::optional<std::string> Network::Find(const int64_t* members, int num_ranks, 
       return "rank " + std::to_string(r) + " is of process " + std::to_string(process) +
              ", which is not in this job";
     }
-    if (process >= gpu::kMaxProcesses) {
-      return AtMost("the number of a process", gpu::kMaxProcesses - 1, process);
-    }
   }
   const int on_node = RanksPerNode(members, num_ranks);
   if (on_node == num_ranks) return std::nullopt;
+  for (int r = 0; r < num_ranks; ++r) {
+    if (process_of(members[r]) < gpu::kMaxProcesses) continue;
+    return AtMost("the number of a process", gpu::kMaxProcesses - 1, process_of(members[r]));
+  }
   if (on_node == 0) {
     return "the group must have as many ranks, one after the other, on each of its nodes";
   }
@@ -141,6 +142,7 @@ std::optional<std::string> Network::Find(const int64_t* members, int num_ranks, 
   NetworkCall& made = found_.emplace();
   made.part = *part_;
   made.region = region;
+  made.has_slots = has_slots_;
   made.node = rank / on_node;
   made.nodes = {region.given_up(at), region.has_told(at), rank, num_ranks};
   made.group.layout = {region.layout_memory(at), region.layout, region.epoch(at)};

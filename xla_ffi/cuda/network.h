@@ -21,7 +21,8 @@ struct NetworkCall {
   gpu::NetworkRegion region;
   gpu::NetworkGroup group;
   gpu::NodesView nodes;
-  int32_t node;  // this rank's; `region.ranks_per_node` ranks one after the other are one
+  bool has_slots;  // the job has slots across nodes, of which this group may have none
+  int32_t node;    // this rank's; `region.ranks_per_node` ranks one after the other are one
 
   int first_rank() const { return node * region.ranks_per_node; }
 };

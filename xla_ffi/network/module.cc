@@ -84,10 +84,11 @@ class Call {
   std::shared_ptr<State> state_;
 };
 
-Call Start(const nb::bytes& unique_id, int rank, int num_ranks, int ordinal, int64_t region_bytes) {
+Call Start(const nb::bytes& unique_id, int rank, int num_ranks, int ordinal, int64_t region_bytes,
+           bool has_slots) {
   std::string id(unique_id.c_str(), unique_id.size());
-  return Call([id = std::move(id), rank, num_ranks, ordinal, region_bytes] {
-    Nvshmem::Get().Start(id, rank, num_ranks, ordinal, region_bytes);
+  return Call([id = std::move(id), rank, num_ranks, ordinal, region_bytes, has_slots] {
+    Nvshmem::Get().Start(id, rank, num_ranks, ordinal, region_bytes, has_slots);
     return std::vector<std::string>();
   });
 }
@@ -131,7 +132,7 @@ NB_MODULE(_nvshmem, m) {
       "free_bytes", [](int ordinal) { return Nvshmem::FreeBytes(ordinal); }, nb::arg("ordinal"),
       nb::call_guard<nb::gil_scoped_release>(), "That the device has left for a heap.");
   m.def("start", &Start, nb::arg("unique_id"), nb::arg("rank"), nb::arg("num_ranks"),
-        nb::arg("ordinal"), nb::arg("region_bytes"), "Collective.");
+        nb::arg("ordinal"), nb::arg("region_bytes"), nb::arg("has_slots"), "Collective.");
   m.def(
       "part",
       [] {

@@ -60,7 +60,7 @@ size_t Nvshmem::FreeBytes(int ordinal) {
 }
 
 void Nvshmem::Start(const std::string& unique_id, int rank, int num_ranks, int ordinal,
-                    int64_t region_bytes) {
+                    int64_t region_bytes, bool has_slots) {
   std::lock_guard<std::mutex> lock(mutex_);
   nvshmemx_uniqueid_t id = NVSHMEMX_UNIQUEID_INITIALIZER;
   if (unique_id.size() != sizeof id) {
@@ -81,7 +81,7 @@ void Nvshmem::Start(const std::string& unique_id, int rank, int num_ranks, int o
   }
   Check(cudaSetDevice(ordinal), "cudaSetDevice " + std::to_string(ordinal));
   Check(cudaFree(nullptr), "a context" + OnDevice(ordinal));
-  Check(gpu::PrepareNetworkKernels(), "loading the network's kernels" + OnDevice(ordinal));
+  Check(gpu::PrepareNetworkKernels(has_slots), "loading the network's kernels" + OnDevice(ordinal));
 
   std::memcpy(&id, unique_id.data(), sizeof id);
   nvshmemx_init_attr_t attributes = NVSHMEMX_INIT_ATTR_INITIALIZER;

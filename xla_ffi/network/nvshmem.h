@@ -49,7 +49,7 @@ class Nvshmem {
   // Collective. This process is the rank-th of `num_ranks`, with this CUDA device. `region_bytes`: of
   // the region for calls (cuda/network/region.h), zero when all have come out of this; 0 for none.
   void Start(const std::string& unique_id, int rank, int num_ranks, int ordinal,
-             int64_t region_bytes = 0);
+             int64_t region_bytes = 0, bool has_slots = false);
 
   // What handlers need of it, good until Finalize.
   gpu::NetworkPart Part();
