@@ -92,7 +92,7 @@ def test_what_is_registered(flags: str, expected: bool, tmp_path: pathlib.Path) 
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    targets = [f"jax_ep_{op}" for op in ALL_OPS]
+    targets = [f"jax_ep_{op}" for op in (*ALL_OPS, "quantize")]
     assert json.loads(done.stdout) == dict.fromkeys(targets, expected) | {
         f"{target}_overlapped": False for target in targets
     }

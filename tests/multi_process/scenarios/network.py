@@ -61,8 +61,15 @@ class FakeNative:
         return b"unique" + bytes(122)
 
     def start(
-        self, unique_id: bytes, rank: int, num_ranks: int, ordinal: int, region_bytes: int
+        self,
+        unique_id: bytes,
+        rank: int,
+        num_ranks: int,
+        ordinal: int,
+        region_bytes: int,
+        has_slots: bool,
     ) -> FakeCall:
+        assert not has_slots  # JAX_EP_NETWORK_SLOTS is not set
         assert unique_id == b"unique" + bytes(122)
         assert (rank, num_ranks, ordinal) == (PROCESS, NUM_PROCESSES, 3)
         self.region_bytes = region_bytes
