@@ -69,10 +69,9 @@ class FakeNative:
         region_bytes: int,
         has_slots: bool,
     ) -> FakeCall:
-        assert not has_slots  # JAX_EP_NETWORK_SLOTS is not set
         assert unique_id == b"unique" + bytes(122)
         assert (rank, num_ranks, ordinal) == (PROCESS, NUM_PROCESSES, 3)
-        self.region_bytes = region_bytes
+        self.region_bytes, self.has_slots = region_bytes, has_slots
         return FakeCall(self._start)
 
     def part(self) -> str:
@@ -172,6 +171,7 @@ def all_start_and_end(native: FakeNative) -> None:
         native.name, native.ended = f"all{again}", False
         start(native)
         assert nvshmem.is_running()
+        assert not native.has_slots
         assert nvshmem.have_left() == set(), "those of an earlier network do not count"
         mark(f"{native.name} seen")
         wait_for_marks(f"{native.name} seen", NUM_PROCESSES)
@@ -310,6 +310,7 @@ def gpus_on_two_hosts(native: FakeNative) -> None:
     assert cuda.imported == (
         ["", "", everywhere[LAST]] if PROCESS == LAST else [*everywhere[:2], ""]
     )
+    assert native.has_slots
     assert native.region_bytes == 3 << 18  # of the heap that the cases before have asked for
     assert cuda.joined == ("part", ("host0", "host0", "host1"), 0, True)
     refusal = ""
