@@ -10,8 +10,8 @@
 //           turn, and so do the other groups of theirs. What is told names devices, not ranks, and
 //           is passed on as it came. Ranks of other nodes are told over the network, in words that
 //           waits look at too (cuda/network/tell.cuh). Who finds the group broken at the start of a
-//           call opens no door and tells its peers (start_end.cuh); a call that fails sees its peers out of this
-//           device's memory (leave.cuh), and fills its outputs.
+//           call opens no door and tells its peers (start_end.cuh); a call that fails sees its
+//           peers out of this device's memory (leave.cuh), and fills its outputs.
 //           The host sets `broken` too, to kHostHasLeft, when it leaves the group: a call that
 //           finds that (a replayed command buffer) touches no memory of a peer.
 // Reuse:    `broken` and `given_up` are set once, and stay until the host sets the device up anew.

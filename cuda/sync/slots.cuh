@@ -20,8 +20,9 @@
 //           epochs only grow. A tag is 31 bits of the epoch, and comes again; but an atom is cleared
 //           long before ([C3] clears some of the areas of e, of which q has read what it wants and p
 //           will write no more before q's kernel of e + 1; but rows that q drops come when they
-//           come). [W1] and [W2] need no order of their own: kernels of a stream have one. A flag may be read as e + 1: then p has finished e, and has
-//           compared operations; so only a flag of e is looked at for that.
+//           come). [W1] and [W2] need no order of their own: kernels of a stream have one. A flag
+//           may be read as e + 1: then p has finished e, and has compared operations; so only a
+//           flag of e is looked at for that.
 // Progress: [I1] and [W1] wait for nothing. The first blocks of a grid send all that it sends, and are
 //           done; those that wait come after them. Blocks begin in order, and do not wait for others
 //           of their grid, so fewer SMs than blocks will do, on any rank. A grid of one block sends

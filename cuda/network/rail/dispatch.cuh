@@ -60,8 +60,9 @@
 //           still waits for is progress. Before, waits have the time that a rank may take to come.
 // Failure:  rows and weights become NaN, integers 0; see give_up.cuh. What breaks is the node's group:
 //           other nodes are told (cuda/network/tell.cuh). Final rows are written from this node
-//           alone, and leave.cuh sees to those who do; late chunks come to landing. chunks and signals no longer agree then: the group
-//           is set up anew with both of them zero before it is used again.
+//           alone, and leave.cuh sees to those who do; late chunks come to landing. chunks and
+//           signals no longer agree then: the group is set up anew with both of them zero before it
+//           is used again.
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses, and fit a slot with their head; they
 //           cross as x has them (kCopy, kScaled); the same channels, slots and their size on all
 //           ranks; at most kMaxRailRanks ranks.
