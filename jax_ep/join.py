@@ -7,8 +7,6 @@ from typing import Any
 
 from jax_ep import compat
 
-_KEY_PREFIX = "jax_ep"
-
 
 class Attempt:
     """One attempt of all processes to join: a few rounds over the coordination service.
@@ -17,11 +15,15 @@ class Attempt:
     random name. Process 0 takes what each process offers at present, and tells each one, under the
     name of its attempt, whom it has met. From there on all keys carry the name of process 0's
     attempt, so nothing that an earlier one has left is ever read.
+
+    ``caller`` is what messages say that a process has not called, or where it has failed; callers
+    do not meet each other.
     """
 
-    def __init__(self, client: Any, timeout: float) -> None:
+    def __init__(self, client: Any, timeout: float, caller: str = "jax_ep.initialize") -> None:
         self._client = client
         self._timeout = timeout
+        self._caller = caller
         self._name = secrets.token_hex(8)
         self._num_processes = compat.process_count()
         self._process = compat.process_index()
@@ -30,7 +32,7 @@ class Attempt:
 
     def join(self, value: str) -> list[str]:
         """Every process's ``value``, by process."""
-        offer = f"{_KEY_PREFIX}/join/{self._process}"
+        offer = f"{self._caller}/join/{self._process}"
         self._client.key_value_set(offer, f"{self._name} {value}", allow_overwrite=True)
         try:
             roster = self._gather() if self._process == 0 else self._await_roster()
@@ -38,7 +40,7 @@ class Attempt:
             with contextlib.suppress(Exception):  # the service may be gone
                 self._client.key_value_delete(offer)
         lines = roster.split("\n")
-        self._keys = f"{_KEY_PREFIX}/{lines[0].split(' ')[0]}"
+        self._keys = f"{self._caller}/{lines[0].split(' ')[0]}"
         return [line.split(" ", 1)[1] for line in lines]
 
     def _gather(self) -> str:
@@ -46,7 +48,7 @@ class Attempt:
         offers: list[str] = []
         for process in range(self._num_processes):
             try:
-                offers.append(self._get(f"{_KEY_PREFIX}/join/{process}", deadline))
+                offers.append(self._get(f"{self._caller}/join/{process}", deadline))
             except TimeoutError as error:
                 missing = self._missing([process], error)
                 self._dismiss(f"!{missing}")
@@ -60,15 +62,15 @@ class Attempt:
         offers = self._offers()
         with contextlib.suppress(Exception):
             for process in offers:
-                self._client.key_value_delete(f"{_KEY_PREFIX}/join/{process}")
+                self._client.key_value_delete(f"{self._caller}/join/{process}")
             for offer in offers.values():
                 self._send_roster(offer, roster)
 
     def _send_roster(self, offer: str, roster: str) -> None:
-        self._client.key_value_set(f"{_KEY_PREFIX}/roster/{offer.split(' ')[0]}", roster)
+        self._client.key_value_set(f"{self._caller}/roster/{offer.split(' ')[0]}", roster)
 
     def _await_roster(self) -> str:
-        key = f"{_KEY_PREFIX}/roster/{self._name}"
+        key = f"{self._caller}/roster/{self._name}"
         try:
             roster = self._get(key, time.monotonic() + self._timeout)
         except TimeoutError as error:
@@ -83,15 +85,15 @@ class Attempt:
 
     def _offers(self) -> dict[int, str]:
         with contextlib.suppress(Exception):
-            offers = self._client.key_value_dir_get(f"{_KEY_PREFIX}/join/")
+            offers = self._client.key_value_dir_get(f"{self._caller}/join/")
             return {int(key.rsplit("/", 1)[1]): offer for key, offer in offers}
         return {}
 
     def _missing(self, processes: list[int], error: Exception) -> RuntimeError:
         which = "processes" if len(processes) > 1 else "process"
         return RuntimeError(
-            f"jax_ep.initialize: {which} {', '.join(map(str, processes))} of {self._num_processes} "
-            f"did not call jax_ep.initialize() within {self._timeout} s: {error}"
+            f"{self._caller}: {which} {', '.join(map(str, processes))} of {self._num_processes} "
+            f"did not call {self._caller}() within {self._timeout} s: {error}"
         )
 
     def exchange(self, value: str) -> list[str]:
@@ -104,7 +106,7 @@ class Attempt:
                 got = self._get(f"{keys}/{process}", deadline)
             except TimeoutError as error:
                 raise RuntimeError(
-                    f"jax_ep.initialize: process {process} of {self._num_processes} did not get as "
+                    f"{self._caller}: process {process} of {self._num_processes} did not get as "
                     f"far within {self._timeout} s: {error}"
                 ) from error
             if got.startswith("!"):
@@ -125,9 +127,8 @@ class Attempt:
             if value.startswith("!"):
                 raise self._failure(int(key.rsplit("/", 1)[1]), value)
 
-    @staticmethod
-    def _failure(process: int, value: str) -> RuntimeError:
-        return RuntimeError(f"jax_ep.initialize: process {process} failed: {value[1:]}")
+    def _failure(self, process: int, value: str) -> RuntimeError:
+        return RuntimeError(f"{self._caller}: process {process} failed: {value[1:]}")
 
     def meet(self, name: str, timeout: float) -> list[int]:
         """The processes that do not come to this place, once in an attempt, within ``timeout``.

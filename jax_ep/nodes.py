@@ -88,10 +88,18 @@ def forget() -> None:
 
 
 def ranks_per_node(ctx: Any, axis_name: tuple[str, ...], num_ranks: int, where: str) -> int:
+    """How many ranks of each group, one after the other, are on one node, in a program.
+
+    ``ctx`` is of its lowering; the rest as `of_mesh`.
+    """
+    return of_mesh(compat.lowering_mesh(ctx), axis_name, num_ranks, where)
+
+
+def of_mesh(mesh: Any, axis_name: tuple[str, ...], num_ranks: int, where: str) -> int:
     """How many ranks of each group, one after the other, are on one node.
 
     Args:
-        ctx: of the program, which lowers for a mesh.
+        mesh: concrete, or abstract.
         axis_name: the EP axes.
         num_ranks: R.
         where: for the message.
@@ -111,7 +119,7 @@ def ranks_per_node(ctx: Any, axis_name: tuple[str, ...], num_ranks: int, where: 
         return min(_chosen, num_ranks)
     if _hosts is None:
         return num_ranks
-    return _by_hosts(compat.lowering_mesh(ctx), axis_name, _hosts, where)
+    return _by_hosts(mesh, axis_name, _hosts, where)
 
 
 @functools.lru_cache(maxsize=256)  # not once a call: it looks at every device

@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep.bench import cli, decode, link, measure, operations, report, traffic
+from jax_ep.bench import cli, decode, link, measure, operations, options, report, traffic
 from jax_ep.bench.traffic import Movement
 
 EXPERTS, ALIGNMENT = 8, 4
@@ -227,13 +227,13 @@ def test_points_vary_one_thing_at_a_time() -> None:
     arguments = (
         "--tokens 1 2 --hidden 8 16 --top-k 1 --routing uniform zipf --capacity tight --fp8 none"
     )
-    args = cli._parser().parse_args(arguments.split())
-    found = [(p.tokens, p.hidden, p.routing) for p in cli.points(args)]
+    args = options.make_parser().parse_args(arguments.split())
+    found = [(p.tokens, p.hidden, p.routing) for p in options.points(args)]
     base = [(1, 8, "uniform"), (2, 8, "uniform")]
     assert found[:2] == base
     assert found[2:] == [(1, 16, "uniform"), (2, 16, "uniform"), (1, 8, "zipf"), (2, 8, "zipf")]
     args.product = True
-    assert len(set(cli.points(args))) == 8
+    assert len(set(options.points(args))) == 8
 
 
 def test_run_on_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,7 +344,9 @@ def test_a_point_on_a_gpu(mesh: Any, capsys: pytest.CaptureFixture[str]) -> None
     """The way a GPU is measured, on CPU devices with the limits of a made-up machine."""
     text = "--ranks 4 --experts 8 --alignment 4 --repeats 2 --calls 2 --fp8 none"
     bench = cli._Bench(
-        cli._parser().parse_args(text.split()), mesh, link.measure_link(FakeProbe(), range(RANKS))
+        options.make_parser().parse_args(text.split()),
+        mesh,
+        link.measure_link(FakeProbe(), range(RANKS)),
     )
     bench.on_gpu = True
     rows = bench.measure_point(POINT, with_baselines=True)
@@ -372,7 +374,7 @@ def test_second_process_measures_with_its_flag(capsys: pytest.CaptureFixture[str
         "--platform cpu --ranks 2 --tokens 2 3 --hidden 64 --top-k 1 --experts 2 --repeats 1 "
         "--routing uniform --capacity tight --fp8 none"
     )
-    args = cli._parser().parse_args(text.split())
+    args = options.make_parser().parse_args(text.split())
     rows = cli._second_process(args)
     printed = capsys.readouterr().out
     if not rows:  # a jaxlib that does not know the flag ends with that

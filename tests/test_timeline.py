@@ -7,7 +7,7 @@ import pytest
 from bench_point import POINT, RANKS
 
 from jax_ep import _native
-from jax_ep.bench import cli, timeline
+from jax_ep.bench import cli, options, timeline
 
 
 class NotingCuda:
@@ -77,7 +77,7 @@ def test_timeline_of_one_operation(
     mesh = jax.make_mesh((RANKS,), ("ep",), devices=jax.devices("cpu")[:RANKS])
     monkeypatch.setattr(_native, "cuda", NotingCuda)
     text = f"--experts 8 --alignment 4 --timeline {tmp_path / 'out.png'}"
-    args = cli._parser().parse_args(text.split())
+    args = options.make_parser().parse_args(text.split())
     cli._Bench(args, mesh, None).show_timeline(POINT, "made up")
     assert "dispatch: 12 blocks on 4 device(s)" in capsys.readouterr().out
     assert (tmp_path / "out.png").exists()

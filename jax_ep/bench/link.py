@@ -129,7 +129,7 @@ class Link:
         """The figures as text; W, copies and reads for these SM counts too."""
         lines = []
         if self.wire_bytes_per_s is None:
-            lines.append("W: n/a, there is one GPU; bounds are those of its memory")
+            lines.append("W: n/a, there is one GPU in a process; bounds are those of its memory")
         else:
             lines.append(
                 f"W = {self.wire_bytes_per_s / 1e9:.1f} GB/s per direction, both at once, "

@@ -18,6 +18,10 @@ A program of its own for each call is what a server has that decodes a step at a
 burst is timed: each takes an operand from the one before, which hands it on where it lies, and the
 host launches them without waiting. So a call takes what its launch takes, or its work if that is
 longer.
+
+In a job of several processes each times its own devices. A burst ends in all of them with the last
+rank, but for a call, so the next one begins in all at once; and of each burst the slowest process's
+time counts.
 """
 
 import dataclasses
@@ -36,6 +40,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+
+from jax_ep.bench.processes import Processes
 
 _WARM_UP = 3  # command buffers are recorded at the second run and replayed from the third on
 _BURST = 4  # runs between waits: a device that has been idle is slower, and ranks begin apart
@@ -183,16 +189,19 @@ def time_whole_calls(
     *,
     repeats: int,
     between: Callable[[], None] | None = None,
+    processes: Processes | None = None,
 ) -> Timing:
     """Times whole programs with one call; ``between`` runs after each."""
+    processes = processes or Processes()
     program = compile_calls(fn, mesh, args, 1)
     _warm_up(program)
     seconds = []
     for _ in range(repeats):
+        processes.exchange("begins")
         seconds.append(_seconds(program.run))
         if between is not None:
             between()
-    return Timing(tuple(sorted(seconds)), 0, *_memory(program))
+    return Timing(tuple(sorted(processes.slowest(seconds))), 0, *_memory(program))
 
 
 def time_chained_calls(
@@ -203,6 +212,7 @@ def time_chained_calls(
     fresh: int,
     repeats: int,
     calls: int,
+    processes: Processes | None = None,
 ) -> Timing:
     """Times a call as the difference between 2 * ``calls`` calls and ``calls``, over ``calls``.
 
@@ -213,6 +223,7 @@ def time_chained_calls(
         MemoryError: not even two calls fit.
         RuntimeError: the compiler merged or dropped calls.
     """
+    processes = processes or Processes()
     single = compile_calls(fn, mesh, args, 1, returns_results=False)
     output_bytes, temp_bytes = _memory_of_call(single)
     free = _free_bytes(mesh)
@@ -228,6 +239,7 @@ def time_chained_calls(
                 f"{temp_bytes / 2**30:.1f} GiB of scratch, but {free / 2**30:.1f} GiB are free"
             )
         calls = min(calls, fitting)
+    calls = processes.least(calls)
     short, long = (
         compile_calls(fn, mesh, args, number, fresh, returns_results=False)
         for number in (calls, 2 * calls)
@@ -235,11 +247,14 @@ def time_chained_calls(
     for program, number in (short, calls), (long, 2 * calls):
         require_all_calls(single, program, number)
         _warm_up(program)
-    seconds = []
+    bursts = []
     for _ in range(repeats):
-        of_short = _seconds(functools.partial(short.run, _BURST))
-        of_long = _seconds(functools.partial(long.run, _BURST))
-        seconds.append((of_long - of_short) / (_BURST * calls))
+        bursts += [_seconds(functools.partial(program.run, _BURST)) for program in (short, long)]
+    bursts = processes.slowest(bursts)
+    seconds = [
+        (of_long - of_short) / (_BURST * calls)
+        for of_short, of_long in zip(bursts[::2], bursts[1::2], strict=True)
+    ]
     extra = (_count_copies(long) - _count_copies(short)) / calls
     return Timing(tuple(sorted(seconds)), calls, output_bytes, temp_bytes, extra)
 
@@ -252,11 +267,13 @@ def time_single_calls(
     fresh: int,
     repeats: int,
     calls: int,
+    processes: Processes | None = None,
 ) -> Timing:
     """Times a burst of programs, each with one call, over their number.
 
     ``fresh`` is which of ``args``, an array, a call takes from the one before.
     """
+    processes = processes or Processes()
 
     def program(chained: Any, rest: tuple[Any, ...]) -> tuple[Any, Any]:
         result = fn(*rest[:fresh], chained, *rest[fresh:])
@@ -276,7 +293,7 @@ def time_single_calls(
         jax.block_until_ready(chained)
 
     burst()  # a warm-up
-    seconds = sorted(_seconds(burst) / calls for _ in range(repeats))
+    seconds = sorted(processes.slowest([_seconds(burst) / calls for _ in range(repeats)]))
     done = Program(compiled, (chained, rest))
     return Timing(tuple(seconds), calls, *_memory(done), _count_copies(done))
 
@@ -306,9 +323,9 @@ def _memory_of_call(single: Program) -> tuple[int, int]:
 
 
 def _free_bytes(mesh: Mesh) -> int | None:
-    """What the fullest device still has, or None where it does not say."""
+    """What this process's fullest device still has, or None where it does not say."""
     free = []
-    for device in mesh.devices.flat:
+    for device in mesh.local_devices:
         stats = device.memory_stats()
         if not stats or "bytes_limit" not in stats:
             return None

@@ -88,13 +88,19 @@ def make_data(point: Point, mesh: Mesh, ids: NDArray[np.int32], capacity: int, s
 
     rows = num_ranks * point.tokens
     return Data(
-        ids=jax.device_put(ids.reshape(rows, -1), sharding),
+        ids=put(ids.reshape(rows, -1), mesh),
         weights=normal((rows, point.top_k), jnp.float32),
         x=normal((rows, point.hidden), point.dtype),
         y=normal((num_ranks * capacity, point.hidden), point.dtype),
         row_weights=normal((num_ranks * capacity,), jnp.float32),
         cotangent=normal((rows, point.hidden), point.dtype),
     )
+
+
+def put(array: NDArray[Any], mesh: Mesh) -> jax.Array:
+    """An array that all processes have, split over the ranks."""
+    sharding = NamedSharding(mesh, P(AXIS))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _pack(tree: Any) -> Any:
@@ -343,13 +349,8 @@ def baseline_operations(
     """JAX's own collectives for the rows of ``dispatch``."""
     num_ranks, num_tokens = mesh.size, point.tokens
     layout = traffic.layout
-    sharding = NamedSharding(mesh, P(AXIS))
     row = point.row_bytes
     stored = layout.capacity * row
-
-    def put(array: NDArray[Any]) -> jax.Array:
-        placed: jax.Array = jax.device_put(array, sharding)
-        return placed
 
     # As many rows as dispatch sends to other ranks, spread evenly.
     even = -(-traffic.wire_rows // (num_ranks - 1)) if num_ranks > 1 else num_tokens
@@ -361,7 +362,7 @@ def baseline_operations(
         take = jax.jit(
             jax.shard_map(lambda x, which: x[which], mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
         )
-        picked: jax.Array = take(data.x, put(which.reshape(num_ranks * num_ranks, -1)))
+        picked: jax.Array = take(data.x, put(which.reshape(num_ranks * num_ranks, -1), mesh))
         return picked
 
     def even_tokens(count: int) -> NDArray[np.int32]:
@@ -385,14 +386,14 @@ def baseline_operations(
         Operation(
             "all_to_all+gather",
             exchange_and_order,
-            (pick(tokens), put(index)),
+            (pick(tokens), put(index, mesh)),
             exchanged(most, num_ranks * most * row + stored),
             baseline=True,
         ),
         Operation(
             "all_gather+gather",
             gather_and_order,
-            (data.x, put(everywhere.astype(np.int32))),
+            (data.x, put(everywhere.astype(np.int32), mesh)),
             (
                 Movement(
                     (num_ranks - 1) * num_tokens * row,
