@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from job import (
     IS_LAST,
+    LAST,
     NUM_PROCESSES,
     PROCESS,
     coordinator_leaves_last,
@@ -33,7 +34,6 @@ import jax_ep
 from jax_ep import nodes, nvshmem, reference
 
 HEAP_BYTES = 64 << 20
-LAST = NUM_PROCESSES - 1
 RANKS_PER_HOST = 2
 FAR_OFF = 600  # seconds: a timeout that helps nobody
 
@@ -114,7 +114,7 @@ class CannotStart:
 
 def one_cannot_start() -> None:
     """The last process fails when the others are waiting for it inside NVSHMEM: all hear of it."""
-    if PROCESS == LAST:
+    if IS_LAST:
         load = nvshmem.load
         nvshmem.load = lambda: CannotStart(load())
     _start_fails("it does not start here")
@@ -128,7 +128,7 @@ def one_has_no_transport() -> None:
 def _start_fails(words: str) -> None:
     text, seconds = refused()
     print(f"NOTE: process {PROCESS} after {seconds:.1f} s: {text.splitlines()[0][:160]}")
-    assert words in text or PROCESS == LAST, text
+    assert words in text or IS_LAST, text
     assert seconds < 15, "the timeout is 30 s"
     again, _ = refused()
     assert "NVSHMEM cannot be started again" in again, again
@@ -141,7 +141,7 @@ def one_is_killed() -> None:
     connect()
     mark("joined")
     wait_for_marks("joined", NUM_PROCESSES)
-    if PROCESS == LAST:
+    if IS_LAST:
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
     jax_ep.finalize()

@@ -23,7 +23,16 @@ from decode_loop import (
 )
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from job import NUM_PROCESSES, PLATFORM, PROCESS, connect, mark, wait_for_marks
+from job import (
+    IS_LAST,
+    LAST,
+    NUM_PROCESSES,
+    PLATFORM,
+    connect,
+    coordinator_leaves_last,
+    mark,
+    wait_for_marks,
+)
 from sharded_layers import Placement, in_specs, make_problem, shard_layer, sharded_layer, sizes
 from thunks import recorded_thunks
 
@@ -141,11 +150,12 @@ def what_is_told(layer: Layer, placed: Any, data: Any) -> tuple[str, float]:
 
 
 def hear_of_it(
-    layer: Layer, placed: Any, data: Any, other: int, most_seconds: float | None = None
+    layer: Layer, placed: Any, data: Any, other: int | None, most_seconds: float | None = None
 ) -> None:
     """Calls until one is not right; checks what this process is told, and how soon.
 
-    That is by default with its timeout, and some seconds for leaving.
+    It is told of process `other`, if given, and by default with its timeout, and some seconds for
+    leaving.
     """
     if most_seconds is None:
         most_seconds = jax_ep.get_timeout().arrival + 4
@@ -174,7 +184,8 @@ def hear_of_it(
     in_slots = in_slots and PLATFORM != "cpu"
     names = r"(layout_and_dispatch|combine): " if in_slots else "(layout|dispatch|combine)"
     assert re.search(f"jax_ep_{names}", outcome), outcome
-    assert re.search(rf"(rank|process) {other}\b", outcome), outcome
+    named = r"\d+" if other is None else str(other)
+    assert re.search(rf"(rank|process) {named}\b", outcome), outcome
     if PLATFORM != "cpu":
         for _ in range(2):
             again, seconds = what_is_told(layer, placed, data)
@@ -198,29 +209,30 @@ def right_calls(ranks_per_node: int | None = None) -> tuple[Layer, Any, Any]:
 
 
 def killed() -> None:
-    """The last process is killed with a call in flight; the first, the coordinator, survives."""
-    jax.config.update("jax_enable_recoverability", True)  # JAX lets the coordinator outlive it
+    """The last process is killed with a call in flight; all others survive and hear of it."""
+    jax.config.update("jax_enable_recoverability", True)  # JAX lets the others outlive it
     connect(timeout=60)
     layer, placed, data = right_calls()
-    if PROCESS != 0:
+    if IS_LAST:
         layer.program(*placed)
         os.kill(os.getpid(), signal.SIGKILL)
-    hear_of_it(layer, placed, data, other=1)
+    hear_of_it(layer, placed, data, other=LAST)
     jax_ep.finalize()
+    coordinator_leaves_last()
 
 
 def stalled() -> None:
-    """The last process stops calling, until the first has heard of it; then it is told too."""
+    """The last process stops calling, until all others have heard of it; then it is told too."""
     connect(timeout=60)
     layer, placed, data = right_calls()
-    if PROCESS == 0:
-        hear_of_it(layer, placed, data, other=1)
+    if IS_LAST:
+        wait_for_marks("heard", NUM_PROCESSES - 1)
+        hear_of_it(layer, placed, data, other=None)
+        mark("told")
+    else:
+        hear_of_it(layer, placed, data, other=LAST)
         mark("heard")
         wait_for_marks("told", 1)
-    else:
-        wait_for_marks("heard", 1)
-        hear_of_it(layer, placed, data, other=0)
-        mark("told")
     jax_ep.finalize()
 
 

@@ -300,13 +300,14 @@ def scenarios_tier(
 
 
 def failures(ctx: Context) -> Result:
-    """A rank that is killed, and one that stalls: the other one's error names it, and soon."""
-    shape = Shape(2, 1 if ctx.num_gpus > 1 else 2)
+    """A rank that is killed, and one that stalls: the others' errors name it, and soon."""
+    num = max(2, ctx.num_gpus)
+    shape = Shape(num, 1 if ctx.num_gpus > 1 else 2)
     return scenarios_tier(
         "failures",
         ctx,
         [
-            ("killed", shape, ("killed",), {1: -9}, "", "3"),
+            ("killed", shape, ("killed",), {num - 1: -9}, "", "3"),
             ("stalled", shape, ("stalled",), {}, "", "3"),
         ],
     )

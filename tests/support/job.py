@@ -17,7 +17,8 @@ import jax_ep
 
 PROCESS = int(os.environ["JAX_EP_TEST_PROCESS"])
 NUM_PROCESSES = int(os.environ["JAX_EP_TEST_NUM_PROCESSES"])
-IS_LAST = PROCESS == NUM_PROCESSES - 1
+LAST = NUM_PROCESSES - 1
+IS_LAST = PROCESS == LAST
 OUT = pathlib.Path(os.environ["JAX_EP_TEST_OUT"])
 PLATFORM = os.environ["JAX_EP_TEST_PLATFORM"]
 
