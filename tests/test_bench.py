@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep.bench import cli, decode, link, measure, operations, options, report, traffic
+from jax_ep.bench import cli, decode, link, measure, operations, options, overlap, report, traffic
 from jax_ep.bench.traffic import Movement
 
 EXPERTS, ALIGNMENT = 8, 4
@@ -174,7 +174,7 @@ def _fake_clock(start: float, per_call: float, calls: int) -> Callable[..., floa
         # A repeat times bursts of the short program, then of the long one with twice its calls; the
         # machine gets slower.
         once = start + per_call * calls * (1 + turn % 2)
-        return measure._BURST * once + 1e-3 * (turn // 2)
+        return measure.BURST * once + 1e-3 * (turn // 2)
 
     return seconds
 
@@ -327,6 +327,55 @@ def test_decoding_in_slots_and_without(
         assert line.split() == ["round", "trip", "3", *" ".join(cells).split(), "-"]
 
 
+def test_overlap(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Programs with calls on given SMs beside those without; wrong results are no times."""
+    arguments = "--overlap --ranks 2 --tokens 8 --hidden 128 --expert-hidden 64 --num-sms 8 16 "
+    arguments += f"--layers 2 --repeats 2 --json {tmp_path / 'bench.json'}"
+    make_layout, made = jax_ep.make_layout, []
+
+    def noted(ids: Any, **options: Any) -> Any:
+        made.append((options["num_sms"], options["overlap"]))
+        return make_layout(ids, **options)
+
+    monkeypatch.setattr(jax_ep, "make_layout", noted)
+    rows = _main(arguments)
+    on_sms = [(None, False)] * 2 + [(8, False), (16, False), (8, True), (16, True)]
+    assert made == [of_program for of_program in on_sms for _ in range(4)]
+    assert [row["operation"] for row in rows] == [v.name for v in overlap.variants([8, 16])]
+    assert rows[0]["of_plain"] == 1
+    assert all(0 < row["p10_s"] <= row["median_s"] <= row["p90_s"] for row in rows)
+    assert len(json.loads((tmp_path / "bench.json").read_text())["results"]) == len(rows)
+
+    combine = jax_ep.combine
+    monkeypatch.setattr(
+        jax_ep, "combine", lambda y, layout: combine(y * (1 + layout.overlap), layout)
+    )
+    errors = [row.get("error") for row in _main(arguments)]
+    assert errors == [None] * 5 + ["results are not those of the plain program"] * 2
+    assert "n/a: results are not those" in capsys.readouterr().out
+
+
+def test_products_beside_calls() -> None:
+    """A call counts if a product, in a fusion or alone, lies between its start and its done."""
+    text = """
+%products.1 (x: bf16[8,8]) -> bf16[8,8] {
+  ROOT %g = (bf16[8,8]{1,0}, s8[32]{0}) custom-call(%x), custom_call_target="__cublas$gemm"
+}
+
+ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {
+  %a = (bf16[8,8]) call-start(%x), to_apply=%body.1
+  %b = (bf16[8,8]) call-start(%x), to_apply=%body.1
+  %a.done = bf16[8,8] call-done(%a)
+  %fusion = (bf16[8,8]{1,0}, s8[32]{0}) fusion(%x), kind=kCustom, calls=%products.1
+  %b.done = bf16[8,8] call-done(%b)
+  %alone = (bf16[8,8]{1,0}, s8[32]{0}) custom-call(%x), custom_call_target="__cublas$gemm"
+}
+"""
+    assert overlap.beside(text) == (1, 2)
+
+
 def test_single_calls_are_chained_without_copies(mesh: Any, prepared: Prepared) -> None:
     """What is handed on lies where it lay, and the operands that were given are left alone."""
     operation = prepared.operations["round trip"]
@@ -443,6 +492,8 @@ def test_exit_code_tells_that_an_operation_failed() -> None:
         ("--platform nowhere", "invalid choice"),
         ("--decode --only dispatch+", "no operation has that in its name: layout_and_dispatch, "),
         ("--decode --plot a.png", "--decode: it has no --plot"),
+        ("--overlap --timeline a.png", "--overlap: it has no --plot and no --timeline"),
+        ("--overlap --decode", "--overlap: without --decode"),
     ],
 )
 def test_bad_arguments(arguments: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:

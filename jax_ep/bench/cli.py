@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 
 import jax_ep
 from jax_ep import _native, doctor, nodes, runtime
-from jax_ep.bench import decode, measure, operations, options, report, timeline, traffic
+from jax_ep.bench import decode, measure, operations, options, overlap, report, timeline, traffic
 from jax_ep.bench.link import Link, measure_link
 from jax_ep.bench.processes import Processes
-from jax_ep.bench.traffic import Point, Traffic
+from jax_ep.bench.traffic import Point, Traffic, point_fields
 
 _Result = TypeVar("_Result")
 
@@ -243,6 +243,46 @@ def _describe(point: Point) -> str:
     return ", ".join(f"{name}={value}" for name, value in fields.items())
 
 
+def _measure_overlap(args: argparse.Namespace, mesh: Mesh) -> Iterator[report.Row]:
+    """Times the programs of every point, its SMs left out; prints each as it comes."""
+    print("\n" + overlap.legend(args.layers))
+    all_points = (dataclasses.replace(point, num_sms=None) for point in options.points(args))
+    for point in dict.fromkeys(all_points):
+        seeds = range(args.seed, args.seed + overlap.NUM_MICRO_BATCHES)
+        ids = [
+            traffic.expert_ids(point, mesh.size, args.experts, seed, args.zipf_exponent)
+            for seed in seeds
+        ]
+        capacities = [
+            traffic.measure_traffic(
+                of_one,
+                args.experts,
+                traffic.room(point, of_one, args.experts, args.alignment),
+                args.alignment,
+            ).layout.capacity
+            for of_one in ids
+        ]
+        print(f"\nT={point.tokens}, {_describe(point)}\n{overlap.HEADER}")
+        programs = overlap.Layers(
+            point,
+            mesh,
+            ids,
+            num_experts=args.experts,
+            capacity=max(capacities),
+            expert_hidden=args.expert_hidden,
+            num_layers=args.layers,
+            seed=args.seed,
+        )
+        for variant in overlap.variants(args.num_sms):
+            try:
+                row = programs.time(variant, args.repeats)
+            except _MEASUREMENT_ERRORS as error:
+                error_row = {"operation": variant.name, "error": str(error).splitlines()[0]}
+                row = point_fields(point) | error_row
+            print(overlap.format_row(row), flush=True)
+            yield row
+
+
 def _second_process(args: argparse.Namespace) -> list[report.Row]:
     """ragged_all_to_all with XLA's device kernel: flags are read once a process."""
     command = [sys.executable, "-m", "jax_ep.bench", "--no-second-process"]
@@ -395,6 +435,13 @@ def _run(
     if args.timeline:
         _Bench(args, mesh, None).show_timeline(options.points(args)[0], title)
         return []
+    if args.overlap:
+        rows: list[report.Row] = []
+        for row in _measure_overlap(args, mesh):
+            rows.append(row)
+            if args.json:
+                report.write_json(args.json, environment, settings, None, rows)
+        return rows
     link_sms = args.num_sms or _LINK_SMS
     link = _measure_link(mesh, link_sms)
 

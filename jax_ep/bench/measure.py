@@ -44,7 +44,7 @@ from jax.sharding import PartitionSpec as P
 from jax_ep.bench.processes import Processes
 
 _WARM_UP = 3  # command buffers are recorded at the second run and replayed from the third on
-_BURST = 4  # runs between waits: a device that has been idle is slower, and ranks begin apart
+BURST = 4  # runs between waits: a device that has been idle is slower, and ranks begin apart
 _DATA_MOVERS = re.compile(
     r'custom_call_target="jax_ep_\w+"|'
     r"[ =)](?:ragged-all-to-all|all-to-all|all-gather)(?:-start)?\("
@@ -204,6 +204,13 @@ def time_whole_calls(
     return Timing(tuple(sorted(processes.slowest(seconds))), 0, *_memory(program))
 
 
+def time_programs(program: Program, *, repeats: int) -> Timing:
+    """Times a program that takes a device longer than the host needs to start it, in bursts."""
+    _warm_up(program)
+    seconds = (_seconds(functools.partial(program.run, BURST)) / BURST for _ in range(repeats))
+    return Timing(tuple(sorted(seconds)), 0, *_memory(program))
+
+
 def time_chained_calls(
     fn: Callable[..., Any],
     mesh: Mesh,
@@ -249,10 +256,10 @@ def time_chained_calls(
         _warm_up(program)
     bursts = []
     for _ in range(repeats):
-        bursts += [_seconds(functools.partial(program.run, _BURST)) for program in (short, long)]
+        bursts += [_seconds(functools.partial(program.run, BURST)) for program in (short, long)]
     bursts = processes.slowest(bursts)
     seconds = [
-        (of_long - of_short) / (_BURST * calls)
+        (of_long - of_short) / (BURST * calls)
         for of_short, of_long in zip(bursts[::2], bursts[1::2], strict=True)
     ]
     extra = (_count_copies(long) - _count_copies(short)) / calls

@@ -25,6 +25,9 @@ that beside each other stand the ways of rows inside a node and between nodes.
 
 With --decode few tokens are measured, in slots and without, each in a long program and as programs
 of one call, and one table has them side by side.
+
+With --overlap whole programs are timed, of two micro-batches through layers of experts: with calls
+on all SMs, one after the other, and with overlap=True on the SMs of --num-sms.
 """
 
 import argparse
@@ -36,7 +39,7 @@ from typing import Any
 
 from jax_ep import _native
 from jax_ep._checks import positive_argument
-from jax_ep.bench import decode, operations, timeline, traffic
+from jax_ep.bench import decode, operations, overlap, timeline, traffic
 from jax_ep.bench.traffic import Point
 
 VERB_NAMES = (
@@ -148,6 +151,18 @@ def make_parser() -> argparse.ArgumentParser:
         f"{', '.join(map(str, decode.TOKENS))}: with slots and without, in a program and as "
         "programs of one call",
     )
+    add(
+        "--overlap",
+        action="store_true",
+        help="only programs of micro-batches, with calls beside the experts' products and without",
+    )
+    add(
+        "--expert-hidden",
+        type=positive_argument,
+        default=1024,
+        help="F of the experts of --overlap (1024)",
+    )
+    add("--layers", type=positive_argument, default=1, help="of the programs of --overlap (1)")
     add("--only", nargs="+", help="only operations whose name contains one of these")
     add("--repeats", type=positive_argument, help="default: 9, or 20 on CPU")
     add(
@@ -202,8 +217,11 @@ def make_parser() -> argparse.ArgumentParser:
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the program if options do not go together."""
     _check_only(parser, args)
-    if args.decode and (args.plot or args.timeline):
-        parser.error("--decode: it has no --plot and no --timeline")
+    for mode in ("decode", "overlap"):
+        if getattr(args, mode) and (args.plot or args.timeline):
+            parser.error(f"--{mode}: it has no --plot and no --timeline")
+    if args.overlap and (args.decode or args.only or args.fp8 or args.distributed):
+        parser.error("--overlap: without --decode, --only, --fp8 and --distributed")
     if args.decode and len(args.ranks_per_node) > 1:
         parser.error("--decode: it takes one --ranks-per-node")
     if (args.plot or args.timeline) and importlib.util.find_spec("matplotlib") is None:
@@ -237,11 +255,15 @@ def complete(
     """Fills in what the command line leaves to the platform; ends if it cannot be measured."""
     if args.timeline and platform == "cpu":
         parser.error("--timeline: it is the GPU's kernels that note what they do")
+    args.ranks = args.ranks or num_devices
     defaults = _DEFAULTS[platform]
-    for name, value in (decode.defaults(defaults) if args.decode else defaults).items():
+    if args.decode:
+        defaults = decode.defaults(defaults)
+    elif args.overlap:
+        defaults = overlap.defaults(defaults, platform, args.ranks)
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.ranks = args.ranks or num_devices
     if args.ranks > num_devices:
         of = "this process has" if num_processes == 1 else "the processes have"
         parser.error(f"--ranks {args.ranks}: {of} {num_devices} devices")
