@@ -213,6 +213,7 @@ class Layers:
 
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(")
 _COMPUTATION = re.compile(r"^%([\w.\-]+) \(.*?\{\n(.*?)^\}", re.DOTALL | re.MULTILINE)
+_CALLED = re.compile(r"calls=%([\w.\-]+)")
 _PRODUCTS = ("__cublas", "__triton_gemm", "__triton_nested_gemm")
 
 
@@ -235,7 +236,7 @@ def beside(compiled: str) -> tuple[int, int]:
             start = re.search(r"call-done\(.*?%?([\w.\-]+)\)", line)
             if start is not None and start[1] in under_way:
                 found.append(under_way.pop(start[1]))
-        elif "__cublas" in line or any(f"calls=%{name}," in line for name in fused):
+        elif "__cublas" in line or fused.intersection(_CALLED.findall(line)):
             under_way = {name: count + 1 for name, count in under_way.items()}
     return sum(count > 0 for count in found), len(found)
 
