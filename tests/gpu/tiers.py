@@ -370,10 +370,12 @@ def example(ctx: Context) -> Result:
     ]
     if missing:
         raise SkippedError(f"the example needs {', '.join(missing)}")
-    folder, ep = ctx.folder("example"), min(2, ctx.num_gpus)
+    folder, dp = ctx.folder("example"), 2 if ctx.num_gpus >= 4 else 1
+    ep = min(4, ctx.num_gpus // dp)
+    num_ranks = dp * ep
     flags = "--steps=8 --num-layers=1 --num-heads=2 --d-model=32 --d-expert=32 --seq-len=32"
     flags += f" --learning-rate=1e-2 --eval-every=4 --sample-bytes=4 --dtype=float32 --ep={ep}"
-    flags += " --dp=1"
+    flags += f" --dp={dp}"
 
     def process(name: str, *more: str, **environment: str) -> launcher.Process:
         command = [sys.executable, str(ROOT / "examples" / "train_moe_lm.py"), *flags.split()]
@@ -383,7 +385,7 @@ def example(ctx: Context) -> Result:
             command, ctx.environment(None, **precise, **environment), folder / f"{name}.log"
         )
 
-    devices = f"--xla_force_host_platform_device_count={ep}"
+    devices = f"--xla_force_host_platform_device_count={num_ranks}"
     groups = {
         "one process": [
             process("cpu", JAX_PLATFORMS="cpu", XLA_FLAGS=devices, NPROC="8"),
@@ -393,7 +395,7 @@ def example(ctx: Context) -> Result:
     if ctx.num_gpus > 1 and not ctx.quick:
         port, common = (
             launcher.free_port(),
-            f"--distributed --num-processes={ep} --coordinator=127.0.0.1",
+            f"--distributed --num-processes={num_ranks} --coordinator=127.0.0.1",
         )
         groups["a process per GPU"] = [
             process(
@@ -402,7 +404,7 @@ def example(ctx: Context) -> Result:
                 JAX_LOCAL_DEVICE_IDS=str(i),
                 XLA_PYTHON_CLIENT_MEM_FRACTION="0.4",
             )
-            for i in range(ep)
+            for i in range(num_ranks)
         ]
     lines, problems = [], []
     for (what, group), out in zip(groups.items(), ("one", "several"), strict=False):
