@@ -95,15 +95,15 @@ def choose_buckets(longest: int) -> tuple[int, ...]:
 def main(argv: list[str] | None = None) -> None:
     """Serves until SIGTERM."""
     args = parse_args(argv)
-    if not args.distributed:
-        sys.exit(serve(args))
-    jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-    jax_ep.initialize()
+    if args.distributed:
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+        jax_ep.initialize()
     failure = serve(args)
-    if failure is not None:  # JAX's own end would wait for the processes that are gone
+    if failure is not None:  # JAX's own end would wait for what does not come any more
         print(failure, file=sys.stderr, flush=True)
         os._exit(1)
-    jax_ep.finalize()
+    if args.distributed:
+        jax_ep.finalize()
 
 
 def serve(args: argparse.Namespace) -> str | None:
@@ -154,12 +154,16 @@ def serve_http(
     check: Callable[[], None],
 ) -> str | None:
     """Serves the compiled programs over HTTP; returns why the engine has failed, if it has."""
+    # The engine's thread comes back from devices to a busy event loop several times in a step, and
+    # would wait for it up to 5 ms each time.
+    sys.setswitchinterval(1e-4)
     engine = Engine(
         run,
         Metrics(config.num_experts),
         max_queue=args.max_queue,
         steps_ahead=args.steps_ahead,
         check=check,
+        step_seconds=2 * args.rank_seconds,  # longer than jax_ep waits, which can say for whom
     )
     engine.start()
     api = Api(

@@ -20,7 +20,7 @@ from serve_moe.processes import Leader
 
 import jax_ep
 
-_IDLE_CHECK_SECONDS = 1.0
+_WATCH_SECONDS = 0.25
 
 
 class QueueFullError(Exception):
@@ -81,7 +81,11 @@ class _Running:
 
 
 class Engine:
-    """Runs sequences in the slots of `Steps`, in a thread of its own."""
+    """Runs sequences in the slots of `Steps`, in a thread of its own; another one watches it.
+
+    The first one waits for devices, which may be for good: a collective of XLA's has no end if a
+    peer has gone. The other finds that out, and answers those who wait for tokens.
+    """
 
     def __init__(
         self,
@@ -91,6 +95,7 @@ class Engine:
         max_queue: int = 256,
         steps_ahead: int = 2,
         check: Callable[[], None] = jax_ep.check,
+        step_seconds: float = 60.0,
     ):
         """Prepares the engine.
 
@@ -100,26 +105,32 @@ class Engine:
             max_queue: sequences that may wait for a slot.
             steps_ahead: programs that may run before the results of one are fetched.
             check: raises if a device or process has failed; called when results are there, and
-                now and then while there is nothing to do.
+                several times a second by another thread.
+            step_seconds: that devices may take for a step.
         """
         self.limits = run.limits
         self.failure: str | None = None
         self.metrics = metrics
         self._run, self._check = run, check
         self._max_queue, self._steps_ahead = max_queue, steps_ahead
-        self._changed = threading.Condition()  # guards all that follows
+        self._step_seconds = step_seconds
+        self._is_over = threading.Event()
+        self._changed = threading.Condition()  # guards all that follows, and how sequences end
         self._waiting: collections.deque[Sequence] = collections.deque()
         self._cancelled: list[Sequence] = []
         self._is_draining = False
+        self._turn_began: float | None = None  # what the thread does now; None: it waits for work
         num_slots = run.mesh.size * run.limits.slots_per_device
         # From here on the thread's own.
         self._in_slot: list[Sequence | None] = [None] * num_slots
         self._running: collections.deque[_Running] = collections.deque()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="engine watcher", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Starts the threads."""
         self._thread.start()
+        self._watcher.start()
 
     def submit(self, sequence: Sequence) -> None:
         """Queues a sequence.
@@ -159,9 +170,8 @@ class Engine:
             self._changed.notify()
 
     def join(self, timeout: float) -> bool:
-        """Waits for the end of the thread, after `drain`; returns whether it has ended."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        """Waits until all is done, after `drain`, or has failed; returns whether it is so."""
+        return self._is_over.wait(timeout)
 
     @property
     def ailment(self) -> str | None:
@@ -170,7 +180,7 @@ class Engine:
             return self.failure
         return "the server is shutting down" if self._is_draining else None
 
-    # What follows runs in the thread.
+    # What follows runs in the threads.
 
     def _work(self) -> None:
         try:
@@ -181,13 +191,25 @@ class Engine:
                     self._finish(self._running.popleft())
                 while len(self._running) > self._steps_ahead:
                     self._finish(self._running.popleft())
+            self._is_over.set()
         except Exception as error:  # of a device, or of ours: nothing after it can be trusted
             self._fail(error)
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(_WATCH_SECONDS):
+            try:
+                self._check()
+                began = self._turn_began
+                if began is not None and time.perf_counter() - began > self._step_seconds:
+                    raise TimeoutError(f"a step has not ended in {self._step_seconds} s")
+            except Exception as error:
+                self._fail(error)
 
     def _take_orders(self) -> bool:
         """Does what other threads ask for, waiting if there is nothing else; False: to end."""
         with self._changed:
-            while True:
+            self._turn_began = None
+            while self.failure is None:
                 cancelled, self._cancelled = self._cancelled, []
                 for sequence in cancelled:
                     if sequence in self._waiting:
@@ -197,11 +219,12 @@ class Engine:
                 occupied = sum(sequence is not None for sequence in self._in_slot)
                 self.metrics.set_load(occupied=occupied, waiting=len(self._waiting))
                 if occupied or self._running:
+                    self._turn_began = time.perf_counter()
                     return True
                 if self._is_draining:
                     return False
-                self._changed.wait(_IDLE_CHECK_SECONDS)
-                self._check()
+                self._changed.wait()
+            return False
 
     def _admit(self) -> None:
         """Gives free slots to those who wait, on the devices that have the fewest sequences."""
@@ -278,9 +301,14 @@ class Engine:
         """Fetches a program's results and passes them on."""
         out = jax.device_get(running.out)
         self._check()
+        with self._changed:
+            if self.failure is None:
+                self._pass_on(out, running.owners)
+
+    def _pass_on(self, out: dict[str, np.ndarray], owners: dict[int, Sequence]) -> None:
         now, first, between = time.perf_counter(), [], []
         tokens = out["token"].tolist()
-        for index, sequence in running.owners.items():
+        for index, sequence in owners.items():
             token = tokens[index]
             if token < 0 or sequence.is_ended or sequence.is_cancelled:
                 continue
@@ -311,10 +339,14 @@ class Engine:
         sequence.on_end(reason)
 
     def _fail(self, error: Exception) -> None:
-        traceback.print_exception(error)
         with self._changed:
+            if self.failure is not None:  # the other thread has seen it too
+                return
             self.failure = f"{type(error).__name__}: {error}"
             sequences = [*self._waiting, *(s for s in self._in_slot if s is not None)]
             self._waiting.clear()
-        for sequence in sequences:
-            self._end(sequence, "error")
+            for sequence in sequences:
+                self._end(sequence, "error")
+            self._changed.notify_all()
+        traceback.print_exception(error)
+        self._is_over.set()

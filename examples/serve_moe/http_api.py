@@ -186,21 +186,26 @@ class Api:
             while True:
                 try:
                     async with asyncio.timeout_at(deadline):
-                        value = await arrived.get()
+                        values = [await arrived.get()]
                 except TimeoutError as error:
                     raise self._too_late(504) from error
-                if value == "error":
-                    failure = self._engine.failure
-                    raise RequestError(f"the engine has failed: {failure}", status=500)
-                if isinstance(value, str):
-                    yield pieces.flush(), value
-                    return
-                answer.num_tokens += 1
-                piece = pieces.push(value)
-                if pieces.is_stopped:
-                    yield piece, "stop"
-                    return
-                yield piece, None
+                # What has come meanwhile goes out with it: a loop that is behind catches up.
+                while not arrived.empty():
+                    values.append(arrived.get_nowait())
+                text = ""
+                for value in values:
+                    if value == "error":
+                        failure = self._engine.failure
+                        raise RequestError(f"the engine has failed: {failure}", status=500)
+                    if isinstance(value, str):
+                        yield text + pieces.flush(), value
+                        return
+                    answer.num_tokens += 1
+                    text += pieces.push(value)
+                    if pieces.is_stopped:
+                        yield text, "stop"
+                        return
+                yield text, None
         finally:
             self._engine.cancel(sequence)
 

@@ -4,8 +4,9 @@
 
 Starts the server once for each --dispatch, with the options behind --, and sends the same requests
 at the same times to each, whether or not earlier ones are done (an open loop). Prints tokens per
-second and percentiles of the time to the first token and between tokens; load_test.json and
-load_test.png are left in --out. Ends with 1 if a request failed. It needs the package openai.
+second and percentiles of the time to the first piece of an answer and between pieces, which are a
+token unless the server is behind; load_test.json and load_test.png are left in --out. Ends with 1
+if a request failed, or if the server's memory grew: with --seconds 600 or more it is a soak test.
 """
 
 import argparse
@@ -20,13 +21,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import numpy as np
-import openai
 from matplotlib.figure import Figure
 
 _PERCENTILES = (50, 90, 99)
+_SOAK_SECONDS = 300  # from here on memory is judged: what is kept for reuse is there by half time
+_MOST_GROWTH = 0.02
 
 
 @dataclasses.dataclass
@@ -93,6 +95,33 @@ def resident_bytes(pid: int) -> int:
     return 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", text)[1])
 
 
+async def stream(port: int, body: dict) -> AsyncIterator[dict]:
+    """Sends a completion request; yields the events of its answer.
+
+    Not through a client for users: that takes longer for an event than the server does.
+
+    Raises:
+        OSError: there is no whole answer.
+    """
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    with contextlib.closing(writer):
+        data = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}})
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {port}\r\nConnection: close\r\n"
+        writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n{data}".encode())
+        status = await reader.readline()
+        if b" 200 " not in status:
+            raise OSError((status + (await reader.read()).rpartition(b"\r\n\r\n")[2]).decode())
+        async for line in reader:  # of which some are HTTP's chunks
+            if line.startswith(b"data: {"):
+                event = json.loads(line.removeprefix(b"data: "))
+                if "error" in event:
+                    raise OSError(event["error"]["message"])
+                yield event
+            elif line.startswith(b"data: [DONE]"):
+                return
+    raise OSError("the answer has no end")
+
+
 async def send_all(
     port: int, pid: int, requests: list[tuple[float, dict]]
 ) -> tuple[list[Done], list[tuple[float, int]]]:
@@ -102,19 +131,16 @@ async def send_all(
     def now() -> float:
         return time.perf_counter() - begin
 
-    async def send(client: openai.AsyncOpenAI, at: float, body: dict) -> Done:
+    async def send(at: float, body: dict) -> Done:
         await asyncio.sleep(at - now())
         done = Done(arrived=now(), times=[])
         try:
-            stream = await client.completions.create(
-                model=model, stream=True, stream_options={"include_usage": True}, **body
-            )
-            async for chunk in stream:
-                if chunk.usage is not None:
-                    done.num_tokens = chunk.usage.completion_tokens
+            async for event in stream(port, body):
+                if event.get("usage") is not None:
+                    done.num_tokens = event["usage"]["completion_tokens"]
                 else:
                     done.times.append(now())
-        except openai.OpenAIError as error:
+        except OSError as error:
             done.error = f"{type(error).__name__}: {error}"
         return done
 
@@ -123,13 +149,10 @@ async def send_all(
             memory.append((now(), resident_bytes(pid)))
             await asyncio.sleep(1)
 
-    url = f"http://127.0.0.1:{port}/v1"
-    async with openai.AsyncOpenAI(base_url=url, api_key="-", max_retries=0) as client:
-        model = (await client.models.list()).data[0].id
-        begin = time.perf_counter()
-        watching = asyncio.create_task(watch())
-        all_done = await asyncio.gather(*(send(client, at, body) for at, body in requests))
-        watching.cancel()
+    begin = time.perf_counter()
+    watching = asyncio.create_task(watch())
+    all_done = await asyncio.gather(*(send(at, body) for at, body in requests))
+    watching.cancel()
     memory.append((now(), resident_bytes(pid)))
     return list(all_done), memory
 
@@ -140,7 +163,8 @@ def summarise(all_done: list[Done], memory: list[tuple[float, int]]) -> dict:
     first = [1000 * (done.times[0] - done.arrived) for done in whole]
     between = [1000 * gap for done in whole for gap in np.diff(done.times)]
     num_tokens = sum(done.num_tokens for done in whole)
-    half = memory[len(memory) // 2 :]
+    seconds, end = memory[-1]
+    half = memory[len(memory) // 2][1]
 
     def percentiles(values: list[float]) -> dict[str, float]:
         return {f"p{p}": round(float(np.percentile(values, p)), 2) for p in _PERCENTILES if values}
@@ -150,10 +174,11 @@ def summarise(all_done: list[Done], memory: list[tuple[float, int]]) -> dict:
         "errors": sorted({done.error for done in all_done if done.error}),
         "failed": len(all_done) - len(whole),
         "tokens": num_tokens,
-        "tokens_per_second": round(num_tokens / memory[-1][0], 1),
+        "tokens_per_second": round(num_tokens / seconds, 1),
         "time_to_first_token_ms": percentiles(first),
         "inter_token_ms": percentiles(between),
-        "memory_mib": {"half time": half[0][1] >> 20, "end": half[-1][1] >> 20},
+        "memory_mib": {"half time": half >> 20, "end": end >> 20},
+        "has_grown": seconds > _SOAK_SECONDS and end > half * (1 + _MOST_GROWTH),
     }
 
 
@@ -220,4 +245,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(any(summary["failed"] for summary in main().values()))
+    sys.exit(any(summary["failed"] or summary["has_grown"] for summary in main().values()))

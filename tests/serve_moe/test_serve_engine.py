@@ -184,6 +184,7 @@ def test_failure_of_a_device_ends_all_requests_with_an_error(run: steps.Steps) -
     clients = [_Client([i], max_tokens=40).submit(engine) for i in range(20)]  # more than slots
     failing.set()
     assert engine.join(_SECONDS)
+    engine._thread.join(_SECONDS)  # it may have been in a step
     assert {tuple(client.wait().reasons) for client in clients} == {("error",)}
     with pytest.raises(StoppedError, match="device 3 waited for device 5"):
         _Client([1], max_tokens=2).submit(engine)

@@ -10,14 +10,14 @@ import socket
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from serve_moe import protocol, steps
-from serve_moe.engine import Engine
+from serve_moe.engine import Engine, Sequence
 from serve_moe.http_api import Api, HttpLimits
 from serve_moe.metrics import Metrics
 from serve_moe.server import Server
@@ -43,16 +43,37 @@ class _ScriptedSteps:
         return {name: jnp.array(value, jnp.int32) for name, value in numbers.items()}
 
 
+class _StuckSteps(_ScriptedSteps):
+    """One whose devices never finish a step of decoding, until they are released."""
+
+    def __init__(self):
+        self.released = threading.Event()
+
+    def decode(self, keep: np.ndarray) -> dict[str, "_StuckSteps"]:
+        return dict.fromkeys(("token", "expert_rows", "dropped"), self)
+
+    def copy_to_host_async(self) -> None:
+        pass
+
+    def __array__(self) -> np.ndarray:
+        assert self.released.wait(_SECONDS)
+        return np.full(1, 66, np.int32)
+
+
 @contextlib.contextmanager
 def _serving(
     folder: pathlib.Path,
     check: Callable[[], None] = lambda: None,
     *,
     gives_tokens: bool = True,
+    run: _ScriptedSteps | None = None,
+    step_seconds: float = _SECONDS,
     **limits,
 ) -> Iterator[int]:
     """Serves in a thread, at a port of this machine."""
-    engine = Engine(_ScriptedSteps(), Metrics(num_experts=1), check=check)
+    engine = Engine(
+        run or _ScriptedSteps(), Metrics(num_experts=1), check=check, step_seconds=step_seconds
+    )
     if gives_tokens:
         engine.start()
     api = Api(engine, Tokenizer(folder), model="tiny", vocab_size=256, limits=HttpLimits(**limits))
@@ -125,6 +146,19 @@ def test_failure_while_idle_is_found(one_layer: pathlib.Path) -> None:
         assert "process 1 has ended" in answer["error"]["message"]
 
 
+def test_devices_that_never_answer_are_a_failure(one_layer: pathlib.Path) -> None:
+    """As those do whose peer has died within a collective: the server does not wait with them."""
+    run = _StuckSteps()
+    with _serving(one_layer, run=run, step_seconds=0.5) as port:
+        body = {"prompt": "a", "max_tokens": 9}
+        status, answer = _send(port, "POST", "/v1/completions", body)
+        assert status == 500
+        assert "a step has not ended in 0.5 s" in answer["error"]["message"]
+        assert _send(port, "GET", "/health")[0] == 503
+        assert _send(port, "POST", "/v1/completions", body)[0] == 503
+    run.released.set()  # nobody is there any more for what comes now
+
+
 def test_requests_have_a_time_limit(one_layer: pathlib.Path) -> None:
     """For their bodies, whole answers and streams; what has begun ends in an error."""
     with _serving(one_layer, gives_tokens=False, request_seconds=1.0) as port:
@@ -136,6 +170,34 @@ def test_requests_have_a_time_limit(one_layer: pathlib.Path) -> None:
             body = {"prompt": "a", "stream": is_stream}
             status, answer = _send(port, "POST", "/v1/completions", body)
             assert (status, answer["error"]["message"]) == (504, "not done in 1.0 s")
+
+
+def test_tokens_that_are_there_go_out_together(one_layer: pathlib.Path) -> None:
+    """An event loop that is behind the engine catches up; the answer is the same."""
+
+    class Quick:
+        limits = _ScriptedSteps.limits
+
+        def submit(self, sequence: Sequence) -> None:
+            for token in "abcde".encode():
+                sequence.on_token(token)
+            sequence.on_end("length")
+
+        def cancel(self, sequence: Sequence) -> None:
+            pass
+
+    api = Api(Quick(), Tokenizer(one_layer), model="tiny", vocab_size=256)
+    for stop, text, num_tokens in (([], "abcde", 5), (["c"], "ab", 3)):
+        body = {"prompt": "a", "stream": True, "stop": stop}
+        asked = protocol.parse(body, is_chat=False, model="tiny")
+        answer = protocol.Answer(asked, "tiny", 1)
+
+        async def collect(outputs: AsyncIterator[tuple[str, str | None]]) -> list:
+            return [output async for output in outputs]
+
+        outputs = asyncio.run(collect(api._generate(asked, [97], answer, float("inf"))))
+        assert outputs == [(text, "stop" if stop else "length")]
+        assert answer.num_tokens == num_tokens
 
 
 def test_client_that_leaves_before_its_body_is_whole_is_no_error(one_layer: pathlib.Path) -> None:
