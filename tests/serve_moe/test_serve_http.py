@@ -179,7 +179,7 @@ def test_tokens_that_are_there_go_out_together(one_layer: pathlib.Path) -> None:
         limits = _ScriptedSteps.limits
 
         def submit(self, sequence: Sequence) -> None:
-            for token in "abcde".encode():
+            for token in b"abcde":
                 sequence.on_token(token)
             sequence.on_end("length")
 
