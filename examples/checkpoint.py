@@ -5,11 +5,13 @@ bytes. It is mapped, not read: a device's part of a parameter is read when it is
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -167,7 +169,7 @@ def _names(path: tuple, expert: int) -> list[str]:
 
 
 def _is_transposed(path: tuple, array: np.ndarray) -> bool:
-    return array.ndim == 2 and path[0].key != "embeddings"
+    return array.ndim > 1 and path[0].key != "embeddings"
 
 
 def _read_tensor(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
@@ -190,7 +192,9 @@ def _read_tensor(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 def load_params(folder: pathlib.Path, config: Config, mesh: Mesh, dtype: str) -> dict:
     """Loads a checkpoint onto a mesh: experts split over its axis "ep", all else on every device.
 
-    A device's part is read from the files, placed and forgotten before the next one is read.
+    A device's part is read from the files, placed and forgotten before the next one is read. It
+    goes as it lies there, and is turned and cast by the device: on the host that would take longer
+    than to read it.
 
     Args:
         folder: holds config.json and *.safetensors.
@@ -209,8 +213,11 @@ def load_params(folder: pathlib.Path, config: Config, mesh: Mesh, dtype: str) ->
 
     def read(path: tuple, expert: int) -> np.ndarray:
         parts = [_read_tensor(tensors, name) for name in _names(path, expert)]
-        parts = [part.T if _is_transposed(path, part) else part for part in parts]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def finish(shard: jax.Array, is_transposed: bool) -> jax.Array:
+        return (jnp.swapaxes(shard, -1, -2) if is_transposed else shard).astype(dtype)
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         is_expert = is_expert_weight(path)
@@ -219,15 +226,16 @@ def load_params(folder: pathlib.Path, config: Config, mesh: Mesh, dtype: str) ->
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
             if is_expert:
                 experts = range(*index[0].indices(leaf.shape[0]))
-                shard = np.stack([read(path, expert).astype(dtype) for expert in experts])
+                part = np.stack([read(path, expert) for expert in experts])
             else:
-                shard = read(path, 0).astype(dtype)
+                part = read(path, 0)
+            shard = finish(jax.device_put(part, device), _is_transposed(path, part))
             if shard.shape != sharding.shard_shape(leaf.shape):
                 raise ValueError(
                     f"{folder}: {', '.join(_names(path, 0))}: together {shard.shape} on a device, "
                     f"but config.json makes it {sharding.shard_shape(leaf.shape)}"
                 )
-            shards.append(jax.device_put(shard, device))
+            shards.append(shard)
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
     shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))

@@ -8,6 +8,8 @@ weights that are made on the devices; every slot holds a sequence, so every step
 each. Steps are started ahead of the tokens that are fetched, as the engine does. Prints, for each,
 the median and the 10th and 90th percentile of a step's time over the repeats, tokens per second,
 and how long the host takes to start a step: where that is what a step takes, the host decides.
+With --trace DIR, for GPUs, also what they did in 20 more steps: how long they waited between steps,
+and how long they were in kernels that exchange rows.
 """
 
 import argparse
@@ -30,7 +32,7 @@ import model
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from serve_moe import moe, steps
+from serve_moe import device_trace, moe, steps
 
 # The published config.json of Qwen3-30B-A3B, but for the number of layers (48).
 QWEN3_30B_A3B = model.Config(
@@ -48,6 +50,7 @@ QWEN3_30B_A3B = model.Config(
     max_position_embeddings=40960,
 )
 TINY = model.Config(256, 64, 2, 4, 2, 16, 32, 16, 2)
+TRACED_STEPS = 20
 SHAPES = {"qwen3-30b-a3b": QWEN3_30B_A3B, "tiny": TINY}
 
 
@@ -66,6 +69,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--repeats", type=int, default=9)
     add("--steps-ahead", type=int, default=2, help="steps that run before one's result is fetched")
     add("--dtype", default="bfloat16")
+    add("--trace", type=pathlib.Path, help="where traces of the profiler go; none if not given")
     add("--json", type=pathlib.Path, help="write all figures to this file")
     return parser.parse_args(argv)
 
@@ -89,24 +93,48 @@ def random_params(mesh: Mesh, config: model.Config, dtype: str) -> dict:
     return jax.tree.map_with_path(make, shapes)
 
 
+def run_steps(run: steps.Steps, num_steps: int, steps_ahead: int) -> float:
+    """Runs steps of full slots as the engine does; returns the seconds spent on starting them."""
+    keep = np.ones(run.mesh.size * run.limits.slots_per_device, bool)
+    starting, ahead = 0.0, []
+    for left in reversed(range(num_steps)):
+        before = time.perf_counter()
+        ahead.append(run.decode(keep)["token"])
+        starting += time.perf_counter() - before
+        while len(ahead) > min(steps_ahead, left):
+            assert (np.asarray(ahead.pop(0)) >= 0).all(), "a slot has ended"
+    return starting
+
+
 def time_steps(run: steps.Steps, args: argparse.Namespace) -> tuple[list[float], float]:
     """Returns the seconds of a step, for each repeat, and the host's to start one."""
-    keep = np.ones(run.mesh.size * run.limits.slots_per_device, bool)
+    run_steps(run, args.steps, args.steps_ahead)  # warms up
     seconds, starting = [], 0.0
-    for repeat in range(args.repeats + 1):  # the first one warms up
-        ahead: list[jax.Array] = []
+    for _ in range(args.repeats):
         began = time.perf_counter()
-        for _ in range(args.steps):
-            before = time.perf_counter()
-            ahead.append(run.decode(keep)["token"])
-            starting += (time.perf_counter() - before) * (repeat > 0)
-            if len(ahead) > args.steps_ahead:
-                tokens = np.asarray(ahead.pop(0))
-        for token in ahead:
-            tokens = np.asarray(token)
-        assert (tokens >= 0).all(), "a slot has ended"
+        starting += run_steps(run, args.steps, args.steps_ahead)
         seconds.append((time.perf_counter() - began) / args.steps)
-    return seconds[1:], starting / args.repeats / args.steps
+    return seconds, starting / args.repeats / args.steps
+
+
+def trace_steps(run: steps.Steps, args: argparse.Namespace, folder: pathlib.Path) -> list[dict]:
+    """Traces some steps; returns a summary for each GPU, and prints it."""
+    with jax.profiler.trace(str(folder)):
+        run_steps(run, TRACED_STEPS, args.steps_ahead)
+    summaries = []
+    for name, kernels in device_trace.read_kernels(folder):
+        summary = device_trace.summarise(kernels, TRACED_STEPS)
+        summaries.append({"device": name, **dataclasses.asdict(summary)})
+        print(
+            f"      {name}: {summary.step_us:.0f} us a step, {summary.gap_us:.1f} between two (at "
+            f"most {summary.longest_gap_us:.1f}), {summary.idle_us:.1f} idle within; "
+            f"{summary.communication_us:.1f} in {summary.num_communication} of "
+            f"{summary.kernels} kernels, which exchange rows",
+            flush=True,
+        )
+    if not summaries:
+        print("      the trace has no GPU's kernels")
+    return summaries
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -119,7 +147,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         config = dataclasses.replace(config, num_hidden_layers=args.layers)
     devices = jax.devices()
     mesh = jax.make_mesh((1, len(devices)), steps.AXES, devices=devices)
-    num_steps = args.steps * (args.repeats + 1)
+    num_steps = args.steps * (args.repeats + 1) + TRACED_STEPS
     print(
         f"ep {mesh.size} on {devices[0].device_kind}, jax {jax.__version__}, {args.dtype}; "
         f"{args.shape}, {config.num_hidden_layers} layers; sequences of {args.length} tokens on; "
@@ -159,6 +187,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 f"starting one takes the host {starting * 1e3:.3f} ms",
                 flush=True,
             )
+            if args.trace:
+                folder = args.trace / f"{dispatch}-{num_tokens}"
+                rows[-1]["trace"] = trace_steps(run, args, folder)
             del run
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
