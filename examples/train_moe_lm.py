@@ -18,6 +18,8 @@ itself, --distributed alone is enough):
     python examples/train_moe_lm.py --distributed --coordinator HOST:PORT --num-processes N \
         --process-id I
 
+On GPUs with JAX_LOCAL_DEVICE_IDS=I in its environment: each process takes those that are its own.
+
 The model, plain JAX, is in model.py. The part to copy is `moe_jax_ep`.
 """
 

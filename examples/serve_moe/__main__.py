@@ -9,6 +9,7 @@ itself, --distributed alone is enough):
     python examples/serve_moe --checkpoint DIR --distributed --coordinator HOST:PORT \
         --num-processes N --process-id I
 
+On GPUs with JAX_LOCAL_DEVICE_IDS=I in its environment: each process takes those that are its own.
 README.md beside this file says how it works. The parts to copy are moe.py and steps.py.
 """
 

@@ -16,13 +16,30 @@ _PROGRAM = pathlib.Path(checkpoint.__file__).parent / "serve_moe"
 
 
 class ServerProcess:
-    """A running server; its lines can be waited for."""
+    """A running server; its lines can be waited for.
 
-    def __init__(self, folder: pathlib.Path, num_devices: int, *flags: str):
+    On virtual devices; on GPUs where JAX_EP_SERVE_ON says cuda: all of them, or, for one of several
+    processes, the one that has its number.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        num_devices: int,
+        *flags: str,
+        process_id: int | None = None,
+    ):
         command = [sys.executable, str(_PROGRAM), f"--checkpoint={folder}", "--port=0"]
+        environment = {**cpu_devices(num_devices), "JAX_PLATFORMS": "cpu"}
+        if os.environ.get("JAX_EP_SERVE_ON") == "cuda":
+            environment = {"JAX_PLATFORMS": "cuda,cpu"}
+            if process_id is not None:
+                environment["JAX_LOCAL_DEVICE_IDS"] = str(process_id)
+        if process_id is not None:
+            command += [f"--process-id={process_id}"]
         self._popen = subprocess.Popen(
             [*command, *flags],
-            env={**os.environ, **cpu_devices(num_devices), "JAX_PLATFORMS": "cpu"},
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -266,7 +266,7 @@ def test_two_processes_give_the_same_bits_and_one_that_dies_is_an_error(
     with contextlib.ExitStack() as stack:
         processes = []
         for i in range(2):
-            processes.append(ServerProcess(one_layer, 1, *_FLAGS, *flags, f"--process-id={i}"))
+            processes.append(ServerProcess(one_layer, 1, *_FLAGS, *flags, process_id=i))
             stack.callback(processes[-1].close)
         together = stack.enter_context(_client(processes[0].port()))
         text = client.completions.create(**asked).choices[0].text
