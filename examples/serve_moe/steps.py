@@ -119,7 +119,6 @@ def _forward(
         moe.LAYERS[limits.dispatch],
         is_token=is_token,
         config=config,
-        few_tokens=slots is None,
     )
     x = model.embed(params, tokens, limits.dtype)
     new_cache, counts = [], []
