@@ -123,7 +123,11 @@ def trace_steps(run: steps.Steps, args: argparse.Namespace, folder: pathlib.Path
         run_steps(run, TRACED_STEPS, args.steps_ahead)
     summaries = []
     for name, kernels in device_trace.read_kernels(folder):
-        summary = device_trace.summarise(kernels, TRACED_STEPS)
+        try:
+            summary = device_trace.summarise(kernels, TRACED_STEPS)
+        except ValueError as error:  # the profiler may lose some
+            print(f"      {name}: {error}", flush=True)
+            continue
         summaries.append({"device": name, **dataclasses.asdict(summary)})
         print(
             f"      {name}: {summary.step_us:.0f} us a step, {summary.gap_us:.1f} between two (at "
@@ -133,7 +137,7 @@ def trace_steps(run: steps.Steps, args: argparse.Namespace, folder: pathlib.Path
             flush=True,
         )
     if not summaries:
-        print("      the trace has no GPU's kernels")
+        print("      no GPU's steps in the trace", flush=True)
     return summaries
 
 
