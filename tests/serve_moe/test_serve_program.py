@@ -14,6 +14,7 @@ import struct
 import time
 from collections.abc import Iterator
 
+import browser
 import pytest
 from server_process import SECONDS, ServerProcess
 
@@ -67,6 +68,14 @@ def _send(
         connection.request(method, path, json.dumps(body) if isinstance(body, dict) else body)
         response = connection.getresponse()
         return response.status, response.read()
+
+
+# What page.html shows, once nothing runs.
+_WHEN_IDLE = """
+const $ = name => document.querySelector("#" + name);
+const idle = () => $("go").disabled || done([$("out").textContent, $("error").textContent]);
+new MutationObserver(idle).observe($("go"), {attributes: true});
+"""
 
 
 def _metric(port: int, name: str) -> float:
@@ -232,6 +241,38 @@ def test_other_routes_are_refused(port: int) -> None:
         got, answer = _send(port, b"", path, method)
         assert (got, set(json.loads(answer))) == (status, {"error"})
     assert b"<form" in _send(port, b"", "/", "GET")[1]
+
+
+@pytest.mark.skipif(browser.CHROMEDRIVER is None, reason="no chromedriver here")
+def test_page_in_a_browser(port: int, client: "openai.OpenAI") -> None:
+    """It shows what a client gets, stops when it is told to, and says what was wrong."""
+    prompt = "x = [1, 2]\ndef "
+    asked = {"model": "tiny", "prompt": prompt, "max_tokens": 40, "temperature": 0}
+    text = client.completions.create(**asked).choices[0].text
+    with browser.browsing() as page:
+        page.open(f"http://127.0.0.1:{port}/")
+        for name in ("prompt", "max_tokens", "temperature"):
+            page.type_into(f"#{name}", str(asked[name]))
+        whole = page.run(_WHEN_IDLE + "document.querySelector('#go').click();")
+        assert whole == [text, ""]
+
+        cancelled = _metric(port, 'serve_moe_requests_total{reason="cancelled"}')
+        page.type_into("#max_tokens", "230")
+        begin, _ = page.run(
+            "new MutationObserver((_, observer) => {"
+            "  observer.disconnect(); document.querySelector('#stop').click();"
+            "}).observe(document.querySelector('#out'), {childList: true, characterData: true});"
+            + _WHEN_IDLE
+            + "document.querySelector('#go').click();"
+        )
+        assert len(begin) < 230
+        _wait_for(lambda: _metric(port, 'serve_moe_requests_total{reason="cancelled"}') > cancelled)
+
+        page.type_into("#max_tokens", "9999")
+        page.click("#go")
+        none, error = page.run(_WHEN_IDLE + "idle();")
+        assert none == ""
+        assert "more than 250" in error
 
 
 def test_fuzzed_requests_never_break_the_server(port: int) -> None:
