@@ -1,11 +1,15 @@
 """Runs the HTTP interface until a signal: then what runs is finished, and nothing new begins."""
 
+import asyncio
 import signal
+import time
 from types import FrameType
 
 import uvicorn
 from serve_moe.engine import Engine
 from serve_moe.http_api import Api
+
+_PATIENCE_SECONDS = 10.0  # with a client that asks for nothing, or does not take what is left
 
 
 class Server(uvicorn.Server):
@@ -21,6 +25,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._engine, self._is_draining = engine, False
+        self._idle_since: dict[asyncio.Protocol, float] = {}
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called for a signal."""
@@ -35,7 +40,20 @@ class Server(uvicorn.Server):
         """Called several times a second; says whether to end."""
         if self._is_draining and self._engine.join(timeout=0):
             self.should_exit = True
+        self._cut_off()
         return await super().on_tick(counter)
+
+    def _cut_off(self) -> None:
+        """Ends connections that uvicorn would keep for as long as their clients do."""
+        now = time.monotonic()
+        self._idle_since = {
+            connection: self._idle_since.get(connection, now)
+            for connection in self.server_state.connections
+            if connection.cycle is None or connection.transport.is_closing()
+        }
+        for connection, since in self._idle_since.items():
+            if now - since > _PATIENCE_SECONDS:
+                connection.transport.abort()
 
     async def startup(self, sockets: list | None = None) -> None:
         """Called once; says where to find the server when it can be found."""

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from serve_moe import protocol, steps
+import serve_moe.server
+from serve_moe import http_api, protocol, steps
 from serve_moe.engine import Engine, Sequence
 from serve_moe.http_api import Api, HttpLimits
 from serve_moe.metrics import Metrics
@@ -79,6 +80,7 @@ def _serving(
     api = Api(engine, Tokenizer(folder), model="tiny", vocab_size=256, limits=HttpLimits(**limits))
     server = Server(api, engine, host="127.0.0.1", port=0, drain_seconds=5)
     with socket.create_server(("127.0.0.1", 0)) as listening:  # clients may connect from here on
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
@@ -198,6 +200,37 @@ def test_tokens_that_are_there_go_out_together(one_layer: pathlib.Path) -> None:
         outputs = asyncio.run(collect(api._generate(asked, [97], answer, float("inf"))))
         assert outputs == [(text, "stop" if stop else "length")]
         assert answer.num_tokens == num_tokens
+
+
+def test_clients_that_do_not_read_or_ask_are_cut_off(
+    one_layer: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the server has yet to send what it has closed with: the connection is gone."""
+    monkeypatch.setattr(http_api, "_LAST_READ_SECONDS", 0.1)
+    monkeypatch.setattr(serve_moe.server, "_PATIENCE_SECONDS", 0.5)
+    connections, on_tick = [0], Server.on_tick
+
+    async def counted(server: Server, counter: int) -> bool:
+        connections.append(len(server.server_state.connections))
+        return await on_tick(server, counter)
+
+    monkeypatch.setattr(Server, "on_tick", counted)
+    with contextlib.ExitStack() as stack:
+        # Every token an event: more than fits between the two.
+        port = stack.enter_context(
+            _serving(one_layer, lambda: time.sleep(0.001), request_seconds=1.5)
+        )
+        stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        silent = stack.enter_context(socket.socket())
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.connect(("127.0.0.1", port))
+        body = json.dumps({"prompt": "a", "max_tokens": 990, "stream": True})
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        silent.sendall((head + body).encode())
+        deadline = time.monotonic() + _SECONDS
+        while max(connections) < 2 or connections[-1] > 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_client_that_leaves_before_its_body_is_whole_is_no_error(one_layer: pathlib.Path) -> None:
