@@ -9,6 +9,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,15 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from model import Config, init_params, is_expert_weight
+from model import SCALE_BLOCK, Config, init_params, is_expert_weight
 
+_FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E4M3": _FLOAT8,
 }
-_SCALE_BLOCK = 128  # rows and columns of a float8 weight that share a scale
 
 # What would change the arithmetic and is not written here, with the value that means "not in use".
 _UNSUPPORTED = {
@@ -153,6 +154,7 @@ _LAYER = {
     "router": ("mlp.gate",),
 }
 _EXPERT = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+_SCALE = "_scale"  # behind the name of an expert's weight: its scales, where it stays float8
 
 
 def _names(path: tuple, expert: int) -> list[str]:
@@ -160,7 +162,8 @@ def _names(path: tuple, expert: int) -> list[str]:
     keys = [getattr(entry, "key", getattr(entry, "idx", None)) for entry in path]
     match keys:
         case ["layers", layer, "experts", name]:
-            names = [f"model.layers.{layer}.mlp.experts.{expert}.{part}" for part in _EXPERT[name]]
+            parts = _EXPERT[name.removesuffix(_SCALE)]
+            names = [f"model.layers.{layer}.mlp.experts.{expert}.{part}" for part in parts]
         case ["layers", layer, name]:
             names = [f"model.layers.{layer}.{part}" for part in _LAYER[name]]
         case [name]:
@@ -172,24 +175,47 @@ def _is_transposed(path: tuple, array: np.ndarray) -> bool:
     return array.ndim > 1 and path[0].key != "embeddings"
 
 
-def _read_tensor(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """A tensor; of float8 with a scale for each block (`weight_scale_inv`) what it stands for."""
-    tensor = tensors[name]
-    if tensor.dtype != _DTYPES["F8_E4M3"]:
-        return tensor
+def _read_scales(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """The scales of a float8 tensor [out, in]: float32 [out, in / SCALE_BLOCK]."""
     scales = tensors.get(f"{name}_scale_inv", np.empty(0))
-    blocks = tuple(-(-size // _SCALE_BLOCK) for size in tensor.shape)
+    blocks = tuple(-(-size // SCALE_BLOCK) for size in tensors[name].shape)
     if scales.shape != blocks:
         raise ValueError(
             f"{name} is float8, so {name}_scale_inv must be {blocks}, a scale for each block of "
-            f"{_SCALE_BLOCK} x {_SCALE_BLOCK}; it is {scales.shape}"
+            f"{SCALE_BLOCK} x {SCALE_BLOCK}; it is {scales.shape}"
         )
-    scales = np.repeat(np.repeat(scales.astype(np.float32), _SCALE_BLOCK, 0), _SCALE_BLOCK, 1)
-    rows, columns = tensor.shape
-    return tensor.astype(np.float32) * scales[:rows, :columns]
+    return np.repeat(scales.astype(np.float32), SCALE_BLOCK, 0)[: tensors[name].shape[0]]
 
 
-def load_params(folder: pathlib.Path, config: Config, mesh: Mesh, dtype: str) -> dict:
+def _read_tensor(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """A tensor; of float8 with a scale for each block (`weight_scale_inv`) what it stands for."""
+    tensor = tensors[name]
+    if tensor.dtype != _FLOAT8:
+        return tensor
+    scales = np.repeat(_read_scales(tensors, name), SCALE_BLOCK, 1)[:, : tensor.shape[1]]
+    return tensor.astype(np.float32) * scales
+
+
+def _add_scales(shapes: dict, tensors: Mapping[str, np.ndarray]) -> dict:
+    """Adds the scales of weights that are float8 for all experts to the parameters' shapes."""
+    layers = []
+    for i, layer in enumerate(shapes["layers"]):
+        experts = dict(layer["experts"])
+        for name, leaf in layer["experts"].items():
+            num_experts, rows, columns = leaf.shape
+            path = tuple(map(jax.tree_util.DictKey, ("layers", i, "experts", name)))
+            parts = [part for expert in range(num_experts) for part in _names(path, expert)]
+            if all(tensors[part].dtype == _FLOAT8 for part in parts):
+                blocks = num_experts, -(-rows // SCALE_BLOCK), columns
+                experts[name] = jax.ShapeDtypeStruct(leaf.shape, _FLOAT8)
+                experts[name + _SCALE] = jax.ShapeDtypeStruct(blocks, jnp.float32)
+        layers.append(layer | {"experts": experts})
+    return shapes | {"layers": layers}
+
+
+def load_params(
+    folder: pathlib.Path, config: Config, mesh: Mesh, dtype: str, *, keep_float8: bool = False
+) -> dict:
     """Loads a checkpoint onto a mesh: experts split over its axis "ep", all else on every device.
 
     A device's part is read from the files, placed and forgotten before the next one is read. It
@@ -201,6 +227,8 @@ def load_params(folder: pathlib.Path, config: Config, mesh: Mesh, dtype: str) ->
         config: what read_config says.
         mesh: of the devices; its axis "ep" divides the number of experts.
         dtype: of all parameters.
+        keep_float8: experts that are float8 stay so, with their scales beside them; see
+            model.expert_weight. Others are cast, as all are without it.
 
     Returns:
         The parameters, as init_params gives them.
@@ -211,12 +239,17 @@ def load_params(folder: pathlib.Path, config: Config, mesh: Mesh, dtype: str) ->
     """
     tensors = open_tensors(folder)
 
-    def read(path: tuple, expert: int) -> np.ndarray:
-        parts = [_read_tensor(tensors, name) for name in _names(path, expert)]
+    def read(path: tuple, leaf: jax.ShapeDtypeStruct, expert: int) -> np.ndarray:
+        if path[-1].key.endswith(_SCALE):
+            parts = [_read_scales(tensors, name) for name in _names(path, expert)]
+        elif leaf.dtype == _FLOAT8:
+            parts = [tensors[name] for name in _names(path, expert)]
+        else:
+            parts = [_read_tensor(tensors, name) for name in _names(path, expert)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def finish(shard: jax.Array, is_transposed: bool) -> jax.Array:
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def finish(shard: jax.Array, is_transposed: bool, dtype: Any) -> jax.Array:
         return (jnp.swapaxes(shard, -1, -2) if is_transposed else shard).astype(dtype)
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -226,10 +259,10 @@ def load_params(folder: pathlib.Path, config: Config, mesh: Mesh, dtype: str) ->
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
             if is_expert:
                 experts = range(*index[0].indices(leaf.shape[0]))
-                part = np.stack([read(path, expert) for expert in experts])
+                part = np.stack([read(path, leaf, expert) for expert in experts])
             else:
-                part = read(path, 0)
-            shard = finish(jax.device_put(part, device), _is_transposed(path, part))
+                part = read(path, leaf, 0)
+            shard = finish(jax.device_put(part, device), _is_transposed(path, part), leaf.dtype)
             if shard.shape != sharding.shard_shape(leaf.shape):
                 raise ValueError(
                     f"{folder}: {', '.join(_names(path, 0))}: together {shard.shape} on a device, "
@@ -239,6 +272,9 @@ def load_params(folder: pathlib.Path, config: Config, mesh: Mesh, dtype: str) ->
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
     shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    if keep_float8:
+        shapes = _add_scales(shapes, tensors)
     return jax.tree.map_with_path(place, shapes)
 
 

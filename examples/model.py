@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+SCALE_BLOCK = 128  # rows and columns of a float8 weight that share a scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,16 +145,28 @@ def swiglu(gate_up: Array) -> Array:
     return jax.nn.silu(gate) * up
 
 
+def expert_weight(experts: dict, name: str, dtype: Any) -> Array:
+    """The weight [L, in, out] in a dtype; of float8 with scales what it stands for.
+
+    Scales are float32 [L, in / SCALE_BLOCK, out], as checkpoint.load_params gives them.
+    """
+    weight = experts[name]
+    if f"{name}_scale" in experts:
+        scale = jnp.repeat(experts[f"{name}_scale"], SCALE_BLOCK, axis=1)[:, : weight.shape[1]]
+        weight = weight.astype(jnp.float32) * scale
+    return weight.astype(dtype)
+
+
 def grouped_experts(rows: Array, experts: dict, group_sizes: Array) -> Array:
     """Rows [C, H] in expert order, group_sizes int32 [L] of each expert, to [C, H]."""
-    gate_up, down = (experts[name].astype(rows.dtype) for name in ("gate_up", "down"))
+    gate_up, down = (expert_weight(experts, name, rows.dtype) for name in ("gate_up", "down"))
     hidden = swiglu(jax.lax.ragged_dot(rows, gate_up, group_sizes))
     return jax.lax.ragged_dot(hidden, down, group_sizes)
 
 
 def batched_experts(rows: Array, experts: dict) -> Array:
     """The same of rows [L, M, H], M for each expert."""
-    gate_up, down = (experts[name].astype(rows.dtype) for name in ("gate_up", "down"))
+    gate_up, down = (expert_weight(experts, name, rows.dtype) for name in ("gate_up", "down"))
     hidden = swiglu(jnp.einsum("lmh,lhf->lmf", rows, gate_up))
     return jnp.einsum("lmf,lfh->lmh", hidden, down)
 

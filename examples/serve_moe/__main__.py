@@ -53,6 +53,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--ep", type=int, help="expert-parallel ranks; if not given: as many as divide the experts")
     add("--dispatch", default="jax_ep", choices=sorted(moe.LAYERS), help="how rows get to experts")
     add("--dtype", help="of weights, cache and activations; if not given: float32 on CPU, bfloat16")
+    add("--keep-float8", action="store_true", help="experts that are float8 stay so on devices")
     add("--slots", type=int, default=4, help="sequences of a device that run at once")
     add(
         "--max-length",
@@ -135,7 +136,9 @@ def serve(args: argparse.Namespace) -> str | None:
         f"{jax.process_count()} process(es); {limits}\ncompiling ..",
         flush=True,
     )
-    params = checkpoint.load_params(args.checkpoint, config, mesh, limits.dtype)
+    params = checkpoint.load_params(
+        args.checkpoint, config, mesh, limits.dtype, keep_float8=args.keep_float8
+    )
     run = steps.Steps(params, mesh, config, limits)
     run.compile()
     jax_ep.set_timeout(arrival=args.rank_seconds)  # from here on nothing is compiled

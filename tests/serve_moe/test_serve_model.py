@@ -135,6 +135,41 @@ def test_float8_weights_are_scaled_by_blocks(tmp_path: pathlib.Path) -> None:
             checkpoint.load_params(tmp_path, config, mesh, "float32")
 
 
+def test_float8_experts_can_stay_so_on_devices(tmp_path: pathlib.Path) -> None:
+    """With their scales beside them, and stand for just what they are cast to without."""
+    random = np.random.default_rng(0)
+    config = dataclasses.replace(
+        tiny_checkpoint.CONFIGS["normalised"], hidden_size=160, moe_intermediate_size=144
+    )
+    tiny_checkpoint.write(tmp_path, config)
+    tensors = dict(checkpoint.open_tensors(tmp_path))
+    for name in [name for name in tensors if "layers.1.mlp.experts" in name]:
+        tensors[name] = random.standard_normal(tensors[name].shape).astype(ml_dtypes.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = random.random((2, 2), np.float32)
+    first, second = sorted(tmp_path.glob("*.safetensors"))
+    checkpoint.write_tensors(first, tensors)
+    second.unlink()
+    mesh = jax.make_mesh((1, 4), steps.AXES, devices=jax.devices()[:4])
+    cast = checkpoint.load_params(tmp_path, config, mesh, "float32")["layers"]
+    kept = checkpoint.load_params(tmp_path, config, mesh, "float32", keep_float8=True)["layers"]
+    assert set(kept[0]["experts"]) == {"gate_up", "down"}  # which are not float8
+    experts = kept[1]["experts"]
+    for name in ("gate_up", "down"):
+        assert experts[name].dtype == ml_dtypes.float8_e4m3fn
+        assert experts[name].sharding.spec == experts[f"{name}_scale"].sharding.spec == P("ep")
+        np.testing.assert_array_equal(
+            model.expert_weight(experts, name, jnp.float32), cast[1]["experts"][name]
+        )
+    rows = random.standard_normal((config.num_experts, 3, config.hidden_size), np.float32)
+    both = (jax.device_get(layers[1]["experts"]) for layers in (kept, cast))
+    np.testing.assert_array_equal(*(model.batched_experts(rows, experts) for experts in both))
+
+    odd = "model.layers.1.mlp.experts.5.up_proj.weight"
+    checkpoint.write_tensors(first, tensors | {odd: np.ones((144, 160), np.float32)})
+    mixed = checkpoint.load_params(tmp_path, config, mesh, "float32", keep_float8=True)["layers"]
+    assert set(mixed[1]["experts"]) == {"gate_up", "down", "down_scale"}
+
+
 def test_names_of_transformers_5_are_understood(tmp_path: pathlib.Path) -> None:
     """As its save_pretrained writes them, without what follows from the rest."""
     config = dataclasses.replace(
