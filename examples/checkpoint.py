@@ -1,4 +1,4 @@
-"""Qwen3-MoE checkpoints in the Hugging Face format: config.json and *.safetensors.
+"""Qwen3-MoE and Mixtral checkpoints in the Hugging Face format: config.json and *.safetensors.
 
 A safetensors file is a header in JSON, with each tensor's type, shape and place, and then their
 bytes. It is mapped, not read: a device's part of a parameter is read when it is placed.
@@ -27,6 +27,8 @@ _DTYPES = {
     "F8_E4M3": _FLOAT8,
 }
 
+_ROPE_THETA = {"qwen3_moe": 1e4, "mixtral": 1e6}  # where config.json does not say
+
 # What would change the arithmetic and is not written here, with the value that means "not in use".
 _UNSUPPORTED = {
     "attention_bias": False,
@@ -49,15 +51,22 @@ def read_config(folder: pathlib.Path) -> Config:
     """
     entries = json.loads((folder / "config.json").read_text())
     entries = {name: value for name, value in entries.items() if value is not None}
-    if entries.get("model_type") != "qwen3_moe":
-        raise ValueError(f"{folder}: model_type is {entries.get('model_type')!r}, not 'qwen3_moe'")
+    kind = entries.get("model_type")
+    if kind not in _ROPE_THETA:
+        raise ValueError(f"{folder}: model_type is {kind!r}, not 'qwen3_moe' or 'mixtral'")
     # transformers 5 has other names for these two, and leaves out a head_dim that follows.
     if "num_local_experts" in entries:
         entries.setdefault("num_experts", entries["num_local_experts"])
     rope = entries.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1) != 1:
         entries["rope_scaling"] = rope
-    entries.setdefault("rope_theta", rope.get("rope_theta", Config.rope_theta))
+    entries.setdefault("rope_theta", rope.get("rope_theta", _ROPE_THETA[kind]))
+    if kind == "mixtral":
+        entries |= {"qk_norm": False, "norm_topk_prob": True}
+        entries["use_sliding_window"] = "sliding_window" in entries
+        entries.setdefault("rms_norm_eps", 1e-5)
+        if "intermediate_size" in entries:
+            entries["moe_intermediate_size"] = entries["intermediate_size"]
     if {"hidden_size", "num_attention_heads"} <= entries.keys():
         entries.setdefault("head_dim", entries["hidden_size"] // entries["num_attention_heads"])
     for name, unused in _UNSUPPORTED.items():
@@ -82,15 +91,19 @@ def read_end_tokens(folder: pathlib.Path) -> tuple[int, ...]:
 
 def write_config(folder: pathlib.Path, config: Config) -> None:
     """Writes config.json, with every entry that says which model it is."""
-    entries = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
+    entries = dataclasses.asdict(config)
+    if entries.pop("qk_norm"):
+        entries |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+        entries |= _UNSUPPORTED
+    else:
+        assert entries.pop("norm_topk_prob"), "Mixtral has it"
+        entries |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+        entries |= {"num_local_experts": entries.pop("num_experts"), "sliding_window": None}
+    entries |= {
         "torch_dtype": "float32",
         "bos_token_id": None,
         "eos_token_id": None,
-        "intermediate_size": config.moe_intermediate_size,  # of dense layers: there are none
-        **_UNSUPPORTED,
-        **dataclasses.asdict(config),
+        "intermediate_size": config.moe_intermediate_size,  # Qwen3-MoE's dense layers: none here
     }
     (folder / "config.json").write_text(json.dumps(entries, indent=1))
 
@@ -99,7 +112,7 @@ def write_config(folder: pathlib.Path, config: Config) -> None:
 
 
 def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Maps the tensors of all *.safetensors of a folder, by name."""
+    """Maps the tensors of all *.safetensors of a folder, by the names that Qwen3-MoE has."""
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -111,7 +124,8 @@ def open_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
             if entry["dtype"] not in _DTYPES:
                 raise ValueError(f"{path}: {name} is {entry['dtype']}, not one of {list(_DTYPES)}")
             begin, end = entry["data_offsets"]
-            tensors[name] = data[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            tensor = data[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            tensors[_qwen3_name(name)] = tensor
     if not tensors:
         raise FileNotFoundError(f"{folder} has no *.safetensors")
     return tensors
@@ -137,8 +151,8 @@ def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None
 
 # ------------------------------------------------------------------------------------- parameters
 
-# The checkpoint's names of each parameter. It has matrices as [out, in], the model as [in, out];
-# where there are several names, the model has them side by side.
+# Qwen3-MoE's names of each parameter. A checkpoint has matrices as [out, in], the model as
+# [in, out]; where there are several names, the model has them side by side.
 _MODEL = {
     "embeddings": ("model.embed_tokens",),
     "final_norm": ("model.norm",),
@@ -153,6 +167,8 @@ _LAYER = {
     "moe_norm": ("post_attention_layernorm",),
     "router": ("mlp.gate",),
 }
+# Mixtral's are those with these parts replaced.
+_MIXTRAL = {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _EXPERT = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 _SCALE = "_scale"  # behind the name of an expert's weight: its scales, where it stays float8
 
@@ -169,6 +185,16 @@ def _names(path: tuple, expert: int) -> list[str]:
         case [name]:
             names = list(_MODEL[name])
     return [f"{name}.weight" for name in names]
+
+
+def _mixtral_name(name: str) -> str:
+    return ".".join(_MIXTRAL.get(part, part) for part in name.split("."))
+
+
+def _qwen3_name(name: str) -> str:
+    """What Qwen3-MoE calls a tensor of Mixtral's; its own names stay."""
+    names = {mixtral: qwen3 for qwen3, mixtral in _MIXTRAL.items()}
+    return ".".join(names.get(part, part) for part in name.split("."))
 
 
 def _is_transposed(path: tuple, array: np.ndarray) -> bool:
@@ -292,6 +318,7 @@ def save(folder: pathlib.Path, config: Config, params: dict) -> None:
         for expert, value in enumerate(experts):
             names = _names(path, expert)
             for name, part in zip(names, _split(path, value, config), strict=True):
+                name = name if config.qk_norm else _mixtral_name(name)
                 tensors[name] = part.T if _is_transposed(path, part) else part
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", tensors)

@@ -1,4 +1,4 @@
-"""The Qwen3-MoE architecture in plain JAX: functions over dictionaries of arrays.
+"""The architecture of Qwen3-MoE and Mixtral in plain JAX: functions over dictionaries of arrays.
 
 train_moe_lm.py trains it and serve_moe serves it. Both run these functions on one device's tokens,
 inside jax.shard_map, and bring two things of their own: what attends to what (a whole sequence, or
@@ -37,6 +37,7 @@ class Config:
     rope_theta: float = 1e4
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = False
+    qk_norm: bool = True  # whether queries and keys are normalised: Mixtral's are not
 
 
 def init_params(key: Array, config: Config) -> dict:
@@ -53,8 +54,7 @@ def init_params(key: Array, config: Config) -> dict:
         {
             "attention_norm": jnp.ones(h),
             "qkv": normal(h, (heads + 2 * groups) * d, fan_in=h),
-            "q_norm": jnp.ones(d),
-            "k_norm": jnp.ones(d),
+            **({"q_norm": jnp.ones(d), "k_norm": jnp.ones(d)} if config.qk_norm else {}),
             "attention_out": normal(heads * d, h, fan_in=depth * heads * d),
             "moe_norm": jnp.ones(h),
             "router": normal(h, e, fan_in=h),
@@ -100,7 +100,7 @@ def attention(
     attend: Callable[..., tuple[Array, Any]],
     config: Config,
 ) -> tuple[Array, Any]:
-    """Grouped-query attention over x [B, Q, H] with normalised queries and keys.
+    """Grouped-query attention over x [B, Q, H].
 
     Args:
         x: the tokens.
@@ -115,8 +115,9 @@ def attention(
     heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     qkv = (x @ layer["qkv"].astype(x.dtype)).reshape(*x.shape[:2], heads + 2 * groups, d)
     q, k, v = jnp.split(qkv, (heads, heads + groups), axis=2)
-    q = rotate(rms_norm(q, layer["q_norm"], config), positions, config)
-    k = rotate(rms_norm(k, layer["k_norm"], config), positions, config)
+    if config.qk_norm:
+        q, k = rms_norm(q, layer["q_norm"], config), rms_norm(k, layer["k_norm"], config)
+    q, k = rotate(q, positions, config), rotate(k, positions, config)
     out, aside = attend(q, k, v)
     return out.reshape(*x.shape[:2], heads * d) @ layer["attention_out"].astype(x.dtype), aside
 

@@ -1,4 +1,4 @@
-"""Serves a Qwen3-MoE checkpoint over HTTP, its experts spread over the "ep" axis of the devices.
+"""Serves a Qwen3-MoE or Mixtral checkpoint over HTTP, its experts spread over an "ep" axis.
 
     python examples/train_moe_lm.py --export runs/lm   # or one from elsewhere
     python examples/serve_moe --checkpoint runs/lm     # 8 virtual devices, or all GPUs

@@ -61,6 +61,8 @@ def _read_template(folder: pathlib.Path) -> tuple[jinja2.Template, dict[str, str
     source = settings.get("chat_template")
     if (folder / "chat_template.jinja").exists():
         source = (folder / "chat_template.jinja").read_text()
+    if isinstance(source, list):  # several, for several uses
+        source = next((t["template"] for t in source if t["name"] == "default"), None)
     if source is None:  # a model that has not learned to chat: it goes on with what was said
         source = "{{ messages | map(attribute='content') | join('\n') }}"
     special = {}
@@ -71,7 +73,9 @@ def _read_template(folder: pathlib.Path) -> tuple[jinja2.Template, dict[str, str
     def raise_exception(message: str) -> None:  # templates call it
         raise jinja2.TemplateError(message)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.globals["raise_exception"] = raise_exception
     return environment.from_string(source), special
 

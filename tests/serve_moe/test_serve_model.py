@@ -30,7 +30,7 @@ def reference() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "dp", "ep"),
-    [("tied", 2, 1), ("normalised", 1, 2), ("normalised", 1, 8)],
+    [("tied", 2, 1), ("mixtral", 1, 2), ("normalised", 1, 8)],
 )
 def test_logits_and_greedy_tokens_are_the_references(
     name: str, dp: int, ep: int, folders: dict, reference: dict
@@ -170,6 +170,24 @@ def test_float8_experts_can_stay_so_on_devices(tmp_path: pathlib.Path) -> None:
     assert set(mixed[1]["experts"]) == {"gate_up", "down", "down_scale"}
 
 
+@pytest.mark.parametrize("name", ["normalised", "mixtral"])
+def test_what_is_saved_has_the_names_that_others_know(
+    name: str, folders: dict, tmp_path: pathlib.Path
+) -> None:
+    def header(folder: pathlib.Path) -> dict[str, list[int]]:
+        entries = {}
+        for path in folder.glob("*.safetensors"):
+            data = path.read_bytes()
+            entries |= json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return {name: entry["shape"] for name, entry in entries.items()}
+
+    config = tiny_checkpoint.CONFIGS[name]
+    params = jax.device_get(model.init_params(jax.random.key(0), config))
+    checkpoint.save(tmp_path, config, params)
+    assert header(tmp_path) == header(folders[name])
+    assert checkpoint.read_config(tmp_path) == config
+
+
 def test_names_of_transformers_5_are_understood(tmp_path: pathlib.Path) -> None:
     """As its save_pretrained writes them, without what follows from the rest."""
     config = dataclasses.replace(
@@ -188,7 +206,8 @@ def test_names_of_transformers_5_are_understood(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "'llama', not 'qwen3_moe'"),
+        ({"model_type": "llama"}, "'llama', not 'qwen3_moe' or 'mixtral'"),
+        ({"model_type": "mixtral", "sliding_window": 4096}, "use_sliding_window"),
         ({"mlp_only_layers": [0]}, "mlp_only_layers"),
         ({"num_experts": None}, "num_experts"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling"),

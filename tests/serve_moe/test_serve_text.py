@@ -86,3 +86,13 @@ def test_chat_template_is_the_checkpoints(tmp_path: pathlib.Path, tokenizer: Tok
     assert bytes(with_template.encode_chat(messages)) == b"<system>a.<user>b.<assistant>"
     with pytest.raises(TextError, match="no x"):
         with_template.encode_chat([{"role": "x", "content": ""}])
+
+    several = [
+        {"name": "tool_use", "template": "tools"},
+        {
+            "name": "default",
+            "template": "{% for m in messages %}{{ m.content }}{% break %}{% endfor %}",
+        },
+    ]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    assert bytes(Tokenizer(tmp_path).encode_chat(messages)) == b"a"

@@ -1,4 +1,4 @@
-"""Tiny random Qwen3-MoE checkpoints, and what transformers makes of them.
+"""Tiny random checkpoints of Qwen3-MoE and Mixtral, and what transformers makes of them.
 
     python tests/serve_moe/tiny_checkpoint.py
 
@@ -7,6 +7,7 @@ needs torch and transformers, which the tests do not: they make the same checkpo
 streams are frozen), and compare. With the versions that wrote it, see the entry "versions".
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -40,6 +41,7 @@ CONFIGS = {
         **_SIZES, norm_topk_prob=False, tie_word_embeddings=True, rope_theta=1e4, rms_norm_eps=1e-5
     ),
 }
+CONFIGS["mixtral"] = dataclasses.replace(CONFIGS["normalised"], qk_norm=False, rms_norm_eps=1e-5)
 PROMPT = np.random.RandomState(1).randint(0, 256, 12)
 
 
@@ -54,16 +56,18 @@ def write(folder: pathlib.Path, config: model.Config) -> None:
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
         shapes |= {f"{layer}.input_layernorm": (h,), f"{layer}.post_attention_layernorm": (h,)}
-        shapes |= {f"{layer}.self_attn.{name}_norm": (d,) for name in "qk"}
+        if config.qk_norm:
+            shapes |= {f"{layer}.self_attn.{name}_norm": (d,) for name in "qk"}
         shapes |= {f"{layer}.self_attn.{name}_proj": (groups * d, h) for name in "kv"}
         shapes[f"{layer}.self_attn.q_proj"] = (heads * d, h)
         shapes[f"{layer}.self_attn.o_proj"] = (h, heads * d)
-        shapes[f"{layer}.mlp.gate"] = (config.num_experts, h)
+        moe = f"{layer}.mlp" if config.qk_norm else f"{layer}.block_sparse_moe"
+        names = ("gate_proj", "up_proj", "down_proj") if config.qk_norm else ("w1", "w3", "w2")
+        shapes[f"{moe}.gate"] = (config.num_experts, h)
         for e in range(config.num_experts):
-            expert = f"{layer}.mlp.experts.{e}"
-            for name in "gate_proj", "up_proj":
-                shapes[f"{expert}.{name}"] = (config.moe_intermediate_size, h)
-            shapes[f"{expert}.down_proj"] = (h, config.moe_intermediate_size)
+            for name in names[:2]:
+                shapes[f"{moe}.experts.{e}.{name}"] = (config.moe_intermediate_size, h)
+            shapes[f"{moe}.experts.{e}.{names[2]}"] = (h, config.moe_intermediate_size)
     tensors = {}
     for name, shape in shapes.items():
         normal = random.standard_normal(shape)
