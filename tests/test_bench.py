@@ -364,6 +364,10 @@ def test_products_beside_calls() -> None:
   ROOT %g = (bf16[8,8]{1,0}, s8[32]{0}) custom-call(%x), custom_call_target="__cublas$gemm"
 }
 
+%products.2 (x: bf16[8,8]) -> bf16[8,8] {
+  ROOT %d = bf16[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
 ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {
   %a = (bf16[8,8]) call-start(%x), to_apply=%body.1
   %b = (bf16[8,8]) call-start(%x), to_apply=%body.1
@@ -371,9 +375,12 @@ ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {
   %fusion = (bf16[8,8]{1,0}, s8[32]{0}) fusion(%x), kind=kCustom, calls=%products.1
   %b.done = bf16[8,8] call-done(%b)
   %alone = (bf16[8,8]{1,0}, s8[32]{0}) custom-call(%x), custom_call_target="__cublas$gemm"
+  %c = (bf16[8,8]) call-start(%x), to_apply=%body.1
+  %d = bf16[8,8]{1,0} fusion(%x), kind=kCustom, calls=%products.2, metadata={}
+  %c.done = bf16[8,8] call-done(%c)
 }
 """
-    assert overlap.beside(text) == (1, 2)
+    assert overlap.beside(text) == (2, 3)
 
 
 def test_single_calls_are_chained_without_copies(mesh: Any, prepared: Prepared) -> None:

@@ -214,7 +214,7 @@ class Layers:
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(")
 _COMPUTATION = re.compile(r"^%([\w.\-]+) \(.*?\{\n(.*?)^\}", re.DOTALL | re.MULTILINE)
 _CALLED = re.compile(r"calls=%([\w.\-]+)")
-_PRODUCTS = ("__cublas", "__triton_gemm", "__triton_nested_gemm")
+_PRODUCTS = ("__cublas", " dot(")  # of a library, or of a fusion that Triton compiles
 
 
 def beside(compiled: str) -> tuple[int, int]:
