@@ -15,7 +15,8 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from serve_moe import steps
 
 import jax_ep
@@ -70,7 +71,7 @@ def leading(run: steps.Steps, seconds: float) -> Iterator[Leader]:
         listening = stack.enter_context(socket.create_server((_HOST, 0)))
         listening.settimeout(seconds)
         port = listening.getsockname()[1]
-        multihost_utils.broadcast_one_to_all(np.append(key.astype(np.int32), port))
+        _of_process_0(run.mesh, np.append(key.astype(np.int32), port))
         followers = []
         while len(followers) < jax.process_count() - 1:
             follower = stack.enter_context(listening.accept()[0])
@@ -90,8 +91,7 @@ def follow(run: steps.Steps, seconds: float) -> None:
     # Whoever ends the job signals all its processes: this one ends when process 0 has finished.
     for ending in signal.SIGTERM, signal.SIGINT:
         signal.signal(ending, signal.SIG_IGN)
-    told = np.asarray(multihost_utils.broadcast_one_to_all(np.zeros(_KEY_BYTES + 1, np.int32)))
-    *key, port = told.tolist()
+    *key, port = _of_process_0(run.mesh, np.zeros(_KEY_BYTES + 1, np.int32)).tolist()
     running: collections.deque[dict[str, jax.Array]] = collections.deque()
     with socket.create_connection((_HOST, port), seconds) as leader:
         leader.sendall(bytes(key))
@@ -103,6 +103,21 @@ def follow(run: steps.Steps, seconds: float) -> None:
             if len(running) > _MOST_AHEAD:
                 jax.block_until_ready(running.popleft())
                 jax_ep.check()
+
+
+def _of_process_0(mesh: Mesh, values: np.ndarray) -> np.ndarray:
+    """What process 0 has called this with, which all processes do: int32 [n]."""
+    sharding = NamedSharding(mesh, P(steps.AXES))
+    rows = jax.make_array_from_callback(
+        (mesh.size, values.size), sharding, lambda index: np.tile(values, (mesh.size, 1))[index]
+    )
+    share = jax.shard_map(
+        lambda row: steps.gather(row[0])[None],
+        mesh=mesh,
+        in_specs=P(steps.AXES),
+        out_specs=P(steps.AXES),
+    )
+    return np.asarray(jax.jit(share)(rows).addressable_data(0))[0, 0]
 
 
 def _read(source: socket.socket, size: int) -> bytes:

@@ -19,6 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from serve_moe import moe, sampling
 
+import jax_ep
+
 Array = jax.Array
 AXES = ("dp", "ep")
 
@@ -192,6 +194,26 @@ def _prefill(
     return slots | {"cache": cache}, {"token": jnp.where(begins, token, -1), **counts}
 
 
+def gather(values: Array) -> Array:
+    """int32 [n] of each device to [D, n] on all of them, through jax_ep.
+
+    XLA's own gather would do, but that has no end if another process has died.
+    """
+    num_devices = jax.lax.axis_size(AXES)
+    row = jnp.pad(values, (0, -values.size % 4))[None]  # of a multiple of 16 bytes
+    _, recv = jax_ep.layout_and_dispatch(
+        row, jnp.arange(num_devices)[None], num_experts=num_devices, axis_name=AXES
+    )
+    return recv.tokens[:, : values.size]
+
+
+def _gather_all(out: dict[str, Array]) -> dict[str, Array]:
+    """The same of several arrays at once; each becomes one array of all devices'."""
+    ends = np.cumsum([array.size for array in out.values()])
+    parts = jnp.split(gather(jnp.concatenate(list(out.values()))), ends[:-1], axis=1)
+    return {name: part.reshape(-1) for name, part in zip(out, parts, strict=True)}
+
+
 def empty_chunk(num_devices: int, bucket: int) -> dict[str, np.ndarray]:
     """What a call of prefill takes, for each device: here nothing, a count of 0."""
     ints = {name: np.zeros(num_devices, np.int32) for name in ("slot", "start", "count", "left")}
@@ -211,19 +233,23 @@ class Steps:
         self.mesh, self.config, self.limits = mesh, config, limits
         self._params = params
         self._slots = empty_slots(mesh, config, limits)
-        self._by_device = by_device = NamedSharding(mesh, P(AXES))
-        # Results go to where they are fetched: with several processes, to all.
-        of_results = NamedSharding(mesh, P()) if jax.process_count() > 1 else by_device
+        self._by_device = NamedSharding(mesh, P(AXES))
+        # With several processes each device has all results, so that process 0 can fetch them.
+        self._is_gathered = jax.process_count() > 1
         param_specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
 
         def program(shard: Any) -> Any:
+            def run(*args: Any) -> tuple[dict, dict]:
+                slots, out = shard(*args, config=config, limits=limits)
+                return slots, _gather_all(out) if self._is_gathered else out
+
             sharded = jax.shard_map(
-                functools.partial(shard, config=config, limits=limits),
+                run,
                 mesh=mesh,
                 in_specs=(param_specs, P(AXES), P(AXES)),
                 out_specs=(P(AXES), P(AXES)),
             )
-            return jax.jit(sharded, donate_argnums=1, out_shardings=(by_device, of_results))
+            return jax.jit(sharded, donate_argnums=1, out_shardings=self._by_device)
 
         self._decode_program, self._prefill_program = program(_decode), program(_prefill)
 
@@ -268,11 +294,14 @@ class Steps:
             "token" int32 [D * S], -1 where there is none; "expert_rows" int32 [D * L], rows of
             each expert of each device in all layers; "dropped" int32 [D].
         """
-        self._slots, out = self._decode_program(self._params, self._slots, self._place(keep))
-        return out
+        return self._run(self._decode_program, self._place(keep))
 
     def prefill(self, chunk: dict[str, np.ndarray]) -> dict[str, Array]:
         """Starts a chunk of prefill on each device; returns what `decode` does, "token" [D]."""
-        placed = jax.tree.map(self._place, chunk)
-        self._slots, out = self._prefill_program(self._params, self._slots, placed)
+        return self._run(self._prefill_program, jax.tree.map(self._place, chunk))
+
+    def _run(self, program: Any, argument: Any) -> dict[str, Array]:
+        self._slots, out = program(self._params, self._slots, argument)
+        if self._is_gathered:
+            return {name: array.addressable_data(0) for name, array in out.items()}
         return out
