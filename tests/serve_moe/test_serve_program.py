@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import browser
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from server_process import SECONDS, ServerProcess
 
 _FLAGS = [
@@ -129,6 +130,35 @@ def test_streams_are_the_whole_answer_in_pieces(client: "openai.OpenAI") -> None
         **same, prompt="abc", max_tokens=30, stop=["unlikely", stop], stream=True
     )
     assert "".join(chunk.choices[0].text for chunk in chunks) == text[: text.find(stop)]
+
+
+def test_metrics_count_what_was_done(port: int, client: "openai.OpenAI") -> None:
+    """In Prometheus's text format, as its own parser reads it."""
+
+    def read() -> dict[str, float]:
+        text = _send(port, b"", "/metrics", "GET")[1].decode()
+        samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+        sums = dict.fromkeys((sample.name for sample in samples), 0.0)
+        for sample in samples:
+            sums[sample.name] += sample.value
+        return sums
+
+    before, prompt, num_tokens = read(), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 7
+    client.completions.create(model="tiny", prompt=prompt, max_tokens=num_tokens)
+    # What a step has given is passed on first, then counted.
+    last = "serve_moe_inter_token_seconds_count"
+    _wait_for(lambda: read()[last] == before[last] + num_tokens - 1)
+    _wait_for(lambda: read()["serve_moe_occupied_slots"] == 0)
+    after = read()
+    change = {name: after[name] - before.get(name, 0) for name in after}
+    assert change["serve_moe_tokens_total"] == num_tokens
+    assert change["serve_moe_requests_total"] == 1
+    assert change["serve_moe_steps_total"] == 2 + num_tokens - 1  # chunks of 8, then a token each
+    of_token = 3  # experts, in the only layer
+    assert change["serve_moe_expert_rows_total"] == of_token * (len(prompt) + num_tokens - 1)
+    assert change["serve_moe_time_to_first_token_seconds_count"] == 1
+    assert change["serve_moe_dropped_rows_total"] == 0
+    assert after["serve_moe_queue"] == 0
 
 
 def test_many_clients_that_come_and_go(port: int, client: "openai.OpenAI") -> None:
