@@ -460,6 +460,12 @@ def test_a_failing_operation_is_told_and_the_others_are_measured(
     assert "n/a: ValueError: this combine is broken" in capsys.readouterr().out
 
 
+def test_only_chooses_by_a_part_of_the_name_or_all_of_it() -> None:
+    chosen = [name for name in options.VERB_NAMES if options.chooses("combine", name)]
+    assert chosen == ["combine", "make_layout+dispatch+combine"]
+    assert [name for name in options.VERB_NAMES if options.chooses("=combine", name)] == ["combine"]
+
+
 def test_exit_code_tells_that_an_operation_failed() -> None:
     """A hidden size that fp8 cannot take fails dispatch; the process says so at its end."""
     command = (

@@ -97,7 +97,7 @@ class _Bench:
         only = self.args.only
         if self.args.decode and name not in decode.OPERATIONS:
             return False
-        return not only or any(text in name for text in only)
+        return not only or any(options.chooses(text, name) for text in only)
 
     def measure_point(self, point: Point, with_baselines: bool) -> list[report.Row]:
         """All operations of a point; prints each as it comes."""

@@ -163,7 +163,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="F of the experts of --overlap (1024)",
     )
     add("--layers", type=positive_argument, default=1, help="of the programs of --overlap (1)")
-    add("--only", nargs="+", help="only operations whose name contains one of these")
+    add(
+        "--only",
+        nargs="+",
+        help="only operations whose name contains one of these, or after =, is it: =dispatch",
+    )
     add("--repeats", type=positive_argument, help="default: 9, or 20 on CPU")
     add(
         "--calls",
@@ -237,11 +241,16 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         args.tokens = [_TIMELINE_TOKENS]
 
 
+def chooses(text: str, name: str) -> bool:
+    """Whether a word of ``--only`` is for the operation of this name."""
+    return text[1:] == name if text.startswith("=") else text in name
+
+
 def _check_only(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the program if a word of ``--only`` would choose nothing."""
     names = decode.OPERATIONS if args.decode else (*VERB_NAMES, *BASELINE_NAMES)
     for text in args.only or ():
-        if not any(text in name for name in names):
+        if not any(chooses(text, name) for name in names):
             parser.error(f"--only {text}: no operation has that in its name: {', '.join(names)}")
 
 
