@@ -4,6 +4,7 @@ import contextlib
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 from jax_ep import _native, nvshmem
 
@@ -53,7 +54,9 @@ class Watcher:
 
     def __init__(self) -> None:
         self._next_question = 0.0
+        self._question: threading.Thread | None = None
         self._stopped = threading.Event()
+        self._telling = threading.Lock()
         self._printed: str | None = None
         self._thread = threading.Thread(target=self._watch, name="jax_ep watcher", daemon=True)
         self._thread.start()
@@ -66,18 +69,30 @@ class Watcher:
         for line in _native.cuda.watch():
             say(line)
         awaited = _native.cuda.awaited_elsewhere()
-        if awaited and time.monotonic() >= self._next_question:
+        is_asking = self._question is not None and self._question.is_alive()
+        if awaited and not is_asking and time.monotonic() >= self._next_question:
             self._next_question = time.monotonic() + _ASK_INTERVAL
-            for process in nvshmem.have_left().intersection(awaited):
-                _native.cuda.tell_left(process)
+            self._question = threading.Thread(
+                target=self._ask, args=(awaited,), name="jax_ep question", daemon=True
+            )
+            self._question.start()
         error = _native.cuda.recorded_error()
         if error is not None and error != self._printed:
             self._printed = error
             say(error)
 
+    def _ask(self, awaited: Sequence[int]) -> None:
+        """In a thread of its own, for the service may take any time, or be gone."""
+        left = nvshmem.have_left().intersection(awaited)
+        with self._telling:
+            if not self._stopped.is_set():
+                for process in left:
+                    _native.cuda.tell_left(process)
+
     def stop(self) -> None:
-        """Ends the thread, after a last look."""
-        self._stopped.set()
+        """Ends the thread, after a last look. A question may be left behind, and tells nothing."""
+        with self._telling:
+            self._stopped.set()
         self._thread.join()
         self._look()
 

@@ -154,8 +154,35 @@ def test_watcher_asks_who_has_left(
     wait_for_look(cuda)
     assert cuda.left == []
     cuda.awaited = [1, 3]
-    wait_for_look(cuda)
+    deadline = time.monotonic() + 20
+    while not cuda.left and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert cuda.left == [3]
+
+
+def test_watcher_does_not_wait_for_an_answer(
+    cuda: FakeCuda, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JAX's service has no deadline: looks go on, the end comes, and what is heard then is late."""
+    is_asked, may_answer = threading.Event(), threading.Event()
+
+    def have_left() -> set[int]:
+        is_asked.set()
+        may_answer.wait(60)
+        return {3}
+
+    monkeypatch.setattr(nvshmem, "have_left", have_left)
+    cuda.awaited = [3]
+    assert is_asked.wait(20)
+    wait_for_look(cuda)
+    question = watcher._question
+    assert question is not None
+    watcher.stop()
+    assert question.is_alive()
+    may_answer.set()
+    question.join(20)
+    assert not question.is_alive()
+    assert cuda.left == []
 
 
 def test_watcher_goes_on_without_stderr(
