@@ -6,6 +6,7 @@ left behind, and look meanwhile whether another one has failed. What cannot be b
 end is left to the end of the process.
 """
 
+import collections
 import contextlib
 import ctypes
 import importlib
@@ -111,13 +112,16 @@ def offer(
     if heap_bytes is not None:
         os.environ[HEAP_VARIABLE] = str(heap_bytes)
     heap = os.environ.get(HEAP_VARIABLE, _DEFAULT).replace(" ", "")
-    ability = _NONE
+    ability, gpu, free = _NONE, "", 0
     if wanted or (wanted is None and spans_nodes):
         try:
-            ability = f"NVSHMEM {_able_module(ordinals, heap).loaded_version()}"
+            native = _able_module(ordinals, heap)
+            ability = f"NVSHMEM {native.loaded_version()}"
+            gpu = f"{socket.gethostname()}/{native.bus_id(ordinals[0])}"
+            free = native.free_bytes(ordinals[0])
         except UnavailableError as error:
             ability = f"!{error}"
-    return f"{wanted} {heap} {ability}"
+    return f"{wanted} {heap} {free} {gpu} {ability}"
 
 
 def start(
@@ -137,9 +141,11 @@ def start(
             if one cannot take part in a network that is wanted.
     """
     global _attempt, _absence, _lost
-    wishes, heaps, abilities = zip(*(text.split(" ", 2) for text in told), strict=True)
+    wishes, heaps, frees, gpus, abilities = zip(*(text.split(" ", 4) for text in told), strict=True)
     _require_same("network (or JAX_EP_NETWORK)", wishes)
     unable = [f"process {i}: {a[1:]}" for i, a in enumerate(abilities) if a.startswith("!")]
+    if not unable and abilities[0] != _NONE:
+        unable = _without_room(heaps, frees, gpus)
     if unable:
         _absence = "; ".join([*unable[:2], *(["and others"] if len(unable) > 2 else [])])
         if wishes[0] == str(True):
@@ -214,14 +220,23 @@ def _able_module(ordinals: Sequence[int], heap: str) -> Any:
     if wish and not has_interface(wish):
         # NVSHMEM would end the process.
         raise UnavailableError(f"no network interface is as {INTERFACE_VARIABLE}={wish} says")
-    native, num_bytes = load(), num_heap_bytes(heap)
-    free = native.free_bytes(ordinals[0])
-    if free < num_bytes:
-        raise UnavailableError(
-            f"its GPU has {free} bytes left, but NVSHMEM's heap takes {num_bytes}: leave it memory "
-            "by a smaller XLA_PYTHON_CLIENT_MEM_FRACTION, or pass heap_bytes"
-        )
-    return native
+    num_heap_bytes(heap)
+    return load()
+
+
+def _without_room(heaps: Sequence[str], frees: Sequence[str], gpus: Sequence[str]) -> list[str]:
+    """Of processes whose GPU has no room for its heaps: why. Those of tests may share one."""
+    num_sharers = collections.Counter(gpus)
+    problems = []
+    for process, (heap, free, gpu) in enumerate(zip(heaps, frees, gpus, strict=True)):
+        num_bytes = num_heap_bytes(heap) * num_sharers[gpu]
+        if int(free) < num_bytes:
+            problems.append(
+                f"process {process}: its GPU has {free} bytes left, but NVSHMEM's heap takes "
+                f"{num_bytes}: leave it memory by a smaller XLA_PYTHON_CLIENT_MEM_FRACTION, or "
+                "pass heap_bytes"
+            )
+    return problems
 
 
 def has_interface(wish: str) -> bool:

@@ -71,6 +71,9 @@ class Native:
         assert ordinal == 3
         return 1 << 30
 
+    def bus_id(self, ordinal: int) -> str:
+        return f"bus{ordinal}"
+
     def loaded_version(self) -> str:
         return "3.4.5"
 
@@ -78,10 +81,9 @@ class Native:
 @pytest.mark.parametrize(
     ("heap", "told"),
     [
-        (None, "default NVSHMEM 3.4.5"),
-        ("1G", "1G NVSHMEM 3.4.5"),
-        ("1025 M", "1025M !its GPU has 1073741824 bytes left, but NVSHMEM's heap takes 1074790400"),
-        ("much", "much !NVSHMEM_SYMMETRIC_SIZE must be a number of bytes"),
+        (None, "default 1073741824 a-host/bus3 NVSHMEM 3.4.5"),
+        ("1 G", "1G 1073741824 a-host/bus3 NVSHMEM 3.4.5"),
+        ("much", "much 0  !NVSHMEM_SYMMETRIC_SIZE must be a number of bytes"),
     ],
 )
 def test_a_heap_that_cannot_be(
@@ -89,10 +91,23 @@ def test_a_heap_that_cannot_be(
 ) -> None:
     """It is known before NVSHMEM starts, which could not be tried again."""
     monkeypatch.setattr(nvshmem, "load", Native)
+    monkeypatch.setattr(socket, "gethostname", lambda: "a-host")
     monkeypatch.delenv("NVSHMEM_SYMMETRIC_SIZE", raising=False)
     if heap is not None:
         monkeypatch.setenv("NVSHMEM_SYMMETRIC_SIZE", heap)
     assert nvshmem.offer(None, True, [3], None).startswith(f"None {told}")
+
+
+def test_heaps_that_do_not_fit() -> None:
+    """Processes that share a GPU, in tests, all see the same memory left."""
+    gibibyte, gpus = str(1 << 30), ["a/bus0", "a/bus1", "b/bus0"]
+    assert nvshmem._without_room(3 * ["1G"], 3 * [gibibyte], gpus) == []
+    assert nvshmem._without_room(["1G", "1025M"], 2 * [gibibyte], gpus[:2]) == [
+        "process 1: its GPU has 1073741824 bytes left, but NVSHMEM's heap takes 1074790400: leave "
+        "it memory by a smaller XLA_PYTHON_CLIENT_MEM_FRACTION, or pass heap_bytes"
+    ]
+    shared = nvshmem._without_room(3 * ["513M"], 3 * [gibibyte], ["a/bus0", "a/bus1", "a/bus0"])
+    assert [text.split(":")[0] for text in shared] == ["process 0", "process 2"]
 
 
 def test_a_build_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

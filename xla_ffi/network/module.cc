@@ -131,6 +131,9 @@ NB_MODULE(_nvshmem, m) {
   m.def(
       "free_bytes", [](int ordinal) { return Nvshmem::FreeBytes(ordinal); }, nb::arg("ordinal"),
       nb::call_guard<nb::gil_scoped_release>(), "That the device has left for a heap.");
+  m.def(
+      "bus_id", [](int ordinal) { return Nvshmem::BusId(ordinal); }, nb::arg("ordinal"),
+      nb::call_guard<nb::gil_scoped_release>(), "Of the device, on its host.");
   m.def("start", &Start, nb::arg("unique_id"), nb::arg("rank"), nb::arg("num_ranks"),
         nb::arg("ordinal"), nb::arg("region_bytes"), nb::arg("has_slots"), "Collective.");
   m.def(

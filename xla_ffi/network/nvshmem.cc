@@ -52,6 +52,12 @@ std::string Nvshmem::UniqueId() {
   return std::string(reinterpret_cast<const char*>(&id), sizeof id);
 }
 
+std::string Nvshmem::BusId(int ordinal) {
+  char id[32];
+  Check(cudaDeviceGetPCIBusId(id, sizeof id, ordinal), "cudaDeviceGetPCIBusId" + OnDevice(ordinal));
+  return id;
+}
+
 size_t Nvshmem::FreeBytes(int ordinal) {
   const DeviceScope scope(ordinal);
   size_t free = 0, total = 0;

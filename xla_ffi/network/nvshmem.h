@@ -45,6 +45,8 @@ class Nvshmem {
 
   // That a device has left, which a heap has to fit into.
   static size_t FreeBytes(int ordinal);
+  // By which a device is known on its host.
+  static std::string BusId(int ordinal);
 
   // Collective. This process is the rank-th of `num_ranks`, with this CUDA device. `region_bytes`: of
   // the region for calls (cuda/network/region.h), zero when all have come out of this; 0 for none.

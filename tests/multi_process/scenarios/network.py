@@ -56,6 +56,9 @@ class FakeNative:
     def free_bytes(self, ordinal: int) -> int:
         return 1 << 30
 
+    def bus_id(self, ordinal: int) -> str:
+        return f"bus{PROCESS}"
+
     def unique_id(self) -> bytes:
         assert PROCESS == 0
         return b"unique" + bytes(122)
