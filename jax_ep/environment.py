@@ -61,9 +61,10 @@ def network() -> bool | None:
     return None if text is None else text == "1"
 
 
-def has_network_slots() -> bool:
-    """Whether small calls of groups across nodes go through slots."""
-    return _switch(_NETWORK_SLOTS, "0") == "1"
+def network_slots() -> bool | None:
+    """Whether small calls of groups across nodes go through slots; None: where they can."""
+    text = _switch(_NETWORK_SLOTS, None)
+    return None if text is None else text == "1"
 
 
 def _switch(variable: str, default: str | None) -> str | None:

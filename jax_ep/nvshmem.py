@@ -167,7 +167,7 @@ def start(
         len(told),
         ordinal,
         num_region_bytes,
-        environment.has_network_slots(),
+        environment.network_slots() is not False,
     )
     _result(call, timeout, "NVSHMEM has not started", attempt)
     attempt.exchange("started")

@@ -353,21 +353,26 @@ def has_network_slots() -> bool:
 
 
 def _agree_on_network_slots(attempt: Attempt) -> bool:
-    """Whether they do: if it is wanted, and the nodes' devices have slots of one size."""
-    wanted = environment.has_network_slots()
+    """Whether they do: unless it is not wanted, if the nodes' devices have slots of one size."""
+    wanted = environment.network_slots()
     told = attempt.exchange(f"{wanted} {_native.cuda.slot_area_bytes()}")
     wishes, areas = ({text.split(" ")[i] for text in told} for i in range(2))
     if len(wishes) > 1:
         raise RuntimeError(
             "jax_ep.initialize: JAX_EP_NETWORK_SLOTS must be the same in all processes"
         )
-    if wanted and (len(areas) > 1 or areas == {"0"}):
-        say(
-            "small calls across nodes do not go through slots, for that all nodes must have slots "
-            "of one size (JAX_EP_SLOTS, jax_ep.initialize(slot_bytes=...)) and as many devices"
-        )
+    if wanted is False:
         return False
-    return wanted
+    if len(areas) > 1 or areas == {"0"}:
+        is_news = wanted or len(areas) > 1
+        if is_news and compat.process_index() == 0:  # all know the same
+            say(
+                "small calls across nodes do not go through slots, for that all nodes must have "
+                "slots of one size (JAX_EP_SLOTS, jax_ep.initialize(slot_bytes=...)) and as many "
+                "devices"
+            )
+        return False
+    return True
 
 
 def _set_up_cuda(staging_bytes: int = 0, slot_bytes: int | None = None) -> list[int]:

@@ -174,7 +174,7 @@ def all_start_and_end(native: FakeNative) -> None:
         native.name, native.ended = f"all{again}", False
         start(native)
         assert nvshmem.is_running()
-        assert not native.has_slots
+        assert native.has_slots
         assert nvshmem.have_left() == set(), "those of an earlier network do not count"
         mark(f"{native.name} seen")
         wait_for_marks(f"{native.name} seen", NUM_PROCESSES)
@@ -305,7 +305,7 @@ def gpus_on_two_hosts(native: FakeNative) -> None:
     runtime._set_up_cuda = lambda *options: [3]
     runtime._export_cuda = lambda: f"memory {PROCESS}"
     runtime._release_cuda = lambda must_end=False: True
-    os.environ["JAX_EP_NETWORK_SLOTS"] = "1"
+    os.environ.pop("JAX_EP_NETWORK_SLOTS", None)
     jax_ep.initialize()
     assert nvshmem.is_running()
     assert runtime.has_network_slots()
@@ -329,4 +329,11 @@ def gpus_on_two_hosts(native: FakeNative) -> None:
     jax_ep.initialize()
     assert cuda.joined[-1] is False
     assert not runtime.has_network_slots()
+    jax_ep.finalize()
+    # Nor where they are not wanted.
+    FakeCuda.slot_areas = (4096, 4096, 4096)
+    os.environ["JAX_EP_NETWORK_SLOTS"] = "0"
+    jax_ep.initialize()
+    assert not native.has_slots
+    assert cuda.joined[-1] is False
     jax_ep.finalize()
