@@ -26,7 +26,7 @@ def check(
     Raises:
         ValueError: if something of it is beyond a limit.
     """
-    num_ranks, num_sms = params["num_ranks"], params["num_sms"]
+    num_ranks = params["num_ranks"]
     where = f"{verb}: for a group across nodes ({num_ranks} ranks, {ranks_per_node} on each)"
     if num_ranks > limits.MAX_NETWORK_RANKS:
         raise ValueError(f"{where} the ranks must be at most {limits.MAX_NETWORK_RANKS}")
@@ -34,10 +34,6 @@ def check(
         raise ValueError(f"{where} num_experts must be even; got {params['num_experts']}")
     if is_layout:
         return
-    if 0 < num_sms < limits.NETWORK_SMS and not in_slots:
-        raise ValueError(
-            f"{where} num_sms must be 0 or at least {limits.NETWORK_SMS}; got {num_sms}"
-        )
     if "ranks_per_node" not in params:  # it sums nothing
         return
     order = params["ranks_per_node"]

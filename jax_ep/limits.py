@@ -14,7 +14,6 @@ DEFAULT_SLOT_BYTES = _LIMITS["cuda_default_slot_bytes"]  # of each device, where
 SLOT_BYTES_PER_DEVICE = _LIMITS["cuda_slot_bytes_per_device"]  # of the job; with less no call fits
 
 MAX_NETWORK_RANKS = _LIMITS["network_ranks"]  # of a group across nodes
-NETWORK_SMS = _LIMITS["network_sms"]  # that its dispatch and combine take
 MAX_COMBINE_NODES = _LIMITS["network_combine_nodes"]
 
 # SMs of a call that runs beside others. By default as many as keep a wire full that eight fill; at

@@ -2,7 +2,8 @@
 //
 // A rank is a processing element (PE). Which queue pair a call takes NVSHMEM decides; flush
 // completes what the whole rank has issued, on all of them. To peers whose heap is mapped here
-// (P2P, which is for tests: ranks of one node) puts are stores of the calling warp. NvshmemHop counts
+// (P2P: ranks of one node, in tests, or of nodes that NVLink spans) rows are stored by the calling
+// warp, here, for NVSHMEM's loop waits for each vector. NvshmemHop counts
 // the job's ranks, NvshmemGroupHop those of a group, which may be some of them in another order.
 #ifndef JAX_EP_CUDA_NETWORK_NVSHMEM_HOP_CUH_
 #define JAX_EP_CUDA_NETWORK_NVSHMEM_HOP_CUH_
@@ -10,7 +11,8 @@
 #include <nvshmem.h>
 
 #include "cuda/network/hop.cuh"
-#include "cuda/network/layout.h"
+#include "cuda/network/network.h"
+#include "cuda/network/warp_copy.cuh"
 
 namespace jax_ep::gpu {
 
@@ -27,6 +29,20 @@ struct NvshmemHop {
   template <typename MayGoOn>
   __device__ bool put_signal(int /*queue*/, int rank, void* dst, const void* src, size_t num_bytes,
                              uint64_t* signal, uint64_t value, MayGoOn& /*may_go_on*/) const {
+    auto* mapped = static_cast<char*>(nvshmem_ptr(dst, rank));
+    const bool is_vectors =
+        (reinterpret_cast<uint64_t>(dst) | reinterpret_cast<uint64_t>(src) | num_bytes) % 16 == 0;
+    if (mapped != nullptr && is_vectors) {
+      __syncwarp();
+      copy_by_warp(mapped, static_cast<const char*>(src), static_cast<int64_t>(num_bytes));
+      __syncwarp();
+      if (is_first_lane()) {
+        fence_acq_rel_sys();
+        st_relaxed_sys(static_cast<uint64_t*>(nvshmem_ptr(signal, rank)), value);
+      }
+      __syncwarp();
+      return true;
+    }
     nvshmemx_putmem_signal_nbi_warp(dst, src, num_bytes, signal, value, NVSHMEM_SIGNAL_SET, rank);
     return true;
   }
@@ -77,6 +93,13 @@ struct NvshmemGroupHop : NvshmemHop {
     return NvshmemHop::add_signal(queue, pe[rank], signal, value, may_go_on);
   }
 };
+
+// Of a group.
+inline NvshmemGroupHop HopOf(const NetworkGroup& network) {
+  NvshmemGroupHop hop;
+  for (int r = 0; r < kMaxNetworkRanks; ++r) hop.pe[r] = network.pe[r];
+  return hop;
+}
 
 }  // namespace jax_ep::gpu
 

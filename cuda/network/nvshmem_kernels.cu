@@ -2,19 +2,13 @@
 #include "cuda/network/link_check.cuh"
 #include "cuda/network/network.h"
 #include "cuda/network/nvshmem_hop.cuh"
+#include "cuda/network/nvshmem_slots.h"
 #include "cuda/network/rail/combine.cuh"
 #include "cuda/network/rail/dispatch.cuh"
-#include "cuda/network/slots.cuh"
 #include "cuda/network/tell.cuh"
 
 namespace jax_ep::gpu {
 namespace {
-
-NvshmemGroupHop HopOf(const NetworkGroup& network) {
-  NvshmemGroupHop hop;
-  for (int r = 0; r < kMaxNetworkRanks; ++r) hop.pe[r] = network.pe[r];
-  return hop;
-}
 
 cudaError_t LaunchLayoutOverNvshmem(const GroupView& group, const NetworkGroup& network,
                                     const LayoutArguments& arguments, int num_sms,
@@ -32,20 +26,6 @@ cudaError_t LaunchCombineOverNvshmem(const GroupView& group, const NetworkGroup&
                                      const CombineArguments& arguments, int num_sms,
                                      cudaStream_t stream) {
   return LaunchRailCombine(group, network.combine, HopOf(network), arguments, num_sms, stream);
-}
-
-cudaError_t LaunchLayoutAndDispatchOverNvshmem(const GroupView& group, const NetworkGroup& network,
-                                               const LayoutAndDispatchArguments& arguments,
-                                               int num_sms, cudaStream_t stream) {
-  return LaunchNetworkLayoutAndDispatchInSlots(group, network.slots, HopOf(network), arguments,
-                                               num_sms, stream);
-}
-
-cudaError_t LaunchCombineInSlotsOverNvshmem(const GroupView& group, const NetworkGroup& network,
-                                            const CombineArguments& arguments, int num_sms,
-                                            cudaStream_t stream) {
-  return LaunchNetworkCombineInSlots(group, network.slots, HopOf(network), arguments, num_sms,
-                                     stream);
 }
 
 cudaError_t LaunchTellOverNvshmem(const GroupView& group, const NetworkGroup& network,
@@ -87,7 +67,7 @@ cudaError_t PrepareNetworkKernels(bool has_slots) {
   if (cudaError_t e = PrepareNetworkLayout<NvshmemGroupHop>(); e != cudaSuccess) return e;
   if (cudaError_t e = PrepareRailDispatch<NvshmemGroupHop>(); e != cudaSuccess) return e;
   if (cudaError_t e = PrepareRailCombine<NvshmemGroupHop>(); e != cudaSuccess) return e;
-  return has_slots ? PrepareNetworkSlots<NvshmemGroupHop>() : cudaSuccess;
+  return has_slots ? PrepareSlotsOverNvshmem() : cudaSuccess;
 }
 
 }  // namespace jax_ep::gpu

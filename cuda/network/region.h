@@ -3,7 +3,7 @@
 // Each rank has one region, at a place that all have alike (NVSHMEM's symmetric heap), zero when the
 // network starts. It is for one group until then again: from its ranks, its nodes and the region's
 // size follows where everything lies, whatever the calls are, since a rank may be in a call when
-// another is still in the one before. R ranks on M nodes, Q channels, S slots; by offset:
+// another is still in the one before. R ranks on M nodes, Q channels a pair of nodes, S slots; by offset:
 //   what    | bytes                   | for
 //   words   | 24 + 32 M Q             | this rank alone: layouts finished, whether it has told that it
 //           |                         | has given up, calls in slots finished; chunks sent and received
@@ -29,8 +29,8 @@
 
 namespace jax_ep::gpu {
 
-// Blocks of a call, each of which needs an SM: a tenth of a GPU has as many.
-inline constexpr int kRailChannels = 12;
+// Blocks of a call at most, each of which needs an SM; a block has channels of its own.
+inline constexpr int kRailBlocks = 24;
 inline constexpr int kRailSlots = 3;
 inline constexpr int64_t kMostSlotBytes = 128 * 1024;
 // A region takes at least a call of T = 4096, K = 8 and rows of 14336 bytes.
@@ -78,9 +78,13 @@ struct NetworkRegion {
   uint64_t* signals(char* region) const { return reinterpret_cast<uint64_t*>(region + signals_at); }
 };
 
-constexpr int64_t network_words_bytes(int64_t num_nodes) {
+constexpr RailMemory region_rail(int32_t num_nodes, int64_t slot_bytes) {
+  return {num_nodes, kRailBlocks * channels_per_block(num_nodes), kRailSlots, slot_bytes};
+}
+
+constexpr int64_t network_words_bytes(const RailMemory& rail) {
   return 3 * int64_t{sizeof(uint64_t)} +
-         2 * num_nodes * kRailChannels * static_cast<int64_t>(sizeof(RailChunks));
+         2 * int64_t{rail.num_nodes} * rail.num_channels * static_cast<int64_t>(sizeof(RailChunks));
 }
 
 // Of a region of so many bytes. `is_enough` is whether it takes the least.
@@ -90,15 +94,14 @@ constexpr NetworkRegion MakeNetworkRegion(int64_t num_bytes, int32_t num_ranks,
   NetworkRegion region{};
   region.num_ranks = num_ranks;
   region.ranks_per_node = ranks_per_node;
-  const int32_t num_nodes = region.num_nodes();
-  region.rail = {num_nodes, kRailChannels, kRailSlots, 0};
+  region.rail = region_rail(region.num_nodes(), 0);
   region.layout = {num_ranks, 0, kMaxExperts, 0};
   if (has_slots) {
     region.slots = MakeFarSlots(num_bytes / 6, num_ranks, ranks_per_node);
     num_bytes = (num_bytes - region.slots.num_bytes()) / kLineBytes * kLineBytes;
     region.slots_at = num_bytes;
   }
-  region.signals_at = round_up(network_words_bytes(num_nodes), kLineBytes);
+  region.signals_at = round_up(network_words_bytes(region.rail), kLineBytes);
   region.dispatch_at =
       round_up(region.signals_at + region.num_signals() * int64_t{sizeof(uint64_t)}, kLineBytes);
 
@@ -118,17 +121,17 @@ constexpr NetworkRegion MakeNetworkRegion(int64_t num_bytes, int32_t num_ranks,
 
 // Of a region that is enough, whatever slots take of it: lists have a quarter.
 constexpr int64_t least_region_bytes(int32_t num_ranks, int32_t ranks_per_node) {
-  const RailMemory rail{num_ranks / ranks_per_node, kRailChannels, kRailSlots, kLeastSlotBytes};
+  const RailMemory rail = region_rail(num_ranks / ranks_per_node, kLeastSlotBytes);
   const NetworkLayoutMemory layout{num_ranks, kLeastIds, kMaxExperts, kLeastIds * num_ranks};
   const int64_t rails = 2 * rail.num_bytes(), lists = layout.num_bytes() - layout.counts_bytes();
   const int64_t signals = (layout.num_signals() + 2 * rail.num_signals() + num_ranks) * 8;
   const int64_t rest = 4 * (rails / 3 > lists ? rails / 3 : lists);
   // Lines: of both roundings, and of each slot's.
-  return network_words_bytes(rail.num_nodes) + signals + layout.counts_bytes() + rest +
+  return network_words_bytes(rail) + signals + layout.counts_bytes() + rest +
          static_cast<int64_t>(kLine) * (2 + 8 * rail.num_all_slots());
 }
 // Of the largest group.
-static_assert(least_region_bytes(kMaxNetworkRanks, 1) < int64_t{256} << 20);
+static_assert(least_region_bytes(kMaxNetworkRanks, 1) < int64_t{512} << 20);
 
 }  // namespace jax_ep::gpu
 

@@ -33,7 +33,7 @@ from scenarios import Layer, call, hear_of_it, right_calls
 import jax_ep
 from jax_ep import nodes, nvshmem, reference
 
-HEAP_BYTES = 64 << 20
+HEAP_BYTES = 96 << 20
 RANKS_PER_HOST = 2
 FAR_OFF = 600  # seconds: a timeout that helps nobody
 

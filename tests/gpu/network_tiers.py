@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import os
+import pathlib
 import re
+import sys
 from collections.abc import Callable
 
 import gpus
 import launcher
-from context import HERE, Context, Line, Result, Shape, SkippedError, run_job, run_suite
+from context import HERE, TESTS, Context, Line, Result, Shape, SkippedError, run_job, run_suite
 
 SCENARIOS = HERE / "network_scenarios.py"
 # No transport but P2P; and NVLink multicast stays off.
@@ -19,6 +21,7 @@ ENVIRONMENT = {
     "NVSHMEM_DISABLE_NCCL": "1",
     "NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME": "lo",
     "NVSHMEM_DEBUG": "WARN",
+    "JAX_EP_NETWORK_SLOTS": "0",  # small calls go as large ones do, but where a tier says otherwise
 }
 KILLED = -9
 
@@ -152,10 +155,20 @@ def _run_scenarios(
     return Result(lines, problems)
 
 
-def _exchange(ctx: Context, program: str, num_ranks: int) -> tuple[Line, list[str]]:
+def _exchange(
+    ctx: Context,
+    program: str,
+    num_ranks: int,
+    *options: str,
+    tier: str = "network-nvshmem",
+    what: str = "exchange",
+    hosts: tuple[str, ...] = (),
+    environments: tuple[dict[str, str], ...] = (),
+) -> tuple[Line, list[str]]:
     """The native program, a process for each rank; they may share a GPU, under MPS."""
-    folder, per_gpu = ctx.folder(f"network-exchange-{num_ranks}"), _ranks_per_gpu(ctx, num_ranks)
-    line = Line("network-nvshmem", f"exchange, {num_ranks} ranks")
+    name = f"{tier}-{what}-{num_ranks}".replace(", ", "-").replace(" ", "_")
+    folder, per_gpu = ctx.folder(name), _ranks_per_gpu(ctx, num_ranks)
+    line = Line(tier, f"{what}, {num_ranks} ranks")
     with contextlib.ExitStack() as stack:
         service: dict[str, str] = {}
         if per_gpu > 1:
@@ -165,18 +178,98 @@ def _exchange(ctx: Context, program: str, num_ranks: int) -> tuple[Line, list[st
                 raise SkippedError(f"ranks that share a GPU need MPS: {error}") from error
         meet = folder / "meet"
         meet.mkdir()
-        processes = [
-            launcher.Process(
-                [program, str(r), str(num_ranks), str(r % ctx.num_gpus), str(meet)],
-                {**os.environ, **ENVIRONMENT, **service, "NVSHMEM_SYMMETRIC_SIZE": str(256 << 20)},
-                folder / f"process_{r}.log",
-            )
-            for r in range(num_ranks)
-        ]
+        usual = {**os.environ, **ENVIRONMENT, **service, "NVSHMEM_SYMMETRIC_SIZE": str(256 << 20)}
+        processes = []
+        for r in range(num_ranks):
+            command = [program, str(r), str(num_ranks), str(r % ctx.num_gpus), str(meet), *options]
+            if hosts:
+                command = [sys.executable, str(TESTS / "support/host.py"), hosts[r], *command]
+            environment = usual | (environments[r] if environments else {})
+            processes.append(launcher.Process(command, environment, folder / f"process_{r}.log"))
         problems = ctx.run(processes, 60).judge(line)
     text = processes[0].log.read_text(errors="replace")
     line.notes = re.findall(r"^NOTE: (.*)$", text, re.MULTILINE)
     return line, problems
+
+
+# Over the network in software of tests/native/wire: a seed, whether the newest fragment leaves
+# first, whether processes are on hosts of their own rather than without P2P.
+WIRES = ((1, False, False), (2, True, False), (3, False, True))
+
+
+def wire(ctx: Context) -> Result:
+    """NVSHMEM's proxy and UCX plugin over a network in software; wrong protocols are caught."""
+    ctx.skip_without_gpu()
+    if ctx.num_gpus < 2:
+        raise SkippedError("peers over the wire must not share a GPU: it needs two")
+    build = ctx.builds.wait("network-wire", ctx.deadline)
+    lines, problems = [], []
+    for seed, is_newest_first, are_hosts in WIRES[: 1 if ctx.quick else len(WIRES)]:
+        what = f"seed {seed}" + (", newest first" if is_newest_first else "")
+        what += ", two hosts" if are_hosts else ""
+        hosts = ("host0", "host1") if are_hosts else ()
+
+        def environments(
+            job: str, seed: int = seed, newest: bool = is_newest_first, p2p: bool = are_hosts
+        ) -> tuple[dict[str, str], ...]:
+            keys = ctx.folder(f"keys-{job}-{seed}")
+            return tuple(_over_wire(build, keys, seed, newest, p2p, rank) for rank in range(2))
+
+        line, found = _exchange(
+            ctx,
+            str(build / "network_nvshmem"),
+            2,
+            "reordered",
+            tier="network-wire",
+            what=f"exchange, {what}",
+            hosts=hosts,
+            environments=environments("exchange"),
+        )
+        lines.append(line)
+        problems += found
+        of_hosts = [{"JAX_EP_TEST_HOST": host} for host in hosts] or [{}, {}]
+        result = run_suite(
+            ctx,
+            f"network-wire-ep2-{seed}",
+            Shape(2),
+            ["gpu/across_nodes.py"],
+            limit=120,
+            keyword="small or drops or call_after_call",
+            environments={
+                rank: of_wire | of_hosts[rank] for rank, of_wire in enumerate(environments("ep2"))
+            },
+            JAX_EP_NETWORK="1",
+            JAX_EP_RANKS_PER_NODE="1",
+            NVSHMEM_SYMMETRIC_SIZE=str(84 << 20),
+            **{k: v for k, v in ENVIRONMENT.items() if k != "NVSHMEM_REMOTE_TRANSPORT"},
+        )
+        for line in result.lines:
+            line.what += f", {what}"
+        lines += result.lines
+        problems += result.problems
+    return Result(lines, problems)
+
+
+def _over_wire(
+    build: pathlib.Path, keys: pathlib.Path, seed: int, newest: bool, p2p: bool, rank: int
+) -> dict[str, str]:
+    """What a process's environment needs. Short delays hide mistakes."""
+    libraries = [str(build / "wire"), os.environ.get("LD_LIBRARY_PATH", "")]
+    return {
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
+        "NVSHMEM_REMOTE_TRANSPORT": "ucx",
+        "NVSHMEM_DISABLE_P2P": str(int(not p2p)),
+        "NVSHMEM_DISABLE_CUDA_VMM": "1",  # the heap is one allocation, which the wire can export
+        "NVSHMEM_DISABLE_MNNVL": "1",
+        "NCCL_IB_DISABLE": "1",  # its libibverbs is none
+        "CUDA_MODULE_LOADING": "EAGER",
+        "WIRE_FOLDER": str(keys),
+        "WIRE_DELAY_US": "2000",
+        "WIRE_FRAGMENT": "4096",
+        "WIRE_FENCE": "atomics",
+        "WIRE_NEWEST_FIRST": str(int(newest)),
+        "WIRE_SEED": str(100 * seed + rank),
+    }
 
 
 def across_nodes(num_ranks: int, ranks_per_node: int) -> Callable[[Context], Result]:
@@ -243,9 +336,8 @@ def _run_group(
         keyword=keyword,
         JAX_EP_NETWORK="1",
         JAX_EP_RANKS_PER_NODE=str(ranks_per_node),
-        NVSHMEM_SYMMETRIC_SIZE=str(num_ranks * 8 << 20),  # for chunks of 32 KiB
-        **environment,
-        **ENVIRONMENT,
+        NVSHMEM_SYMMETRIC_SIZE=str(84 << 20),  # for chunks of 17 to 41 KiB
+        **(ENVIRONMENT | environment),
     )
 
 

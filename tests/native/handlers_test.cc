@@ -599,10 +599,7 @@ void AcrossNodes() {
   const std::string over = op + "over the network ";
   CHECK(Contains(refusal(LayoutAndDispatchCallOf(4, 2, {ffi::BF16, 2, 1})),
                  op + "the program quantises rows for a group on one node: compile it where"));
-  Call small = LayoutAndDispatchCallOf(4, 2);
-  small.attributes["num_sms"] = int64_t{11};
-  CHECK(Contains(refusal(std::move(small)), over + "a call takes 12 SMs, but it has 11"));
-  CHECK(g_launched.size() == 2);
+  CHECK(g_launched.size() == 1);
   for (const Launched& launched : g_launched) CHECK(launched.kernel == "layout over the network");
   // Rows with scales do, and not expanded.
   CHECK(refusal(LayoutAndDispatchCallOf(4, 2, {ffi::F8E4M3FN, 3, 0, 0, 1, 4})).empty());

@@ -186,11 +186,11 @@ void Region() {
       for (size_t i = 10; i < intervals.size(); ++i) CHECK(intervals[i].begin % 128 == 0);
     }
   }
-  // That of a heap of NVSHMEM's own size, for the largest group, takes rows of 14336 bytes by fives.
+  // That of a heap of NVSHMEM's own size, for the largest group, takes rows of 14336 bytes by twos.
   bool is_enough = false;
   const gpu::NetworkRegion region =
       gpu::MakeNetworkRegion(int64_t{768} << 20, 56, 1, false, &is_enough);
-  CHECK(is_enough && region.rail.slot_bytes / 14416 == 5 && region.layout.max_ids > 300000);
+  CHECK(is_enough && region.rail.slot_bytes / 14416 == 2 && region.layout.max_ids > 300000);
   // Slots of that take as many tokens as those of a node do, also with a rank a node.
   for (const int num_ranks : {2, 8, 16, 32, 56}) {
     const gpu::FarSlots slots =

@@ -166,12 +166,12 @@ struct CombineBuffers {
 void Launch(Job& job, int rank, CombineBuffers& buffers, const SumData& d, uint64_t operation,
             Fault fault = Fault::kNone) {
   CHECK_CUDA(LaunchRailCombine(job.View(rank, operation), job.Rail(rank), job.HopOf(rank, fault),
-                               buffers.Arguments(d), job.shape().num_channels, job.stream(rank)));
+                               buffers.Arguments(d), BlocksOf(job.shape(), operation),
+                               job.stream(rank)));
 }
 
 // How many rows of a rank's result are wrong; says of the first ones of a run what they are made of.
-int NumWrongRows(const JobShape& shape, const Data& d, int rank, int call, const CombineBuffers& b,
-                 int& num_to_print) {
+int NumWrongRows(const Data& d, int rank, int call, const CombineBuffers& b, int& num_to_print) {
   const std::vector<uint8_t> out = b.out.Read();
   const std::vector<float> collected = b.collected.Read();
   const int type_bytes = TypeBytes(d.type);
@@ -191,10 +191,8 @@ int NumWrongRows(const JobShape& shape, const Data& d, int rank, int call, const
     if (num_numbers + num_values == 0) continue;
     ++num_wrong;
     if (num_to_print-- <= 0) continue;
-    int channel = 0;
-    while (d.num_tokens * (channel + 1) / shape.num_channels <= token) ++channel;
-    std::printf("  call %d, rank %d, token %lld, channel %d: %lld of %lld numbers wrong, ", call,
-                rank, static_cast<long long>(token), channel, static_cast<long long>(num_numbers),
+    std::printf("  call %d, rank %d, token %lld: %lld of %lld numbers wrong, ", call, rank,
+                static_cast<long long>(token), static_cast<long long>(num_numbers),
                 static_cast<long long>(d.num_channels));
     if (num_numbers > 0) {
       std::printf("the first at %lld: %g, right %g; ",
@@ -245,7 +243,7 @@ void RunCombine(Group& group, const JobShape& shape, const NetworkModel& model, 
   for (int call = 0; call < num_calls; ++call) {
     const int before = num_wrong;
     for (int r = 0; r < shape.num_ranks; ++r) {
-      num_wrong += NumWrongRows(shape, data[call], r, call, *buffers[call][r], num_to_print);
+      num_wrong += NumWrongRows(data[call], r, call, *buffers[call][r], num_to_print);
     }
     if (num_wrong == before || is_control) continue;
     const SumData& d = data[call];
@@ -307,8 +305,9 @@ void TestRailCombine(Group& group, bool is_small) {
         RunCombine(group, shape, model, 2, Fault::kHeadFirst);
         RunCombine(group, shape, model, 1, Fault::kWithoutCredit);
       });
-  for (const JobShape& shape : FailureJobs()) RunCombineWithoutOne(group, shape, RailModels(1)[1]);
-  RunCombineWithoutOne(group, FailureJobs().back(), RailModels(1)[1], Fault::kNotTold);
+  for (const JobShape& shape : FailureJobs())
+    RunCombineWithoutOne(group, shape, NetworkModels(1)[1]);
+  RunCombineWithoutOne(group, FailureJobs().back(), NetworkModels(1)[1], Fault::kNotTold);
 }
 
 }  // namespace jax_ep::gpu::test

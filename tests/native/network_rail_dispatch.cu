@@ -43,10 +43,10 @@ struct DispatchBuffers {
 void Launch(Job& job, int rank, DispatchBuffers& buffers, const Data& d, uint64_t operation,
             Fault fault = Fault::kNone) {
   // Sometimes fewer warps than nodes, so that a warp has several of them.
-  const int max_pairs = operation % 2 == 0 ? rail::kMaxPairs : 2;
+  const int max_nodes = operation % 2 == 0 ? rail::kMaxPairs : 2;
   CHECK_CUDA(LaunchRailDispatch(job.View(rank, operation), job.Rail(rank), job.HopOf(rank, fault),
-                                buffers.Arguments(d), job.shape().num_channels, job.stream(rank),
-                                max_pairs));
+                                buffers.Arguments(d), BlocksOf(job.shape(), operation),
+                                job.stream(rank), max_nodes));
 }
 
 // What ranks send, and what they must get.
@@ -119,8 +119,6 @@ int NumWrongRows(const JobShape& shape, const Data& d, const FormData& data, int
     }
     const auto src = static_cast<int>(flat_token < 0 ? -1 : flat_token / d.num_tokens);
     const int64_t token = flat_token < 0 ? -1 : flat_token % d.num_tokens;
-    int channel = 0;
-    while (token >= 0 && d.num_tokens * (channel + 1) / shape.num_channels <= token) ++channel;
     const uint8_t* first = std::mismatch(a, a + row_bytes, e).first;
     const bool is_untouched = std::all_of(a, a + row_bytes, [](uint8_t v) { return v == 0xff; });
     std::string holds = is_untouched ? "nothing" : "something else";
@@ -132,14 +130,14 @@ int NumWrongRows(const JobShape& shape, const Data& d, const FormData& data, int
       }
     }
     std::printf(
-        "  call %d, rank %d, row %lld%s: of rank %d (%s), token %lld, channel %d: %s from byte "
+        "  call %d, rank %d, row %lld%s: of rank %d (%s), token %lld: %s from byte "
         "%lld of %lld on, holds %s; scales %s\n",
         call, rank, static_cast<long long>(row), form.name().c_str(), src,
         src < 0                                                     ? "none"
         : src / shape.ranks_per_node == rank / shape.ranks_per_node ? "own node"
         : src % shape.ranks_per_node == rank % shape.ranks_per_node ? "same rail"
                                                                     : "two hops",
-        static_cast<long long>(token), channel, is_right_row ? "right" : "wrong",
+        static_cast<long long>(token), is_right_row ? "right" : "wrong",
         static_cast<long long>(first - a), static_cast<long long>(row_bytes), holds.c_str(),
         are_right_scales ? "right" : "wrong");
   }
@@ -275,10 +273,10 @@ void TestRailDispatch(Group& group, bool is_small) {
         RunDispatch(group, shape, model, 1, Fault::kWithoutCredit);
       });
   for (const JobShape& shape : FailureJobs()) {
-    RunDispatchWithoutOne(group, shape, RailModels(1)[1]);
-    RunOtherCall(group, shape, RailModels(1)[1]);
+    RunDispatchWithoutOne(group, shape, NetworkModels(1)[1]);
+    RunOtherCall(group, shape, NetworkModels(1)[1]);
   }
-  RunDispatchWithoutOne(group, FailureJobs().back(), RailModels(1)[1], Fault::kNotTold);
+  RunDispatchWithoutOne(group, FailureJobs().back(), NetworkModels(1)[1], Fault::kNotTold);
 }
 
 }  // namespace jax_ep::gpu::test

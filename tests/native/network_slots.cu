@@ -411,23 +411,17 @@ void RunDifferentCalls(Group& group, const Shape& shape, const NetworkModel& mod
 }
 
 int Main(bool is_small) {
-  using Order = NetworkModel::Order;
-  using Departure = NetworkModel::Departure;
   CHECK_CUDA(PrepareNetworkSlots<FaultyHop>());
   Group group;
   const int num_seeds = is_small ? 1 : 3, num_calls = is_small ? 4 : 10;
   for (uint64_t seed = 1; seed <= static_cast<uint64_t>(num_seeds); ++seed) {
-    const NetworkModel models[] = {
-        {"rc, at once", Order::kPair, Departure::kAtOnce, 0, 0, seed},
-        {"rc, random", Order::kPair, Departure::kRandom, 1000, 2048, seed},
-        {"srd, random", Order::kNone, Departure::kRandom, 1000, 2048, seed},
-        {"srd, youngest first", Order::kNone, Departure::kYoungestFirst, 1000, 2048, seed}};
+    const std::vector<NetworkModel> models = NetworkModels(seed);
     for (const NetworkModel& model : models) {
       for (const Shape& shape : {Shape{2, 1}, Shape{4, 2}, Shape{4, 1}, Shape{6, 3}, Shape{8, 4},
                                  Shape{8, 2}, Shape{8, 1}}) {
         Run(group, shape, model, num_calls);
       }
-      if (model.departure == Departure::kAtOnce) continue;
+      if (model.departure == NetworkModel::Departure::kAtOnce) continue;
       for (const Fault fault : {Fault::kSignalApart, Fault::kWithoutWait, Fault::kOneParity}) {
         Run(group, {4, 2}, model, 3, fault);
       }

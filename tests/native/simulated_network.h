@@ -33,6 +33,16 @@ struct NetworkModel {
   uint64_t seed;
 };
 
+// Of one seed, that kernels are tried over; the first one is calm.
+inline std::vector<NetworkModel> NetworkModels(uint64_t seed) {
+  using Order = NetworkModel::Order;
+  using Departure = NetworkModel::Departure;
+  return {{"rc, at once", Order::kPair, Departure::kAtOnce, 0, 0, seed},
+          {"rc, random", Order::kPair, Departure::kRandom, 1000, 2048, seed},
+          {"srd, random", Order::kNone, Departure::kRandom, 1000, 2048, seed},
+          {"srd, youngest first", Order::kNone, Departure::kYoungestFirst, 1000, 2048, seed}};
+}
+
 // Of ranks that all lie on the current device.
 class SimulatedNetwork {
  public:

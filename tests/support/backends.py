@@ -444,6 +444,7 @@ def layout_options(case: Case) -> dict[str, Any]:
         "expert_alignment": case.expert_alignment,
         "expert_capacity": case.expert_capacity,
         "zero_tail": case.zero_tail,
+        "num_sms": case.num_sms,
     }
 
 

@@ -58,6 +58,7 @@ class Case:
         expert_alignment: A.
         zero_tail: as in `make_layout`.
         expert_capacity: M, in place of a capacity.
+        num_sms: that calls may use on CUDA, which no result depends on; None: theirs.
     """
 
     num_ranks: int
@@ -69,6 +70,7 @@ class Case:
     expert_alignment: int = 1
     zero_tail: bool = True
     expert_capacity: int | None = None
+    num_sms: int | None = None
 
     def __str__(self) -> str:
         """A short name, for test ids."""

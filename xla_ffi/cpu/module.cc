@@ -11,8 +11,8 @@
 
 #include "cuda/core/limits.h"
 #include "cuda/memory/slots.h"
+#include "cuda/network/layout.h"
 #include "cuda/network/rail/combine.h"
-#include "cuda/network/region.h"
 #include "xla_ffi/attributes.h"
 #include "xla_ffi/calls.h"
 #include "xla_ffi/cpu/call_site.h"
@@ -56,7 +56,6 @@ nb::dict Limits() {
   limits["cuda_slot_ids"] = gpu::kMaxSlotIds;
   limits["cuda_slot_group_ids"] = gpu::kMaxSlotGroupIds;
   limits["network_ranks"] = gpu::kMaxNetworkRanks;
-  limits["network_sms"] = gpu::kRailChannels;
   limits["network_combine_nodes"] = gpu::rail::kMaxCombineNodes;
   return limits;
 }

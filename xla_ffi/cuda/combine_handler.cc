@@ -53,7 +53,7 @@ ffi::Error Combine(cudaStream_t stream, int32_t ordinal, CudaSiteState* state, C
     launched =
         network->part.launch_combine_in_slots(group, network->group, arguments, num_sms, stream);
   } else if (network != nullptr) {
-    if (auto problem = NetworkProblem(*network, call, num_sms)) return Refused(a.kOp, *problem);
+    if (auto problem = NetworkProblem(*network, call)) return Refused(a.kOp, *problem);
     launched = network->part.launch_combine(group, network->group, arguments, num_sms, stream);
   } else {
     const auto launch = group.in_slots() ? gpu::LaunchCombineInSlots : gpu::LaunchCombine;

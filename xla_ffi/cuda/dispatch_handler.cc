@@ -38,7 +38,7 @@ ffi::Error LaunchDispatch(const CudaSiteState& state, int32_t ordinal, cudaStrea
   const int sms = NumSms(ordinal, num_sms);
   cudaError_t launched;
   if (const NetworkCall* network = group.network()) {
-    if (auto problem = NetworkProblem(*network, call, sms)) return Refused(state.op, *problem);
+    if (auto problem = NetworkProblem(*network, call)) return Refused(state.op, *problem);
     launched = network->part.launch_dispatch(group, network->group, arguments, sms, stream);
   } else {
     launched = gpu::LaunchDispatch(group, arguments, sms, stream);

@@ -20,12 +20,6 @@ std::string AtMost(const std::string& what, int64_t most, int64_t got) {
 constexpr char kLargerHeap[] =
     ". Pass a larger jax_ep.initialize(heap_bytes=...) in every process, after jax_ep.finalize()";
 
-std::optional<std::string> TooFewSms(const gpu::RailMemory& at, int num_sms) {
-  if (num_sms >= at.num_channels) return std::nullopt;
-  return "over the network a call takes " + std::to_string(at.num_channels) + " SMs, but it has " +
-         std::to_string(num_sms) + ": pass a larger num_sms to jax_ep.make_layout, or none";
-}
-
 std::string TooLongRows(const std::string& name, const gpu::RailMemory& at,
                         const gpu::ChunkFormat& format) {
   return AtMost("the bytes of a row of " + name,
@@ -173,14 +167,12 @@ std::optional<std::string> NetworkProblem(const NetworkCall& network, const Layo
   return std::nullopt;
 }
 
-std::optional<std::string> NetworkProblem(const NetworkCall& network, const DispatchCall& call,
-                                          int num_sms) {
+std::optional<std::string> NetworkProblem(const NetworkCall& network, const DispatchCall& call) {
   if (call.quantization != QuantizationKind::kNone &&
       call.quantization != QuantizationKind::kGivenScales) {
     return "the program quantises rows for a group on one node: compile it where it runs";
   }
   const gpu::RailMemory& at = network.region.rail;
-  if (auto problem = TooFewSms(at, num_sms)) return problem;
   const gpu::ChunkFormat format = gpu::dispatch_chunks(
       call.sizes.top_k,
       gpu::WireRowBytes(call.x.row_bytes(), call.x.num_channels, call.num_scales));
@@ -191,8 +183,7 @@ std::optional<std::string> NetworkProblem(const NetworkCall& network, const Disp
   return std::nullopt;
 }
 
-std::optional<std::string> NetworkProblem(const NetworkCall& network, const CombineCall& call,
-                                          int num_sms) {
+std::optional<std::string> NetworkProblem(const NetworkCall& network, const CombineCall& call) {
   const gpu::RailMemory& at = network.region.rail;
   if (at.num_nodes > gpu::rail::kMaxCombineNodes) {
     return AtMost("the nodes of combine", gpu::rail::kMaxCombineNodes, at.num_nodes);
@@ -201,7 +192,6 @@ std::optional<std::string> NetworkProblem(const NetworkCall& network, const Comb
   if (on_node > gpu::rail::kMaxRanksOfNode) {
     return AtMost("the ranks of a node in combine", gpu::rail::kMaxRanksOfNode, on_node);
   }
-  if (auto problem = TooFewSms(at, num_sms)) return problem;
   const int64_t most_tokens =
       gpu::kMaxUnitsPerBlock / network.region.num_ranks - gpu::rail::kTokensAtOnce;
   if (call.sizes.num_tokens > most_tokens) {

@@ -64,10 +64,8 @@ class Network {
 
 // What kernels over the network do not take of a call, in words.
 std::optional<std::string> NetworkProblem(const NetworkCall& network, const LayoutCall& call);
-std::optional<std::string> NetworkProblem(const NetworkCall& network, const DispatchCall& call,
-                                          int num_sms);
-std::optional<std::string> NetworkProblem(const NetworkCall& network, const CombineCall& call,
-                                          int num_sms);
+std::optional<std::string> NetworkProblem(const NetworkCall& network, const DispatchCall& call);
+std::optional<std::string> NetworkProblem(const NetworkCall& network, const CombineCall& call);
 
 }  // namespace jax_ep
 

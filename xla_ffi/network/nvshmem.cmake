@@ -38,6 +38,7 @@ endif()
 # Kernels over NVSHMEM: device code that is linked once more, with NVSHMEM's, where it is used.
 add_library(jax_ep_nvshmem STATIC
   cuda/network/nvshmem_kernels.cu
+  cuda/network/nvshmem_slots.cu
   xla_ffi/memory/driver.cc
   xla_ffi/network/exit_guard.cc
   xla_ffi/network/nvshmem.cc)
@@ -75,4 +76,5 @@ if(JAX_EP_TESTS)
   target_compile_options(network_nvshmem PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
   target_link_libraries(network_nvshmem PRIVATE jax_ep_nvshmem)
+  include(tests/native/wire/wire.cmake)
 endif()

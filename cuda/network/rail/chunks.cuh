@@ -10,13 +10,19 @@
 
 namespace jax_ep::gpu::rail {
 
-// The block's channel to the peers on its rail, in one call. By whole warps; what is false is so on all
+// One of the block's channels to the peers on its rail, in one call. By whole warps; what is false is so on all
 // lanes, and then the group is broken. `first` is the first chunk of the call, to or from that node.
 template <typename Hop>
 class Channel {
  public:
-  __device__ Channel(const GroupView& g, const RailView& rail, const Hop& hop, OpKind kind)
-      : g_(g), rail_(rail), hop_(hop), kind_(kind), channel_(static_cast<int32_t>(blockIdx.x)) {}
+  __device__ Channel(const GroupView& g, const RailView& rail, const Hop& hop, OpKind kind,
+                     int32_t of_block)
+      : g_(g),
+        rail_(rail),
+        hop_(hop),
+        kind_(kind),
+        channel_(static_cast<int32_t>(blockIdx.x) * channels_per_block(rail.at.num_nodes) +
+                 of_block) {}
 
   __device__ RailChunks& chunks(int32_t node) const { return rail_.chunks_of(node, channel_); }
   __device__ char* staging(int32_t node, uint64_t chunk) const {

@@ -5,16 +5,17 @@
 //           products f32, each rounded on its own, from +0; who has none adds nothing.
 //           collected[t, k] = values[row of (t, k)], 0 if there is none. Without `expand`, as in
 //           cuda/direct/combine.
-// Roles:    one block a channel, all resident; block b has a b-th of each rank's tokens, and meets the
-//           blocks b of other ranks alone. Its tokens are taken in batches of 32; a unit is a batch of
-//           one rank's tokens. The first warp tells the peers on the node which units are summed, and
+// Roles:    blocks, all resident, as many on all ranks; block b has a b-th of each rank's tokens, and
+//           meets the blocks b of other ranks alone. Its tokens are taken in batches of 8; a unit is a
+//           batch of one rank's tokens. It has C channels to each node, of which the c-th has the
+//           batches c, c + C, .. The first warp tells the peers on the node which units are summed, and
 //           hears them (messenger, progress.cuh). Of the rest
 //             rank summers  | sum this rank's rows of a unit, for each rank of all nodes, and leave
-//                           | that with the rank of its index on this node
-//             node summers  | one for each other node: sum what this node's ranks have left for the
-//                           | peer on the rail there, and send it
-//             token summers | all together add up the nodes' sums of each own token, one of which is
-//                           | of this node; each has a share of the row
+//                           | that with the rank of its index on this node (row_summer.cuh)
+//             node summers  | one for each channel to another node: sum what this node's ranks have
+//                           | left for the peer on the rail there, and send it
+//             token summers | as many for each channel: together they add up the nodes' sums of its
+//                           | own tokens, one of which is of this node; each has a share of the row
 // Buffers:  name               | lives on       | written by                  | read by
 //           y, weights, values | XLA, own       | before the call             | rank summers
 //           scratch (partial,  | XLA, each rank | rank summers of this node,  | node and token
@@ -59,6 +60,7 @@
 #include "cuda/network/rail/chunks.cuh"
 #include "cuda/network/rail/combine.h"
 #include "cuda/network/rail/rail.h"
+#include "cuda/network/rail/row_summer.cuh"
 #include "cuda/network/rail/sums.cuh"
 #include "cuda/network/tell.cuh"
 #include "cuda/sync/give_up.cuh"
@@ -70,9 +72,11 @@ namespace jax_ep::gpu {
 namespace rail {
 
 struct CombineShared {
-  uint64_t address[kMaxPeers][kNumAddresses];         // the first one is scratch
+  uint64_t address[kMaxPeers][kNumAddresses];  // the first one is scratch
+  // By node and channel of the block.
   uint32_t left[kMaxCombineNodes][kMaxCombineSlots];  // [Q]
-  uint64_t received[kMaxCombineNodes];                // by the first token summer: chunks
+  uint64_t received[kMaxCombineNodes];                // by a channel's first token summer: chunks
+  SummerStages stages[kMaxSummers];                   // of rank summers, then of node summers
   Mailbox box;
 };
 
@@ -82,6 +86,7 @@ struct CombineWork {
   const RailView& rail;
   const CombineArguments& a;
   CombineShared& shared;
+  CombineWarps warps;
   CombineScratch scratch;
   ChunkFormat format;
   int32_t begin, end;  // tokens
@@ -100,13 +105,19 @@ struct CombineWork {
     return static_cast<int32_t>((static_cast<uint32_t>(unit) + blockIdx.x) %
                                 static_cast<uint32_t>(num_ranks));
   }
+  template <typename Vector>
+  __device__ RowSummer<Vector> summer(int32_t index, char* stages, int32_t* written) const {
+    return {shared.stages[index], stages + int64_t{index} * warps.stages * kSumPieceBytes,
+            warps.stages, written};
+  }
   __device__ uint64_t own_scratch() const { return shared.address[g.rank][0]; }
   __device__ int64_t num_vectors() const { return format.row_bytes / 16; }
 
   // [P2], by a warp. False if the group is broken. This rank's own summers come to an end whatever
   // happens, so the wait for them needs none.
   __device__ bool await_unit(int32_t unit) const {
-    while (ld_acquire_cta_shared(&shared.box.written[unit % kRankSummers]) <= unit / kRankSummers) {
+    const int32_t summer = unit % warps.rank_summers, num_before = unit / warps.rank_summers;
+    while (ld_acquire_cta_shared(&shared.box.written[summer]) <= num_before) {
       __nanosleep(32);
     }
     __syncwarp();
@@ -127,116 +138,162 @@ __device__ inline int32_t nth_bit(uint32_t bits, int32_t i) {
   return __ffs(static_cast<int>(bits)) - 1;
 }
 
-// Its units: those of `index`, + kRankSummers, ..
+// Its units: those of `index`, index + rank_summers, ..
 template <typename Vector>
-__device__ void sum_own_rows(const CombineWork& work, int32_t index) {
+__device__ void sum_own_rows(const CombineWork& work, int32_t index, char* stages) {
   const CombineArguments& a = work.a;
   const CombineScratch& scratch = work.scratch;
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
   const int32_t num_units = work.shared.box.num_units;
+  const auto row_bytes = static_cast<int32_t>(work.format.row_bytes);
+  auto summer = work.summer<Vector>(index, stages, &work.shared.box.written[index]);
   int32_t num_done = 0;
-  for (int32_t unit = index; unit < num_units; unit += kRankSummers) {
+  for (int32_t unit = index; unit < num_units; unit += work.warps.rank_summers) {
     const int32_t rank = work.rank_of_unit(unit);
     const int32_t first_token = work.begin + unit / work.num_ranks * kTokensAtOnce;
     const int32_t node = rank / work.rail.ranks_per_node;
     const uint64_t to = work.shared.address[rank % work.rail.ranks_per_node][0];
     int32_t first_row = 0, num_rows = 0;
-    if (first_token + lane < work.end) {
+    if (lane < kTokensAtOnce && first_token + lane < work.end) {
       const int64_t flat_token = rank * a.num_tokens + first_token + lane;
       first_row = a.recv_offsets[flat_token];
       num_rows = a.recv_offsets[flat_token + 1] - first_row;
       *scratch.has(to, node, work.g.rank, first_token + lane) = num_rows > 0;
     }
     uint32_t left = __ballot_sync(~0u, num_rows > 0);
-    for (; left != 0; left &= left - 1) {
-      const int32_t of = __ffs(static_cast<int>(left)) - 1, token = first_token + of;
+    // Of the first token that is left, on each lane: looked up two tokens before, its weight one.
+    const auto row_of = [&](uint32_t tokens) -> int32_t {
+      if (tokens == 0) return kNoRow;
+      const int32_t of = __ffs(static_cast<int>(tokens)) - 1;
       const int32_t count = __shfl_sync(~0u, num_rows, of);
       const int32_t first = __shfl_sync(~0u, first_row, of);
-      int32_t row = 0;
-      float weight = 1.0f;
-      if (lane < count) {
-        row = a.recv_order[first + lane];
-        if (a.weights != nullptr) weight = a.weights[row];
-        if (a.values != nullptr) {
-          scratch.values(to, node, token)[a.recv_src[row] % a.top_k] = a.values[row];
-        }
+      return lane < count ? a.recv_order[first + lane] : kNoRow;
+    };
+    const auto weight_of = [&](int32_t row) {
+      return row != kNoRow && a.weights != nullptr ? a.weights[row] : 1.0f;
+    };
+    const auto after_first = [](uint32_t tokens) { return tokens & (tokens - 1); };
+    int32_t next_row = row_of(left), next_but_one = row_of(after_first(left));
+    float next_weight = weight_of(next_row);
+    for (; left != 0; left = after_first(left)) {
+      const int32_t of = __ffs(static_cast<int>(left)) - 1, token = first_token + of;
+      const int32_t count = __shfl_sync(~0u, num_rows, of);
+      const int32_t row = next_row;
+      const float weight = next_weight;
+      next_row = next_but_one;
+      next_but_one = row_of(after_first(after_first(left)));
+      next_weight = weight_of(next_row);
+      if (row != kNoRow && a.values != nullptr) {
+        scratch.values(to, node, token)[a.recv_src[row] % a.top_k] = a.values[row];
       }
       const auto addend = [&](int32_t i) -> Addend {
         const int64_t of_lane = __shfl_sync(~0u, row, i);
         const int64_t at = a.expand ? of_lane : rank * a.num_tokens + token;
-        return {static_cast<const char*>(a.y) + at * work.format.row_bytes,
-                __shfl_sync(~0u, weight, i)};
+        return {static_cast<const char*>(a.y) + at * row_bytes, __shfl_sync(~0u, weight, i)};
       };
-      sum_rows<Vector, 4>(scratch.partial(to, node, work.g.rank, token), work.num_vectors(),
-                          a.expand ? count : 1, addend);
+      summer.sum(scratch.partial(to, node, work.g.rank, token), row_bytes, a.expand ? count : 1,
+                 addend);
     }
-    __syncwarp();
-    ++num_done;
-    if (lane == 0) st_release_cta_shared(&work.shared.box.written[index], num_done);  // then [P1]
+    summer.tell(++num_done);
   }
+  summer.finish();
 }
 
-// What this node has for the peer on another one. False if the group is broken.
+// Sends what this node has for the peer on another one, over a channel of the block.
 template <typename Vector, typename Hop>
-__device__ bool send_node_sums(const CombineWork& work, const Channel<Hop>& channel, int32_t node,
-                               int32_t rows_per_chunk) {
-  const CombineArguments& a = work.a;
-  const CombineScratch& scratch = work.scratch;
-  const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
-  const int32_t rank = work.rail.rank_of(node, work.g.rank);
-  const uint64_t here = work.own_scratch();
-  RailChunks& chunks = channel.chunks(node);
-  const uint64_t first = chunks.sent;
-  uint64_t chunk = first;
-  if (!channel.await_credit(node, chunk, first) ||  // [R1]
-      !channel.send(node, chunk, 0, false, work.format.num_bytes(0)))
-    return false;  // [R2]
-  ++chunk;
-  int32_t num_rows = 0;
-  for (int32_t batch = 0; batch < work.num_batches(); ++batch) {
-    if (!work.await_unit(work.unit_of(batch, rank))) return false;  // [P2]
-    const int32_t first_token = work.begin + batch * kTokensAtOnce;
-    const int32_t end_token = min(first_token + kTokensAtOnce, work.end);
-    for (int32_t token = first_token; token < end_token; ++token) {
-      const uint32_t ranks = work.ranks_with(node, token);
-      if (ranks == 0) continue;
-      if (num_rows == 0 && !channel.await_credit(node, chunk, first)) return false;  // [R1]
-      char* staging = channel.staging(node, chunk);
-      if (a.values != nullptr && lane < a.top_k) {
-        reinterpret_cast<float*>(work.format.row_head(staging, num_rows))[lane] =
-            scratch.values(here, node, token)[lane];
-      }
-      const auto addend = [&](int32_t i) -> Addend {
-        return {scratch.partial(here, node, nth_bit(ranks, i), token), 1.0f};
-      };
-      sum_rows<Vector, 4>(work.format.row(staging, num_rows), work.num_vectors(), __popc(ranks),
-                          addend);
-      if (++num_rows < rows_per_chunk) continue;
-      if (!channel.send(node, chunk, num_rows, false, work.format.num_bytes(num_rows)))
-        return false;
-      ++chunk;
-      num_rows = 0;
-    }
-  }
-  if (num_rows > 0) {
-    if (!channel.send(node, chunk, num_rows, false, work.format.num_bytes(num_rows))) return false;
-    ++chunk;
-  }
-  __syncwarp();
-  if (lane == 0) chunks.sent = chunk;
-  return true;
-}
+class NodeSummer {
+ public:
+  __device__ NodeSummer(const CombineWork& work, const Channel<Hop>& channel, int32_t node,
+                        int32_t of_block, int32_t rows_per_chunk, RowSummer<Vector> summer)
+      : work_(work),
+        channel_(channel),
+        node_(node),
+        of_block_(of_block),
+        rows_per_chunk_(rows_per_chunk),
+        lane_(static_cast<int32_t>(threadIdx.x) % 32),
+        summer_(summer),
+        first_(channel.chunks(node).sent),
+        chunk_(first_) {}
 
-// Adds up the nodes' sums of the block's own tokens.
+  // False if the group is broken.
+  __device__ bool run() {
+    const bool ok = send_all();
+    summer_.finish();
+    if (ok && lane_ == 0) channel_.chunks(node_).sent = chunk_;
+    return ok;
+  }
+
+ private:
+  __device__ bool send_all() {
+    if (!channel_.await_credit(node_, chunk_, first_) || !send()) return false;  // [R1]
+    const int32_t rank = work_.rail.rank_of(node_, work_.g.rank);
+    for (int32_t batch = of_block_; batch < work_.num_batches(); batch += work_.warps.channels) {
+      if (!work_.await_unit(work_.unit_of(batch, rank))) return false;  // [P2]
+      fence_proxy_async_global();
+      __syncwarp();
+      const int32_t first_token = work_.begin + batch * kTokensAtOnce;
+      const int32_t end_token = min(first_token + kTokensAtOnce, work_.end);
+      for (int32_t token = first_token; token < end_token; ++token) {
+        const uint32_t ranks = work_.ranks_with(node_, token);
+        if (ranks == 0) continue;
+        if (num_rows_ == 0 && !channel_.await_credit(node_, chunk_, first_)) return false;  // [R1]
+        add_row(token, ranks);
+        if (num_rows_ == rows_per_chunk_ && !send()) return false;
+      }
+    }
+    return num_rows_ == 0 || send();
+  }
+
+  __device__ void add_row(int32_t token, uint32_t ranks) {
+    const CombineArguments& a = work_.a;
+    const CombineScratch& scratch = work_.scratch;
+    const uint64_t here = work_.own_scratch();
+    char* staging = channel_.staging(node_, chunk_);
+    if (a.values != nullptr && lane_ < a.top_k) {
+      reinterpret_cast<float*>(work_.format.row_head(staging, num_rows_))[lane_] =
+          scratch.values(here, node_, token)[lane_];
+    }
+    const auto addend = [&](int32_t i) -> Addend {
+      return {scratch.partial(here, node_, nth_bit(ranks, i), token), 1.0f};
+    };
+    summer_.sum(work_.format.row(staging, num_rows_), static_cast<int32_t>(work_.format.row_bytes),
+                __popc(ranks), addend);
+    ++num_rows_;
+  }
+
+  // [R2]
+  __device__ bool send() {
+    summer_.finish();
+    const int64_t num_bytes = work_.format.num_bytes(num_rows_);
+    if (!channel_.send(node_, chunk_, num_rows_, false, num_bytes)) return false;
+    ++chunk_;
+    num_rows_ = 0;
+    return true;
+  }
+
+  const CombineWork& work_;
+  const Channel<Hop>& channel_;
+  const int32_t node_, of_block_, rows_per_chunk_, lane_;
+  RowSummer<Vector> summer_;
+  const uint64_t first_;  // chunk of the call
+  uint64_t chunk_;
+  int32_t num_rows_ = 0;  // in it
+};
+
+// Adds up the nodes' sums of own tokens, those of a channel of the block.
 template <typename Vector, typename Hop>
 class TokenSummer {
   static constexpr int kAtOnce = 2;
 
  public:
-  __device__ TokenSummer(const CombineWork& work, const Channel<Hop>& channel, int32_t index)
+  // The index-th of `count` that share the channel.
+  __device__ TokenSummer(const CombineWork& work, const Channel<Hop>& channel, int32_t of_block,
+                         int32_t index, int32_t count)
       : work_(work),
         channel_(channel),
+        of_block_(of_block),
         index_(index),
+        count_(count),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
         num_nodes_(work.rail.at.num_nodes),
         is_of_node_(lane_ < num_nodes_ && lane_ != work.rail.node),
@@ -252,16 +309,27 @@ class TokenSummer {
     for (int32_t node = 0; node < num_nodes_; ++node) {
       if (node != work_.rail.node && !leave(node)) return false;
     }
-    for (int32_t token = work_.begin; token < work_.end; ++token) {
-      if (!add_up(token)) return false;
+    for (int32_t batch = of_block_; batch < work_.num_batches(); batch += work_.warps.channels) {
+      const int32_t first = work_.begin + batch * kTokensAtOnce;
+      const int32_t end = min(first + kTokensAtOnce, work_.end);
+      Choice next = choice_of(first, end);  // looked up a token before
+      for (int32_t token = first; token < end; ++token) {
+        const Choice choice = next;
+        next = choice_of(token + 1, end);
+        if (!add_up(token, batch, choice)) return false;
+      }
     }
-    if (index_ == 0 && is_of_node_) work_.shared.received[lane_] = chunk_;
+    if (index_ == 0 && is_of_node_) work_.shared.received[place_of(lane_)] = chunk_;
     return true;
   }
 
  private:
   __device__ uint64_t of_node(uint64_t value, int32_t node) const {
     return __shfl_sync(~0u, value, node);
+  }
+  // In what the block keeps by node and channel.
+  __device__ int32_t place_of(int32_t node) const {
+    return node * work_.warps.channels + of_block_;
   }
 
   // [R3] of the next chunk of a node.
@@ -282,7 +350,7 @@ class TokenSummer {
     __syncwarp();
     if (lane_ == 0) {
       __threadfence_block();
-      num_left = atomicAdd(&work_.shared.left[node][slot], 1) + 1;
+      num_left = atomicAdd(&work_.shared.left[place_of(node)][slot], 1) + 1;
       __threadfence_block();
     }
     num_left = __shfl_sync(~0u, num_left, 0);
@@ -290,18 +358,24 @@ class TokenSummer {
       ++chunk_;
       row_ = num_rows_ = 0;
     }
-    return num_left % kTokenSummers != 0 || channel_.give_credit(node, chunk);
+    return num_left % static_cast<uint32_t>(count_) != 0 || channel_.give_credit(node, chunk);
   }
 
-  __device__ bool add_up(int32_t token) {
+  // A lane's (token, k).
+  struct Choice {
+    int32_t row, expert;
+  };
+  __device__ Choice choice_of(int32_t token, int32_t end) const {
+    if (lane_ >= work_.a.top_k || token >= end) return {kNoRow, 0};
+    const int64_t flat = token * work_.a.top_k + lane_;
+    return {work_.a.send_row[flat], work_.a.topk_idx[flat]};
+  }
+
+  __device__ bool add_up(int32_t token, int32_t batch, const Choice& choice) {
     const CombineArguments& a = work_.a;
+    const auto on_node = static_cast<int32_t>(a.num_local_experts) * work_.rail.ranks_per_node;
     // Where a lane's (token, k) has its row: the node, -1 if nowhere.
-    int32_t node_of_k = -1;
-    if (lane_ < a.top_k) {
-      const int64_t flat = token * a.top_k + lane_;
-      const auto on_node = static_cast<int32_t>(a.num_local_experts) * work_.rail.ranks_per_node;
-      if (a.send_row[flat] != kNoRow) node_of_k = a.topk_idx[flat] / on_node;
-    }
+    const int32_t node_of_k = choice.row == kNoRow ? -1 : choice.expert / on_node;
     const uint32_t nodes = __reduce_or_sync(~0u, node_of_k < 0 ? 0 : 1u << node_of_k);
     const int32_t own_node = work_.rail.node;
     const uint32_t others = nodes & ~(1u << own_node);
@@ -309,7 +383,6 @@ class TokenSummer {
       const int32_t node = __ffs(static_cast<int>(left)) - 1;
       if (__shfl_sync(~0u, row_ == num_rows_, node) && !open(node)) return false;
     }
-    const int32_t batch = (token - work_.begin) / kTokensAtOnce;
     if ((nodes >> own_node & 1) != 0 && !work_.await_unit(work_.unit_of(batch, own_rank_))) {
       return false;  // [P2]
     }
@@ -317,7 +390,7 @@ class TokenSummer {
     if ((others >> lane_ & 1) != 0) {
       landed = work_.format.row_head(channel_.landing(lane_, chunk_), row_);
     }
-    add_rows(token, nodes, reinterpret_cast<uint64_t>(landed));
+    add_rows(token, nodes, others, reinterpret_cast<uint64_t>(landed));
     if (a.values != nullptr && index_ == 0) {
       collect(token, node_of_k, reinterpret_cast<uint64_t>(landed));
     }
@@ -330,28 +403,43 @@ class TokenSummer {
   }
 
   // This summer's share of the token's row.
-  __device__ void add_rows(int32_t token, uint32_t nodes, uint64_t landed) const {
-    const int64_t size = work_.num_vectors(), stride = kTokenSummers * 32;
+  __device__ void add_rows(int32_t token, uint32_t nodes, uint32_t others, uint64_t landed) const {
+    const int64_t size = work_.num_vectors(), stride = int64_t{count_} * 32;
     const int32_t own_node = work_.rail.node;
     const uint32_t ranks = (nodes >> own_node & 1) != 0 ? work_.ranks_with(own_node, token) : 0;
     const uint64_t here = work_.own_scratch();
     const auto of_rank = [&](int32_t i) -> Addend {
       return {work_.scratch.partial(here, own_node, nth_bit(ranks, i), token), 1.0f};
     };
+    const auto landed_of = [&](int32_t node) {
+      return reinterpret_cast<const uint4*>(of_node(landed, node) + work_.format.row_head_bytes);
+    };
+    // That of the first other node is on its way while this node's is summed.
+    const int32_t ahead = __ffs(static_cast<int>(others)) - 1;
     auto* out = static_cast<uint4*>(work_.a.out) + token * size;
     for (int64_t first = index_ * 32; first < size; first += stride * kAtOnce) {
       const int64_t begin = first + lane_;
+      uint4 of_ahead[kAtOnce] = {};
+      if (ahead >= 0) {
+        const uint4* row = landed_of(ahead);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (begin + j * stride < size) of_ahead[j] = row[begin + j * stride];
+        }
+      }
       Sums<Vector, kAtOnce> own, total;
       own.add_up(begin, stride, size, __popc(ranks), of_rank);
       total.add_up(begin, stride, size, 0, of_rank);
       for (uint32_t left = nodes; left != 0; left &= left - 1) {
         const int32_t node = __ffs(static_cast<int>(left)) - 1;
-        const auto* row =
-            reinterpret_cast<const uint4*>(of_node(landed, node) + work_.format.row_head_bytes);
+        const uint4* row = landed_of(node);
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
           if (begin + j * stride >= size) continue;
-          total.add(j, node == own_node ? own.rounded(j) : row[begin + j * stride], 1.0f);
+          const uint4 vector = node == own_node ? own.rounded(j)
+                               : node == ahead  ? of_ahead[j]
+                                                : row[begin + j * stride];
+          total.add(j, vector, 1.0f);
         }
       }
 #pragma unroll
@@ -375,7 +463,7 @@ class TokenSummer {
 
   const CombineWork& work_;
   const Channel<Hop>& channel_;
-  const int32_t index_, lane_, num_nodes_;
+  const int32_t of_block_, index_, count_, lane_, num_nodes_;
   const bool is_of_node_;  // the lane has the state of the node of its number
   const int32_t own_rank_;
   uint64_t first_ = 0, chunk_ = 0;  // of the call, and the one that is read, or next
@@ -383,16 +471,18 @@ class TokenSummer {
 };
 
 template <typename Vector, typename Hop>
-__global__ __launch_bounds__(kMaxCombineThreads,
+__global__ __launch_bounds__(kCombineThreads,
                              1) void combine_kernel(const __grid_constant__ GroupView g,
                                                     const __grid_constant__ RailView rail,
                                                     const __grid_constant__ Hop hop,
                                                     const __grid_constant__ CombineArguments a,
                                                     int32_t rows_per_chunk) {
   constexpr OpKind kKind = OpKind::kCombine;
+  extern __shared__ __align__(128) char stages[];
   __shared__ CombineShared shared;
   const auto warp = static_cast<int32_t>(threadIdx.x) / 32;
   const int32_t num_nodes = rail.at.num_nodes, num_ranks = num_nodes * rail.ranks_per_node;
+  const CombineWarps warps = combine_warps(num_nodes);
   const int64_t row_bytes = a.num_channels * (16 / Vector::kCount);
   const auto num_units = [&](uint32_t block) {
     return CombineWork::num_batches_of(first_unit(a.num_tokens, block + 1) -
@@ -404,6 +494,7 @@ __global__ __launch_bounds__(kMaxCombineThreads,
       rail,
       a,
       shared,
+      warps,
       {num_nodes, rail.ranks_per_node, a.num_tokens, a.top_k, row_bytes, a.values != nullptr},
       combine_chunks(a.top_k, row_bytes, a.values != nullptr),
       first_unit(a.num_tokens, blockIdx.x),
@@ -413,28 +504,44 @@ __global__ __launch_bounds__(kMaxCombineThreads,
   for (auto i = threadIdx.x; i < kMaxCombineNodes * kMaxCombineSlots; i += blockDim.x) {
     (&shared.left[0][0])[i] = 0;
   }
-  if (threadIdx.x == 0) shared.box = {{}, kRankSummers, num_units(blockIdx.x), 0, 1};
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < warps.rank_summers + warps.node_summers; ++s) {
+      for (int i = 0; i < warps.stages; ++i) mbarrier_init(&shared.stages[s].full[i], 1);
+    }
+    fence_mbarrier_init();
+    shared.box = {{}, warps.rank_summers, num_units(blockIdx.x), 0, 1};
+  }
   const uint64_t own[kNumAddresses] = {reinterpret_cast<uint64_t>(a.partial), 0, 0, 0};
   if (blockIdx.x == 0) send_start(g, kKind, is_claimed, own);          // [S1]
   bool ok = receive_start(g, kKind, is_claimed, own, shared.address);  // [S2]
   if (ok) {
-    const Channel<Hop> channel(g, rail, hop, kKind);
     if (warp == 0) {
       ok = run_messenger(g, kKind, shared.box);  // [P1], [P2]
-    } else if (warp < kFirstTokenSummer) {
-      sum_own_rows<Vector>(work, warp - 1);
-    } else if (warp < kFirstNodeSummer) {
-      ok = TokenSummer<Vector, Hop>(work, channel, warp - kFirstTokenSummer).run();
+    } else if (warp < warps.first_token_summer()) {
+      sum_own_rows<Vector>(work, warp - 1, stages);
     } else {
-      const int32_t node = (rail.node + 1 + warp - kFirstNodeSummer) % num_nodes;
-      ok = send_node_sums<Vector>(work, channel, node, rows_per_chunk);
+      const bool is_for_tokens = warp < warps.first_node_summer();
+      const int32_t index =
+          warp - (is_for_tokens ? warps.first_token_summer() : warps.first_node_summer());
+      const int32_t of_block = index % warps.channels, further = index / warps.channels;
+      const Channel<Hop> channel(g, rail, hop, kKind, of_block);
+      if (is_for_tokens) {
+        const int32_t count = warps.token_summers / warps.channels;
+        ok = TokenSummer<Vector, Hop>(work, channel, of_block, further, count).run();
+      } else {
+        const int32_t node = (rail.node + 1 + further) % num_nodes;
+        const auto summer = work.summer<Vector>(warps.rank_summers + index, stages, nullptr);
+        ok = NodeSummer<Vector, Hop>(work, channel, node, of_block, rows_per_chunk, summer).run();
+      }
     }
   }
   // Others of the block have read it before.
   const bool is_good = __syncthreads_and(ok) != 0;
-  const auto node = static_cast<int32_t>(threadIdx.x);
+  const auto place = static_cast<int32_t>(threadIdx.x);
+  const int32_t node = place / warps.channels, of_block = place % warps.channels;
   if (is_good && node < num_nodes && node != rail.node) {
-    rail.chunks_of(node, static_cast<int32_t>(blockIdx.x)).received = shared.received[node];
+    rail.chunks_of(node, static_cast<int32_t>(blockIdx.x) * warps.channels + of_block).received =
+        shared.received[place];
   }
   const Finish finish = finish_block(g, kKind, is_claimed, ok);
   if (finish == Finish::kNotLast) return;
@@ -452,24 +559,24 @@ cudaError_t launch_combine(const GroupView& group, const RailView& view, const H
   const ChunkFormat format = combine_chunks(a.top_k, row_bytes, a.values != nullptr);
   const int64_t rows_per_chunk = format.num_rows(view.at.slot_bytes);
   const int64_t num_ranks = int64_t{view.at.num_nodes} * view.ranks_per_node;
+  const int32_t num_blocks = std::min(num_sms, view.at.max_blocks());
   if ((!a.expand && a.weights != nullptr) || row_bytes <= 0 || rows_per_chunk < 1 ||
       view.at.num_nodes < 2 || view.at.num_nodes > kMaxCombineNodes ||
       view.ranks_per_node > kMaxRanksOfNode || view.at.num_slots > kMaxCombineSlots ||
-      view.at.num_channels > num_sms || view.at.num_channels > kMaxBlocks ||
-      num_ranks > kMaxRailRanks || (a.num_tokens + kTokensAtOnce) * num_ranks > kMaxUnitsPerBlock) {
+      num_blocks < 1 || num_blocks > kMaxBlocks || num_ranks > kMaxRailRanks ||
+      (a.num_tokens + kTokensAtOnce) * num_ranks > kMaxUnitsPerBlock) {
     return cudaErrorInvalidValue;
   }
-  const int num_warps = kFirstNodeSummer + view.at.num_nodes - 1;
-  combine_kernel<Vector, Hop><<<static_cast<unsigned>(view.at.num_channels),
-                                static_cast<unsigned>(num_warps * 32), 0, stream>>>(
-      group, view, hop, a, static_cast<int32_t>(std::min<int64_t>(rows_per_chunk, INT32_MAX)));
+  combine_kernel<Vector, Hop>
+      <<<static_cast<unsigned>(num_blocks), kCombineThreads, kCombineStageBytes, stream>>>(
+          group, view, hop, a, static_cast<int32_t>(std::min<int64_t>(rows_per_chunk, INT32_MAX)));
   return cudaGetLastError();
 }
 
 }  // namespace rail
 
-// On a layout of the whole group; a.partial is CombineScratch::num_bytes() of scratch, num_sms at least
-// one a channel. `view` is of another region than dispatch's.
+// On a layout of the whole group; a.partial is CombineScratch::num_bytes() of scratch; num_sms is that of
+// all ranks. `view` is of another region than dispatch's.
 template <typename Hop>
 cudaError_t LaunchRailCombine(const GroupView& group, const RailView& view, const Hop& hop,
                               const CombineArguments& a, int num_sms, cudaStream_t stream) {
@@ -488,7 +595,7 @@ template <typename Hop>
 cudaError_t PrepareRailCombine() {
   for (auto* kernel : {rail::combine_kernel<F32Vector, Hop>, rail::combine_kernel<F16Vector, Hop>,
                        rail::combine_kernel<Bf16Vector, Hop>}) {
-    if (cudaError_t e = PrepareKernel(kernel, 0); e != cudaSuccess) return e;
+    if (cudaError_t e = PrepareKernel(kernel, rail::kCombineStageBytes); e != cudaSuccess) return e;
   }
   return cudaSuccess;
 }

@@ -5,10 +5,11 @@
 //           (src, t, k) = recv_src[row]; padding is zero, the tail too if zero_tail; weights[row] =
 //           topk_weights of src [t, k], else 0. To the bit, whatever ranks lie on which node.
 //           Without `expand`, and with kScaled, as there, too.
-// Roles:    one block a channel, all resident; block b has a b-th of each rank's tokens, which meet
-//           the blocks b of other ranks alone. num_pairs warps send, as many forward: of other nodes
-//           the i-th of either has those that are i + 1, i + 1 + num_pairs, .. further round. num_own
-//           warps move what stays on the node. Each warp, when it has nothing else to do, zeroes what
+// Roles:    blocks, all resident, as many on all ranks; block b has a b-th of each rank's tokens, which
+//           meet the blocks b of other ranks alone. It has C = plan.channels channels to each node, of
+//           which the c-th has every C-th of these tokens. num_pairs warps send, as many forward: the
+//           i-th of either is for channel i % C, and of other nodes for those that are i / C + 1,
+//           i / C + 1 + num_pairs / C, .. further round. num_own warps move what stays on the node. Each warp, when it has nothing else to do, zeroes what
 //           holds no row. Then the first warp tells the peers on the node, and hears them
 //           (messenger, progress.cuh).
 // Buffers:  name            | lives on       | written by                   | read by
@@ -68,6 +69,8 @@
 //           ranks; at most kMaxRailRanks ranks.
 #ifndef JAX_EP_CUDA_NETWORK_RAIL_DISPATCH_CUH_
 #define JAX_EP_CUDA_NETWORK_RAIL_DISPATCH_CUH_
+
+#include <algorithm>
 
 #include "cuda/direct/kernels.cuh"
 #include "cuda/launch.h"
@@ -131,21 +134,23 @@ __device__ bool run_role(const GroupView& g, const RailView& rail, const Hop& ho
   const int32_t num_nodes = rail.at.num_nodes;
   const int32_t begin = first_unit(a.num_tokens, blockIdx.x);
   const int32_t end = first_unit(a.num_tokens, blockIdx.x + 1);
-  const Channel<Hop> channel(g, rail, hop, OpKind::kDispatch);
+  const int32_t index = warp < plan.num_pairs ? warp : warp - plan.num_pairs;
+  const int32_t of_block = index % plan.channels, first_distance = index / plan.channels + 1;
+  const int32_t nodes_at_once = plan.num_pairs / plan.channels;
+  const Channel<Hop> channel(g, rail, hop, OpKind::kDispatch, of_block);
   bool ok = true;
   if (warp < plan.num_pairs) {
     Sender<Hop> sender(channel, rail, a, plan);
-    for (int32_t d = warp + 1; d < num_nodes && ok; d += plan.num_pairs) {
-      ok = sender.send((rail.node + d) % num_nodes, begin, end);
+    for (int32_t d = first_distance; d < num_nodes && ok; d += nodes_at_once) {
+      ok = sender.send((rail.node + d) % num_nodes, begin + of_block, end, plan.channels);
     }
     return ok;
   }
-  const int32_t index = warp - plan.num_pairs;
   RowMover mover(plan, shared, index, stages);
   const Deliverer deliverer(a, shared, mover);
   if (index < plan.num_pairs) {
     Forwarder<Hop> forwarder(channel, a, plan, deliverer);
-    for (int32_t d = index + 1; d < num_nodes && ok; d += plan.num_pairs) {
+    for (int32_t d = first_distance; d < num_nodes && ok; d += nodes_at_once) {
       const int32_t node = (rail.node + num_nodes - d) % num_nodes;
       ok = forwarder.forward(node, rail.rank_of(node, g.rank));
     }
@@ -198,24 +203,24 @@ __global__ __launch_bounds__(kMaxThreads,
 
 }  // namespace rail
 
-// On a layout of the whole group; num_sms is at least one a channel. max_pairs: of nodes that a block
-// serves at once, on all ranks.
+// On a layout of the whole group; num_sms and max_nodes, that a block serves at once, are those of all
+// ranks.
 template <typename Hop>
 cudaError_t LaunchRailDispatch(const GroupView& group, const RailView& view, const Hop& hop,
                                const DispatchArguments& a, int num_sms, cudaStream_t stream,
-                               int32_t max_pairs = rail::kMaxPairs) {
+                               int32_t max_nodes = rail::kMaxPairs) {
   const ChunkFormat format =
       dispatch_chunks(a.top_k, WireRowBytes(a.row_bytes, a.num_channels, a.num_scales));
   rail::Plan plan;
   const bool is_verbatim = a.mode == DispatchMode::kCopy || a.mode == DispatchMode::kScaled;
-  if (!is_verbatim || a.landing != nullptr || view.at.num_channels > num_sms ||
-      view.at.num_channels > kMaxBlocks ||
+  const int32_t num_blocks = std::min(num_sms, view.at.max_blocks());
+  if (!is_verbatim || a.landing != nullptr || num_blocks < 1 || num_blocks > kMaxBlocks ||
       view.ranks_per_node * view.at.num_nodes > kMaxRailRanks ||
-      !rail::MakePlan(view.at, format, a.row_bytes, max_pairs, &plan)) {
+      !rail::MakePlan(view.at, format, a.row_bytes, max_nodes, &plan)) {
     return cudaErrorInvalidValue;
   }
   rail::dispatch_kernel<Hop>
-      <<<static_cast<unsigned>(view.at.num_channels), static_cast<unsigned>(plan.num_warps() * 32),
+      <<<static_cast<unsigned>(num_blocks), static_cast<unsigned>(plan.num_warps() * 32),
          rail::kStageBytes, stream>>>(group, view, hop, a, plan);
   return cudaGetLastError();
 }

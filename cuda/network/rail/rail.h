@@ -13,14 +13,25 @@
 
 namespace jax_ep::gpu {
 
+// Channels of a block. Where there are few other nodes a block has several to each, or too few of its
+// warps would send.
+JAX_EP_HOST_DEVICE constexpr int32_t channels_per_block(int32_t num_nodes) {
+  return num_nodes <= 2 ? 4 : num_nodes == 3 ? 2 : 1;
+}
+
 // Where a rail's buffers lie in a hop's memory: the same on all ranks, and for all calls, since a
 // rank may be in a call when another is still in the one before.
 //   bytes   | staging, landing [nodes][channels][slots][slot_bytes], by the peer's node
 //   signals | filled [nodes][channels][slots], credit [nodes][channels], likewise
+// A call has as many blocks as it has SMs, at most max_blocks(); block b has the channels
+// b * channels_per_block(num_nodes) and following.
 struct RailMemory {
   int32_t num_nodes, num_channels, num_slots;
   int64_t slot_bytes;  // a multiple of 16
 
+  JAX_EP_HOST_DEVICE constexpr int32_t max_blocks() const {
+    return num_channels / channels_per_block(num_nodes);
+  }
   JAX_EP_HOST_DEVICE constexpr int64_t num_all_slots() const {
     return int64_t{num_nodes} * num_channels * num_slots;
   }
@@ -78,6 +89,7 @@ struct RailView {
   }
 };
 
+// Of a group: so many that NVSHMEM's default heap is enough with one rank a node (region.h asserts it).
 inline constexpr int kMaxRailRanks = 56;
 
 // What a chunk begins with.
@@ -145,13 +157,15 @@ constexpr int64_t kStageBytes = 204 * 1024;  // of shared memory, for all stages
 constexpr int kMaxStages = 32;               // of a block
 constexpr int kMinStages = 3;                // of a mover
 constexpr int64_t kMaxPieceBytes = 16384;
-constexpr int kMaxPairs = 8;  // of nodes that a block serves at once
-constexpr int kMaxOwn = 2;    // warps that move rows of the own node
+constexpr int kMaxPairs = 8;  // channels that a block serves at once
+constexpr int kMinOwn = 2;    // warps that move rows of the own node
+constexpr int kMaxOwn = channels_per_block(2);
 constexpr int kMaxThreads = (2 * kMaxPairs + kMaxOwn) * 32;
 constexpr int kRowsAtOnce = 32;  // that a warp looks at, for those to be zeroed
 
 // How a block shares its warps and its memory.
 struct Plan {
+  int32_t channels;            // to each node
   int32_t num_pairs, num_own;  // senders, as many forwarders; movers of own rows
   int32_t num_pieces, piece_bytes;
   int32_t num_stages;  // of a mover
@@ -167,13 +181,17 @@ JAX_EP_HOST_DEVICE constexpr int64_t bytes_of_mover(int64_t num_movers) {
   return kStageBytes / num_movers / 128 * 128;
 }
 
-// Of rows of so many bytes, as tokens hold them. False if a slot does not hold one as it crosses.
+static_assert(2 * channels_per_block(3) <= kMaxPairs && channels_per_block(2) <= kMaxPairs);
+
+// Of rows of so many bytes, as tokens hold them; max_nodes that a block serves at once. False if a slot
+// does not hold a row as it crosses.
 constexpr bool MakePlan(const RailMemory& at, const ChunkFormat& format, int64_t row_bytes,
-                        int32_t max_pairs, Plan* plan) {
-  if (at.num_nodes < 2 || row_bytes <= 0 || max_pairs < 1 || max_pairs > kMaxPairs) return false;
+                        int32_t max_nodes, Plan* plan) {
+  if (at.num_nodes < 2 || row_bytes <= 0 || max_nodes < 1 || max_nodes > kMaxPairs) return false;
   plan->format = format;
-  plan->num_pairs = at.num_nodes - 1 < max_pairs ? at.num_nodes - 1 : max_pairs;
-  plan->num_own = kMaxOwn;
+  plan->channels = channels_per_block(at.num_nodes);
+  plan->num_pairs = plan->channels * (at.num_nodes - 1 < max_nodes ? at.num_nodes - 1 : max_nodes);
+  plan->num_own = plan->channels < kMinOwn ? kMinOwn : plan->channels;
   const int64_t bytes = bytes_of_mover(plan->num_movers());
   const int64_t third = bytes / kMinStages / 16 * 16;
   const int64_t most = third < kMaxPieceBytes ? third : kMaxPieceBytes;

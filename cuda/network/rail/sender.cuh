@@ -6,39 +6,28 @@
 #include "cuda/launch.h"
 #include "cuda/network/rail/chunks.cuh"
 #include "cuda/network/rail/rail.h"
+#include "cuda/network/warp_copy.cuh"
 
 namespace jax_ep::gpu::rail {
 
-// By a warp: bytes and addresses are multiples of 16.
-__device__ inline void copy_row(char* to, const char* from, int64_t num_bytes) {
-  constexpr int kAtOnce = 8;
-  auto* out = reinterpret_cast<uint4*>(to);
-  const auto* in = reinterpret_cast<const uint4*>(from);
-  const int64_t size = num_bytes / 16;
-  int64_t i = threadIdx.x % 32;
-  for (; i + (kAtOnce - 1) * 32 < size; i += kAtOnce * 32) {
-    uint4 vector[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) vector[j] = in[i + j * 32];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) out[i + j * 32] = vector[j];
-  }
-  for (; i < size; i += 32) out[i] = in[i];
-}
-
-// Of the tokens [begin, end) those that have a row on one node, in their order: 32 at a time, one a
-// lane.
+// Of the tokens begin, begin + stride, .. below end those that have a row on one node, in their order:
+// 32 at a time, one a lane.
 class NodeTokens {
  public:
   __device__ NodeTokens(const DispatchArguments& a, int32_t first_expert, int32_t end_expert,
-                        int32_t begin, int32_t end)
-      : a_(a), first_expert_(first_expert), end_expert_(end_expert), next_(begin), end_(end) {
+                        int32_t begin, int32_t end, int32_t stride)
+      : a_(a),
+        first_expert_(first_expert),
+        end_expert_(end_expert),
+        next_(begin),
+        end_(end),
+        stride_(stride) {
     find();
   }
 
   __device__ bool has_next() const { return left_ != 0; }
   __device__ int32_t take() {
-    const int32_t token = begin_ + __ffs(static_cast<int>(left_)) - 1;
+    const int32_t token = begin_ + (__ffs(static_cast<int>(left_)) - 1) * stride_;
     left_ &= left_ - 1;
     find();
     return token;
@@ -50,9 +39,9 @@ class NodeTokens {
 
  private:
   __device__ void find() {
-    for (; left_ == 0 && next_ < end_; next_ += 32) {
+    for (; left_ == 0 && next_ < end_; next_ += 32 * stride_) {
       begin_ = next_;
-      const int32_t token = begin_ + static_cast<int32_t>(threadIdx.x) % 32;
+      const int32_t token = begin_ + static_cast<int32_t>(threadIdx.x) % 32 * stride_;
       bool is_wanted = false;
       if (token < end_) {
         const int64_t flat = token * a_.top_k;
@@ -67,12 +56,12 @@ class NodeTokens {
   const DispatchArguments& a_;
   const int32_t first_expert_, end_expert_;
   int32_t next_;
-  const int32_t end_;
+  const int32_t end_, stride_;
   int32_t begin_ = 0;
-  uint32_t left_ = 0;  // of [begin, begin + 32): those to come, a bit each
+  uint32_t left_ = 0;  // of the 32 from begin on: those to come, a bit each
 };
 
-// Sends the block's tokens over its channel.
+// Sends a channel's tokens.
 template <typename Hop>
 class Sender {
  public:
@@ -85,11 +74,12 @@ class Sender {
         format_(plan.format),
         lane_(static_cast<int32_t>(threadIdx.x) % 32) {}
 
-  // All rows of the tokens [begin, end) that belong to a node. False if the group is broken.
-  __device__ bool send(int32_t node, int32_t begin, int32_t end) {
+  // All rows of the tokens begin, begin + stride, .. below end that belong to a node. False if the
+  // group is broken.
+  __device__ bool send(int32_t node, int32_t begin, int32_t end, int32_t stride) {
     const auto num_local = static_cast<int32_t>(a_.num_local_experts);
     const int32_t on_node = num_local * rail_.ranks_per_node, first_expert = node * on_node;
-    NodeTokens tokens(a_, first_expert, first_expert + on_node, begin, end);
+    NodeTokens tokens(a_, first_expert, first_expert + on_node, begin, end, stride);
     RailChunks& chunks = channel_.chunks(node);
     const uint64_t first = chunks.sent;
     uint64_t chunk = first;
@@ -125,7 +115,7 @@ class Sender {
     }
     if (lane_ == 0) *head.token(at) = token;
     char* row = format_.row(staging, i);
-    copy_row(row, static_cast<const char*>(a_.x) + token * a_.row_bytes, a_.row_bytes);
+    copy_by_warp(row, static_cast<const char*>(a_.x) + token * a_.row_bytes, a_.row_bytes);
     auto* scales = reinterpret_cast<float*>(row + a_.row_bytes);
     for (int64_t s = lane_; s < a_.num_scales; s += 32) {
       scales[s] = a_.x_scales[token * a_.num_scales + s];

@@ -17,14 +17,15 @@ template <typename Vector, int kAtOnce>
 struct Sums {
   float sum[kAtOnce][Vector::kCount];
 
+  __device__ void clear(int j) {
+#pragma unroll
+    for (float& number : sum[j]) number = 0.0f;
+  }
   template <typename AddendOf>
   __device__ void add_up(int64_t begin, int64_t stride, int64_t end, int32_t count,
                          const AddendOf& addend) {
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-#pragma unroll
-      for (float& number : sum[j]) number = 0.0f;
-    }
+    for (int j = 0; j < kAtOnce; ++j) clear(j);
     for (int32_t i = 0; i < count; ++i) {
       const Addend next = addend(i);
       const auto* row = static_cast<const uint4*>(next.row);
