@@ -288,7 +288,7 @@ def run_suite(
     *,
     keyword: str = "",
     flags: str = "",
-    **more: str,
+    **more: Any,
 ) -> Result:
     """Runs test files of tests/, on all ranks, and reads the counts that process 0 left."""
     backend = "processes" if shape.num_processes > 1 else ctx.platform

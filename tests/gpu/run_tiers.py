@@ -179,6 +179,9 @@ def start_builds(ctx: Context, tiers: list[Tier]) -> None:
     if "network-nvshmem" in wanted:
         options = ("-DJAX_EP_TESTS=ON", "-DJAX_EP_NVSHMEM=ON")
         ctx.builds.start("network-nvshmem", "network_nvshmem", *options)
+    if "network-wire" in wanted:
+        options = ("-DJAX_EP_TESTS=ON", "-DJAX_EP_NVSHMEM=ON")
+        ctx.builds.start("network-wire", "network_wire", *options)
     if "broken" in wanted and ctx.broken_package is None:
         ctx.builds.start("broken", "_cuda", "-DJAX_EP_BREAK_ORDER=ON")
     if "broken-slots" in wanted and ctx.broken_slots is None:

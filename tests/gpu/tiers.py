@@ -510,6 +510,7 @@ TIERS = (
     Tier("network-ep8-by-2", network_tiers.across_nodes(8, 2), quick=False),
     Tier("network-slots-ep2", network_tiers.slots_across_nodes(2, 1), quick=False),
     Tier("network-slots-ep4", network_tiers.slots_across_nodes(4, 2), quick=False),
+    Tier("network-wire", network_tiers.wire, quick=False, needs=("network-wire",)),
     Tier("network-stress", network_tiers.stress, quick=False),
     Tier("network-failures", network_tiers.failures, quick=False),
     Tier("network-tear-down", network_tiers.tear_down, quick=False),

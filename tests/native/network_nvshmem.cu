@@ -1,6 +1,8 @@
 // network_nvshmem: the exchange and layouts over NVSHMEM, a process for each rank.
-//   network_nvshmem RANK NUM_RANKS ORDINAL FOLDER
-// The processes find each other by files in FOLDER, which begins empty.
+//   network_nvshmem RANK NUM_RANKS ORDINAL FOLDER [reordered]
+// The processes find each other by files in FOLDER, which begins empty. `reordered`: what is between
+// them brings things in any order that it may (tests/native/wire), so that all wrong protocols must be
+// seen.
 #include <nvshmem.h>
 #include <unistd.h>
 
@@ -14,6 +16,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "cuda/network/nvshmem_hop.cuh"
 #include "tests/native/network_exchange.cuh"
@@ -137,7 +140,21 @@ uint64_t RunLayouts(int rank, int num_ranks, int num_calls) {
   return num_wrong + own.error().valid;
 }
 
-int Main(int rank, int num_ranks, int ordinal, const std::string& folder) {
+// Whether a protocol does as it must: leaves no row wrong; or, if it is wrong on purpose, some.
+bool Try(Program& program, Protocol protocol, int rank, int num_ranks, int num_rounds) {
+  const ExchangeResults results = program.Run(protocol, num_rounds);
+  const bool is_control = protocol != Protocol::kPutSignal && protocol != Protocol::kFlushAndSignal;
+  const bool is_right = results.wrong_rows + results.ended_waits == 0;
+  const bool is_failure = num_ranks > 1 && is_right == is_control;
+  std::printf("%s: %s, rank %d of %d: %llu rows wrong, %llu waits ended%s\n",
+              is_failure ? "FAILED" : "ok", kProtocolNames[static_cast<int>(protocol)], rank,
+              num_ranks, results.wrong_rows, results.ended_waits,
+              is_control ? " (wrong on purpose)" : "");
+  std::fflush(stdout);
+  return !is_failure;
+}
+
+int Main(int rank, int num_ranks, int ordinal, const std::string& folder, bool is_reordered) {
   Nvshmem& nvshmem = Nvshmem::Get();
   nvshmem.Start(ShareId(rank, folder), rank, num_ranks, ordinal);
   int num_failed = 0;
@@ -156,22 +173,16 @@ int Main(int rank, int num_ranks, int ordinal, const std::string& folder) {
   {
     Program program(rank, num_ranks);
     for (Protocol protocol : {Protocol::kPutSignal, Protocol::kFlushAndSignal}) {
-      const ExchangeResults results = program.Run(protocol, 20);
-      const bool is_right = results.wrong_rows + results.ended_waits == 0;
-      num_failed += !is_right;
-      std::printf("%s: %s, rank %d of %d: %llu rows wrong, %llu waits ended\n",
-                  is_right ? "ok" : "FAILED", kProtocolNames[static_cast<int>(protocol)], rank,
-                  num_ranks, results.wrong_rows, results.ended_waits);
+      num_failed += !Try(program, protocol, rank, num_ranks, is_reordered ? 3 : 20);
     }
-    // Peer-mapped memory orders more than a network: of the wrong protocols this one alone must be
-    // seen there. The last, since it leaves its signals in disorder.
-    const ExchangeResults results = program.Run(Protocol::kWithoutCredit, 1);
-    const bool is_seen = num_ranks == 1 || results.wrong_rows + results.ended_waits > 0;
-    num_failed += !is_seen;
-    std::printf(
-        "%s: without_credit, rank %d of %d: %llu rows wrong, %llu waits ended (wrong on "
-        "purpose)\n",
-        is_seen ? "ok" : "FAILED", rank, num_ranks, results.wrong_rows, results.ended_waits);
+  }
+  // Peer-mapped memory orders more than a network: of the wrong protocols one alone is seen there. Each
+  // in memory of its own, since they leave signals in disorder.
+  std::vector<Protocol> controls{Protocol::kWithoutCredit};
+  if (is_reordered) controls = {Protocol::kWithoutFlush, Protocol::kOtherQueue, controls[0]};
+  for (Protocol protocol : controls) {
+    Program program(rank, num_ranks);
+    num_failed += !Try(program, protocol, rank, num_ranks, 1);
   }
   nvshmem.Finalize();
   if (num_failed == 0) std::printf("OK: all as expected\n");
@@ -182,11 +193,12 @@ int Main(int rank, int num_ranks, int ordinal, const std::string& folder) {
 }  // namespace jax_ep::gpu::test
 
 int main(int argc, char** argv) {
-  if (argc != 5) return 2;
+  const bool is_reordered = argc == 6 && std::string(argv[5]) == "reordered";
+  if (argc != 5 && !is_reordered) return 2;
   setenv("CUDA_MODULE_LOADING", "EAGER", 1);
   try {
     return jax_ep::gpu::test::Main(std::atoi(argv[1]), std::atoi(argv[2]), std::atoi(argv[3]),
-                                   argv[4]);
+                                   argv[4], is_reordered);
   } catch (const std::exception& error) {
     std::printf("FAILED: %s\n", error.what());
     std::fflush(stdout);

@@ -5,7 +5,8 @@ None lets the interpreter exit the usual way, through jax_ep's and JAX's own tea
 
 Most of what a process costs is to import JAX. Scenarios that leave nothing behind can share it:
 `one+other` runs one after the other, says which begins, and between them waits for all processes
-and calls jax_ep.finalize(). `module.function` is a scenario of another file beside FILE.
+and calls jax_ep.finalize(). `module.function` is a scenario of another file beside FILE. With
+JAX_EP_TEST_HOST the process has that host name (host.py).
 """
 
 import faulthandler
@@ -14,11 +15,15 @@ import os
 import pathlib
 import sys
 
+import host
+
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
     file, scenario, *arguments = sys.argv[1:]
+    if name := os.environ.get("JAX_EP_TEST_HOST"):
+        host.become(name)
     path = pathlib.Path(file).resolve()
     # The launcher ends this process at its limit; before that it says where it is.
     limit = float(os.environ["JAX_EP_TEST_LIMIT"])
