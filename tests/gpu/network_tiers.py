@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Callable
@@ -67,7 +66,7 @@ def nvshmem(ctx: Context) -> Result:
     if any(word in "exchange" for word in words):
         program = ctx.builds.wait("network-nvshmem", ctx.deadline) / "network_nvshmem"
         for num_ranks in sizes:
-            line, found = _exchange(ctx, str(program), num_ranks)
+            line, found = exchange(ctx, str(program), num_ranks)
             lines.append(line)
             problems += found
     runs = [Run(("started_and_ended",), n) for n in sizes]
@@ -136,7 +135,7 @@ def _run_scenarios(
         folder, job = run_job(
             ctx,
             f"{tier}-{run.scenarios[0]}-{run.num_processes}",
-            Shape(run.num_processes, _ranks_per_gpu(ctx, run.num_processes)),
+            Shape(run.num_processes, ranks_per_gpu(ctx, run.num_processes)),
             (run.name,),
             limit,
             file=SCENARIOS,
@@ -155,7 +154,7 @@ def _run_scenarios(
     return Result(lines, problems)
 
 
-def _exchange(
+def exchange(
     ctx: Context,
     program: str,
     num_ranks: int,
@@ -167,7 +166,7 @@ def _exchange(
 ) -> tuple[Line, list[str]]:
     """The native program, a process for each rank; they may share a GPU, under MPS."""
     name = f"{tier}-{what}-{num_ranks}".replace(", ", "-").replace(" ", "_")
-    folder, per_gpu = ctx.folder(name), _ranks_per_gpu(ctx, num_ranks)
+    folder, per_gpu = ctx.folder(name), ranks_per_gpu(ctx, num_ranks)
     line = Line(tier, f"{what}, {num_ranks} ranks")
     with contextlib.ExitStack() as stack:
         service: dict[str, str] = {}
@@ -190,86 +189,6 @@ def _exchange(
     text = processes[0].log.read_text(errors="replace")
     line.notes = re.findall(r"^NOTE: (.*)$", text, re.MULTILINE)
     return line, problems
-
-
-# Over the network in software of tests/native/wire: a seed, whether the newest fragment leaves
-# first, whether processes are on hosts of their own rather than without P2P.
-WIRES = ((1, False, False), (2, True, False), (3, False, True))
-
-
-def wire(ctx: Context) -> Result:
-    """NVSHMEM's proxy and UCX plugin over a network in software; wrong protocols are caught."""
-    ctx.skip_without_gpu()
-    if ctx.num_gpus < 2:
-        raise SkippedError("peers over the wire must not share a GPU: it needs two")
-    build = ctx.builds.wait("network-wire", ctx.deadline)
-    lines, problems = [], []
-    for seed, is_newest_first, are_hosts in WIRES[: 1 if ctx.quick else len(WIRES)]:
-        what = f"seed {seed}" + (", newest first" if is_newest_first else "")
-        what += ", two hosts" if are_hosts else ""
-        hosts = ("host0", "host1") if are_hosts else ()
-
-        def environments(
-            job: str, seed: int = seed, newest: bool = is_newest_first, p2p: bool = are_hosts
-        ) -> tuple[dict[str, str], ...]:
-            keys = ctx.folder(f"keys-{job}-{seed}")
-            return tuple(_over_wire(build, keys, seed, newest, p2p, rank) for rank in range(2))
-
-        line, found = _exchange(
-            ctx,
-            str(build / "network_nvshmem"),
-            2,
-            "reordered",
-            tier="network-wire",
-            what=f"exchange, {what}",
-            hosts=hosts,
-            environments=environments("exchange"),
-        )
-        lines.append(line)
-        problems += found
-        of_hosts = [{"JAX_EP_TEST_HOST": host} for host in hosts] or [{}, {}]
-        result = run_suite(
-            ctx,
-            f"network-wire-ep2-{seed}",
-            Shape(2),
-            ["gpu/across_nodes.py"],
-            limit=120,
-            keyword="small or drops or call_after_call",
-            environments={
-                rank: of_wire | of_hosts[rank] for rank, of_wire in enumerate(environments("ep2"))
-            },
-            JAX_EP_NETWORK="1",
-            JAX_EP_RANKS_PER_NODE="1",
-            NVSHMEM_SYMMETRIC_SIZE=str(84 << 20),
-            **{k: v for k, v in ENVIRONMENT.items() if k != "NVSHMEM_REMOTE_TRANSPORT"},
-        )
-        for line in result.lines:
-            line.what += f", {what}"
-        lines += result.lines
-        problems += result.problems
-    return Result(lines, problems)
-
-
-def _over_wire(
-    build: pathlib.Path, keys: pathlib.Path, seed: int, newest: bool, p2p: bool, rank: int
-) -> dict[str, str]:
-    """What a process's environment needs. Short delays hide mistakes."""
-    libraries = [str(build / "wire"), os.environ.get("LD_LIBRARY_PATH", "")]
-    return {
-        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
-        "NVSHMEM_REMOTE_TRANSPORT": "ucx",
-        "NVSHMEM_DISABLE_P2P": str(int(not p2p)),
-        "NVSHMEM_DISABLE_CUDA_VMM": "1",  # the heap is one allocation, which the wire can export
-        "NVSHMEM_DISABLE_MNNVL": "1",
-        "NCCL_IB_DISABLE": "1",  # its libibverbs is none
-        "CUDA_MODULE_LOADING": "EAGER",
-        "WIRE_FOLDER": str(keys),
-        "WIRE_DELAY_US": "2000",
-        "WIRE_FRAGMENT": "4096",
-        "WIRE_FENCE": "atomics",
-        "WIRE_NEWEST_FIRST": str(int(newest)),
-        "WIRE_SEED": str(100 * seed + rank),
-    }
 
 
 def across_nodes(num_ranks: int, ranks_per_node: int) -> Callable[[Context], Result]:
@@ -330,7 +249,7 @@ def _run_group(
     return run_suite(
         ctx,
         f"network-{kind}ep{num_ranks}-by-{ranks_per_node}",
-        Shape(num_ranks, _ranks_per_gpu(ctx, num_ranks)),
+        Shape(num_ranks, ranks_per_gpu(ctx, num_ranks)),
         [file],
         limit=120,
         keyword=keyword,
@@ -341,5 +260,5 @@ def _run_group(
     )
 
 
-def _ranks_per_gpu(ctx: Context, num_ranks: int) -> int:
+def ranks_per_gpu(ctx: Context, num_ranks: int) -> int:
     return -(-num_ranks // ctx.num_gpus)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import launcher
 import network_tiers
+import ucx_tiers
 from context import (
     HERE,
     ROOT,
@@ -510,7 +511,8 @@ TIERS = (
     Tier("network-ep8-by-2", network_tiers.across_nodes(8, 2), quick=False),
     Tier("network-slots-ep2", network_tiers.slots_across_nodes(2, 1), quick=False),
     Tier("network-slots-ep4", network_tiers.slots_across_nodes(4, 2), quick=False),
-    Tier("network-wire", network_tiers.wire, quick=False, needs=("network-wire",)),
+    Tier("network-wire", ucx_tiers.wire, quick=False, needs=("network-wire",)),
+    Tier("network-tcp", ucx_tiers.tcp, quick=False, needs=("network-wire",)),
     Tier("network-stress", network_tiers.stress, quick=False),
     Tier("network-failures", network_tiers.failures, quick=False),
     Tier("network-tear-down", network_tiers.tear_down, quick=False),
