@@ -23,9 +23,13 @@
 //           staging, landing, filled, credit, chunks: as in dispatch.cuh, but another region
 //           out, collected     | XLA, own       | token summers               | later kernels
 //           left               | shared memory, a slot each: token summers that are through with it
+//           stages             | shared memory, of each rank and node summer: pieces of rows, filled by
+//                              | bulk loads, [L], and read by the warp that has asked for them
 // Protocol: 1. On the node [S1] show scratch; [S2] wait for all.
 //           2. Rank summers store their units in order, and the messenger tells of them, [P1]. A sum
-//           of the node is made when all its ranks have told of the unit, [P2], this one too.
+//           of the node is made when all its ranks have told of the unit, [P2], this one too. A rank
+//           summer has loads ahead of what it sums, so it tells of a unit when the last of its sums is
+//           stored (row_summer.cuh).
 //           3. Chunks go as in dispatch.cuh, [R1] to [R4]. A call's first one has no rows: it says
 //           that the peer's node has come. Then rows come in the order of tokens, one for each token
 //           that has any on the node, which both sides know, so none need be marked as the last.

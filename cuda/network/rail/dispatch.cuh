@@ -65,8 +65,8 @@
 //           signals no longer agree then: the group is set up anew with both of them zero before it
 //           is used again.
 // Limits:   rows are multiples of 16 bytes at 16-byte addresses, and fit a slot with their head; they
-//           cross as x has them (kCopy, kScaled); the same channels, slots and their size on all
-//           ranks; at most kMaxRailRanks ranks.
+//           cross as x has them (kCopy, kScaled); the same slots, their size and, in a call, blocks on
+//           all ranks; at most kMaxRailRanks ranks.
 #ifndef JAX_EP_CUDA_NETWORK_RAIL_DISPATCH_CUH_
 #define JAX_EP_CUDA_NETWORK_RAIL_DISPATCH_CUH_
 
