@@ -255,7 +255,7 @@ def _run_group(
         keyword=keyword,
         JAX_EP_NETWORK="1",
         JAX_EP_RANKS_PER_NODE=str(ranks_per_node),
-        NVSHMEM_SYMMETRIC_SIZE=str(84 << 20),  # for chunks of 17 to 41 KiB
+        NVSHMEM_SYMMETRIC_SIZE=str(160 << 20),  # for chunks of 32 to 80 KiB
         **(ENVIRONMENT | environment),
     )
 

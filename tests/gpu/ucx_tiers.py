@@ -16,7 +16,8 @@ UCX = {
     "NVSHMEM_DISABLE_CUDA_VMM": "1",  # the heap is one allocation
     "NVSHMEM_DISABLE_MNNVL": "1",
     "NCCL_IB_DISABLE": "1",  # the libibverbs that it would find is none
-    "CUDA_MODULE_LOADING": "EAGER",
+    # A queue for each stream, or copies wait behind kernels that wait for them.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
 }
 
 
@@ -149,7 +150,7 @@ def _run(
         environments={rank: of_suite[rank] | named[rank] for rank in range(2)},
         JAX_EP_NETWORK="1",
         JAX_EP_RANKS_PER_NODE="1",
-        NVSHMEM_SYMMETRIC_SIZE=str(84 << 20),
+        NVSHMEM_SYMMETRIC_SIZE=str(160 << 20),
         **ENVIRONMENT,
     )
     return Result([line, *result.lines], problems + result.problems)

@@ -112,7 +112,7 @@ struct CombineWork {
   template <typename Vector>
   __device__ RowSummer<Vector> summer(int32_t index, char* stages, int32_t* written) const {
     return {shared.stages[index], stages + int64_t{index} * warps.stages * kSumPieceBytes,
-            warps.stages, written};
+            warps.stages, static_cast<int32_t>(format.row_bytes), written};
   }
   __device__ uint64_t own_scratch() const { return shared.address[g.rank][0]; }
   __device__ int64_t num_vectors() const { return format.row_bytes / 16; }
@@ -149,7 +149,6 @@ __device__ void sum_own_rows(const CombineWork& work, int32_t index, char* stage
   const CombineScratch& scratch = work.scratch;
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
   const int32_t num_units = work.shared.box.num_units;
-  const auto row_bytes = static_cast<int32_t>(work.format.row_bytes);
   auto summer = work.summer<Vector>(index, stages, &work.shared.box.written[index]);
   int32_t num_done = 0;
   for (int32_t unit = index; unit < num_units; unit += work.warps.rank_summers) {
@@ -190,13 +189,9 @@ __device__ void sum_own_rows(const CombineWork& work, int32_t index, char* stage
       if (row != kNoRow && a.values != nullptr) {
         scratch.values(to, node, token)[a.recv_src[row] % a.top_k] = a.values[row];
       }
-      const auto addend = [&](int32_t i) -> Addend {
-        const int64_t of_lane = __shfl_sync(~0u, row, i);
-        const int64_t at = a.expand ? of_lane : rank * a.num_tokens + token;
-        return {static_cast<const char*>(a.y) + at * row_bytes, __shfl_sync(~0u, weight, i)};
-      };
-      summer.sum(scratch.partial(to, node, work.g.rank, token), row_bytes, a.expand ? count : 1,
-                 addend);
+      const int64_t at = a.expand ? row : rank * a.num_tokens + token;
+      summer.sum(scratch.partial(to, node, work.g.rank, token), a.expand ? count : 1,
+                 static_cast<const char*>(a.y) + at * work.format.row_bytes, weight);
     }
     summer.tell(++num_done);
   }
@@ -257,11 +252,8 @@ class NodeSummer {
       reinterpret_cast<float*>(work_.format.row_head(staging, num_rows_))[lane_] =
           scratch.values(here, node_, token)[lane_];
     }
-    const auto addend = [&](int32_t i) -> Addend {
-      return {scratch.partial(here, node_, nth_bit(ranks, i), token), 1.0f};
-    };
-    summer_.sum(work_.format.row(staging, num_rows_), static_cast<int32_t>(work_.format.row_bytes),
-                __popc(ranks), addend);
+    const char* sum = scratch.partial(here, node_, nth_bit(ranks, lane_), token);
+    summer_.sum(work_.format.row(staging, num_rows_), __popc(ranks), sum, 1.0f);
     ++num_rows_;
   }
 

@@ -11,114 +11,149 @@
 
 namespace jax_ep::gpu::rail {
 
-// What a stage holds: a piece of an addend.
-struct SumPiece {
-  uint64_t to;  // where the sum belongs, if this is its last addend; else 0
-  float weight;
-  uint16_t bytes;
-  uint16_t is_first;   // of the sum's addends
-  int32_t units_done;  // once this is added up, if not 0
-};
-
 // Of one summer, in shared memory.
 struct SummerStages {
   uint64_t full[kMaxSummerStages];  // [L]
-  SumPiece piece[kMaxSummerStages];
 };
 
-// By a whole warp, in the order of calls.
+// By a whole warp. Sums are added up piece by piece, each addend of a piece in a stage of its own, in the
+// order of calls; the loads of a sum begin before the one before it is added up.
 template <typename Vector>
 class RowSummer {
   static constexpr int kVectors = kSumPieceBytes / 16 / 32;  // of a lane
 
  public:
   // `written`: where it tells of units; none for one that does not.
-  __device__ RowSummer(SummerStages& shared, char* stages, int32_t num_stages, int32_t* written)
+  __device__ RowSummer(SummerStages& shared, char* stages, int32_t num_stages, int32_t row_bytes,
+                       int32_t* written)
       : shared_(shared),
         stages_(stages),
         num_stages_(num_stages),
+        row_bytes_(row_bytes),
+        num_pieces_((row_bytes + kSumPieceBytes - 1) / kSumPieceBytes),
         written_(written),
         lane_(static_cast<int32_t>(threadIdx.x) % 32) {}
 
-  // Adds a sum of rows: addend(i) is the i-th of `count`, on all lanes.
-  template <typename AddendOf>
-  __device__ void sum(char* to, int32_t row_bytes, int32_t count, const AddendOf& addend) {
-    for (int32_t at = 0; at < row_bytes; at += kSumPieceBytes) {
-      const int32_t bytes = min(kSumPieceBytes, row_bytes - at);
-      for (int32_t i = 0; i < count; ++i) {
-        const Addend next = addend(i);
-        add(static_cast<const char*>(next.row) + at, bytes, next.weight, i == 0,
-            i + 1 < count ? nullptr : to + at);
-      }
+  // to = round(sum over lanes i < count, in their order, of weight * row).
+  __device__ void sum(char* to, int32_t count, const char* row, float weight) {
+    while (num_issued_ < num_loads(newest_)) {
+      add_piece();
+      load(newest_);
     }
+    const Sum next{to, row, weight, count, 0};
+    num_issued_ = 0;
+    load(next);
+    while (num_added_ < num_pieces_ && newest_.count > 0) {
+      add_piece();
+      load(next);
+    }
+    end_sum();
+    newest_ = next;
+    num_added_ = 0;
   }
   // Tells of so many units when all sums up to here are stored.
   __device__ void tell(int32_t num_units) {
-    __syncwarp();
-    if (lane_ == 0) {
-      if (num_loaded_ == num_added_) {
-        st_release_cta_shared(written_, num_units);  // then [P1]
-      } else {
-        shared_.piece[last_].units_done = num_units;
-      }
+    if (newest_.count > 0) {
+      newest_.num_units = num_units;
+    } else {
+      publish(num_units);
     }
-    __syncwarp();
   }
   // Until all is stored.
   __device__ void finish() {
-    while (num_loaded_ != num_added_) add_next();
+    while (num_added_ < num_pieces_ && newest_.count > 0) {
+      add_piece();
+      load(newest_);
+    }
+    end_sum();
+    newest_ = {};
+    num_issued_ = num_added_ = 0;
   }
 
  private:
-  // Begins to load a piece of an addend. The last one of a sum says where that goes.
-  __device__ void add(const char* from, int32_t bytes, float weight, bool is_first, char* to) {
-    if (num_loaded_ - num_added_ == num_stages_) add_next();
-    if (lane_ == 0) {
-      shared_.piece[load_stage_] = {reinterpret_cast<uint64_t>(to), weight,
-                                    static_cast<uint16_t>(bytes), is_first, 0};
-      uint64_t* full = &shared_.full[load_stage_];
-      mbarrier_arrive_expect_tx(full, static_cast<uint32_t>(bytes));
-      bulk_load(stage(load_stage_), from, static_cast<uint32_t>(bytes), full);  // [L]
-    }
-    last_ = load_stage_;
-    load_stage_ = load_stage_ + 1 == num_stages_ ? 0 : load_stage_ + 1;
-    ++num_loaded_;
-  }
+  struct Sum {
+    char* to;
+    const char* row;    // each lane's
+    float weight;       // likewise
+    int32_t count;      // 0: there is none
+    int32_t num_units;  // to be told of when it is stored, if not 0
+  };
 
+  __device__ int32_t num_loads(const Sum& sum) const { return sum.count * num_pieces_; }
+  __device__ int32_t piece_bytes(int32_t piece) const {
+    return min(kSumPieceBytes, row_bytes_ - piece * kSumPieceBytes);
+  }
   __device__ char* stage(int32_t i) const { return stages_ + i * kSumPieceBytes; }
 
-  __device__ void add_next() {
-    mbarrier_wait_parity(&shared_.full[add_stage_], parity_);  // [L]
-    const SumPiece piece = shared_.piece[add_stage_];
-    const auto* row = reinterpret_cast<const uint4*>(stage(add_stage_));
-    const int32_t size = piece.bytes / 16;
+  // As many of a sum's loads as there are stages for, one a lane. [L]
+  __device__ void load(const Sum& sum) {
+    const int32_t count = min(num_loads(sum) - num_issued_, num_stages_ - num_in_flight_);
+    if (count <= 0) return;
+    const int32_t number = num_issued_ + min(lane_, count - 1);
+    const int32_t piece = number / sum.count, addend = number - piece * sum.count;
+    const auto row = __shfl_sync(~0u, reinterpret_cast<uint64_t>(sum.row), addend);
+    if (lane_ < count) {
+      int32_t to = load_stage_ + lane_;
+      if (to >= num_stages_) to -= num_stages_;
+      const auto bytes = static_cast<uint32_t>(piece_bytes(piece));
+      mbarrier_arrive_expect_tx(&shared_.full[to], bytes);
+      bulk_load(stage(to), reinterpret_cast<const char*>(row) + piece * kSumPieceBytes, bytes,
+                &shared_.full[to]);
+    }
+    load_stage_ += count;
+    if (load_stage_ >= num_stages_) load_stage_ -= num_stages_;
+    num_issued_ += count;
+    num_in_flight_ += count;
+  }
+
+  // The next piece of the newest sum but for one that is being loaded.
+  __device__ void add_piece() {
+    const int32_t size = piece_bytes(num_added_) / 16;
+    Sums<Vector, kVectors> sums;
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) sums.clear(j);
+    for (int32_t i = 0; i < newest_.count; ++i) {
+      if (num_in_flight_ == 0) load(newest_);                    // more addends than stages
+      mbarrier_wait_parity(&shared_.full[add_stage_], parity_);  // [L]
+      const auto* row = reinterpret_cast<const uint4*>(stage(add_stage_));
+      const float weight = __shfl_sync(~0u, newest_.weight, i);
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        if (lane_ + j * 32 < size) sums.add(j, row[lane_ + j * 32], weight);
+      }
+      __syncwarp();  // all have read the stage
+      --num_in_flight_;
+      if (++add_stage_ == num_stages_) {
+        add_stage_ = 0;
+        parity_ ^= 1;
+      }
+    }
+    auto* out = reinterpret_cast<uint4*>(newest_.to + num_added_ * kSumPieceBytes);
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      if (piece.is_first != 0) sums_.clear(j);
-      if (lane_ + j * 32 < size) sums_.add(j, row[lane_ + j * 32], piece.weight);
-    }
-    auto* out = reinterpret_cast<uint4*>(piece.to);
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      if (out != nullptr && lane_ + j * 32 < size) out[lane_ + j * 32] = sums_.rounded(j);
-    }
-    __syncwarp();  // all have read the stage; what they have stored the first one tells
-    if (lane_ == 0 && piece.units_done != 0) st_release_cta_shared(written_, piece.units_done);
-    if (++add_stage_ == num_stages_) {
-      add_stage_ = 0;
-      parity_ ^= 1;
+      if (lane_ + j * 32 < size) out[lane_ + j * 32] = sums.rounded(j);
     }
     ++num_added_;
   }
 
+  __device__ void end_sum() {
+    if (newest_.num_units != 0) publish(newest_.num_units);
+  }
+  __device__ void publish(int32_t num_units) {
+    __syncwarp();                                                // what all have stored
+    if (lane_ == 0) st_release_cta_shared(written_, num_units);  // then [P1]
+  }
+
   SummerStages& shared_;
   char* const stages_;
-  const int32_t num_stages_;
+  const int32_t num_stages_, row_bytes_, num_pieces_;
   int32_t* const written_;
   const int32_t lane_;
-  Sums<Vector, kVectors> sums_;
-  // Pieces; stages of the next ones, and of the newest; the phase to wait for.
-  int32_t num_loaded_ = 0, num_added_ = 0, load_stage_ = 0, add_stage_ = 0, last_ = 0;
+  Sum newest_{};
+  int32_t num_added_ = 0;      // pieces of it
+  int32_t num_issued_ = 0;     // loads of it, or of the next one
+  int32_t num_in_flight_ = 0;  // loads, the oldest in add_stage_
+  int32_t load_stage_ = 0, add_stage_ = 0;
   uint32_t parity_ = 0;
 };
 

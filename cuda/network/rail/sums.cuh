@@ -51,21 +51,6 @@ struct Sums {
   __device__ uint4 rounded(int j) const { return Vector::store(sum[j]); }
 };
 
-// out = round(sum of the rows), by a warp; a row is so many vectors.
-template <typename Vector, int kAtOnce, typename AddendOf>
-__device__ void sum_rows(void* out, int64_t num_vectors, int32_t count, const AddendOf& addend) {
-  auto* to = static_cast<uint4*>(out);
-  for (int64_t first = 0; first < num_vectors; first += 32 * kAtOnce) {
-    const int64_t begin = first + threadIdx.x % 32;
-    Sums<Vector, kAtOnce> sums;
-    sums.add_up(begin, 32, num_vectors, count, addend);
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (begin + j * 32 < num_vectors) to[begin + j * 32] = sums.rounded(j);
-    }
-  }
-}
-
 }  // namespace jax_ep::gpu::rail
 
 #endif  // JAX_EP_CUDA_NETWORK_RAIL_SUMS_CUH_
