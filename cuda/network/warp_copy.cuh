@@ -12,15 +12,17 @@ __device__ inline void copy_by_warp(char* to, const char* from, int64_t num_byte
   auto* out = reinterpret_cast<uint4*>(to);
   const auto* in = reinterpret_cast<const uint4*>(from);
   const int64_t size = num_bytes / 16;
-  int64_t i = threadIdx.x % 32;
-  for (; i + (kAtOnce - 1) * 32 < size; i += kAtOnce * 32) {
+  for (int64_t i = threadIdx.x % 32; i < size; i += kAtOnce * 32) {
     uint4 vector[kAtOnce];
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) vector[j] = in[i + j * 32];
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (i + j * 32 < size) vector[j] = in[i + j * 32];
+    }
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) out[i + j * 32] = vector[j];
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (i + j * 32 < size) out[i + j * 32] = vector[j];
+    }
   }
-  for (; i < size; i += 32) out[i] = in[i];
 }
 
 }  // namespace jax_ep::gpu

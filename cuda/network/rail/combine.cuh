@@ -67,6 +67,7 @@
 #include "cuda/network/rail/row_summer.cuh"
 #include "cuda/network/rail/sums.cuh"
 #include "cuda/network/tell.cuh"
+#include "cuda/network/warp_copy.cuh"
 #include "cuda/sync/give_up.cuh"
 #include "cuda/sync/grid.cuh"
 #include "cuda/sync/progress.cuh"
@@ -83,6 +84,9 @@ struct CombineShared {
   SummerStages stages[kMaxSummers];                   // of rank summers, then of node summers
   Mailbox box;
 };
+
+// Between looks at a unit: those who wait take the issue slots of those who sum.
+constexpr unsigned kUnitWaitNs = 400;
 
 // What the roles of a block have in common.
 struct CombineWork {
@@ -122,7 +126,7 @@ struct CombineWork {
   __device__ bool await_unit(int32_t unit) const {
     const int32_t summer = unit % warps.rank_summers, num_before = unit / warps.rank_summers;
     while (ld_acquire_cta_shared(&shared.box.written[summer]) <= num_before) {
-      __nanosleep(32);
+      __nanosleep(kUnitWaitNs);
     }
     __syncwarp();
     return g.num_ranks == 1 || wait_until_arrived(shared.box, unit) != kBroken;
@@ -253,7 +257,14 @@ class NodeSummer {
           scratch.values(here, node_, token)[lane_];
     }
     const char* sum = scratch.partial(here, node_, nth_bit(ranks, lane_), token);
-    summer_.sum(work_.format.row(staging, num_rows_), __popc(ranks), sum, 1.0f);
+    char* row = work_.format.row(staging, num_rows_);
+    if (__popc(ranks) == 1) {
+      // Rounded already; that -0 stays is not seen where nodes are summed, from +0.
+      copy_by_warp(row, scratch.partial(here, node_, nth_bit(ranks, 0), token),
+                   work_.format.row_bytes);
+    } else {
+      summer_.sum(row, __popc(ranks), sum, 1.0f);
+    }
     ++num_rows_;
   }
 
@@ -400,47 +411,54 @@ class TokenSummer {
 
   // This summer's share of the token's row.
   __device__ void add_rows(int32_t token, uint32_t nodes, uint32_t others, uint64_t landed) const {
-    const int64_t size = work_.num_vectors(), stride = int64_t{count_} * 32;
-    const int32_t own_node = work_.rail.node;
+    const auto size = static_cast<int32_t>(work_.num_vectors());
+    const int32_t stride = count_ * 32, own_node = work_.rail.node;
     const uint32_t ranks = (nodes >> own_node & 1) != 0 ? work_.ranks_with(own_node, token) : 0;
-    const uint64_t here = work_.own_scratch();
     const auto of_rank = [&](int32_t i) -> Addend {
-      return {work_.scratch.partial(here, own_node, nth_bit(ranks, i), token), 1.0f};
+      return {work_.scratch.partial(work_.own_scratch(), own_node, nth_bit(ranks, i), token), 1.0f};
     };
     const auto landed_of = [&](int32_t node) {
       return reinterpret_cast<const uint4*>(of_node(landed, node) + work_.format.row_head_bytes);
     };
-    // That of the first other node is on its way while this node's is summed.
+    // On their way together: what one other node has sent, and this node's sum if one rank has it.
     const int32_t ahead = __ffs(static_cast<int>(others)) - 1;
-    auto* out = static_cast<uint4*>(work_.a.out) + token * size;
-    for (int64_t first = index_ * 32; first < size; first += stride * kAtOnce) {
-      const int64_t begin = first + lane_;
-      uint4 of_ahead[kAtOnce] = {};
-      if (ahead >= 0) {
-        const uint4* row = landed_of(ahead);
+    const uint4* const ahead_row = ahead >= 0 ? landed_of(ahead) : nullptr;
+    const auto* const own_row =
+        __popc(ranks) == 1 ? static_cast<const uint4*>(of_rank(0).row) : nullptr;
+    auto* out = static_cast<uint4*>(work_.a.out) + int64_t{token} * size;
+    for (int32_t first = index_ * 32; first < size; first += stride * kAtOnce) {
+      const int32_t begin = first + lane_;
+      uint4 of_ahead[kAtOnce] = {}, of_own[kAtOnce] = {};
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          if (begin + j * stride < size) of_ahead[j] = row[begin + j * stride];
-        }
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int32_t i = begin + j * stride;
+        if (ahead_row != nullptr && i < size) of_ahead[j] = ahead_row[i];
+        if (own_row != nullptr && i < size) of_own[j] = own_row[i];
       }
-      Sums<Vector, kAtOnce> own, total;
-      own.add_up(begin, stride, size, __popc(ranks), of_rank);
-      total.add_up(begin, stride, size, 0, of_rank);
+      if (own_row == nullptr && ranks != 0) {
+        Sums<Vector, kAtOnce> own;
+        own.add_up(begin, stride, size, __popc(ranks), of_rank);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) of_own[j] = own.rounded(j);
+      }
+      Sums<Vector, kAtOnce> total;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) total.clear(j);
       for (uint32_t left = nodes; left != 0; left &= left - 1) {
         const int32_t node = __ffs(static_cast<int>(left)) - 1;
-        const uint4* row = landed_of(node);
+        const uint4* const row = node == own_node || node == ahead ? nullptr : landed_of(node);
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-          if (begin + j * stride >= size) continue;
-          const uint4 vector = node == own_node ? own.rounded(j)
-                               : node == ahead  ? of_ahead[j]
-                                                : row[begin + j * stride];
-          total.add(j, vector, 1.0f);
+          const int32_t i = begin + j * stride;
+          uint4 vector = node == own_node ? of_own[j] : of_ahead[j];
+          if (row != nullptr && i < size) vector = row[i];
+          total.add(j, vector);
         }
       }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        if (begin + j * stride < size) out[begin + j * stride] = total.rounded(j);
+        const int32_t i = begin + j * stride;
+        if (i < size) out[i] = total.rounded(j);
       }
     }
   }

@@ -117,10 +117,9 @@ class RowSummer {
       mbarrier_wait_parity(&shared_.full[add_stage_], parity_);  // [L]
       const auto* row = reinterpret_cast<const uint4*>(stage(add_stage_));
       const float weight = __shfl_sync(~0u, newest_.weight, i);
+      // Beyond the piece's end lie any numbers, which nobody stores.
 #pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        if (lane_ + j * 32 < size) sums.add(j, row[lane_ + j * 32], weight);
-      }
+      for (int j = 0; j < kVectors; ++j) sums.add(j, row[lane_ + j * 32], weight);
       __syncwarp();  // all have read the stage
       --num_in_flight_;
       if (++add_stage_ == num_stages_) {

@@ -22,7 +22,7 @@ struct Sums {
     for (float& number : sum[j]) number = 0.0f;
   }
   template <typename AddendOf>
-  __device__ void add_up(int64_t begin, int64_t stride, int64_t end, int32_t count,
+  __device__ void add_up(int32_t begin, int32_t stride, int32_t end, int32_t count,
                          const AddendOf& addend) {
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) clear(j);
@@ -39,6 +39,12 @@ struct Sums {
         if (begin + j * stride < end) add(j, vector[j], next.weight);
       }
     }
+  }
+  __device__ void add(int j, uint4 vector) {
+    float number[Vector::kCount];
+    Vector::load(vector, number);
+#pragma unroll
+    for (int c = 0; c < Vector::kCount; ++c) sum[j][c] = __fadd_rn(sum[j][c], number[c]);
   }
   __device__ void add(int j, uint4 vector, float weight) {
     float number[Vector::kCount];
