@@ -11,7 +11,7 @@ namespace jax_ep::gpu::combine {
 
 // Adds up what the loader fetches, in the order in which it does, from the pipeline's job n on. Ends
 // with a job that tells it to, and returns the number of the next one.
-template <typename Vector, SumKind kKind>
+template <typename Vector, SumKind kKind, bool kWeighted>
 __device__ uint32_t run_adder(PipelineIndex of_pipeline, const Work& work, Shared& shared,
                               const SumTables& tables, const char* stages, char* results,
                               uint32_t n) {
@@ -19,14 +19,28 @@ __device__ uint32_t run_adder(PipelineIndex of_pipeline, const Work& work, Share
   constexpr Role kRole = kKind == kForPeers ? Role::kAdder : Role::kOwnAdder;
   const int32_t adder = static_cast<int32_t>(threadIdx.x) - of_pipeline * kNumAdders;
   const int32_t lane = adder % 32, piece_bytes = work.plan.piece_bytes;
+  const char* const stages_end = stages + work.plan.num_stages * piece_bytes;
   Pipeline& pipeline = shared.pipeline[of_pipeline];
   float sum[kVectorsEach][kCount] = {};  // of this rank's rows, then, for own units, of the ranks
-  uint4 own[kVectorsEach] = {};          // the rounded sum of this rank's rows, for own units
+  uint4 rounded[kVectorsEach] = {};      // such a sum
   const auto add = [&](int j, uint4 vector) {
     float x[kCount];
     Vector::load(vector, x);
 #pragma unroll
     for (int c = 0; c < kCount; ++c) sum[j][c] = __fadd_rn(sum[j][c], x[c]);
+  };
+  const auto add_rounded = [&] {
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) add(j, rounded[j]);
+  };
+  // Leaves 0 in its place.
+  const auto take_rounded = [&] {
+#pragma unroll
+    for (int j = 0; j < kVectorsEach; ++j) {
+      rounded[j] = Vector::store(sum[j]);
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) sum[j][c] = 0.0f;
+    }
   };
   uint32_t num_results = 0;
   while (true) {
@@ -34,56 +48,53 @@ __device__ uint32_t run_adder(PipelineIndex of_pipeline, const Work& work, Share
     const Job job = pipeline.job[n % kNumJobs];
     if (job.sum == kStop) timeline::mark(kRole, Event::kEnd);
     if (kKind == kOwn && job.sum == kStop) return n + 1;
-    const int32_t entry = SumTables::entry(max(job.sum, 0));
-    const SumHead head = tables.head[kKind][entry];
-    const float* weights = tables.weight[kKind] + entry * static_cast<int32_t>(work.a.top_k);
-    const int32_t end_row = job.first_row + job.num_rows;
-    int32_t stage = job.first_stage;
-    for (int32_t i = job.first_row; i < end_row; ++i) {
-      // Beyond the piece's end lie any numbers, which nobody stores.
-      const auto* row = reinterpret_cast<const uint4*>(stages + stage * piece_bytes) + adder;
-      if (++stage == work.plan.num_stages) stage = 0;
-      if (kKind == kOwn && (head.is_sum >> i & 1) != 0) {
-        const bool follows_own = (head.follows_own >> i & 1) != 0;
+    const char* stage = stages + job.first_stage * piece_bytes;
+    // This thread's part of the next row. Beyond the piece's end lie any numbers, which nobody
+    // stores.
+    const auto next_row = [&] {
+      const auto* row = reinterpret_cast<const uint4*>(stage) + adder;
+      stage += piece_bytes;
+      if (stage == stages_end) stage = stages;
+      return row;
+    };
+    const float* weights = tables.weight[kKind] + job.first_weight;
 #pragma unroll
-        for (int j = 0; j < kVectorsEach; ++j) {
-          if (follows_own) add(j, own[j]);
-          add(j, row[j * kNumAdders]);
-        }
-        continue;
-      }
-      const float weight = weights[i];
+    for (int32_t i = 0; i < kMaxJobRows; ++i) {
+      if (i == job.num_own) break;
+      const uint4* row = next_row();
+      const float weight = kWeighted ? weights[i] : 1.0f;
 #pragma unroll
       for (int j = 0; j < kVectorsEach; ++j) {
         float x[kCount];
         Vector::load(row[j * kNumAdders], x);
 #pragma unroll
-        for (int c = 0; c < kCount; ++c) sum[j][c] = __fadd_rn(sum[j][c], __fmul_rn(weight, x[c]));
-      }
-      if (kKind == kOwn && (head.ends >> i & 1) != 0) {
-#pragma unroll
-        for (int j = 0; j < kVectorsEach; ++j) {
-          own[j] = Vector::store(sum[j]);  // as what crosses a link
-#pragma unroll
-          for (int c = 0; c < kCount; ++c) sum[j][c] = 0.0f;
+        for (int c = 0; c < kCount; ++c) {
+          sum[j][c] = __fadd_rn(sum[j][c], kWeighted ? __fmul_rn(weight, x[c]) : x[c]);
         }
       }
+    }
+    if (kKind == kOwn && (job.flags & kEndsOwn) != 0) take_rounded();  // as what crosses a link
+#pragma unroll 1
+    for (int32_t i = 0; kKind == kOwn && i < job.num_sums; ++i) {
+      const uint4* row = next_row();
+      if ((job.flags >> i & kFollowsOwn) != 0) add_rounded();
+#pragma unroll
+      for (int j = 0; j < kVectorsEach; ++j) add(j, row[j * kNumAdders]);
     }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&pipeline.empty[n % kNumJobs]);  // [F]
     ++n;
-    if (job.sum != kStop && end_row < head.count) continue;
+    if (job.sum != kStop && (job.flags & kEndsSum) == 0) continue;
+    const int32_t entry = SumTables::entry(max(job.sum, 0));
+    const SumHead head = tables.head[kKind][entry];
     if (kKind == kOwn) {
-      // This rank's sum comes last where no peer of a higher rank has rows.
-      const bool adds_own = head.ends != 0 && head.follows_own == 0;
+      if ((job.flags & kAddsOwn) != 0) add_rounded();
+      take_rounded();
       auto* out = reinterpret_cast<uint4*>(static_cast<char*>(work.a.out) + head.offset);
 #pragma unroll
       for (int j = 0; j < kVectorsEach; ++j) {
-        if (adds_own) add(j, own[j]);
         const int32_t i = adder + j * kNumAdders;
-        if (i * 16 < static_cast<int32_t>(head.bytes)) out[i] = Vector::store(sum[j]);
-#pragma unroll
-        for (int c = 0; c < kCount; ++c) sum[j][c] = 0.0f;
+        if (i * 16 < static_cast<int32_t>(head.bytes)) out[i] = rounded[j];
       }
     } else {
       const uint32_t slot = num_results % kNumResults;
@@ -95,12 +106,11 @@ __device__ uint32_t run_adder(PipelineIndex of_pipeline, const Work& work, Share
         if (adder == 0) shared.result[slot] = {0, 0, work.num_units};
       } else {
         auto* result = reinterpret_cast<uint4*>(results + slot * piece_bytes);
+        take_rounded();
 #pragma unroll
         for (int j = 0; j < kVectorsEach; ++j) {
           const int32_t i = adder + j * kNumAdders;
-          if (i * 16 < static_cast<int32_t>(head.bytes)) result[i] = Vector::store(sum[j]);
-#pragma unroll
-          for (int c = 0; c < kCount; ++c) sum[j][c] = 0.0f;
+          if (i * 16 < static_cast<int32_t>(head.bytes)) result[i] = rounded[j];
         }
         if (adder == 0) {
           const uint64_t partial = shared.address[tables.peer[entry]][0];

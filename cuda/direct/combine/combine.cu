@@ -104,7 +104,7 @@ __device__ void run_storer(const Plan& plan, Shared& shared, const char* results
   }
 }
 
-template <typename Vector>
+template <typename Vector, bool kWeighted>
 __global__ __launch_bounds__(kNumThreads,
                              1) void combine_kernel(const __grid_constant__ GroupView g,
                                                     const __grid_constant__ CombineArguments a,
@@ -159,9 +159,10 @@ __global__ __launch_bounds__(kNumThreads,
       const char* rows = stages_of(pipeline);
       uint32_t n = 0;
       if (pipeline == kPeersFirst) {
-        n = run_adder<Vector, kForPeers>(pipeline, work, shared, tables, rows, results, n);
+        n = run_adder<Vector, kForPeers, kWeighted>(pipeline, work, shared, tables, rows, results,
+                                                    n);
       }
-      run_adder<Vector, kOwn>(pipeline, work, shared, tables, rows, results, n);
+      run_adder<Vector, kOwn, kWeighted>(pipeline, work, shared, tables, rows, results, n);
     } else if (warp < kStorer) {
       const PipelineIndex pipeline = warp == kLoaders ? kPeersFirst : kOwnOnly;
       Loader loader(pipeline, work, shared, tables, stages_of(pipeline));
@@ -203,7 +204,9 @@ cudaError_t Launch(const GroupView& group, const CombineArguments& a, int num_sm
   if (!MakePlan(a.num_tokens, a.top_k, row_bytes, num_sms, &plan, &num_blocks)) {
     return cudaErrorInvalidValue;
   }
-  combine_kernel<Vector><<<num_blocks, kNumThreads, kRingBytes, stream>>>(group, a, plan);
+  auto* kernel =
+      a.weights != nullptr ? combine_kernel<Vector, true> : combine_kernel<Vector, false>;
+  kernel<<<num_blocks, kNumThreads, kRingBytes, stream>>>(group, a, plan);
   return cudaGetLastError();
 }
 
@@ -223,8 +226,9 @@ cudaError_t LaunchCombine(const GroupView& group, const CombineArguments& a, int
 }
 
 cudaError_t PrepareCombine() {
-  for (auto* kernel :
-       {combine_kernel<F32Vector>, combine_kernel<F16Vector>, combine_kernel<Bf16Vector>}) {
+  for (auto* kernel : {combine_kernel<F32Vector, false>, combine_kernel<F32Vector, true>,
+                       combine_kernel<F16Vector, false>, combine_kernel<F16Vector, true>,
+                       combine_kernel<Bf16Vector, false>, combine_kernel<Bf16Vector, true>}) {
     if (cudaError_t e = PrepareKernel(kernel, kRingBytes); e != cudaSuccess) return e;
   }
   return cudaSuccess;

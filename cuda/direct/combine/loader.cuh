@@ -31,7 +31,7 @@ class Loader {
     const int32_t num_sums = work_.num_sums(kForPeers);
     for (int32_t sum = 0; sum < num_sums; ++sum) {
       wait_for_table(kForPeers, sum);
-      if (tables_.head[kForPeers][SumTables::entry(sum)].count > 0) {
+      if (tables_.rows[kForPeers][SumTables::entry(sum)].count > 0) {
         fetch(kForPeers, sum);
       } else {
         skip(kForPeers, sum);
@@ -94,9 +94,9 @@ class Loader {
   // Passes jobs with a sum's rows on, by the whole warp.
   __device__ void fetch(SumKind kind, int32_t sum) {
     const int32_t entry = SumTables::entry(sum);
-    const SumHead& head = tables_.head[kind][entry];
-    const int32_t count = head.count;
-    const uint32_t bytes = head.bytes;
+    const SumRows rows = tables_.rows[kind][entry];
+    const int32_t count = rows.count;
+    const uint32_t bytes = tables_.head[kind][entry].bytes;
     const uint64_t source = lane_ < count ? tables_.source[kind][entry * top_k_ + lane_] : 0;
     __syncwarp();  // all lanes have read the entry
     int32_t first = 0;
@@ -105,7 +105,7 @@ class Loader {
       reserve(num_rows);
       uint64_t* full = &pipeline_.full[next_job_ % kNumJobs];
       if (lane_ == 0) {
-        pipeline_.job[next_job_ % kNumJobs] = {sum, first, num_rows, stage_};
+        pipeline_.job[next_job_ % kNumJobs] = job_of(kind, sum, rows, first, num_rows);
         mbarrier_arrive_expect_tx(full, static_cast<uint32_t>(num_rows) * bytes);
       }
       const int32_t i = lane_ - first;
@@ -123,11 +123,29 @@ class Loader {
     } while (first < count);
   }
 
+  // Of so many of a sum's rows, from one on, in the stages from `stage_` on.
+  __device__ Job job_of(SumKind kind, int32_t sum, const SumRows& rows, int32_t first,
+                        int32_t count) const {
+    const bool has_own = rows.num_own > 0;
+    const int32_t num_own = max(0, min(rows.num_own - first, count));
+    const int32_t first_sum = first + num_own, end = first + count;
+    uint32_t flags = end == rows.count ? kEndsSum : 0u;
+    if (kind == kOwn) {
+      if (num_own > 0 && first_sum == rows.num_own) flags |= kEndsOwn;
+      if (has_own && first_sum <= rows.own_before && rows.own_before < end) {
+        flags |= kFollowsOwn << (rows.own_before - first_sum);
+      } else if (has_own && rows.own_before == rows.count) {
+        flags |= kAddsOwn;
+      }
+    }
+    return {sum, stage_, num_own, count - num_own, SumTables::entry(sum) * top_k_ + first, flags};
+  }
+
   // No more sums of the kind.
   __device__ void stop(SumKind kind) {
     reserve(0);
     if (lane_ == 0) {
-      pipeline_.job[next_job_ % kNumJobs] = {kStop, 0, 0, 0};
+      pipeline_.job[next_job_ % kNumJobs] = {kStop, 0, 0, 0, 0, 0};
       mbarrier_arrive(&pipeline_.full[next_job_ % kNumJobs]);
     }
     timeline::mark(kind == kForPeers ? Role::kLoader : Role::kOwnLoader, Event::kEnd);

@@ -37,6 +37,7 @@ class Scout {
     const auto is_left = [&](int kind) { return next[kind] * kTableSums < work_.num_sums(kind); };
     if (a_.values != nullptr) send_values();
     while (is_left(kForPeers) || is_left(kOwn)) {
+      bool is_waiting = true;
       for (const SumKind kind : {kForPeers, kOwn}) {
         const int32_t slot = next[kind] % kNumTables, use = next[kind] / kNumTables;
         if (!is_left(kind)) continue;
@@ -44,7 +45,9 @@ class Scout {
             use == 0 || mbarrier_test_wait_parity(&shared_.used[kind][slot], (use - 1) & 1);  // [U]
         if (__all_sync(0xffffffffu, is_free) == 0) continue;  // the other loader may be waiting
         fill_table(kind, next[kind]++);
+        is_waiting = false;
       }
+      if (is_waiting) __nanosleep(64);  // issues nothing that adders could
     }
     timeline::mark(Role::kScout, Event::kEnd);
   }
@@ -60,6 +63,7 @@ class Scout {
       const int32_t unit = kind == kOwn ? sum : sum / num_peers;
       const int64_t t = work_.token_of(unit), at = work_.offset_of(unit);
       SumHead head{};
+      SumRows rows{};
       head.bytes = static_cast<uint32_t>(min(int64_t{work_.plan.piece_bytes}, row_bytes_ - at));
       if (kind == kForPeers) {
         const int32_t i = sum % num_peers;
@@ -67,41 +71,44 @@ class Scout {
         tables_.peer[entry] = peer;
         head.offset = (work_.g.rank * a_.num_tokens + t) * row_bytes_ + at;
         head.units_done = i == num_peers - 1 ? unit + 1 : unit;
-        find_for_peer(peer, t, at, head, source, weight);
+        rows.count = rows.num_own = find_for_peer(peer, t, at, source, weight);
       } else {
         head.offset = t * row_bytes_ + at;
-        find_own(t, at, head, source, weight);
+        rows = find_own(t, at, source, weight);
       }
       tables_.head[kind][entry] = head;
+      tables_.rows[kind][entry] = rows;
     }
     __syncwarp();
     timeline::mark(Role::kScout, Event::kStore);
     if (lane_ == 0) mbarrier_arrive(&shared_.filled[kind][table % kNumTables]);  // [T]
   }
 
-  // This rank's rows of a peer's token.
-  __device__ void find_for_peer(int32_t peer, int64_t t, int64_t at, SumHead& head,
-                                uint64_t* source, float* weight) {
+  // This rank's rows of a peer's token; returns how many they are.
+  __device__ int32_t find_for_peer(int32_t peer, int64_t t, int64_t at, uint64_t* source,
+                                   float* weight) {
     const int64_t flat_token = peer * a_.num_tokens + t;
     const int32_t first = a_.recv_offsets[flat_token];
     // No more than there is room for here, whatever the tables say; where they point to is trusted.
     const int32_t most = a_.expand ? top_k_ : 1;
-    head.count = max(0, min(a_.recv_offsets[flat_token + 1] - first, most));
-    for (int32_t begin = 0; begin < head.count; begin += kAtOnce) {
+    const int32_t count = max(0, min(a_.recv_offsets[flat_token + 1] - first, most));
+    for (int32_t begin = 0; begin < count; begin += kAtOnce) {
       // First all loads of a kind, then what depends on them.
       int32_t row[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        row[i] = begin + i < head.count ? a_.recv_order[first + begin + i] : kNoRow;
+        row[i] = begin + i < count ? a_.recv_order[first + begin + i] : kNoRow;
       }
       if (!a_.expand) keep_one(row, flat_token, false);
       add_rows(row, at, source + begin, weight + begin);
     }
+    return count;
   }
 
   // The rows of one of this rank's tokens: its own, and the sums of peers that have any.
-  __device__ void find_own(int64_t t, int64_t at, SumHead& head, uint64_t* source, float* weight) {
+  __device__ SumRows find_own(int64_t t, int64_t at, uint64_t* source, float* weight) {
     const auto num_local = static_cast<int32_t>(a_.num_local_experts);
+    SumRows rows{};
     uint64_t peers[2] = {};  // that have rows, a bit each
     static_assert(kMaxPeers <= 128);
     for (int32_t begin = 0; begin < top_k_; begin += kAtOnce) {
@@ -121,22 +128,20 @@ class Scout {
         peers[0] |= rank < 64 ? uint64_t{1} << rank : 0;
         peers[1] |= rank < 64 ? 0 : uint64_t{1} << (rank - 64);
       }
-      if (!a_.expand) keep_one(row, work_.g.rank * a_.num_tokens + t, head.count > 0);
-      head.count += add_rows(row, at, source + head.count, weight + head.count);
+      if (!a_.expand) keep_one(row, work_.g.rank * a_.num_tokens + t, rows.num_own > 0);
+      rows.num_own += add_rows(row, at, source + rows.num_own, weight + rows.num_own);
     }
-    const bool has_own = head.count > 0;
-    if (has_own) head.ends = 1u << (head.count - 1);
+    rows.count = rows.own_before = rows.num_own;
     const uint64_t partial = reinterpret_cast<uint64_t>(a_.partial) + t * row_bytes_ + at;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       for (uint64_t left = peers[half]; left != 0; left &= left - 1) {
         const int32_t rank = half * 64 + __ffsll(static_cast<long long>(left)) - 1;
-        const uint32_t bit = 1u << head.count;
-        if (has_own && rank > work_.g.rank && head.follows_own == 0) head.follows_own = bit;
-        head.is_sum |= bit;
-        source[head.count++] = partial + rank * a_.num_tokens * row_bytes_;
+        source[rows.count++] = partial + rank * a_.num_tokens * row_bytes_;
+        if (rank < work_.g.rank) rows.own_before = rows.count;
       }
     }
+    return rows;
   }
 
   // Of y that is not expanded: in the place of a token's rows its one row, unless that is there.

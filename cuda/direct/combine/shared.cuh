@@ -27,17 +27,19 @@ static_assert(kNumJobs <= 16 && kMaxJobRows < 4);  // the loader keeps two bits 
 // A sum's rows in the order in which they are added: this rank's in k order, then, of own units, the
 // peers' sums by rank.
 struct alignas(16) SumHead {
-  int32_t count;
-  uint32_t bytes;   // of each row
-  uint64_t offset;  // of the sum, in partial or in out
-  // Bit i, of own units: row i is the last one of this rank's, whose sum is then rounded; it is a
-  // peer's sum; this rank's comes before it.
-  uint32_t ends, is_sum, follows_own;
+  uint64_t offset;     // of the sum, in partial or in out
+  uint32_t bytes;      // of each row
   int32_t units_done;  // for the peers, once this sum is stored
 };
-static_assert(sizeof(SumHead) == kHeadBytes);
+struct alignas(16) SumRows {
+  int32_t count;
+  int32_t num_own;     // of this rank, which come first; the others are peers' sums
+  int32_t own_before;  // of own units: this rank's sum is added before this row, `count`: after all
+};
+static_assert(sizeof(SumHead) + sizeof(SumRows) == kHeadBytes);
 struct SumTables {
   SumHead* head[2];     // by kind: [kNumTables][kTableSums]
+  SumRows* rows[2];     // likewise
   uint64_t* source[2];  // by kind: [kNumTables][kTableSums][K], where the row begins
   float* weight[2];     // likewise, 1 without weights
   int32_t* peer;        // for whom a sum is: [kNumTables][kTableSums]; the first table is filled
@@ -45,10 +47,12 @@ struct SumTables {
 
   __device__ SumTables(char* memory, int32_t top_k) {
     auto* heads = reinterpret_cast<SumHead*>(memory);
-    auto* sources = reinterpret_cast<uint64_t*>(heads + 2 * kSumsInTables);
+    auto* all_rows = reinterpret_cast<SumRows*>(heads + 2 * kSumsInTables);
+    auto* sources = reinterpret_cast<uint64_t*>(all_rows + 2 * kSumsInTables);
     auto* weights = reinterpret_cast<float*>(sources + 2 * kSumsInTables * top_k);
     for (const int kind : {kForPeers, kOwn}) {
       head[kind] = heads + kind * kSumsInTables;
+      rows[kind] = all_rows + kind * kSumsInTables;
       source[kind] = sources + kind * kSumsInTables * top_k;
       weight[kind] = weights + kind * kSumsInTables * top_k;
     }
@@ -58,13 +62,24 @@ struct SumTables {
   __device__ static int32_t entry(int32_t sum) { return sum % kSumsInTables; }
 };
 
-// Rows of a sum, in consecutive stages (the first follows the last), that the adders add up.
+// Rows of a sum that the adders add up, in consecutive stages (the first follows the last): some of
+// this rank's, then some that are peers' sums.
 struct alignas(16) Job {
   int32_t sum;  // kStop: there are no more jobs
-  int32_t first_row, num_rows;
   int32_t first_stage;
+  int32_t num_own, num_sums;
+  int32_t first_weight;  // of the tables
+  uint32_t flags;
 };
 constexpr int32_t kStop = -1;
+enum JobFlag : uint32_t {
+  kEndsSum = 1,     // no more rows of the sum come
+  kEndsOwn = 2,     // of own units: no more of this rank's, whose sum is then rounded
+  kAddsOwn = 4,     // which is added after all others
+  kFollowsOwn = 64  // shifted by i: this rank's sum is added before the i-th peer's sum here
+};
+static_assert(kMaxJobRows <= 8);
+
 struct Result {
   uint64_t to;
   uint32_t bytes;  // 0: nothing more comes
