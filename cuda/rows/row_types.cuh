@@ -21,6 +21,14 @@ struct F32Vector {
     return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
             __float_as_uint(x[3])};
   }
+  __device__ static uint4 add_two(uint4 v, uint4 w) {
+    float x[kCount], y[kCount];
+    load(v, x);
+    load(w, y);
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) x[c] = __fadd_rn(__fadd_rn(0.0f, x[c]), y[c]);
+    return store(x);
+  }
 };
 
 // Word by word: taken apart into 16-bit numbers, a vector would be loaded as such.
@@ -37,6 +45,13 @@ struct HalfVector {
     return {Pair::down(x[0], x[1]), Pair::down(x[2], x[3]), Pair::down(x[4], x[5]),
             Pair::down(x[6], x[7])};
   }
+  // store of 0 + x + y added in f32, the same bits: f32 has at least twice the digits of a 16-bit
+  // number and two more, so that rounding their sum to f32 first changes nothing. The last addition
+  // is for -0 + -0, which the first one of 0 makes +0.
+  __device__ static uint4 add_two(uint4 v, uint4 w) {
+    const auto add = [](uint32_t a, uint32_t b) { return Pair::add(Pair::add(a, b), 0); };
+    return {add(v.x, w.x), add(v.y, w.y), add(v.z, w.z), add(v.w, w.w)};
+  }
 };
 struct Bf16Pair {
   __device__ static void up(uint32_t word, float& low, float& high) {
@@ -48,6 +63,11 @@ struct Bf16Pair {
     return static_cast<uint32_t>(__bfloat16_as_ushort(pair.x)) |
            static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
   }
+  __device__ static uint32_t add(uint32_t v, uint32_t w) {
+    uint32_t sum;
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(v), "r"(w));
+    return sum;
+  }
 };
 struct F16Pair {
   __device__ static void up(uint32_t word, float& low, float& high) {
@@ -58,6 +78,11 @@ struct F16Pair {
     const __half2 pair = __floats2half2_rn(low, high);
     return static_cast<uint32_t>(__half_as_ushort(pair.x)) |
            static_cast<uint32_t>(__half_as_ushort(pair.y)) << 16;
+  }
+  __device__ static uint32_t add(uint32_t v, uint32_t w) {
+    uint32_t sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(v), "r"(w));
+    return sum;
   }
 };
 using Bf16Vector = HalfVector<Bf16Pair>;

@@ -26,6 +26,7 @@
 #include "cuda/launch.h"
 #include "tests/native/check_cuda.h"
 #include "tests/native/kernels_compare.h"
+#include "tests/native/kernels_pairs.h"
 #include "tests/native/kernels_waits.h"
 
 namespace {
@@ -94,6 +95,7 @@ int main(int argc, char** argv) {
     }
   }
   if (!slots_only) {
+    TestPairs();
     TestSlots(small ? 4 : 40, slot_ranks, num_sms / kMaxRanks - 1, seed);
     TestSlotFailures();
     TestStall(4);

@@ -1,4 +1,4 @@
-// Kernels of kernels_test's own, which wait: all else of it compiles without nvcc.
+// Kernels of kernels_test's own, which wait: all else of it but kernels_pairs.cu compiles without nvcc.
 #ifndef JAX_EP_TESTS_NATIVE_KERNELS_WAITS_H_
 #define JAX_EP_TESTS_NATIVE_KERNELS_WAITS_H_
 

@@ -77,9 +77,19 @@ __device__ uint32_t run_adder(PipelineIndex of_pipeline, const Work& work, Share
 #pragma unroll 1
     for (int32_t i = 0; kKind == kOwn && i < job.num_sums; ++i) {
       const uint4* row = next_row();
-      if ((job.flags >> i & kFollowsOwn) != 0) add_rounded();
+      if ((job.flags & kIsPair) == 0) {
+        if ((job.flags >> i & kFollowsOwn) != 0) add_rounded();
 #pragma unroll
-      for (int j = 0; j < kVectorsEach; ++j) add(j, row[j * kNumAdders]);
+        for (int j = 0; j < kVectorsEach; ++j) add(j, row[j * kNumAdders]);
+      } else if (i > 0 || (job.flags & kIsSecond) != 0) {
+#pragma unroll
+        for (int j = 0; j < kVectorsEach; ++j) {
+          rounded[j] = Vector::add_two(rounded[j], row[j * kNumAdders]);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kVectorsEach; ++j) rounded[j] = row[j * kNumAdders];
+      }
     }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&pipeline.empty[n % kNumJobs]);  // [F]
@@ -88,8 +98,13 @@ __device__ uint32_t run_adder(PipelineIndex of_pipeline, const Work& work, Share
     const int32_t entry = SumTables::entry(max(job.sum, 0));
     const SumHead head = tables.head[kKind][entry];
     if (kKind == kOwn) {
-      if ((job.flags & kAddsOwn) != 0) add_rounded();
-      take_rounded();
+      if ((job.flags & kIsPair) == 0) {
+        if ((job.flags & kAddsOwn) != 0) add_rounded();
+        take_rounded();
+      } else if ((job.flags & kIsSingle) != 0) {
+#pragma unroll
+        for (int j = 0; j < kVectorsEach; ++j) rounded[j] = Vector::add_two(rounded[j], uint4{});
+      }
       auto* out = reinterpret_cast<uint4*>(static_cast<char*>(work.a.out) + head.offset);
 #pragma unroll
       for (int j = 0; j < kVectorsEach; ++j) {

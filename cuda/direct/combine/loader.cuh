@@ -131,8 +131,13 @@ class Loader {
     const int32_t first_sum = first + num_own, end = first + count;
     uint32_t flags = end == rows.count ? kEndsSum : 0u;
     if (kind == kOwn) {
+      const int32_t num_rounded = rows.count - rows.num_own + (has_own ? 1 : 0);
       if (num_own > 0 && first_sum == rows.num_own) flags |= kEndsOwn;
-      if (has_own && first_sum <= rows.own_before && rows.own_before < end) {
+      if (num_rounded == 1 || num_rounded == 2) {  // of which either may be the first
+        flags |= kIsPair;
+        if (has_own || first > 0) flags |= kIsSecond;
+        if (num_rounded == 1) flags |= kIsSingle;
+      } else if (has_own && first_sum <= rows.own_before && rows.own_before < end) {
         flags |= kFollowsOwn << (rows.own_before - first_sum);
       } else if (has_own && rows.own_before == rows.count) {
         flags |= kAddsOwn;

@@ -76,6 +76,9 @@ enum JobFlag : uint32_t {
   kEndsSum = 1,     // no more rows of the sum come
   kEndsOwn = 2,     // of own units: no more of this rank's, whose sum is then rounded
   kAddsOwn = 4,     // which is added after all others
+  kIsPair = 8,      // one or two rounded sums are to be added, which takes no f32
+  kIsSecond = 16,   // of those the first peer's sum here is the second one
+  kIsSingle = 32,   // there is but one
   kFollowsOwn = 64  // shifted by i: this rank's sum is added before the i-th peer's sum here
 };
 static_assert(kMaxJobRows <= 8);
