@@ -9,21 +9,24 @@ Array = jax.Array
 def _nucleus(probs: Array, top_p: Array) -> Array:
     """Which of probs [S, V] are in the fewest, likeliest tokens whose sum reaches top_p [S].
 
-    The bound is found by bisection over the bits of a float in [0, 1], which are ordered as the
-    numbers are: no sort of the vocabulary, and no branch that the host would wait for.
+    The bound is found over the bits of a float in [0, 1], which are ordered as the numbers are,
+    three of its 30 in each pass: no sort of the vocabulary, no branch that the host would wait for,
+    and probs are read ten times.
     """
 
-    def narrow(_, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds  # the bound is at least low, and below high
-        middle = (low + high) // 2
-        bound = jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]
-        enough = jnp.sum(jnp.where(probs >= bound, probs, 0.0), axis=-1) >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+    def at_least(bits: Array) -> Array:
+        return probs >= jax.lax.bitcast_convert_type(bits, jnp.float32)[:, None]
 
-    zeros = jnp.zeros_like(top_p, jnp.int32)
-    one = 0x3F800000  # the bits of 1.0
-    low, _ = jax.lax.fori_loop(0, 30, narrow, (zeros, zeros + one + 1))
-    return probs >= jax.lax.bitcast_convert_type(low, jnp.float32)[:, None]
+    def narrow(i: Array, bits: Array) -> Array:
+        shift = 27 - 3 * i
+        enough = [
+            jnp.sum(jnp.where(at_least(bits + (n << shift)), probs, 0.0), axis=-1) >= top_p
+            for n in range(1, 8)
+        ]
+        most = jnp.max(jnp.stack([jnp.where(e, n, 0) for n, e in enumerate(enough, 1)]), axis=0)
+        return bits + (most << shift)
+
+    return at_least(jax.lax.fori_loop(0, 10, narrow, jnp.zeros_like(top_p, jnp.int32)))
 
 
 def sample(logits: Array, temperature: Array, top_p: Array, seed: Array, position: Array) -> Array:

@@ -55,7 +55,7 @@ class Limits:
 def empty_slots(mesh: Mesh, config: model.Config, limits: Limits) -> dict:
     """Makes the slots, all free, where they live."""
     num_slots = mesh.size * limits.slots_per_device
-    entry = (num_slots, limits.cache_length, config.num_key_value_heads, config.head_dim)
+    entry = (num_slots, config.num_key_value_heads, limits.cache_length, config.head_dim)
 
     def make() -> dict:
         return {
@@ -80,11 +80,13 @@ def attend_to_cache(
 ) -> tuple[Array, dict]:
     """Writes k and v [B, Q, G, D] to the cache, and attends to all up to each token's position.
 
+    The cache lies as the products take it: not by position first, or each step would turn it.
+
     Args:
         q: [B, Q, N, D].
         k: the tokens' keys.
         v: their values.
-        cache: "k" and "v" [S, cache_length, G, D].
+        cache: "k" and "v" [S, G, cache_length, D].
         slots: int32 [B], where the sequences are; None: B is S, sequence i in slot i.
         positions: int32 [B, Q]; -1 is no token: it writes nothing, and its output is of no use.
 
@@ -92,18 +94,23 @@ def attend_to_cache(
         [B, Q, N, D], and the cache.
     """
     rows = jnp.arange(q.shape[0]) if slots is None else slots
-    length = cache["k"].shape[1]
-    at = rows[:, None], jnp.where(positions >= 0, positions, length)  # beyond the end: dropped
+    _, num_groups, length, head_dim = cache["k"].shape
+    # Beyond the end: dropped.
+    at = rows[:, None], slice(None), jnp.where(positions >= 0, positions, length)
     cache = {name: cache[name].at[at].set(new, mode="drop") for name, new in (("k", k), ("v", v))}
     k, v = (cache[name] if slots is None else cache[name][slots] for name in "kv")
     if slots is not None:
         # What an earlier sequence has left in the slot gets weight 0, but 0 * NaN is NaN: it goes.
         end = 1 + jnp.max(positions, axis=1)
-        v = jnp.where((jnp.arange(length) < end[:, None])[..., None, None], v, 0)
+        v = jnp.where((jnp.arange(length) < end[:, None])[:, None, :, None], v, 0)
         written = jnp.where(end > 0, slots, cache["v"].shape[0])
         cache["v"] = cache["v"].at[written].set(v, mode="drop")
-    mask = jnp.arange(length) <= positions[..., None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]), cache
+    grouped = q.reshape(*q.shape[:2], num_groups, -1, head_dim)
+    scores = jnp.einsum("bqgnd,bgld->bgnql", grouped, k, preferred_element_type=jnp.float32)
+    mask = jnp.arange(length) <= positions[..., None]  # [B, Q, length]
+    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgnql,bgld->bqgnd", probs, v).reshape(q.shape), cache
 
 
 def _forward(
