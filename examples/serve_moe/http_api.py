@@ -182,18 +182,17 @@ class Api:
             raise RequestError(str(error), status=429) from error
         except StoppedError as error:
             raise RequestError(str(error), status=503) from error
+        late = loop.call_at(deadline, arrived.put_nowait, "late")
         try:
             while True:
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        values = [await arrived.get()]
-                except TimeoutError as error:
-                    raise self._too_late(504) from error
+                values = [await arrived.get()]
                 # What has come meanwhile goes out with it: a loop that is behind catches up.
                 while not arrived.empty():
                     values.append(arrived.get_nowait())
                 text = ""
                 for value in values:
+                    if value == "late":
+                        raise self._too_late(504)
                     if value == "error":
                         failure = self._engine.failure
                         raise RequestError(f"the engine has failed: {failure}", status=500)
@@ -207,6 +206,7 @@ class Api:
                         return
                 yield text, None
         finally:
+            late.cancel()
             self._engine.cancel(sequence)
 
 
