@@ -55,8 +55,10 @@ class ServerProcess:
         self._lines.put("")  # the end
 
     def port(self) -> int:
-        """Of HTTP, once it listens."""
-        return int(self.wait_for(r"listening on http://127\.0\.0\.1:(\d+)$")[1])
+        """Of HTTP, once it listens; nothing that it has said is a warning."""
+        port = int(self.wait_for(r"listening on http://127\.0\.0\.1:(\d+)$")[1])
+        assert not [line for line in self._seen if "Warning" in line]
+        return port
 
     def wait_for(self, pattern: str) -> re.Match:
         while line := self._lines.get(timeout=SECONDS):
