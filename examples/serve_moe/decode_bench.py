@@ -119,7 +119,9 @@ def time_steps(run: steps.Steps, args: argparse.Namespace) -> tuple[list[float],
 
 def trace_steps(run: steps.Steps, args: argparse.Namespace, folder: pathlib.Path) -> list[dict]:
     """Traces some steps; returns a summary for each GPU, and prints it."""
-    with jax.profiler.trace(str(folder)):
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0  # they would slow the host down
+    with jax.profiler.trace(str(folder), profiler_options=options):
         run_steps(run, TRACED_STEPS, args.steps_ahead)
     summaries = []
     for name, kernels in device_trace.read_kernels(folder):
@@ -130,8 +132,9 @@ def trace_steps(run: steps.Steps, args: argparse.Namespace, folder: pathlib.Path
             continue
         summaries.append({"device": name, **dataclasses.asdict(summary)})
         print(
-            f"      {name}: {summary.step_us:.0f} us a step, {summary.gap_us:.1f} between two (at "
-            f"most {summary.longest_gap_us:.1f}), {summary.idle_us:.1f} idle within; "
+            f"      {name}, traced: {summary.step_us:.0f} us a step, its kernels span "
+            f"{summary.span_us:.0f}, then {summary.gap_us:.1f} (at most "
+            f"{summary.longest_gap_us:.1f}) to the next; {summary.idle_us:.1f} idle within; "
             f"{summary.communication_us:.1f} in {summary.num_communication} of "
             f"{summary.kernels} kernels, which exchange rows",
             flush=True,

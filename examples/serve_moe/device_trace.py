@@ -29,9 +29,13 @@ class Kernel:
 class Summary:
     """A device's steps, in microseconds; each figure but the first is the median of the steps.
 
+    To trace slows the host down, more than the device. A step that takes no longer than span_us
+    without a trace had no gap there, whatever gap_us is.
+
     Attributes:
         kernels: of a step.
         step_us: from a step's first kernel to the next one's.
+        span_us: from a step's first kernel to its last one's end.
         gap_us: from a step's last kernel to the next one's first.
         longest_gap_us: the longest of them.
         idle_us: within a step, while no kernel ran.
@@ -41,6 +45,7 @@ class Summary:
 
     kernels: int
     step_us: float
+    span_us: float
     gap_us: float
     longest_gap_us: float
     idle_us: float
@@ -90,6 +95,7 @@ def summarise(kernels: list[Kernel], num_steps: int) -> Summary:
     return Summary(
         kernels=size,
         step_us=float(np.median(np.diff(begins))) / 1e3,
+        span_us=float(np.median(ends - begins)) / 1e3,
         gap_us=float(np.median(gaps)) / 1e3,
         longest_gap_us=float(np.max(gaps)) / 1e3,
         idle_us=float(np.median([idle(step) for step in steps])) / 1e3,

@@ -24,6 +24,7 @@ def test_gaps_and_communication_of_steps() -> None:
     summary = summarise(_steps([1, 3, 90, 2]), 5)
     assert (summary.kernels, summary.num_communication) == (3, 2)
     assert summary.step_us == pytest.approx((47 + 48) / 2)  # 45 us and a gap
+    assert summary.span_us == pytest.approx(45)
     assert summary.gap_us == pytest.approx(2.5)
     assert summary.longest_gap_us == pytest.approx(90)
     assert summary.idle_us == pytest.approx(2)
