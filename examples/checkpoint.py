@@ -239,6 +239,12 @@ def _add_scales(shapes: dict, tensors: Mapping[str, np.ndarray]) -> dict:
     return shapes | {"layers": layers}
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _finish(part: jax.Array, is_transposed: bool, dtype: Any) -> jax.Array:
+    """A device's part of a parameter as the model has it, of what the checkpoint has."""
+    return (jnp.swapaxes(part, -1, -2) if is_transposed else part).astype(dtype)
+
+
 def load_params(
     folder: pathlib.Path, config: Config, mesh: Mesh, dtype: str, *, keep_float8: bool = False
 ) -> dict:
@@ -274,10 +280,6 @@ def load_params(
             parts = [_read_tensor(tensors, name) for name in _names(path, expert)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    @functools.partial(jax.jit, static_argnums=(1, 2))
-    def finish(shard: jax.Array, is_transposed: bool, dtype: Any) -> jax.Array:
-        return (jnp.swapaxes(shard, -1, -2) if is_transposed else shard).astype(dtype)
-
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         is_expert = is_expert_weight(path)
         sharding = NamedSharding(mesh, P("ep") if is_expert else P())
@@ -288,7 +290,7 @@ def load_params(
                 part = np.stack([read(path, leaf, expert) for expert in experts])
             else:
                 part = read(path, leaf, 0)
-            shard = finish(jax.device_put(part, device), _is_transposed(path, part), leaf.dtype)
+            shard = _finish(jax.device_put(part, device), _is_transposed(path, part), leaf.dtype)
             if shard.shape != sharding.shard_shape(leaf.shape):
                 raise ValueError(
                     f"{folder}: {', '.join(_names(path, 0))}: together {shard.shape} on a device, "
