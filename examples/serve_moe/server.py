@@ -21,6 +21,7 @@ class Server(uvicorn.Server):
             host=host,
             port=port,
             log_level="warning",
+            ws="none",
             timeout_graceful_shutdown=drain_seconds,
         )
         super().__init__(config)

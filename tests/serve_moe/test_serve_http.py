@@ -161,6 +161,20 @@ def test_devices_that_never_answer_are_a_failure(one_layer: pathlib.Path) -> Non
     run.released.set()  # nobody is there any more for what comes now
 
 
+def test_websockets_are_no_way_in(one_layer: pathlib.Path) -> None:
+    """Whatever library for them is installed, which uvicorn would take."""
+    with _serving(one_layer) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_SECONDS)
+        with contextlib.closing(connection):
+            key = {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version": "13"}
+            connection.request(
+                "GET", "/health", headers={"Connection": "Upgrade", "Upgrade": "websocket", **key}
+            )
+            response = connection.getresponse()
+            assert (response.status, json.loads(response.read())) == (200, {"status": "ok"})
+        assert _send(port, "GET", "/health")[0] == 200
+
+
 def test_requests_have_a_time_limit(one_layer: pathlib.Path) -> None:
     """For their bodies, whole answers and streams; what has begun ends in an error."""
     with _serving(one_layer, gives_tokens=False, request_seconds=1.0) as port:
