@@ -240,6 +240,7 @@ class Steps:
         self.mesh, self.config, self.limits = mesh, config, limits
         self._params = params
         self._slots = empty_slots(mesh, config, limits)
+        self._keep: np.ndarray | None = None  # of the last step: most take the same slots
         self._by_device = NamedSharding(mesh, P(AXES))
         # With several processes each device has all results, so that process 0 can fetch them.
         self._is_gathered = jax.process_count() > 1
@@ -301,7 +302,9 @@ class Steps:
             "token" int32 [D * S], -1 where there is none; "expert_rows" int32 [D * L], rows of
             each expert of each device in all layers; "dropped" int32 [D].
         """
-        return self._run(self._decode_program, self._place(keep))
+        if self._keep is None or not np.array_equal(keep, self._keep):
+            self._keep, self._placed_keep = keep.copy(), self._place(keep)
+        return self._run(self._decode_program, self._placed_keep)
 
     def prefill(self, chunk: dict[str, np.ndarray]) -> dict[str, Array]:
         """Starts a chunk of prefill on each device; returns what `decode` does, "token" [D]."""
