@@ -83,7 +83,11 @@ def choose_mesh(args: argparse.Namespace, num_experts: int) -> jax.sharding.Mesh
         raise SystemExit(
             f"dp {dp} x ep {ep} must fit {count} devices; ep must divide {num_experts} experts"
         )
-    return jax.make_mesh((dp, ep), steps.AXES, devices=jax.devices()[: dp * ep])
+    devices = jax.devices()[: dp * ep]
+    idle = set(range(jax.process_count())) - {device.process_index for device in devices}
+    if idle:
+        raise SystemExit(f"dp {dp} x ep {ep} leaves no device to process {min(idle)}")
+    return jax.make_mesh((dp, ep), steps.AXES, devices=devices)
 
 
 def choose_buckets(longest: int) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ class Sequence:
         sampling: how it is continued.
         on_token: is given each new token, in the engine's thread.
         on_end: is given the reason, once: "stop" (an end token, which is not given to on_token),
-            "length", "cancelled", or "error".
+            "length", "error", or what `Engine.cancel` was given.
     """
 
     prompt: list[int]
@@ -117,7 +117,7 @@ class Engine:
         self._is_over = threading.Event()
         self._changed = threading.Condition()  # guards all that follows, and how sequences end
         self._waiting: collections.deque[Sequence] = collections.deque()
-        self._cancelled: list[Sequence] = []
+        self._cancelled: list[tuple[Sequence, str]] = []  # and why they end
         self._is_draining = False
         self._turn_began: float | None = None  # what the thread does now; None: it waits for work
         num_slots = run.mesh.size * run.limits.slots_per_device
@@ -156,11 +156,11 @@ class Engine:
             self._waiting.append(sequence)
             self._changed.notify()
 
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, sequence: Sequence, reason: str = "cancelled") -> None:
         """Ends a sequence, which gets no token from here on; harmless if it has ended."""
         sequence.is_cancelled = True
         with self._changed:
-            self._cancelled.append(sequence)
+            self._cancelled.append((sequence, reason))
             self._changed.notify()
 
     def drain(self) -> None:
@@ -211,10 +211,10 @@ class Engine:
             self._turn_began = None
             while self.failure is None:
                 cancelled, self._cancelled = self._cancelled, []
-                for sequence in cancelled:
+                for sequence, reason in cancelled:
                     if sequence in self._waiting:
                         self._waiting.remove(sequence)
-                    self._end(sequence, "cancelled")
+                    self._end(sequence, reason)
                 self._admit()
                 occupied = sum(sequence is not None for sequence in self._in_slot)
                 self.metrics.set_load(occupied=occupied, waiting=len(self._waiting))

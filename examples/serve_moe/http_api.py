@@ -202,6 +202,7 @@ class Api:
                     answer.num_tokens += 1
                     text += pieces.push(value)
                     if pieces.is_stopped:
+                        self._engine.cancel(sequence, "stop")
                         yield text, "stop"
                         return
                 yield text, None

@@ -26,6 +26,7 @@ from collections.abc import AsyncIterator, Iterator
 import numpy as np
 from matplotlib.figure import Figure
 
+_ANSWER_SECONDS = 600.0
 _PERCENTILES = (50, 90, 99)
 _SOAK_SECONDS = 300  # from here on memory is judged: what is kept for reuse is there by half time
 _MOST_GROWTH = 0.02
@@ -84,15 +85,20 @@ def serving(args: argparse.Namespace, dispatch: str) -> Iterator[tuple[int, int]
             yield int(found[1]), process.pid
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=args.start_seconds)
+            if process.returncode != 0:
+                raise SystemExit(f"the server has ended with exit code {process.returncode}")
         finally:
             killer.cancel()
             process.kill()
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process that is in use."""
-    text = pathlib.Path(f"/proc/{pid}/status").read_text()
-    return 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", text)[1])
+    """Memory of a process that is in use; 0 of one that has ended."""
+    try:
+        found = re.search(r"VmRSS:\s+(\d+) kB", pathlib.Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return 1024 * int(found[1]) if found else 0
 
 
 async def stream(port: int, body: dict) -> AsyncIterator[dict]:
@@ -135,11 +141,12 @@ async def send_all(
         await asyncio.sleep(at - now())
         done = Done(arrived=now(), times=[])
         try:
-            async for event in stream(port, body):
-                if event.get("usage") is not None:
-                    done.num_tokens = event["usage"]["completion_tokens"]
-                else:
-                    done.times.append(now())
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                async for event in stream(port, body):
+                    if event.get("usage") is not None:
+                        done.num_tokens = event["usage"]["completion_tokens"]
+                    else:
+                        done.times.append(now())
         except OSError as error:
             done.error = f"{type(error).__name__}: {error}"
         return done

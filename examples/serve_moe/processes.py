@@ -10,6 +10,7 @@ import secrets
 import select
 import signal
 import socket
+import time
 from collections.abc import Iterator
 
 import jax
@@ -22,6 +23,7 @@ import jax_ep
 
 _HOST = "127.0.0.1"  # jax_ep's processes share a host
 _KEY_BYTES = 32
+_HELLO_SECONDS = 1.0  # for who connects to say the key
 _MOST_AHEAD = 8  # programs that a follower starts before it waits for one
 
 
@@ -67,15 +69,23 @@ def leading(run: steps.Steps, seconds: float) -> Iterator[Leader]:
     key = np.frombuffer(secrets.token_bytes(_KEY_BYTES), np.uint8)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(socket.create_server((_HOST, 0)))
-        listening.settimeout(seconds)
         port = listening.getsockname()[1]
         _of_process_0(run.mesh, np.append(key.astype(np.int32), port))
-        followers = []
+        followers: list[socket.socket] = []
+        deadline = time.monotonic() + seconds
         while len(followers) < jax.process_count() - 1:
-            follower = stack.enter_context(listening.accept()[0])
-            follower.settimeout(seconds)
-            if secrets.compare_digest(_read(follower, _KEY_BYTES), key.tobytes()):
-                followers.append(follower)
+            if (left := deadline - time.monotonic()) <= 0:
+                raise TimeoutError(
+                    f"{len(followers)} of {jax.process_count() - 1} other processes have come in "
+                    f"{seconds} s"
+                )
+            listening.settimeout(left)
+            with contextlib.suppress(TimeoutError):
+                follower = stack.enter_context(listening.accept()[0])
+                follower.settimeout(_HELLO_SECONDS)
+                if secrets.compare_digest(_read(follower, _KEY_BYTES), key.tobytes()):
+                    follower.settimeout(seconds)
+                    followers.append(follower)
         yield Leader(run, followers)
 
 

@@ -10,10 +10,14 @@ from serve_moe.engine import Engine
 from serve_moe.http_api import Api
 
 _PATIENCE_SECONDS = 10.0  # with a client that asks for nothing, or does not take what is left
+_FAILED_SECONDS = 5.0  # in which /health says why the server ends
 
 
 class Server(uvicorn.Server):
-    """Serves an Api. The first SIGTERM or SIGINT drains the engine, a second one ends at once."""
+    """Serves an Api. The first SIGTERM or SIGINT drains the engine, a second one ends at once.
+
+    It ends by itself when the engine has failed.
+    """
 
     def __init__(self, api: Api, engine: Engine, *, host: str, port: int, drain_seconds: float):
         config = uvicorn.Config(
@@ -26,6 +30,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._engine, self._is_draining = engine, False
+        self._failed_at: float | None = None
         self._idle_since: dict[asyncio.Protocol, float] = {}
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -41,6 +46,10 @@ class Server(uvicorn.Server):
         """Called several times a second; says whether to end."""
         if self._is_draining and self._engine.join(timeout=0):
             self.should_exit = True
+        if self._engine.failure is not None:
+            self._failed_at = self._failed_at or time.monotonic()
+            if time.monotonic() - self._failed_at > _FAILED_SECONDS:
+                self.should_exit = True
         self._cut_off()
         return await super().on_tick(counter)
 
@@ -50,7 +59,9 @@ class Server(uvicorn.Server):
         self._idle_since = {
             connection: self._idle_since.get(connection, now)
             for connection in self.server_state.connections
-            if connection.cycle is None or connection.transport.is_closing()
+            if connection.cycle is None
+            or connection.cycle.response_complete
+            or connection.transport.is_closing()
         }
         for connection, since in self._idle_since.items():
             if now - since > _PATIENCE_SECONDS:

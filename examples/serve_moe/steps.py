@@ -207,10 +207,16 @@ def gather(values: Array) -> Array:
     XLA's own gather would do, but that has no end if another process has died.
     """
     num_devices = jax.lax.axis_size(AXES)
-    row = jnp.pad(values, (0, -values.size % 4))[None]  # of a multiple of 16 bytes
-    # The same ids on all, but not the same token, which jax_ep would warn of.
-    ids = jnp.arange(num_devices)[None] + 0 * jax.lax.axis_index(AXES)
-    _, recv = jax_ep.layout_and_dispatch(row, ids, num_experts=num_devices, axis_name=AXES)
+    row = jnp.pad(values, (0, -values.size % 4))  # of a multiple of 16 bytes
+    # A row for each device. The same ids on all are not the same tokens: jax_ep would warn.
+    ids = jnp.arange(num_devices)[:, None] + 0 * jax.lax.axis_index(AXES)
+    _, recv = jax_ep.layout_and_dispatch(
+        jnp.tile(row, (num_devices, 1)),
+        ids,
+        num_experts=num_devices,
+        axis_name=AXES,
+        capacity=num_devices,
+    )
     return recv.tokens[:, : values.size]
 
 

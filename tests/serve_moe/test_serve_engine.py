@@ -29,7 +29,18 @@ def run(folders: dict[str, pathlib.Path]) -> steps.Steps:
     )
     run = steps.Steps(params, mesh, config, limits)
     run.compile()
+    compiled = _num_compiled(run)
+    engine = Engine(run, Metrics(config.num_experts))
+    engine.start()
+    _Client([1] * 6, max_tokens=3).submit(engine).wait()
+    engine.drain()
+    assert engine.join(_SECONDS)
+    assert _num_compiled(run) == compiled  # the first request waits for none
     return run
+
+
+def _num_compiled(run: steps.Steps) -> list[int]:
+    return [program._cache_size() for program in (run._decode_program, run._prefill_program)]
 
 
 @pytest.fixture
@@ -133,16 +144,11 @@ def test_tokens_do_not_depend_on_what_else_runs(engine: Engine) -> None:
 
 def test_programs_are_compiled_once_and_slots_are_donated(run: steps.Steps, engine: Engine) -> None:
     """Whatever slots are in use, and whoever was served before."""
-
-    def num_compiled() -> list[int]:
-        return [p._cache_size() for p in (run._decode_program, run._prefill_program)]
-
-    _Client([1], max_tokens=2).submit(engine).wait()
-    compiled, before = num_compiled(), jax.tree.leaves(run._slots)
+    compiled, before = _num_compiled(run), jax.tree.leaves(run._slots)
     for request in _requests()[:4]:
         _Client(**request).submit(engine).wait()
     assert all(array.is_deleted() for array in before)
-    assert num_compiled() == compiled
+    assert _num_compiled(run) == compiled
 
 
 def test_end_token_ends_a_sequence_and_is_not_passed_on(engine: Engine) -> None:

@@ -101,7 +101,7 @@ def test_greedy_completion_is_the_same_again(client: "openai.OpenAI") -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
-def test_streams_are_the_whole_answer_in_pieces(client: "openai.OpenAI") -> None:
+def test_streams_are_the_whole_answer_in_pieces(port: int, client: "openai.OpenAI") -> None:
     """Of chats and completions; both end before a stop string."""
     chat = {
         "model": "tiny",
@@ -123,7 +123,10 @@ def test_streams_are_the_whole_answer_in_pieces(client: "openai.OpenAI") -> None
 
     stop = text[10:12]
     assert len(text) > 12
+    ended = 'serve_moe_requests_total{reason="stop"}'
+    before = _metric(port, ended)
     stopped = client.chat.completions.create(**chat, stop=stop).choices[0]
+    _wait_for(lambda: _metric(port, ended) == before + 1)
     assert (stopped.message.content, stopped.finish_reason) == (text[: text.find(stop)], "stop")
     same = {name: chat[name] for name in ("model", "temperature", "top_p", "seed")}
     chunks = client.completions.create(
@@ -350,7 +353,6 @@ def test_two_processes_give_the_same_bits_and_one_that_dies_is_an_error(
             list(stream)
         with pytest.raises(openai.InternalServerError):
             together.completions.create(**asked)
-        processes[0].signal(signal.SIGTERM)
         assert processes[0].wait() == 1
 
 
