@@ -352,7 +352,9 @@ def test_overlap(
     monkeypatch.setattr(
         jax_ep, "combine", lambda y, layout: combine(y * (1 + layout.overlap), layout)
     )
-    errors = [row.get("error") for row in _main(arguments)]
+    rows = _main(arguments)
+    assert not any(row["baseline"] for row in rows)  # which the command asks of each
+    errors = [row.get("error") for row in rows]
     assert errors == [None] * 5 + ["results are not those of the plain program"] * 2
     assert "n/a: results are not those" in capsys.readouterr().out
 
@@ -506,7 +508,10 @@ def test_exit_code_tells_that_an_operation_failed() -> None:
         ("--decode --only dispatch+", "no operation has that in its name: layout_and_dispatch, "),
         ("--decode --plot a.png", "--decode: it has no --plot"),
         ("--overlap --timeline a.png", "--overlap: it has no --plot and no --timeline"),
-        ("--overlap --decode", "--overlap: without --decode"),
+        ("--overlap --decode", "--overlap: it has no --decode"),
+        ("--overlap --ranks-per-node 4 2", "--overlap: it has no --ranks-per-node"),
+        ("--overlap --calls 3", "--overlap: it has no --calls"),
+        ("--overlap --capacity expert-tight", "--overlap: experts have neither"),
     ],
 )
 def test_bad_arguments(arguments: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:

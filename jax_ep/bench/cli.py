@@ -263,22 +263,23 @@ def _measure_overlap(args: argparse.Namespace, mesh: Mesh) -> Iterator[report.Ro
             for of_one in ids
         ]
         print(f"\nT={point.tokens}, {_describe(point)}\n{overlap.HEADER}")
-        programs = overlap.Layers(
-            point,
-            mesh,
-            ids,
-            num_experts=args.experts,
-            capacity=max(capacities),
-            expert_hidden=args.expert_hidden,
-            num_layers=args.layers,
-            seed=args.seed,
-        )
+        programs = None
         for variant in overlap.variants(args.num_sms):
+            row = {"operation": variant.name, "baseline": False} | point_fields(point)
             try:
-                row = programs.time(variant, args.repeats)
+                programs = programs or overlap.Layers(
+                    point,
+                    mesh,
+                    ids,
+                    num_experts=args.experts,
+                    capacity=max(capacities),
+                    expert_hidden=args.expert_hidden,
+                    num_layers=args.layers,
+                    seed=args.seed,
+                )
+                row |= programs.time(variant, args.repeats)
             except _MEASUREMENT_ERRORS as error:
-                error_row = {"operation": variant.name, "error": str(error).splitlines()[0]}
-                row = point_fields(point) | error_row
+                row["error"] = (str(error).splitlines() or [type(error).__name__])[0]
             print(overlap.format_row(row), flush=True)
             yield row
 

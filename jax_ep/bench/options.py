@@ -224,8 +224,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for mode in ("decode", "overlap"):
         if getattr(args, mode) and (args.plot or args.timeline):
             parser.error(f"--{mode}: it has no --plot and no --timeline")
-    if args.overlap and (args.decode or args.only or args.fp8 or args.distributed):
-        parser.error("--overlap: without --decode, --only, --fp8 and --distributed")
+    if args.overlap:
+        _check_overlap(parser, args)
     if args.decode and len(args.ranks_per_node) > 1:
         parser.error("--decode: it takes one --ranks-per-node")
     if (args.plot or args.timeline) and importlib.util.find_spec("matplotlib") is None:
@@ -244,6 +244,15 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def chooses(text: str, name: str) -> bool:
     """Whether a word of ``--only`` is for the operation of this name."""
     return text[1:] == name if text.startswith("=") else text in name
+
+
+def _check_overlap(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program if an option would change nothing."""
+    for name in ("decode", "only", "fp8", "distributed", "calls", "ranks_per_node"):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--overlap: it has no --{name.replace('_', '-')}")
+    if args.alignment != 1 or any(c.startswith(traffic.EXPERT_PREFIX) for c in args.capacity or ()):
+        parser.error("--overlap: experts have neither --alignment nor room of their own")
 
 
 def _check_only(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

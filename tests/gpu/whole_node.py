@@ -1,13 +1,14 @@
 """What a node with four or eight GPUs is for: the tiers at that size, then all figures, in one run.
 
-    python tests/gpu/whole_node.py --out DIR                 # everything; under nine minutes
+    python tests/gpu/whole_node.py --out DIR                 # within nine minutes
     python tests/gpu/whole_node.py --out DIR --steps bench-sms bench-decode
     python tests/gpu/whole_node.py --list
 
 Works with any number of GPUs from two on; `--package DIR` is as for run_tiers.py. Each step is a
 command with a time limit of its own, which goes on whatever came of those before it; DIR gets its
-output as STEP.txt and its figures as STEP.json. What does not fit into `--budget` is not run, and
-the table at the end says so. The exit code is not 0 if a step failed or was not run.
+output as STEP.txt and its figures as STEP.json. What does not fit into `--budget` is not run, or
+stopped, and the table at the end says so. The exit code is not 0 if a step failed, was stopped or
+was not run.
 """
 
 import argparse
@@ -23,7 +24,7 @@ sys.path.insert(0, str(HERE.parent / "support"))
 import gpus  # noqa: E402 (of tests/support)
 import launcher  # noqa: E402
 
-BENCH = "-m jax_ep.bench --no-second-process --repeats 7"
+BENCH = "-P -m jax_ep.bench --no-second-process --repeats 7"
 BASE = "--hidden 7168 --top-k 8 --capacity tight"
 VERBS = "make_layout dispatch layout_and_dispatch combine round"
 QUICK_TIERS = "one-process process-per-gpu failures slots-one-process transformations"
@@ -52,7 +53,7 @@ def bench(name: str, limit: float, arguments: str) -> Step:
 
 
 def tiers(name: str, limit: float, arguments: str, package: pathlib.Path | None) -> Step:
-    """Tiers of run_tiers.py, which end by themselves before the limit."""
+    """Tiers of run_tiers.py, which say what they did not do in their time."""
     command = [sys.executable, str(HERE / "run_tiers.py"), "--budget", str(limit - 5)]
     command += ["--package", str(package)] if package else []
     return Step(name, command + arguments.split(), limit)
