@@ -35,6 +35,7 @@ _TIMELINE_OPERATION = "make_layout+dispatch+combine"  # unless told
 _MEASUREMENT_ERRORS = (RuntimeError, MemoryError, ValueError)
 _UNSUPPORTED = "UNIMPLEMENTED"  # how XLA's error begins for what its backend has not got, at any T
 
+_OF_PROCESS = ("process_id", "json", "plot")  # options that processes may have of their own
 _PRINTED_VARIABLES = ("XLA_", "NCCL_", "NVSHMEM_", "JAX_", "CUDA_VISIBLE", "NPROC")
 
 
@@ -147,7 +148,8 @@ class _Bench:
                 measure_one = functools.partial(self._measure, operation, point, moved)
                 emit(self._together(measure_one))
             except _MEASUREMENT_ERRORS as error:
-                if str(error).startswith(_UNSUPPORTED):
+                # What one process sees, another only hears of.
+                if any(self.processes.exchange(str(error).startswith(_UNSUPPORTED))):
                     self.unsupported[operation.name] = error
                 emit(report.failed_row(operation.name, operation.baseline, point, moved, error))
         if network:
@@ -358,6 +360,12 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     processes = Processes()
     devices = _devices(parser, args, processes)
+    try:
+        processes.require_alike(
+            {name: _plain(value) for name, value in vars(args).items() if name not in _OF_PROCESS}
+        )
+    except ValueError as error:
+        parser.error(str(error))
     with contextlib.ExitStack() as stack:
         if processes.number > 0:
             nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -444,7 +452,7 @@ def _run(
                 report.write_json(args.json, environment, settings, None, rows)
         return rows
     link_sms = args.num_sms or _LINK_SMS
-    link = _measure_link(mesh, link_sms)
+    link = processes.together(lambda: _measure_link(mesh, link_sms), ())
 
     print("\n" + report.legend(on_gpu))
     bench = _Bench(args, mesh, link, processes)

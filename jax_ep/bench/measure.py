@@ -19,9 +19,9 @@ burst is timed: each takes an operand from the one before, which hands it on whe
 host launches them without waiting. So a call takes what its launch takes, or its work if that is
 longer.
 
-In a job of several processes each times its own devices. A burst ends in all of them with the last
-rank, but for a call, so the next one begins in all at once; and of each burst the slowest process's
-time counts.
+In a job of several processes each times its own devices. A burst, or a call on CPU, ends in all of
+them with the last rank, but for a call, so the next one begins in all nearly at once; and of each
+the slowest process's time counts.
 """
 
 import dataclasses
@@ -194,12 +194,16 @@ def time_whole_calls(
     """Times whole programs with one call; ``between`` runs after each."""
     processes = processes or Processes()
     program = compile_calls(fn, mesh, args, 1)
+    processes.exchange("compiled")  # who cannot, says so before anybody waits for it in a call
     _warm_up(program)
     seconds = []
     for _ in range(repeats):
-        processes.exchange("begins")
+        if processes.count > 1:
+            processes.exchange("begins")
+            program.run()  # processes leave an exchange a millisecond apart, a call nearly together
         seconds.append(_seconds(program.run))
         if between is not None:
+            processes.exchange("ended")
             between()
     return Timing(tuple(sorted(processes.slowest(seconds))), 0, *_memory(program))
 
@@ -253,6 +257,8 @@ def time_chained_calls(
     )
     for program, number in (short, calls), (long, 2 * calls):
         require_all_calls(single, program, number)
+    processes.exchange("compiled")  # as above
+    for program in short, long:
         _warm_up(program)
     bursts = []
     for _ in range(repeats):
@@ -292,6 +298,7 @@ def time_single_calls(
     rest = (*args[:fresh], *args[fresh + 1 :])
     chained = jnp.copy(args[fresh])  # which the first call takes for good
     compiled = jitted.lower(chained, rest).compile()
+    processes.exchange("compiled")  # as above
 
     def burst() -> None:
         nonlocal chained

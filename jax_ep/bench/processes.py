@@ -8,17 +8,24 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import jax_ep
 from jax_ep import compat
 from jax_ep.join import Attempt
 
 _CALLER = "jax_ep.bench.cli.main"
 Result = TypeVar("Result")
 
-_TIMEOUT = 300.0  # seconds: a process may still compile what another has in its cache
+# Seconds longer than a call waits for its peers: who fails in one must still find the others here.
+# They may also compile what this process has in its cache.
+_LONGER = 60.0
 
 
 class OtherFailedError(RuntimeError):
-    """Another process could not do what this one did, or has not come."""
+    """Another process could not do what this one did."""
+
+
+class OthersGoneError(Exception):
+    """Another process does not come any more, so nothing more can be measured."""
 
 
 class Processes:
@@ -35,21 +42,24 @@ class Processes:
         self.number, self.count = compat.process_index(), compat.process_count()
         self._attempt: Attempt | None = None
         if self.count > 1:
-            self._attempt = Attempt(compat.coordination_client(), _TIMEOUT, _CALLER)
+            timeout = jax_ep.get_timeout().arrival + _LONGER
+            self._attempt = Attempt(compat.coordination_client(), timeout, _CALLER)
             self._attempt.join("")
 
     def exchange(self, value: Any) -> list[Any]:
         """What each process gives, by process: anything that JSON can say.
 
         Raises:
-            OtherFailedError: a process has told of a failure instead, or does not come.
+            OtherFailedError: a process has told of a failure instead.
+            OthersGoneError: a process does not come.
         """
         if self._attempt is None:
             return [value]
         try:
             told = self._attempt.exchange(json.dumps(value))
         except RuntimeError as error:
-            raise OtherFailedError(str(error)) from error
+            is_late = isinstance(error.__cause__, TimeoutError)
+            raise (OthersGoneError if is_late else OtherFailedError)(str(error)) from error
         return [json.loads(text) for text in told]
 
     def least(self, value: int) -> int:
@@ -64,13 +74,42 @@ class Processes:
         """What ``work`` gives; if one of ``errors`` ends it in one process, it fails in all.
 
         None leaves before all have come to an end of it, which may be a wait for one that failed.
+        Anything else that ends it in one process ends all of them.
+
+        Raises:
+            OthersGoneError: another process has ended so, or does not come.
         """
         try:
             result = work()
             self.exchange("done")
         except errors as error:
-            if self._attempt is not None and not isinstance(error, OtherFailedError):
-                self._attempt.tell_failure(error)  # at the others' next exchange
-            self.exchange("failed")
+            if not isinstance(error, OtherFailedError):
+                self._tell(error)  # at the others' next exchange
+            try:
+                self.exchange("failed")
+            except OtherFailedError as gone:
+                raise OthersGoneError(str(gone)) from error
+            raise
+        except BaseException as error:
+            for _ in range(2):  # whatever the others exchange next, and that they have failed
+                self._tell(error)
             raise
         return result
+
+    def _tell(self, error: BaseException) -> None:
+        if self._attempt is not None:
+            self._attempt.tell_failure(error)
+
+    def require_alike(self, settings: dict[str, Any]) -> None:
+        """Checks that all processes have been told the same.
+
+        Raises:
+            ValueError: they have not; names what differs first, and what it is here and there.
+        """
+        for number, others in enumerate(self.exchange(settings)):
+            for name, value in settings.items():
+                if others[name] != value:
+                    raise ValueError(
+                        f"--{name.replace('_', '-')}: {value} in process {self.number}, but "
+                        f"{others[name]} in process {number}: all must measure the same"
+                    )
