@@ -553,6 +553,20 @@ def test_a_negative_difference_is_shown_as_it_is() -> None:
     assert "-1.0 us" in report.format_row(row)
 
 
+@pytest.mark.parametrize("wire", [0, 10])
+def test_no_bound_without_the_rate_of_the_wire(wire: int) -> None:
+    """A process with one GPU knows no W: the memory alone is no bound of what crosses the wire."""
+    operation = operations.Operation("dispatch", lambda: None, (), (Movement(wire, 10, 10),))
+    ids = traffic.expert_ids(POINT, RANKS, EXPERTS, 0, 1.0)
+    moved = traffic.measure_traffic(ids, EXPERTS, {}, 1)
+    timing = measure.Timing((1e-6, 2e-6, 3e-6), 5, 0, 0)
+    alone = link.measure_link(FakeProbe(), [0])
+    assert alone.wire_bytes_per_s is None
+    row = report.result_row(operation, POINT, moved, timing, alone, None)
+    assert (row["bound_s"] is None) == (wire > 0)
+    assert (row["ratio"] is None) == (wire > 0)
+
+
 def test_plot_has_a_bound_for_each_operation_and_ticks_where_it_was_measured() -> None:
     pytest.importorskip("matplotlib")
     operation_names = ["dispatch", "combine", "all_to_all"]

@@ -6,6 +6,10 @@ prints:
 
     python -m jax_ep.bench --distributed --coordinator HOST:PORT --num-processes N --process-id I
 
+On GPUs with JAX_LOCAL_DEVICE_IDS=.. in its environment, where a host has several. W, below, is what
+a process's own GPUs carry between each other: with one GPU each there is none, and no bound of what
+crosses the wire.
+
 On GPUs the limits are measured first: W, what a link carries in each direction while both are busy
 (rows pushed by bulk copies, for each pair), the time of a flag, and B, what a copy inside a device
 moves. The bound of an operation is the larger of its wire bytes over W and its memory bytes over B;

@@ -96,7 +96,8 @@ def result_row(
     if link is not None:
         row["sms"] = point.num_sms or link.num_sms
         row["flag_hop_s"] = link.flag_hop_s
-        if operation.movements:
+        # Of a process with one GPU W is not known: then nothing is said of what crosses the wire.
+        if operation.movements and (wire == 0 or link.wire_bytes_per_s is not None):
             bound = link.bound(operation.movements, point.num_sms, point.row_bytes)
         if link.wire_bytes_per_s is not None and median > 0:
             row["fraction_of_w"] = wire / median / link.wire_bytes_per_s
