@@ -602,8 +602,14 @@ class Bench {
     return copy;
   }
 
-  // For each event of a role when blocks came there first: the first, the median and the last of
-  // them, in us since the first block began.
+  // Of the blocks in order, "least, median, most".
+  static void PrintThree(std::vector<double>& values) {
+    std::sort(values.begin(), values.end());
+    std::printf("  %7.2f %7.2f %7.2f", values.front(), values[values.size() / 2], values.back());
+  }
+
+  // For each event of a role when blocks came there first, and when last, in us since the first block
+  // began; how often; and of a fence how long it took a block in all.
   void PrintTimeline(const Timeline& timeline) const {
     for (uint32_t kind = 0; kind < jax_ep::kNumOps; ++kind) {
       const CallTimeline<kMaxBlocks>& call = timeline[kind];
@@ -611,21 +617,33 @@ class Bench {
       uint64_t start = UINT64_MAX;
       for (uint32_t b = 0; b < call.num_blocks; ++b)
         start = std::min(start, call.block[b].start_ns);
-      std::printf("  %s, %u blocks\n", jax_ep::kOpNames[kind], call.num_blocks);
+      std::printf("  %s, %u blocks: first, last, how often: least, median, most\n",
+                  jax_ep::kOpNames[kind], call.num_blocks);
       for (int role = 0; role < kNumRoles; ++role) {
         for (int event = 0; event < kNumEvents; ++event) {
-          std::vector<double> first;
+          std::vector<double> first, last, count, total;
           for (uint32_t b = 0; b < call.num_blocks; ++b) {
-            const Mark& mark = call.block[b].mark[role][event];
-            if (mark.count > 0) {
-              first.push_back(static_cast<double>(call.block[b].start_ns - start + mark.first) /
-                              1e3);
-            }
+            const BlockTimeline& block = call.block[b];
+            const Mark& mark = block.mark[role][event];
+            if (mark.count == 0) continue;
+            const auto begin = static_cast<double>(block.start_ns - start);
+            first.push_back((begin + mark.first) / 1e3);
+            last.push_back((begin + mark.last) / 1e3);
+            count.push_back(mark.count);
+            if (event != static_cast<int>(Event::kFenceEnd)) continue;
+            const Mark& fence = block.mark[role][static_cast<int>(Event::kFenceBegin)];
+            total.push_back((mark.total - fence.total) / 1e3);
           }
           if (first.empty()) continue;
-          std::sort(first.begin(), first.end());
-          std::printf("    %-10s %-12s %7.2f %7.2f %7.2f\n", kRoleNames[role], kEventNames[event],
-                      first.front(), first[first.size() / 2], first.back());
+          std::printf("    %-10s %-12s", kRoleNames[role], kEventNames[event]);
+          PrintThree(first);
+          PrintThree(last);
+          PrintThree(count);
+          if (!total.empty()) {
+            std::printf("  in all");
+            PrintThree(total);
+          }
+          std::printf("\n");
         }
       }
     }
