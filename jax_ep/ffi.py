@@ -388,7 +388,11 @@ def _in_slots(params: dict[str, Any], crosses_nodes: bool) -> bool:
     slots are too small; across nodes it refuses to quantise rows then.
     """
     sizes = {name: params[name] for name in ("num_ranks", "num_tokens", "top_k")}
-    has_slots = runtime.has_network_slots() if crosses_nodes else runtime.has_slots()
+    quantization = params.get("quantization", NO_QUANTIZATION)
+    has_slots = runtime.has_slots()
+    if crosses_nodes:
+        quantises = quantization not in (NO_QUANTIZATION, GIVEN_SCALES)
+        has_slots = runtime.has_network_slots(quantises)
     return has_slots and limits.may_fit_slots(**sizes)
 
 

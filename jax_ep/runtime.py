@@ -347,9 +347,13 @@ def has_slots() -> bool:
     return _slot_bytes > 0
 
 
-def has_network_slots() -> bool:
-    """Whether small calls of groups across nodes go through slots, in all processes."""
-    return _has_network_slots
+def has_network_slots(quantises: bool = False) -> bool:
+    """Whether small calls of groups across nodes go through slots, in all processes.
+
+    Those that quantise rows do only where slots are demanded: what turns out not to fit has no
+    other way then.
+    """
+    return _has_network_slots and (not quantises or environment.network_slots() is True)
 
 
 def _agree_on_network_slots(attempt: Attempt) -> bool:

@@ -83,9 +83,14 @@ def test_calls() -> None:
 @pytest.mark.usefixtures("nodes_of_two")
 def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """With slots between nodes small calls are as on one node, in every form."""
-    monkeypatch.setattr(runtime, "has_network_slots", lambda: True)
+    monkeypatch.setattr(runtime, "_has_network_slots", True)
+    monkeypatch.delenv("JAX_EP_NETWORK_SLOTS", raising=False)
     assert ops(in_one=True) == ["layout_and_dispatch"]
-    assert ops(in_one=True, fp8="float32", num_sms=4) == ["layout_and_dispatch"]
+    # What quantises, and turns out not to fit, would have no other way.
+    fp8 = {"in_one": True, "fp8": "float32", "num_sms": 4}
+    assert ops(**fp8) == ["layout", "quantize", "dispatch"]
+    monkeypatch.setenv("JAX_EP_NETWORK_SLOTS", "1")
+    assert ops(**fp8) == ["layout_and_dispatch"]
     assert ops(num_ranks=34, combined=True)[-1] == "combine"  # on 17 nodes
 
 

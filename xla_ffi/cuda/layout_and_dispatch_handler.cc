@@ -63,9 +63,10 @@ ffi::Error LayoutAndDispatch(cudaStream_t stream, int32_t ordinal, CudaSiteState
   const NetworkCall* const network = group.network();
   if (network != nullptr && network->has_slots && dispatch.is_quantised()) {
     return Refused(a.kOp,
-                   "with fp8 the call must fit the slots between nodes, but they are too small for "
-                   "it. Pass a larger jax_ep.initialize(heap_bytes=...) in every process, after "
-                   "jax_ep.finalize(), or do without them: JAX_EP_NETWORK_SLOTS=0");
+                   "JAX_EP_NETWORK_SLOTS=1 demands slots between nodes for fp8, but they, or those "
+                   "of a node, are too small for the call. Set it to 0, or pass a larger "
+                   "jax_ep.initialize(heap_bytes=..., slot_bytes=...) in every process, after "
+                   "jax_ep.finalize()");
   }
   if (ffi::Error e = LaunchLayout(*state, ordinal, stream, call.layout, a.num_sms); e.failure()) {
     return e;
