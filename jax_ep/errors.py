@@ -70,7 +70,8 @@ class Watcher:
             say(line)
         awaited = _native.cuda.awaited_elsewhere()
         is_asking = self._question is not None and self._question.is_alive()
-        if awaited and not is_asking and time.monotonic() >= self._next_question:
+        may_ask = not is_asking and not self._stopped.is_set()
+        if awaited and may_ask and time.monotonic() >= self._next_question:
             self._next_question = time.monotonic() + _ASK_INTERVAL
             self._question = threading.Thread(
                 target=self._ask, args=(awaited,), name="jax_ep question", daemon=True

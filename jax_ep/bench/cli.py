@@ -359,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
     if args.distributed:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     processes = Processes()
-    devices = _devices(parser, args, processes)
+    devices = processes.together(lambda: _devices(parser, args, processes), ())
     try:
         processes.require_alike(
             {name: _plain(value) for name, value in vars(args).items() if name not in _OF_PROCESS}

@@ -675,18 +675,16 @@ void AcrossNodes() {
   CHECK(!g_combine.expand);
   CHECK(kernels_of(LayoutAndDispatchCallOf(513, 2)) ==
         "layout over the network, dispatch over the network");
-  CHECK(
-      Contains(refusal(LayoutAndDispatchCallOf(513, 2, {ffi::BF16, 2, 1})),
-               op + "with fp8 the call must fit the slots between nodes, but they are too small"));
+  CHECK(Contains(refusal(LayoutAndDispatchCallOf(513, 2, {ffi::BF16, 2, 1})),
+                 op + "JAX_EP_NETWORK_SLOTS=1 demands slots between nodes for fp8, but they,"));
 
   // A heap that has room for the general way alone.
   Network::Get().Leave();
   gpu::NetworkPart small_heap = FakeNetwork();
   small_heap.region_bytes = gpu::least_region_bytes(4, 2);
   Network::Get().Join(small_heap, {"a", "a", "b", "b"}, 0, true);
-  CHECK(
-      Contains(refusal(LayoutAndDispatchCallOf(4, 2, {ffi::BF16, 2, 1})),
-               op + "with fp8 the call must fit the slots between nodes, but they are too small"));
+  CHECK(Contains(refusal(LayoutAndDispatchCallOf(4, 2, {ffi::BF16, 2, 1})),
+                 op + "JAX_EP_NETWORK_SLOTS=1 demands slots between nodes for fp8, but they,"));
 
   // Ranks of one host that count as nodes.
   Network::Get().Leave();

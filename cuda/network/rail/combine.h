@@ -17,7 +17,6 @@ constexpr int kMaxRanksOfNode = 32;
 constexpr int kTokensAtOnce = 8;   // in a unit
 constexpr int kCombineWarps = 24;  // of a block
 constexpr int kCombineThreads = kCombineWarps * 32;
-constexpr int kMaxRankSummers = 16;
 constexpr int kSumPieceBytes = 2048;  // of a row, in a stage
 constexpr int kSummerStages = 104;    // of a block
 constexpr int kMaxSummerStages = 8;   // of a warp

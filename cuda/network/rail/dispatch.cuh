@@ -9,9 +9,9 @@
 //           meet the blocks b of other ranks alone. It has C = plan.channels channels to each node, of
 //           which the c-th has every C-th of these tokens. num_pairs warps send, as many forward: the
 //           i-th of either is for channel i % C, and of other nodes for those that are i / C + 1,
-//           i / C + 1 + num_pairs / C, .. further round. num_own warps move what stays on the node. Each warp, when it has nothing else to do, zeroes what
-//           holds no row. Then the first warp tells the peers on the node, and hears them
-//           (messenger, progress.cuh).
+//           i / C + 1 + num_pairs / C, .. further round. num_own warps move what stays on the node.
+//           Each warp, when it has nothing else to do, zeroes what holds no row. Then the first warp
+//           tells the peers on the node, and hears them (messenger, progress.cuh).
 // Buffers:  name            | lives on       | written by                   | read by
 //           x, topk_weights | XLA, own       | before the call              | senders, movers of own
 //           tokens, weights | XLA, each rank | forwarders and movers of own | later kernels
