@@ -123,7 +123,7 @@ def test_failure_of_a_device_is_an_error_everywhere(one_layer: pathlib.Path) -> 
         assert _send(port, "GET", "/health") == (200, {"status": "ok"})
         asked = {"model": "tiny", "prompt": "a", "max_tokens": 900}
         stream = client.completions.create(**asked, stream=True)
-        assert next(stream).choices[0].text == "A"
+        assert set(next(stream).choices[0].text) == {"A"}  # one token, or several at once
         failing.set()
         with pytest.raises(openai.APIError, match="device 3 waited for device 5"):
             list(stream)
