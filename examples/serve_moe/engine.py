@@ -202,7 +202,7 @@ class Engine:
                 began = self._turn_began
                 if began is not None and time.perf_counter() - began > self._step_seconds:
                     raise TimeoutError(f"a step has not ended in {self._step_seconds} s")
-            except Exception as error:
+            except Exception as error:  # whatever a check raises, as in _work
                 self._fail(error)
 
     def _take_orders(self) -> bool:

@@ -37,7 +37,8 @@ Function* Real(Function*, const char* name) {
 #define JAX_EP_REAL(name) (::jax_ep::wire::Real(&name, #name))
 
 std::atomic<uint64_t> g_num_sent{0}, g_num_done{0};
-bool g_is_fenced = false, g_has_put = false;  // since the last atomic that waited
+bool g_has_put = false;    // since the last fence
+bool g_must_wait = false;  // a fence has followed puts that no atomic has waited for
 ucp_worker_h g_worker = nullptr;
 
 void Execute(const Request& request) {
@@ -113,9 +114,9 @@ void AwaitPuts() {
 }
 
 void SendAtomic(ucp_ep_h endpoint, const Request& request) {
-  if (g_is_fenced && g_has_put) {
+  if (g_must_wait) {
     AwaitPuts();
-    g_has_put = false;
+    g_must_wait = g_has_put = false;
   }
   ++g_num_sent;
   Send(endpoint, kDo, request, UCP_AM_SEND_FLAG_REPLY);
@@ -176,11 +177,12 @@ ucs_status_ptr_t ucp_put_nbx(ucp_ep_h endpoint, const void* buffer, size_t num_b
                              uint64_t address, ucp_rkey_h key,
                              const ucp_request_param_t* parameters) {
   wire::g_has_put = true;
-  wire::g_is_fenced = false;
   return JAX_EP_REAL(ucp_put_nbx)(endpoint, buffer, num_bytes, address, key, parameters);
 }
 ucs_status_t ucp_worker_fence(ucp_worker_h worker) {
-  wire::g_is_fenced = true;
+  // What is put from here on takes nothing of it back: several send by one worker.
+  wire::g_must_wait |= wire::g_has_put;
+  wire::g_has_put = false;
   return JAX_EP_REAL(ucp_worker_fence)(worker);
 }
 ucs_status_ptr_t ucp_worker_flush_nbx(ucp_worker_h worker, const ucp_request_param_t* parameters) {
